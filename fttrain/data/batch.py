@@ -1,0 +1,51 @@
+"""What the model is fed: documents laid end to end, without padding.
+
+Legend: N tokens of a micro-batch, all its documents together.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the target of a token that is not trained on
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch of one rank. ``N`` may be 0: a rank without work still takes part in every collective."""
+
+    input_ids: Tensor  # int64 (N,)
+    targets: Tensor  # int64 (N,): the next token of the same document, or IGNORE
+    position_ids: Tensor  # int64 (N,): restarts at 0 in each document
+    lengths: tuple[int, ...]  # tokens of each document; they sum to N
+    index: int  # place in the optimizer step over all ranks: what dropout is seeded by
+    valid_tokens: int  # targets that are not IGNORE
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        """The same micro-batch with its tensors on ``device``."""
+        ids, targets, positions = (
+            tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.targets, self.position_ids)
+        )
+        return MicroBatch(ids, targets, positions, self.lengths, self.index, self.valid_tokens)
+
+
+def collate(documents: list[tuple[list[int], list[int]]], index: int) -> MicroBatch:
+    """Documents of (token ids, labels) -> one micro-batch.
+
+    Labels are aligned with the ids (label i is token i, or IGNORE); targets are labels moved one to the left within
+    each document, so no token ever predicts the first token of the next document.
+    """
+    lengths = tuple(len(ids) for ids, _ in documents)
+    flat_ids = [token for ids, _ in documents for token in ids]
+    flat_targets = [label for _, labels in documents for label in (*labels[1:], IGNORE)]
+    targets = torch.tensor(flat_targets, dtype=torch.int64)
+    positions = [torch.arange(length) for length in lengths]
+    return MicroBatch(
+        input_ids=torch.tensor(flat_ids, dtype=torch.int64),
+        targets=targets,
+        position_ids=torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64),
+        lengths=lengths,
+        index=index,
+        valid_tokens=int((targets != IGNORE).sum()),
+    )

@@ -1,0 +1,13 @@
+"""The one error a user sees: a clear line and a non-zero exit code, never a traceback."""
+
+
+class UserError(Exception):
+    """A mistake or a condition the user can change.
+
+    The message is one line that names the key, the file and line, the rank or the tensor, and says what would help.
+    ``exit_code`` becomes the exit code of the process.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
