@@ -1,0 +1,249 @@
+"""Starts the ranks of a run on this machine, and sees to it that none outlives its launcher.
+
+``accelerate launch --config_file launch/NAME.yaml -m fttrain train ...`` and ``fttrain train launch=NAME ...`` read the
+same file and start the same ranks. The second needs nothing around it: this module is its launcher. Each rank is
+``python -m fttrain train ...`` in a session of its own, so that Ctrl-C in a terminal reaches the launcher alone, which
+passes it on once. The ranks are given the time they need to save.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from fttrain.errors import UserError
+from fttrain.paths import launch_folder
+
+PARENT_PID = "FTTRAIN_LAUNCHER_PID"  # environment variable: who started this rank
+GRACE_S = 30.0  # after a rank died: from SIGTERM to SIGKILL for the others
+REPEAT_S = 5.0  # signals that follow the first sooner than this are the same wish (an impatient finger)
+POLL_S = 0.05
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Who starts the ranks, and how many."""
+
+    name: str = "none"  # for the log
+    file: str | None = None  # accelerate config file: a name in launch/ or an absolute path; null: this process is the run
+    processes: int | None = None  # ranks; null: num_processes of the file, or 1
+
+    def __post_init__(self) -> None:
+        if self.processes is not None and self.processes < 1:
+            raise UserError(f"launch.processes={self.processes}: a whole number of 1 or more")
+
+
+def is_rank() -> bool:
+    """Whether a launcher (this one, accelerate, torchrun) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def wanted(config: LaunchConfig) -> bool:
+    """Whether ``start`` has to be called, that is, whether this process is not itself a rank."""
+    return not is_rank() and (config.file is not None or (config.processes or 1) > 1)
+
+
+def start(config: LaunchConfig, argv: list[str]) -> int:
+    """Runs ``python -m fttrain argv`` on every rank and returns the exit code of the run.
+
+    That is 0, the code of the first rank that failed, or 128 + the signal that stopped the run.
+    Raises UserError when the launch file cannot be used.
+    """
+    settings, variables = _read_files(config)
+    processes = config.processes or _integer(settings, "num_processes", 1)
+    port = free_port(_integer(settings, "main_process_port", 0))
+    environment = {**variables, **os.environ}  # what the user has set wins over the file
+    if settings.get("gpu_ids", "all") not in ("all", None):
+        environment.setdefault("CUDA_VISIBLE_DEVICES", str(settings["gpu_ids"]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    environment.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
+    environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    environment[PARENT_PID] = str(os.getpid())
+    commands = [sys.executable, "-m", "fttrain", *argv]
+    return supervise(
+        [(commands, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
+    )
+
+
+def supervise(commands: list[tuple[list[str], dict[str, str]]], grace_s: float = GRACE_S) -> int:
+    """Starts one rank per (command, environment), waits for all of them and returns the exit code of the run."""
+    ranks: list[subprocess.Popen[bytes]] = []
+    stops = _Stops(ranks)
+    with _handlers(stops.receive):
+        try:
+            for command, environment in commands:
+                ranks.append(
+                    subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+                )
+                if stops.signum is not None:
+                    _send([ranks[-1]], stops.signum)  # it came while the ranks were being started
+            failed = _wait(ranks, stops, grace_s)
+        finally:
+            _send(ranks, signal.SIGKILL)
+            for rank in ranks:
+                rank.wait()
+    if failed is not None:
+        return _exit_code(failed, ranks[failed].returncode)
+    if stops.signum is not None and any(rank.returncode for rank in ranks):
+        return 128 + stops.signum
+    return 0
+
+
+class _Stops:
+    """What the user asked for: the first signal is passed on, a later one repeats it, the third kills."""
+
+    def __init__(self, ranks: list[subprocess.Popen[bytes]]) -> None:
+        self.signum: int | None = None  # as passed on to the ranks
+        self.killed = False  # the user had no patience left
+        self._ranks = ranks
+        self._times = 0
+        self._last_s = 0.0
+
+    def receive(self, signum: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._times and now - self._last_s < REPEAT_S:
+            return
+        self._times, self._last_s = self._times + 1, now
+        if self._times == 1:
+            # A closed terminal (SIGHUP) is a request to save and stop like any other.
+            self.signum = signal.SIGTERM if signum == signal.SIGHUP else signum
+        self.killed = self._times >= 3
+        _send(self._ranks, signal.SIGKILL if self.killed else self.signum or signum)
+
+
+@contextmanager
+def _handlers(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    previous = {signum: signal.signal(signum, handler) for signum in _STOPS}
+    try:
+        yield
+    finally:
+        for signum, old in previous.items():
+            signal.signal(signum, old)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], stops: _Stops, grace_s: float) -> int | None:
+    """Waits for all ranks. Once one fails the others are asked to stop, then killed. Returns the first that failed."""
+    failed: int | None = None
+    deadline = float("inf")
+    while any(rank.poll() is None for rank in ranks):
+        if failed is None:
+            failed = _first_failure(ranks, stops)
+            if failed is not None:
+                _send(ranks, signal.SIGTERM)
+                deadline = time.monotonic() + grace_s
+        elif time.monotonic() > deadline:
+            _send(ranks, signal.SIGKILL)
+        time.sleep(POLL_S)
+    return _first_failure(ranks, stops) if failed is None else failed
+
+
+def _first_failure(ranks: list[subprocess.Popen[bytes]], stops: _Stops) -> int | None:
+    expected: set[int | None] = {None, 0}  # None: still running
+    if stops.signum is not None:
+        expected |= {128 + stops.signum, -stops.signum}
+    if stops.killed:
+        expected.add(-signal.SIGKILL)
+    return next((index for index, rank in enumerate(ranks) if rank.poll() not in expected), None)
+
+
+def _send(ranks: list[subprocess.Popen[bytes]], signum: int) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(signum)
+
+
+def _exit_code(rank: int, returncode: int) -> int:
+    if returncode >= 0:
+        return returncode
+    name = signal.Signals(-returncode).name
+    hint = " (out of host memory? `dmesg` tells)" if name == "SIGKILL" else ""
+    print(f"fttrain: error: rank {rank} was killed by {name}{hint}", file=sys.stderr)
+    return 128 - returncode
+
+
+def _read_files(config: LaunchConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """The accelerate file's settings, and the variables of the ``.env`` file beside it."""
+    if config.file is None:
+        return {}, {}
+    path = launch_folder() / config.file  # an absolute path stays itself
+    if not path.is_file():
+        names = ", ".join(sorted(found.name for found in launch_folder().glob("*.yaml")))
+        raise UserError(f"launch.file={config.file}: no such file; there are {names}, or give an absolute path")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: an accelerate config file holds `key: value` lines")
+    if _integer(settings, "num_machines", 1) != 1:
+        raise UserError(f"{path}: num_machines: launch= starts the ranks of one machine; use `accelerate launch`")
+    known = (None, "NO", "MULTI_GPU", "MULTI_CPU")
+    if settings.get("distributed_type") not in known:
+        kind = settings["distributed_type"]
+        raise UserError(f"{path}: distributed_type: {kind}: fttrain shards by strategy=, write MULTI_GPU or 'NO'")
+    variables = path.with_suffix(".env")
+    return settings, read_env(variables) if variables.is_file() else {}
+
+
+def _integer(settings: dict[str, Any], key: str, default: int) -> int:
+    value = settings.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UserError(f"launch file: {key}: {value!r}: a whole number is wanted")
+    return value
+
+
+def read_env(path: Path) -> dict[str, str]:
+    """``NAME=value`` lines of a file that a shell can read as well; everything after `` #`` is a comment."""
+    variables: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        text = line.split(" #")[0].strip()
+        if not text or text.startswith("#"):
+            continue
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or set(value) & set(" \t'\"$`\\;&|<>()"):
+            raise UserError(f"{path}:{number}: {text!r}: write NAME=value, without quotes, blanks or $")
+        variables[name] = value
+    return variables
+
+
+def free_port(preferred: int = 0) -> int:
+    """``preferred`` if it is free on this machine, otherwise (and for 0) any free TCP port."""
+    for port in (preferred, 0):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise UserError("no free TCP port on 127.0.0.1")
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Asks the kernel to SIGKILL this process when its parent dies (Linux; elsewhere it does nothing).
+
+    ``parent``: the pid of the launcher, if it is known; a launcher that is gone already ends this process here.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    parent = parent or int(os.environ.get(PARENT_PID, 0)) or os.getppid()
+    pr_set_pdeathsig = 1  # from <linux/prctl.h>
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(pr_set_pdeathsig, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it died before the request was in place: no signal will come
+        os.kill(os.getpid(), signal.SIGKILL)

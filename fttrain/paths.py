@@ -1,0 +1,29 @@
+"""Where the files lie that ship beside the code: ``conf/`` and ``launch/``."""
+
+from pathlib import Path
+
+from fttrain.errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def conf_folder() -> Path:
+    """The folder of the configuration groups."""
+    return _find("conf", "config.yaml")
+
+
+def launch_folder() -> Path:
+    """The folder of the launch files."""
+    return _find("launch", "cpu_demo.yaml")
+
+
+def _find(name: str, witness: str) -> Path:
+    # A checkout keeps the folder beside the package, a wheel keeps it inside.
+    for folder in (_PACKAGE.parent / name, _PACKAGE / "_files" / name):
+        if (folder / witness).is_file() and (folder.parent.name == "_files" or _is_checkout()):
+            return folder
+    raise UserError(f"{name}/{witness} was not found beside {_PACKAGE}: reinstall fttrain")
+
+
+def _is_checkout() -> bool:
+    return (_PACKAGE.parent / "pyproject.toml").is_file()  # not some other project's conf/ in site-packages
