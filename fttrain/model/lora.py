@@ -1,26 +1,184 @@
-"""Low-rank adapters: names and defaults are PEFT's."""
+"""The adapters: all that trains.
 
+LoRA (Hu et al. 2021) adds ``scaling * B @ A`` to a frozen weight, with A (r, in) random and B (out, r) zero at the start:
+
+    x (N, in) ──── frozen W (out, in) ────────────┐
+        └── A (r, in) ── B (out, r) ── * scaling ─┴── y (N, out)
+
+The linears of a group share their input, so their adapters are one: the A's stacked (R, in) with R = members * r, and
+the B's on the diagonal blocks of (sum of out, R). Each layer's fp32 masters are one flat parameter and its gradient one
+flat tensor: one all_reduce, one optimizer call.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+
 from fttrain.errors import UserError
+from fttrain.quant.frozen_layer import GroupShape
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What is trained: y = W x + scale * B A x, with scale = lora_alpha / r (rsLoRA: / sqrt(r))."""
+    """Which linears get an adapter, and how large."""
 
-    r: int = 16  # rank of A (r, in_features) and B (out_features, r)
+    r: int = 16  # rank of the update
     lora_alpha: float = 32.0  # the update is scaled by lora_alpha / r
-    lora_dropout: float = 0.0  # probability that an input of A is zeroed in training, in [0, 1)
-    target_modules: str | tuple[str, ...] = "all-linear"  # "all-linear" or names such as q_proj
-    use_rslora: bool = False  # scale by lora_alpha / sqrt(r) instead
+    lora_dropout: float = 0.0  # probability of zeroing an input of the adapter, in [0, 1)
+    target_modules: str | tuple[str, ...] = "all-linear"  # all-linear, or names such as (q_proj, v_proj)
+    use_rslora: bool = False  # scale by lora_alpha / sqrt(r) instead (Kalajdzievski 2023)
 
     def __post_init__(self) -> None:
         if self.r < 1:
-            raise UserError(f"lora.r={self.r}: a whole number of 1 or more")
-        if not self.lora_alpha > 0:
-            raise UserError(f"lora.lora_alpha={self.lora_alpha}: a number above 0")
+            raise UserError(f"lora.r={self.r}: a whole number of at least 1 is allowed")
         if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"lora.lora_dropout={self.lora_dropout}: a probability in [0, 1)")
+            raise UserError(f"lora.lora_dropout={self.lora_dropout}: a number in [0, 1) is allowed")
+        if self.lora_alpha <= 0:
+            raise UserError(f"lora.lora_alpha={self.lora_alpha}: a number above 0 is allowed")
         if not self.target_modules:
-            raise UserError("lora.target_modules is empty: all-linear or a list such as [q_proj,v_proj]")
+            raise UserError("lora.target_modules is empty: all-linear, or names such as [q_proj,v_proj] are allowed")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            object.__setattr__(self, "target_modules", (self.target_modules,))
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+@dataclass(frozen=True)
+class GroupMembers:
+    """The names of a group's linears below the layer, such as self_attn.q_proj, beside their shapes."""
+
+    shape: GroupShape
+    paths: tuple[str, ...]
+
+
+def target_indices(groups: Iterable[GroupMembers], config: LoraConfig) -> dict[str, list[int]]:
+    """Group name -> the members that get an adapter.
+
+    Raises UserError for a name that no linear has.
+    """
+    groups = list(groups)
+    known = [path.rsplit(".", 1)[-1] for group in groups for path in group.paths]
+    wanted = known if config.target_modules == "all-linear" else list(config.target_modules)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise UserError(f"lora.target_modules: no linear is called {', '.join(unknown)}; there are {', '.join(known)}")
+    return {
+        group.shape.name: [i for i, path in enumerate(group.paths) if path.rsplit(".", 1)[-1] in wanted]
+        for group in groups
+    }
+
+
+class GroupAdapter:
+    """The adapter of one group of linears: views into the layer's flat masters, gradient and compute copies."""
+
+    def __init__(self, group: GroupMembers, members: list[int], config: LoraConfig) -> None:
+        self.group = group
+        self.members = members
+        self.r = config.r
+        self.scaling = config.scaling
+        self.dropout = config.lora_dropout
+        self.rank = len(members) * config.r  # R
+        rows = group.shape.rows
+        self._rows = [rows[member] for member in members]  # of each adapted member in the group's output
+        self._blocks = [slice(i * config.r, (i + 1) * config.r) for i in range(len(members))]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Values in all A's and in all B's."""
+        out = sum(self.group.shape.out_features[member] for member in self.members)
+        return self.rank * self.group.shape.in_features, out * self.r
+
+    def bind(self, masters: Tensor, grad: Tensor, dtype: torch.dtype) -> None:
+        """Take this adapter's part of the flat fp32 ``masters`` and ``grad``; make the compute copies."""
+        split = self.sizes[0]
+        shape_a = (self.rank, self.group.shape.in_features)
+        self.a_master, self.b_master = masters[:split].view(shape_a), masters[split:].view(-1, self.r)
+        self.a_grad, self.b_grad = grad[:split].view(shape_a), grad[split:].view(-1, self.r)
+        self.a = torch.empty(shape_a, dtype=dtype, device=masters.device)  # (R, in)
+        # (sum of out, R): scaling * B of member i in block (rows of i, columns of i), zero elsewhere
+        self.b = torch.zeros(self.group.shape.shape[0], self.rank, dtype=dtype, device=masters.device)
+
+    def refresh(self) -> None:
+        """Copy the fp32 masters into the compute copies. Called after each optimizer step."""
+        self.a.copy_(self.a_master)
+        for rows, block, master in self._member_parts(self.b_master):
+            self.b[rows, block] = (master * self.scaling).to(self.b.dtype)
+
+    def accumulate(self, grad_a: Tensor, grad_b: Tensor) -> None:
+        """Add gradients of the compute copies ``a`` (R, in) and ``b`` (sum of out, R) to the fp32 gradient."""
+        self.a_grad.add_(grad_a)
+        for rows, block, grad in self._member_parts(self.b_grad):
+            grad.add_(grad_b[rows, block], alpha=self.scaling)
+
+    def named_masters(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """(name, fp32 master) of each A (r, in) and B (out, r)."""
+        for member, (_, block, b_master) in zip(self.members, self._member_parts(self.b_master), strict=True):
+            name = f"model.layers.{layer}.{self.group.paths[member]}"
+            yield f"{name}.lora_A", self.a_master[block]
+            yield f"{name}.lora_B", b_master
+
+    def _member_parts(self, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """(rows in the group's output, columns in R, rows of ``b``) of each adapted member."""
+        start = 0
+        for rows, block in zip(self._rows, self._blocks, strict=True):
+            end = start + rows.stop - rows.start
+            yield rows, block, b[start:end]
+            start = end
+
+
+class LayerAdapters(nn.Module):
+    """All adapters of one layer over one flat fp32 parameter."""
+
+    def __init__(
+        self,
+        layer: int,
+        groups: Iterable[GroupMembers],
+        config: LoraConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        groups = list(groups)
+        targets = target_indices(groups, config)
+        self.layer = layer
+        self.groups = {
+            group.shape.name: GroupAdapter(group, targets[group.shape.name], config)
+            for group in groups
+            if targets[group.shape.name]
+        }
+        sizes = [sum(adapter.sizes) for adapter in self.groups.values()]
+        self.flat = nn.Parameter(torch.zeros(sum(sizes), dtype=torch.float32, device=device))
+        self.flat.grad = torch.zeros_like(self.flat)
+        for adapter, masters, grad in zip(
+            self.groups.values(), self.flat.data.split(sizes), self.flat.grad.split(sizes), strict=True
+        ):
+            adapter.bind(masters, grad, dtype)
+
+    def reset(self, seed: int) -> None:
+        """LoRA's start: A uniform as torch's Linear (so does PEFT), B zero. The same for every world_size."""
+        for index, adapter in enumerate(self.groups.values()):
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + self.layer) * 101 + index)
+            bound = 1 / math.sqrt(adapter.group.shape.in_features)
+            values = torch.empty(adapter.a_master.shape).uniform_(-bound, bound, generator=generator)
+            adapter.a_master.copy_(values)
+            adapter.b_master.zero_()
+        self.refresh()
+
+    def refresh(self) -> None:
+        for adapter in self.groups.values():
+            adapter.refresh()
+
+    @property
+    def grad(self) -> Tensor:
+        """fp32 (values in the layer,): what all micro-batches of this step have added so far."""
+        assert self.flat.grad is not None
+        return self.flat.grad
+
+    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
+        for adapter in self.groups.values():
+            yield from adapter.named_masters(self.layer)

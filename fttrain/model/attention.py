@@ -1,0 +1,294 @@
+"""Causal attention over documents that lie end to end, and the module a decoder layer calls for it.
+
+Two custom operators with fake kernels, so that a run can be planned without running it. Documents never see each other
+and no dense (T, T) mask exists anywhere: CUDA runs flash attention's variable-length kernel, the CPU runs causal flash
+attention document by document. Document lengths travel as Python ints, so nothing waits for the device.
+
+Legend: N tokens, H query heads, K key and value heads, D width of a head, L tokens of one document.
+"""
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fttrain.model.functions import rms_norm, rms_norm_backward, rotate_
+from fttrain.model.linears import LayerState, LinearGroup
+
+_cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# torch's CPU flash backward is 4 times slower in bf16 than in fp32 up to about this many tokens (measured)
+_CPU_FP32_BACKWARD_TOKENS = 512
+
+
+@torch.library.custom_op("fttrain::varlen_attention", mutates_args=())
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    """Causal attention within each document.
+
+    ``q`` (N, H, D), ``k`` and ``v`` (N, K, D); ``window`` > 0 lets a token see that many tokens, itself included.
+    Returns the output (N, H, D) and the log-sum-exp of the scores fp32 (H, N).
+    """
+    if q.is_cuda:
+        return _cuda_forward(q, k, v, lengths, scale, window)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    for document in _documents(lengths):
+        for rows, keys, mask in _tiles(document, window, q.device):
+            tile_out, tile_lse = _cpu_flash(
+                _heads(q[rows]), _heads(k[keys]), _heads(v[keys]), 0.0, mask is None, attn_mask=mask, scale=scale
+            )
+            out[rows] = tile_out[0].transpose(0, 1)
+            lse[:, rows] = tile_lse[0]
+    return out, lse
+
+
+@varlen_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("fttrain::varlen_attention_backward", mutates_args=())
+def varlen_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: list[int],
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Gradient of the output (N, H, D) -> gradients of q, k and v side by side (N, H + 2K, D)."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    grads = q.new_empty(q.shape[0], heads + 2 * kv_heads, q.shape[2])
+    grad_q, grad_k, grad_v = grads.split([heads, kv_heads, kv_heads], dim=1)
+    if q.is_cuda:
+        results = _cuda_backward(grad, q, k, v, out, lse, lengths, scale, window)
+        for target, value in zip((grad_q, grad_k, grad_v), results, strict=True):
+            target.copy_(value)
+        return grads
+    if window:
+        grad_k.zero_(), grad_v.zero_()
+    for document in _documents(lengths):
+        fp32 = document.stop - document.start <= _CPU_FP32_BACKWARD_TOKENS
+        for rows, keys, mask in _tiles(document, window, q.device):
+            tensors = [grad[rows], q[rows], k[keys], v[keys], out[rows]]
+            tensors = [_heads(tensor.float() if fp32 else tensor) for tensor in tensors]
+            tile_lse = lse[:, rows].unsqueeze(0)
+            tile_q, tile_k, tile_v = _cpu_flash_backward(
+                *tensors, tile_lse, 0.0, mask is None, attn_mask=mask, scale=scale
+            )
+            grad_q[rows] = tile_q[0].transpose(0, 1)
+            for target, value in ((grad_k, tile_k), (grad_v, tile_v)):
+                value = _sum_shared_heads(value[0], kv_heads).transpose(0, 1)
+                if mask is None:
+                    target[keys] = value
+                else:
+                    target[keys] += value  # neighbouring tiles of a window share keys
+    return grads
+
+
+@varlen_attention_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: list[int],
+    scale: float,
+    window: int,
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1] + 2 * k.shape[1], q.shape[2])
+
+
+def _documents(lengths: list[int]) -> list[slice]:
+    return [slice(end - length, end) for end, length in zip(accumulate(lengths), lengths, strict=True) if length]
+
+
+def _tiles(document: slice, window: int, device: torch.device) -> list[tuple[slice, slice, Tensor | None]]:
+    """(query rows, key rows, mask) of a document: one causal tile, or window-sized tiles that see one tile back.
+
+    A tile's mask is bool, at most (window, 2 * window): never the document squared.
+    """
+    length = document.stop - document.start
+    if not window or length <= window:
+        return [(document, document, None)]
+    tiles: list[tuple[slice, slice, Tensor | None]] = []
+    for start in range(document.start, document.stop, window):
+        rows = slice(start, min(start + window, document.stop))
+        keys = slice(max(document.start, start - window + 1), rows.stop)
+        distance = (
+            torch.arange(rows.start, rows.stop, device=device)[:, None]
+            - torch.arange(keys.start, keys.stop, device=device)[None, :]
+        )
+        tiles.append((rows, keys, (distance >= 0) & (distance < window)))
+    return tiles
+
+
+def _heads(tensor: Tensor) -> Tensor:
+    """(L, H, D) -> a view (1, H, L, D)."""
+    return tensor.transpose(0, 1).unsqueeze(0)
+
+
+def _sum_shared_heads(grad: Tensor, kv_heads: int) -> Tensor:
+    """(K or H, L, D) -> (K, L, D): query heads that shared a key head add their gradients."""
+    if grad.shape[0] == kv_heads:
+        return grad
+    return grad.view(kv_heads, -1, *grad.shape[1:]).sum(1)
+
+
+def _boundaries(lengths: list[int], device: torch.device) -> tuple[Tensor, int]:
+    """int32 (documents + 1,): where each document starts, and the longest document."""
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=True)
+    return starts.to(device, non_blocking=True), max(lengths, default=0)
+
+
+def _cuda_window(window: int) -> dict[str, int]:
+    return {"window_size_left": window - 1, "window_size_right": 0} if window else {}
+
+
+def _cuda_forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    starts, longest = _boundaries(lengths, q.device)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale, **_cuda_window(window)
+    )
+    return out, lse
+
+
+def _cuda_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: list[int],
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    starts, longest = _boundaries(lengths, q.device)
+    unused_rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # only dropout reads it
+    return torch.ops.aten._flash_attention_backward(
+        grad.contiguous(),
+        q,
+        k,
+        v,
+        out,
+        lse,
+        starts,
+        starts,
+        longest,
+        longest,
+        0.0,
+        True,
+        unused_rng,
+        unused_rng.new_empty(0),
+        scale=scale,
+        **_cuda_window(window),
+    )
+
+
+class _RotaryAttention(torch.autograd.Function):
+    """q/k norm, rotary embedding and attention in one node.
+
+    Saved: q, k and v as the projection left them (norm and rotation are redone in backward), the output, its lse.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, attention: "Attention") -> Tensor:  # type: ignore[override]
+        lengths = list(attention.state.lengths)
+        out, lse = varlen_attention(
+            *attention.rotated(qkv, cos, sin), lengths, attention.scale, attention.window
+        )
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.cos, ctx.sin, ctx.attention, ctx.lengths = cos, sin, attention, lengths
+        return out.flatten(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        qkv, out, lse = ctx.saved_tensors
+        attention: Attention = ctx.attention
+        grads = varlen_attention_backward(
+            grad.view(out.shape),
+            *attention.rotated(qkv, ctx.cos, ctx.sin),
+            out,
+            lse,
+            ctx.lengths,
+            attention.scale,
+            attention.window,
+        )
+        return attention.rotated_backward(grads, qkv, ctx.cos, ctx.sin), None, None, None
+
+
+class Attention(nn.Module):
+    """Stands where transformers' decoder layer has its attention: same call, packed documents."""
+
+    def __init__(
+        self,
+        qkv: LinearGroup,
+        o: LinearGroup,
+        state: LayerState,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        window: int = 0,
+        qk_norm_eps: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.qkv, self.o, self.state = qkv, o, state
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.window = window  # 0: full causal attention
+        self.qk_norm_eps = qk_norm_eps  # None: the family has no norm on q and k
+        self.scale = head_dim**-0.5
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
+    ) -> tuple[Tensor, None]:
+        """``hidden_states`` (N, C), cos and sin (N, D) -> the attention's output (N, C)."""
+        cos, sin = position_embeddings
+        qkv = self.qkv(hidden_states)
+        attend: Callable[..., Tensor] | None = getattr(self.state.cache, "attend", None)
+        if attend is not None:
+            out = attend(self, *self.rotated(qkv, cos, sin))
+        else:
+            out = _RotaryAttention.apply(qkv, cos, sin, self)
+        return self.o(out), None
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, (H + 2K) * D) -> q (N, H, D), k (N, K, D), v (N, K, D), views."""
+        heads = qkv.view(qkv.shape[0], -1, self.head_dim)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        return q, k, v
+
+    def _norm_weights(self) -> tuple[Tensor, Tensor]:
+        frozen = self.qkv.frozen
+        return frozen.tensor("self_attn.q_norm.weight"), frozen.tensor("self_attn.k_norm.weight")
+
+    def rotated(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed and rotated q (N, H, D) and k (N, K, D), and v (N, K, D)."""
+        q, k, v = self._split(qkv)
+        if self.qk_norm_eps is None:
+            rotated = rotate_(qkv.view(qkv.shape[0], -1, self.head_dim)[:, : -self.kv_heads].clone(), cos, sin)
+            return rotated[:, : self.heads], rotated[:, self.heads :], v
+        q_weight, k_weight = self._norm_weights()
+        q, k = rms_norm(q, q_weight, self.qk_norm_eps), rms_norm(k, k_weight, self.qk_norm_eps)
+        return rotate_(q, cos, sin), rotate_(k, cos, sin), v
+
+    def rotated_backward(self, grads: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Gradients of what ``rotated`` returned (N, H + 2K, D), overwritten -> gradient of ``qkv``."""
+        rotate_(grads[:, : -self.kv_heads], cos, -sin)
+        if self.qk_norm_eps is not None:
+            q, k, _ = self._split(qkv)
+            grad_q, grad_k, _ = grads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+            for grad, x, weight in zip((grad_q, grad_k), (q, k), self._norm_weights(), strict=True):
+                grad.copy_(rms_norm_backward(grad, x, weight, self.qk_norm_eps))
+        return grads.flatten(1)

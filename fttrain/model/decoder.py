@@ -1,0 +1,165 @@
+"""The decoder: transformers' layers as shells, their attention, MLP and norms exchanged for ours.
+
+``Decoder.parameters()`` is exactly what trains. Frozen tensors are not part of the modules: a store hands out a layer's
+bytes, the schedule binds them to the layer's state while it uses the layer.
+
+Legend: N tokens, C hidden width, D width of a head.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fttrain.data.batch import MicroBatch
+from fttrain.model.attention import Attention
+from fttrain.model.families import family_of
+from fttrain.model.families.family import Family
+from fttrain.model.head import Embedding, Head
+from fttrain.model.linears import LayerState, LinearGroup
+from fttrain.model.lora import GroupMembers, LayerAdapters, LoraConfig
+from fttrain.quant.frozen_layer import FrozenFormat, GroupShape
+from fttrain.quant.scheme import QuantConfig
+
+PROLOGUES = {  # group -> (prologue, its norm)
+    "qkv": ("rmsnorm", "input_layernorm.weight"),
+    "o": ("none", ""),
+    "gate_up": ("rmsnorm", "post_attention_layernorm.weight"),
+    "down": ("swiglu", ""),
+}
+
+
+class Architecture:
+    """Shapes of a model, derived from transformers' config; the same for all layers."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.family: Family = family_of(config)
+        self.layers: int = config.num_hidden_layers
+        self.hidden: int = config.hidden_size
+        self.heads: int = config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or self.hidden // self.heads
+        self.eps: float = config.rms_norm_eps
+        self.tied: bool = config.tie_word_embeddings
+        self.groups = self._groups()
+
+    def _groups(self) -> tuple[GroupMembers, ...]:
+        q, kv, mlp = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.config.intermediate_size
+        family, config = self.family, self.config
+        attention, dense = "self_attn", "mlp"
+        return (
+            GroupMembers(
+                GroupShape("qkv", self.hidden, (q, kv, kv), family.qkv_bias(config)),
+                (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
+            ),
+            GroupMembers(GroupShape("o", q, (self.hidden,), family.o_bias(config)), (f"{attention}.o_proj",)),
+            GroupMembers(
+                GroupShape("gate_up", self.hidden, (mlp, mlp), family.mlp_bias(config)),
+                (f"{dense}.gate_proj", f"{dense}.up_proj"),
+            ),
+            GroupMembers(GroupShape("down", mlp, (self.hidden,), family.mlp_bias(config)), (f"{dense}.down_proj",)),
+        )
+
+    def frozen_format(self, quant: QuantConfig, dtype: torch.dtype) -> FrozenFormat:
+        """How one layer's frozen tensors are laid out."""
+        norms: dict[str, tuple[int, ...]] = {norm: (self.hidden,) for _, norm in PROLOGUES.values() if norm}
+        if self.family.qk_norm:
+            norms |= {f"self_attn.{name}_norm.weight": (self.head_dim,) for name in ("q", "k")}
+        return FrozenFormat((group.shape for group in self.groups), norms, quant, dtype)
+
+
+class Mlp(nn.Module):
+    """Stands where transformers' layer has its MLP: the SwiGLU is the prologue of ``down``."""
+
+    def __init__(self, gate_up: LinearGroup, down: LinearGroup) -> None:
+        super().__init__()
+        self.gate_up, self.down = gate_up, down
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down(self.gate_up(hidden_states))
+
+
+class Layer:
+    """One decoder layer: transformers' shell, the state the schedule binds, and the adapters."""
+
+    def __init__(
+        self, architecture: Architecture, index: int, lora: LoraConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.index = index
+        self.state = LayerState()
+        self.adapters = LayerAdapters(index, architecture.groups, lora, device, dtype)
+        self.shell = self._build_shell(architecture)
+
+    def _build_shell(self, architecture: Architecture) -> nn.Module:
+        family = architecture.family
+        linears = {
+            group.shape.name: LinearGroup(
+                group.shape,
+                self.index,
+                self.state,
+                self.adapters.groups.get(group.shape.name),
+                *PROLOGUES[group.shape.name],
+                eps=architecture.eps,
+                unread=group.shape.name in family.unread_outputs,
+            )
+            for group in architecture.groups
+        }
+        with torch.device("meta"):
+            shell = family.layer_class(architecture.config, self.index)
+        shell.self_attn = Attention(
+            linears["qkv"],
+            linears["o"],
+            self.state,
+            architecture.heads,
+            architecture.kv_heads,
+            architecture.head_dim,
+            window=family.window(architecture.config, self.index),
+            qk_norm_eps=architecture.eps if family.qk_norm else None,
+        )
+        shell.mlp = Mlp(linears["gate_up"], linears["down"])
+        shell.input_layernorm = shell.post_attention_layernorm = nn.Identity()  # prologues of qkv and gate_up
+        return shell
+
+    def __call__(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """``hidden`` (N, C), cos and sin (N, D) -> (N, C)."""
+        return self.shell(hidden, position_embeddings=rotary)
+
+
+class Decoder:
+    """Embedding, layers and head; everything but where the layers' bytes live and in which order things run."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        embedding: Tensor,
+        final_norm: Tensor,
+        head: Tensor,
+        lora: LoraConfig,
+    ) -> None:
+        family, device, dtype = architecture.family, embedding.device, embedding.dtype
+        self.architecture = architecture
+        self.embedding = Embedding(embedding, family.embedding_scale)
+        self.head = Head(final_norm, head, architecture.eps, family.logit_scale)
+        self.layers = [Layer(architecture, i, lora, device, dtype) for i in range(architecture.layers)]
+        self._rotary = family.rotary_class(architecture.config).to(device)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """One flat fp32 parameter a layer: exactly what trains."""
+        return [layer.adapters.flat for layer in self.layers]
+
+    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
+        for layer in self.layers:
+            yield from layer.adapters.named_masters()
+
+    @torch.no_grad()
+    def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 (N,) -> cos and sin (N, D) in the compute dtype."""
+        cos, sin = self._rotary(self.embedding.weight, position_ids.unsqueeze(0))
+        return cos[0], sin[0]
+
+    @torch.no_grad()
+    def embed(self, micro_batch: MicroBatch) -> Tensor:
+        """(N, C): what the first layer reads."""
+        return self.embedding(micro_batch.input_ids)

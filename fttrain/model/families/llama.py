@@ -1,0 +1,21 @@
+"""Llama 2, 3, 3.1, 3.2, 3.3 and what shares their architecture (SmolLM2, Yi, TinyLlama).
+
+Full attention in every layer, no q/k norm. Both norms come before their block, so the output of down_proj only joins
+the residual: backward never reads it.
+"""
+
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from fttrain.model.families.family import Family
+
+FAMILY = Family(
+    model_type="llama",
+    layer_class=LlamaDecoderLayer,
+    rotary_class=LlamaRotaryEmbedding,
+    qkv_bias=lambda config: config.attention_bias,
+    o_bias=lambda config: config.attention_bias,
+    mlp_bias=lambda config: config.mlp_bias,
+    window=lambda config, layer: 0,
+    qk_norm=False,
+    unread_outputs=("down",),
+)

@@ -1,0 +1,17 @@
+"""Qwen2 and Qwen2.5: biases on q, k and v, none on o; a sliding window in the upper layers where it is switched on."""
+
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
+
+from fttrain.model.families.family import Family, layer_type_window
+
+FAMILY = Family(
+    model_type="qwen2",
+    layer_class=Qwen2DecoderLayer,
+    rotary_class=Qwen2RotaryEmbedding,
+    qkv_bias=lambda config: True,
+    o_bias=lambda config: False,
+    mlp_bias=lambda config: False,
+    window=layer_type_window,
+    qk_norm=False,
+    unread_outputs=("down",),
+)

@@ -1,0 +1,17 @@
+"""Qwen3 (dense): an RMS norm over each head of q and k before the rotation, a head width of its own."""
+
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
+
+from fttrain.model.families.family import Family, layer_type_window
+
+FAMILY = Family(
+    model_type="qwen3",
+    layer_class=Qwen3DecoderLayer,
+    rotary_class=Qwen3RotaryEmbedding,
+    qkv_bias=lambda config: config.attention_bias,
+    o_bias=lambda config: config.attention_bias,
+    mlp_bias=lambda config: False,
+    window=layer_type_window,
+    qk_norm=True,
+    unread_outputs=("down",),
+)

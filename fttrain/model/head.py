@@ -1,0 +1,84 @@
+"""The frozen ends of the model: token embedding, and final norm + head + cross entropy in chunks.
+
+The head is frozen, so its backward is the gradient of the hidden states alone. It is taken at once, chunk by chunk of
+tokens: no more than one chunk of logits ever exists, and tokens without a target never reach the head.
+
+Legend: N tokens, M tokens that have a target, C hidden width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fttrain.data.batch import IGNORE
+from fttrain.model.functions import rms_norm, rms_norm_backward
+
+CHUNK_BYTES = 96 * 1024**2  # of logits in flight: fp32 probabilities and their copy in the compute dtype
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Token ids -> hidden states."""
+
+    weight: Tensor  # (V, C)
+    scale: float = 1.0
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """int64 (N,) -> (N, C)."""
+        hidden = torch.nn.functional.embedding(input_ids, self.weight)
+        return hidden if self.scale == 1.0 else hidden * self.scale
+
+
+@dataclass(frozen=True)
+class Head:
+    """Final norm and output projection."""
+
+    norm: Tensor  # (C,)
+    weight: Tensor  # (V, C); the embedding's tensor where they are tied
+    eps: float
+    logit_scale: float = 1.0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, C) -> (N, V) in the compute dtype: for a few tokens, in generation."""
+        return rms_norm(hidden, self.norm, self.eps) @ self.weight.t() * self.logit_scale
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Sum of -log p(target) over the tokens that have one, fp64 scalar. ``hidden`` (N, C), ``targets`` (N,)."""
+        return self._loss(hidden, targets, want_gradient=False)[0]
+
+    def loss_and_gradient(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """``loss`` and its gradient with respect to ``hidden`` (N, C)."""
+        return self._loss(hidden, targets, want_gradient=True)
+
+    def _loss(self, hidden: Tensor, targets: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor]:
+        trained = (targets != IGNORE).nonzero().squeeze(-1)  # int64 (M,)
+        grad = torch.zeros_like(hidden) if want_gradient else hidden
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        rows = max(1, CHUNK_BYTES // (self.weight.shape[0] * (4 + hidden.element_size())))
+        for tokens in trained.split(rows):
+            x = hidden[tokens]
+            normed = rms_norm(x, self.norm, self.eps)
+            loss, grad_normed = self._chunk(normed, targets[tokens], want_gradient)
+            total += loss
+            if grad_normed is not None:
+                grad[tokens] = rms_norm_backward(grad_normed, x, self.norm, self.eps)
+        return total, grad
+
+    def _chunk(self, normed: Tensor, targets: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """One chunk (m, C): sum of its losses, and the gradient of ``normed``."""
+        logits = normed @ self.weight.t()  # (m, V)
+        if self.logit_scale != 1.0:
+            logits *= self.logit_scale
+        probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        target_rows = torch.arange(len(targets), device=targets.device)
+        # log sum exp from the largest entry of each row, whose probability never underflows
+        top, at = logits.max(dim=-1)
+        lse = top.float() - probabilities[target_rows, at].log()
+        loss = (lse - logits[target_rows, targets].float()).sum(dtype=torch.float64)
+        if not want_gradient:
+            return loss, None
+        probabilities[target_rows, targets] -= 1
+        if self.logit_scale != 1.0:
+            probabilities *= self.logit_scale
+        return loss, logits.copy_(probabilities) @ self.weight

@@ -1,0 +1,175 @@
+"""A group of frozen linears with LoRA: one autograd function for the prologue, the linears and their adapters.
+
+    x ── prologue (none | rmsnorm | swiglu) ── x̂ (N, in) ──┬── frozen W (out, in), dequantised now ──┐
+                                                           └── A (R, in) ── scaling * B (out, R) ────┴── y (N, out)
+
+Saved for backward: the prologue's input and nothing else. The frozen bytes are read again at backward time, whatever
+slot they lie in by then; no view of a slot and no dequantised weight is ever saved. Adapter gradients go straight into
+the layer's flat fp32 gradient.
+
+Legend: N tokens, in and out summed over the group, R adapter ranks summed over the group.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fttrain.model.functions import rms_norm, rms_norm_backward, swiglu, swiglu_backward
+from fttrain.model.lora import GroupAdapter
+from fttrain.quant.frozen_layer import FrozenLayer, GroupShape
+
+
+@dataclass(frozen=True)
+class DropoutKey:
+    """What a dropout mask depends on, beside the layer and the module: never the order in which things run."""
+
+    seed: int
+    step: int
+    micro_batch: int  # its index in the step over all ranks
+
+    def generator(self, layer: int, module: str, device: torch.device) -> torch.Generator:
+        text = f"{self.seed}/{self.step}/{self.micro_batch}/{layer}/{module}"
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class LayerState:
+    """What changes while a layer's modules stay: bound by the schedule around each use of the layer."""
+
+    def __init__(self) -> None:
+        self.frozen: FrozenLayer | None = None  # the layer's bytes, from the store
+        self.lengths: tuple[int, ...] = ()  # tokens of each document in the micro-batch that passes now
+        self.dropout: DropoutKey | None = None  # None: no dropout (evaluation)
+        self.recomputing = False  # True: outputs that backward never reads may be left out
+        self.cache: object | None = None  # keys and values of earlier tokens, in generation
+
+
+class LinearGroup(nn.Module):
+    """The module a decoder layer calls: applies the group to its input."""
+
+    def __init__(
+        self,
+        shape: GroupShape,
+        layer: int,
+        state: LayerState,
+        adapter: GroupAdapter | None,
+        prologue: str,
+        norm: str = "",
+        eps: float = 0.0,
+        unread: bool = False,
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.layer = layer
+        self.state = state
+        self.adapter = adapter
+        self.prologue = prologue  # none | rmsnorm | swiglu
+        self.norm = norm  # the frozen norm weight of an rmsnorm prologue
+        self.eps = eps
+        self.unread = unread  # backward never reads this group's output
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (N, in), or gate and up side by side (N, 2 * in) for a swiglu prologue -> y (N, out)."""
+        if self.state.recomputing and self.unread:
+            return _Unread.apply(x, self)
+        return _Forward.apply(x, self)
+
+    @property
+    def frozen(self) -> FrozenLayer:
+        assert self.state.frozen is not None, f"layer {self.layer} is used outside the store's get and release"
+        return self.state.frozen
+
+    def prologue_forward(self, x: Tensor) -> Tensor:
+        if self.prologue == "rmsnorm":
+            return rms_norm(x, self.frozen.tensor(self.norm), self.eps)
+        return swiglu(x) if self.prologue == "swiglu" else x
+
+    def prologue_backward(self, grad: Tensor, x: Tensor) -> Tensor:
+        if self.prologue == "rmsnorm":
+            return rms_norm_backward(grad, x, self.frozen.tensor(self.norm), self.eps)
+        return swiglu_backward(grad, x) if self.prologue == "swiglu" else grad
+
+    def output(self, x: Tensor) -> Tensor:
+        """The group's arithmetic, without autograd."""
+        inputs = self.prologue_forward(x)
+        y = torch.nn.functional.linear(inputs, self.frozen.weight(self.shape.name), self.frozen.bias(self.shape.name))
+        if self.adapter is not None:
+            y.addmm_(_down_projection(self, inputs, self.state.dropout), self.adapter.b.t())
+        return y
+
+    def input_gradient(self, grad: Tensor, x: Tensor, dropout: DropoutKey | None) -> Tensor:
+        """``grad`` of y (N, out) -> gradient of ``x``. Adds the adapter's gradients to the layer's."""
+        grad_inputs = grad @ self.frozen.weight(self.shape.name)  # (N, in)
+        if self.adapter is not None:
+            inputs = self.prologue_forward(x)
+            down = _down_projection(self, inputs, dropout)  # (N, R)
+            grad_down = grad @ self.adapter.b  # (N, R)
+            grad_a = _down_projection_backward(self, grad_down, inputs, grad_inputs, dropout)
+            self.adapter.accumulate(grad_a, grad.t() @ down)
+        return self.prologue_backward(grad_inputs, x)
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: LinearGroup) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.group, ctx.dropout = group, group.state.dropout
+        return group.output(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return ctx.group.input_gradient(grad, x, ctx.dropout), None
+
+
+class _Unread(_Forward):
+    """The same node without its forward GEMM: a zero that takes no memory stands for the output nobody reads."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: LinearGroup) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.group, ctx.dropout = group, group.state.dropout
+        return x.new_zeros(()).expand(x.shape[0], group.shape.shape[0])
+
+
+def _down_projection(group: LinearGroup, inputs: Tensor, dropout: DropoutKey | None) -> Tensor:
+    """``inputs`` (N, in) -> A @ dropout(inputs) (N, R). Each member drops inputs of its own, as PEFT does."""
+    adapter = group.adapter
+    assert adapter is not None
+    if dropout is None or adapter.dropout == 0:
+        return inputs @ adapter.a.t()
+    parts = [
+        (inputs * _mask(group, member, inputs, dropout)) @ a.t()
+        for member, a in zip(adapter.members, adapter.a.split(adapter.r), strict=True)
+    ]
+    return torch.cat(parts, dim=-1)
+
+
+def _down_projection_backward(
+    group: LinearGroup, grad_down: Tensor, inputs: Tensor, grad_inputs: Tensor, dropout: DropoutKey | None
+) -> Tensor:
+    """``grad_down`` (N, R) -> gradient of A (R, in); adds the inputs' share to ``grad_inputs`` (N, in)."""
+    adapter = group.adapter
+    assert adapter is not None
+    if dropout is None or adapter.dropout == 0:
+        grad_inputs.addmm_(grad_down, adapter.a)
+        return grad_down.t() @ inputs
+    grads = []
+    for member, a, grad in zip(
+        adapter.members, adapter.a.split(adapter.r), grad_down.split(adapter.r, dim=-1), strict=True
+    ):
+        mask = _mask(group, member, inputs, dropout)
+        grad_inputs.add_((grad @ a).mul_(mask))
+        grads.append(grad.t() @ (inputs * mask))
+    return torch.cat(grads)
+
+
+def _mask(group: LinearGroup, member: int, inputs: Tensor, dropout: DropoutKey) -> Tensor:
+    """Like ``inputs``: 0 with the dropout's probability, 1 / (1 - probability) elsewhere."""
+    assert group.adapter is not None
+    keep = 1 - group.adapter.dropout
+    module = f"{group.shape.name}.{member}"
+    generator = dropout.generator(group.layer, module, inputs.device)
+    return torch.empty_like(inputs).bernoulli_(keep, generator=generator).div_(keep)

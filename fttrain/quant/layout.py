@@ -1,0 +1,52 @@
+"""Where each tensor of a layer lies in the layer's one flat buffer.
+
+A layer is moved as a whole, so all that is frozen in it is one aligned ``uint8`` buffer. Its size is a multiple of
+lcm(1..8) * 256 bytes: any world_size up to 8 shards it as ``flat.view(world_size, -1)[rank]``.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ALIGN_BYTES = 256  # a tensor starts where a CUDA kernel can read it vectorised
+FLAT_MULTIPLE_BYTES = math.lcm(*range(1, 9)) * ALIGN_BYTES
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor inside the flat buffer."""
+
+    offset_bytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Layout:
+    """Tensor name -> its slot. The same layout serves every layer of the same shape."""
+
+    def __init__(self, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> None:
+        self.slots: dict[str, Slot] = {}
+        end = 0
+        for name, shape, dtype in tensors:
+            slot = Slot(_round_up(end, ALIGN_BYTES), shape, dtype)
+            self.slots[name] = slot
+            end = slot.offset_bytes + slot.size_bytes
+        self.size_bytes = _round_up(end, FLAT_MULTIPLE_BYTES)
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """``flat`` uint8 (size_bytes,) -> every tensor of the layer as a view of it."""
+        return {
+            name: flat[slot.offset_bytes : slot.offset_bytes + slot.size_bytes].view(slot.dtype).view(slot.shape)
+            for name, slot in self.slots.items()
+        }
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
