@@ -1,12 +1,13 @@
-"""What keeps a training loop safe: its settings, a guard against loss spikes, a polite stop on signals."""
+"""What keeps a training loop safe: settings, a guard against loss spikes, a polite stop."""
 
+import itertools
 import math
 import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from fttrain.errors import UserError
 
@@ -47,7 +48,9 @@ class LoopConfig:
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"loop.{name}={value}: must be a number above 0")
         if self.spike_policy not in SPIKE_POLICIES:
-            raise UserError(f"loop.spike_policy={self.spike_policy}: must be one of {', '.join(SPIKE_POLICIES)}")
+            raise UserError(
+                f"loop.spike_policy={self.spike_policy}: must be one of {', '.join(SPIKE_POLICIES)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,11 @@ ADVICE = "lower optim.lr (a third is a good next try), or train with quant=fp4"
 class SpikeGuard:
     """Watches the loss of each optimizer step (nats per token, the same value on every rank).
 
-    A step is abnormal when its loss or gradient norm is not finite, when the loss lies ``rise`` nats over the running
-    mean of the accepted losses, when that mean itself has climbed ``rise`` nats over its lowest value, or when the
-    loss swings to and fro by half of ``rise`` again and again. Every rank sees the same reduced numbers, so every
-    rank decides the same without asking the others.
+    A step is abnormal when its loss or gradient norm is not finite, when the loss lies ``rise``
+    nats over the running mean of the accepted losses, when that mean itself has climbed ``rise``
+    nats over its lowest value, or when the loss swings to and fro by half of ``rise`` again and
+    again. Every rank sees the same reduced numbers, so every rank decides the same without asking
+    the others.
     """
 
     policy: str = "stop"  # stop | skip | ignore
@@ -96,12 +100,17 @@ class SpikeGuard:
             if math.isfinite(loss):
                 self._accept(loss)
             first = self.abnormal == 1
-            return Verdict("ok", f"{reason}; going on, as loop.spike_policy=ignore says" if first else "")
+            return Verdict(
+                "ok", f"{reason}; going on, as loop.spike_policy=ignore says" if first else ""
+            )
         if self.policy == "skip" and self.abnormal < MAX_SKIPPED:
             return Verdict("skip", f"{reason}; this step is skipped (loop.spike_policy=skip)")
         if self.policy == "skip":
             reason = f"{reason}; {MAX_SKIPPED} steps in a row were abnormal, skipping does not help"
-        return Verdict("stop", f"{reason}. What helps: {ADVICE}; then resume from a checkpoint before the spike")
+        return Verdict(
+            "stop",
+            f"{reason}. What helps: {ADVICE}; then resume from a checkpoint before the spike",
+        )
 
     def _judge(self, loss: float, grad_norm: float | None) -> str | None:
         """Why this step is abnormal, or None."""
@@ -113,9 +122,10 @@ class SpikeGuard:
         if self.accepted < WARMUP_STEPS:
             return None
         if loss - self.mean >= self.rise:
-            return f"the loss rose to {loss:.3f}, {loss - self.mean:.2f} over its running mean {self.mean:.3f}"
+            over = loss - self.mean
+            return f"the loss rose to {loss:.3f}, {over:.2f} over its running mean {self.mean:.3f}"
         if self.mean - self.lowest >= self.rise:
-            return f"the loss has climbed: its running mean is {self.mean:.3f} and was {self.lowest:.3f}"
+            return f"the running mean of the loss climbed from {self.lowest:.3f} to {self.mean:.3f}"
         if self._swings() >= SWINGS:
             low, high = min(self.recent), max(self.recent)
             self.recent = []  # the next verdict needs new evidence
@@ -130,11 +140,12 @@ class SpikeGuard:
             self.lowest = min(self.lowest, self.mean)
 
     def _swings(self) -> int:
-        """Turns in ``recent`` where the loss moved by half of ``rise`` or more both before and after."""
-        moves = [after - before for before, after in zip(self.recent, self.recent[1:], strict=False)]
+        """Turns in ``recent`` with a move of half of ``rise`` or more both before and after."""
+        moves = [after - before for before, after in itertools.pairwise(self.recent)]
         big = self.rise / 2
         return sum(
-            one * two < 0 and abs(one) >= big and abs(two) >= big for one, two in zip(moves, moves[1:], strict=False)
+            one * two < 0 and abs(one) >= big and abs(two) >= big
+            for one, two in itertools.pairwise(moves)
         )
 
     def state(self) -> dict[str, Any]:
@@ -149,8 +160,12 @@ class SpikeGuard:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes what ``state`` gave; the policy and the rise stay those of the new configuration."""
-        self.accepted, self.mean, self.abnormal = state["accepted"], state["mean"], state["abnormal"]
+        """Takes what ``state`` gave; policy and rise stay those of the new configuration."""
+        self.accepted, self.mean, self.abnormal = (
+            state["accepted"],
+            state["mean"],
+            state["abnormal"],
+        )
         self.lowest = math.inf if state["lowest"] is None else state["lowest"]
         self.recent = list(state["recent"])
 
@@ -161,8 +176,8 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 class StopSignals:
     """Turns SIGINT and SIGTERM into a wish that the loop reads between steps.
 
-    Nothing is ever interrupted: no exception is raised, so neither the first nor any later signal can break a save.
-    Enter it in the main thread. ``signum`` is the first signal received, or None.
+    Nothing is ever interrupted: no exception is raised, so neither the first nor any later signal
+    can break a save. Enter it in the main thread. ``signum`` is the first signal received, or None.
     """
 
     def __init__(self) -> None:
@@ -179,13 +194,16 @@ class StopSignals:
         """130 after SIGINT, 143 after SIGTERM, 0 when no signal came."""
         return 0 if self.signum is None else 128 + self.signum
 
-    def __enter__(self) -> "StopSignals":
+    def __enter__(self) -> Self:
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._previous[signum] = signal.signal(signum, self._receive)
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)

@@ -20,6 +20,8 @@ class TrackConfig:
     def __post_init__(self) -> None:
         for key, allowed in (("kind", KINDS), ("mode", MODES)):
             if getattr(self, key) not in allowed:
-                raise UserError(f"track.{key}={getattr(self, key)}: must be one of {', '.join(allowed)}")
+                raise UserError(
+                    f"track.{key}={getattr(self, key)}: must be one of {', '.join(allowed)}"
+                )
         if not self.project:
             raise UserError("track.project is empty: give the name of a project")

@@ -1,8 +1,50 @@
-"""Snapshots: the exact state of a run."""
+"""Snapshots: the exact state of a run, of which at least one is whole at every moment.
 
-from dataclasses import dataclass
+    checkpoints/
+        step_00000100/               loads in plain PEFT as it is
+            adapter_config.json
+            adapter_model.safetensors    fp32 adapter
+            optimizer.safetensors        every tensor of the optimizer
+            state.json                   step, scalars (data position ...), settings, base model
+            manifest.json                sizes and SHA-256 of the above, written last
+        .part_step_00000200/         a save under way, or one that was killed: never looked at
 
+There is no pointer to the latest: the newest folder that verifies is the latest.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fttrain.checkpoint import durable
+from fttrain.checkpoint.adapter import AdapterInfo, load_adapter, save_adapter
+from fttrain.checkpoint.claim import Claim, claim_output
 from fttrain.errors import UserError
+
+__all__ = [
+    "CheckpointConfig",
+    "Claim",
+    "Snapshot",
+    "claim_output",
+    "find_snapshot",
+    "load_snapshot",
+    "save_snapshot",
+]
+
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+FOLDER = re.compile(r"step_(?P<step>\d{8,})(?P<aside>\.replaced)?")
+PART = ".part_"
+
+Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -14,6 +56,202 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.every < 0:
-            raise UserError(f"checkpoint.every={self.every}: must be 0 (only at the end) or a number of steps")
+            raise UserError(
+                f"checkpoint.every={self.every}: must be 0 (only at the end) or a number of steps"
+            )
         if self.keep_last < 1:
             raise UserError(f"checkpoint.keep_last={self.keep_last}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that a run must know to go on as if it had never stopped."""
+
+    step: int  # optimizer steps done
+    adapter: dict[str, Tensor]  # fp32 masters under our names, see adapter.py
+    optimizer: dict[str, Tensor]  # any names, shapes and dtypes
+    scalars: dict[str, Any] = field(
+        default_factory=dict
+    )  # JSON: finite numbers, strings, lists, dicts
+    adapter_info: AdapterInfo = field(default_factory=lambda: AdapterInfo(r=16, lora_alpha=32.0))
+    base_model: str = ""  # name or path of the frozen base
+    revision: str | None = None  # of the base on its hub
+
+
+def _to_stderr(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def save_snapshot(
+    checkpoints: Path | str, snapshot: Snapshot, keep_last: int = 2, warn: Warn = _to_stderr
+) -> Path:
+    """Saves ``snapshot`` and drops old ones; call it on one rank.
+
+    When it returns, the snapshot is on the disk, has been read back and verified. Killed at any
+    moment it leaves the earlier snapshots as they were. Snapshots of later steps belong to a course
+    that this run has left (it was resumed from an earlier step) and go, too.
+
+    Returns:
+        the folder of the snapshot.
+
+    Raises:
+        UserError: no room on the disk (with the bytes needed and free), a tensor that is not
+            finite, or a disk that gives back something else than what was written. Nothing
+            half-written stays; older snapshots do.
+    """
+    checkpoints = Path(checkpoints)
+    name = f"step_{snapshot.step:08d}"
+    part, final = checkpoints / f"{PART}{name}", checkpoints / name
+    needed = durable.tensor_bytes(snapshot.adapter) + durable.tensor_bytes(snapshot.optimizer)
+    _sweep(checkpoints)
+    try:
+        with durable.room_for(
+            checkpoints, needed, f"saving the checkpoint of step {snapshot.step}"
+        ):
+            durable.make_folder(checkpoints)
+            part.mkdir()
+            _write(part, snapshot)
+            if (
+                final.exists()
+            ):  # a rename cannot replace a folder; the old one stays findable meanwhile
+                aside = final.with_name(f"{name}.replaced")
+                shutil.rmtree(aside, ignore_errors=True)
+                final.rename(aside)
+            part.rename(final)
+            durable.sync(checkpoints)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    reason = durable.flaw(final)
+    if reason is not None:
+        raise UserError(
+            f"{final}: reads back differently from what was written ({reason}); the disk or the "
+            "memory is failing; "
+            "older checkpoints were kept"
+        )
+    _rotate(checkpoints, snapshot.step, keep_last, warn)
+    return final
+
+
+def find_snapshot(checkpoints: Path | str, resume: str, warn: Warn = _to_stderr) -> Path | None:
+    """The verified snapshot that ``resume`` (auto, none or a path) asks for, or None to start
+    afresh.
+
+    Raises:
+        UserError: the path is no whole snapshot, or with auto there are snapshots and none is
+            whole.
+    """
+    if resume == "none":
+        return None
+    if resume != "auto":
+        path = Path(resume)
+        reason = durable.flaw(path)
+        if reason is not None:
+            inside = [
+                found.name
+                for folder in (path, path / "checkpoints")
+                for found in _newest_first(folder)
+            ]
+            hint = f"; it holds {', '.join(inside)}: give one of these" if inside else ""
+            raise UserError(f"resume={resume}: not a whole checkpoint: {reason}{hint}")
+        return path
+    found = _newest_first(Path(checkpoints))
+    for path in found:
+        reason = durable.flaw(path)
+        if reason is None:
+            return path
+        warn(f"checkpoint {path} is refused: {reason}")
+    if found:
+        raise UserError(
+            f"{checkpoints}: none of the {len(found)} checkpoints is whole; to start afresh "
+            "give another output="
+        )
+    return None
+
+
+def load_snapshot(path: Path | str) -> Snapshot:
+    """Reads a snapshot, verified first. Tensors come back on the CPU, bit for bit as they were
+    saved.
+
+    Raises:
+        UserError: naming the file that is missing or damaged.
+    """
+    path = Path(path)
+    reason = durable.flaw(path)
+    if reason is not None:
+        raise UserError(f"{path}: not a whole checkpoint: {reason}")
+    state = json.loads((path / STATE).read_bytes())
+    adapter, _ = load_adapter(path)
+    targets = state["adapter_info"]["target_modules"]
+    info = {
+        **state["adapter_info"],
+        "target_modules": targets if isinstance(targets, str) else tuple(targets),
+    }
+    return Snapshot(
+        step=state["step"],
+        adapter=adapter,
+        optimizer=load_file(path / OPTIMIZER),
+        scalars=state["scalars"],
+        adapter_info=AdapterInfo(**info),
+        base_model=state["base_model"],
+        revision=state["revision"],
+    )
+
+
+def _write(part: Path, snapshot: Snapshot) -> None:
+    """All files of a snapshot, each synced, the manifest last."""
+    save_adapter(
+        part, snapshot.adapter, snapshot.adapter_info, snapshot.base_model, snapshot.revision
+    )
+    durable.write_tensors(part / OPTIMIZER, snapshot.optimizer)
+    state = {
+        "step": snapshot.step,
+        "base_model": snapshot.base_model,
+        "revision": snapshot.revision,
+        "adapter_info": dataclasses.asdict(snapshot.adapter_info),
+        "scalars": snapshot.scalars,
+    }
+    durable.write_json(part / STATE, state)
+    durable.write_manifest(part, snapshot.step)
+
+
+def _newest_first(checkpoints: Path) -> list[Path]:
+    """Snapshot folders, whole or not; one that was set aside comes after its replacement."""
+    matches = [
+        (FOLDER.fullmatch(path.name), path) for path in checkpoints.glob("step_*") if path.is_dir()
+    ]
+    keyed = [
+        ((int(match["step"]), match["aside"] is None), path) for match, path in matches if match
+    ]
+    return [path for _, path in sorted(keyed, reverse=True)]
+
+
+def _rotate(checkpoints: Path, step: int, keep_last: int, warn: Warn) -> None:
+    """Keeps the snapshot of ``step``, just verified, and ``keep_last`` - 1 whole ones before it."""
+    kept = 1
+    for path in _newest_first(checkpoints):
+        match = FOLDER.fullmatch(path.name)
+        assert match is not None
+        at, aside = int(match["step"]), match["aside"] is not None
+        if at == step and not aside:
+            continue
+        if (
+            at < step
+            and not aside
+            and kept < keep_last
+            and durable.flaw(path, contents=False) is None
+        ):
+            kept += 1
+            continue
+        try:
+            gone = path.with_name(f"{PART}{path.name}")
+            path.rename(gone)  # from here on it is no snapshot, however far the deletion gets
+            shutil.rmtree(gone)
+        except OSError as error:
+            warn(f"old checkpoint {path} could not be deleted ({error.strerror})")
+
+
+def _sweep(checkpoints: Path) -> None:
+    """Deletes what killed saves and deletions left; only the owner of the run's folder may."""
+    for path in checkpoints.glob(f"{PART}*"):
+        shutil.rmtree(path, ignore_errors=True)
