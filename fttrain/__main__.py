@@ -1,0 +1,7 @@
+"""``python -m fttrain``."""
+
+import sys
+
+from fttrain.cli import main
+
+sys.exit(main())

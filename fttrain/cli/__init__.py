@@ -1,0 +1,104 @@
+"""The command line: ``fttrain COMMAND [key=value ...]``.
+
+Each command is a module here with ``run(config, argv) -> exit code``, imported only when it is asked for.
+"""
+
+import importlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+from fttrain import __version__
+from fttrain.errors import UserError
+from fttrain.launch import die_with_parent, is_rank
+from fttrain.schema import nearest
+from fttrain.secrets import redact
+
+COMMANDS = {
+    "train": "fine-tune a model with QLoRA",
+    "evaluate": "held-out loss and answers of the base and of the tuned model of a run",
+    "data": "show a few examples as the model sees them, and their lengths",
+    "report": "write report.md and the loss plot of a run",
+}
+_LATER_S = 2.0  # see _report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code of the process."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if is_rank():
+        die_with_parent()  # before anything slow: a rank never outlives its launcher
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        if os.environ.get("FTTRAIN_DEBUG") == "1":
+            raise
+        _report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `fttrain train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"fttrain {__version__}")
+        return 0
+    command, *overrides = arguments
+    if command not in COMMANDS:
+        near = nearest(command, COMMANDS)
+        raise UserError(
+            f"{redact(command)}: no such command; "
+            + (f"did you mean {near}?" if near else f"there are: {', '.join(COMMANDS)}")
+        )
+    if {"-h", "--help"} & set(overrides):
+        from fttrain.cli.help import settings
+
+        print(f"usage: fttrain {command} [group=option ...] [group.key=value ...]\n\n{COMMANDS[command]}\n")
+        print(settings())
+        return 0
+    # bitsandbytes misses an optional package on the CPU and says so on import, on every rank; nothing here calls it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Both are slow to import (torch); help and a wrong command do without.
+    from fttrain.config import compose
+
+    config = compose(overrides)
+    module = importlib.import_module(f"fttrain.cli.{command}")
+    code: int = module.run(config, arguments)
+    sys.stdout.flush()
+    return code
+
+
+def _usage() -> str:
+    lines = ["usage: fttrain COMMAND [group=option ...] [group.key=value ...]", "", "commands:"]
+    lines += [f"  {name:10}{what}" for name, what in COMMANDS.items()]
+    lines += [
+        "",
+        "fttrain train --help    lists every setting with its options and defaults",
+        "fttrain --version       prints the version",
+        "FTTRAIN_DEBUG=1         in the environment: errors keep their traceback",
+    ]
+    return "\n".join(lines)
+
+
+def _report(error: UserError) -> None:
+    """One line on stderr, once for all ranks.
+
+    Ranks usually fail alike. Rank 0 speaks at once; the launcher then ends the others, so another rank speaks only if
+    it is still alive after a while, that is, if it failed alone.
+    """
+    rank = os.environ.get("RANK", "0") if is_rank() else "0"
+    if rank != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_LATER_S)
+    where = "" if rank == "0" else f"rank {rank}: "
+    line = " ".join(str(error).split())
+    print(f"fttrain: error: {where}{redact(line)}", file=sys.stderr, flush=True)

@@ -1,0 +1,177 @@
+"""One frozen ``RunConfig`` from ``conf/`` and ``key=value`` overrides.
+
+Hydra composes the groups, ``schema.build`` checks the result against each module's own dataclass, and the rest of the
+project never sees Hydra. Nothing in a configuration names code to run.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fttrain import schema
+from fttrain.checkpoint.resume import CheckpointConfig
+from fttrain.checkpoint.source import ModelConfig
+from fttrain.data.dataset import DataConfig
+from fttrain.errors import UserError
+from fttrain.launch import LaunchConfig
+from fttrain.loop import LoopConfig
+from fttrain.model.lora import LoraConfig
+from fttrain.optim.factory import OptimConfig
+from fttrain.paths import conf_folder
+from fttrain.quant.scheme import QuantConfig
+from fttrain.rig.probe import RigConfig
+from fttrain.schedule.grouped import ScheduleConfig
+from fttrain.secrets import is_secret, redact
+from fttrain.strategy.protocol import StrategyConfig
+from fttrain.track import TrackConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run is told. A builder gets only its own part."""
+
+    model: ModelConfig
+    quant: QuantConfig
+    lora: LoraConfig
+    data: DataConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    strategy: StrategyConfig
+    loop: LoopConfig
+    checkpoint: CheckpointConfig
+    rig: RigConfig
+    launch: LaunchConfig
+    track: TrackConfig
+    activations: str  # recompute (only the layer boundary is saved) | keep
+    resume: str  # auto (the newest whole snapshot in output) | none | path of a snapshot
+    output: str  # folder of the run
+
+    def __post_init__(self) -> None:
+        if self.activations not in ("recompute", "keep"):
+            raise UserError(f"activations={self.activations}: recompute or keep")
+        if not self.resume:
+            raise UserError("resume is empty: auto, none or the path of a snapshot")
+        if not self.output:
+            raise UserError("output is empty: the folder of the run")
+        if self.quant.kind == "none" and self.quant.double_quant:
+            raise UserError("quant.double_quant=true: there is nothing to quantise without quantisation; write quant=none")
+        group, steps = self.schedule.group, self.loop.gradient_accumulation_steps
+        if isinstance(group, int) and group > steps:
+            raise UserError(
+                f"schedule.group={group}: more than loop.gradient_accumulation_steps={steps}; write {steps} or all"
+            )
+        if self.loop.eval_every and not self.data.holdout:
+            raise UserError(f"loop.eval_every={self.loop.eval_every}: data.holdout=0 leaves nothing to evaluate")
+
+
+def compose(overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration that ``overrides`` (``key=value`` or ``group=option``) make of ``conf/``.
+
+    Raises UserError, in one line, for everything that is wrong with them.
+    """
+    options: dict[str, str] = {}  # group -> option; the last one counts, as for values
+    settings: list[str] = []
+    for text in overrides:
+        key, value = _split(text)
+        if key in groups():
+            options[key] = _option(key, value)
+        else:
+            settings.append(_setting(key, value))
+    if options.get("experiment") == "null":
+        del options["experiment"]
+    chosen = [f"{group}={option}" for group, option in options.items()]
+    try:
+        with initialize_config_dir(config_dir=str(conf_folder()), version_base="1.3"):
+            composed = hydra_compose("config", overrides=chosen + settings)
+        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except yaml.YAMLError as error:
+        raise UserError(f"not YAML: {_one_line(error)}") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"configuration: {_one_line(error)}") from None
+    assert isinstance(values, dict)
+    # Only chosen at composition time; not a setting of the run.
+    values.pop("experiment", None)
+    return schema.build(RunConfig, _expand_home(values))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """``config`` as YAML, secrets redacted."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config), ""), sort_keys=False, allow_unicode=True)
+
+
+def groups() -> dict[str, list[str]]:
+    """The options of each configuration group: names of the files in ``conf/GROUP/``."""
+    folders = sorted(path for path in conf_folder().iterdir() if path.is_dir())
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+
+def _split(text: str) -> tuple[str, str]:
+    """``key=value`` as its two halves; UserError for what is none, for a secret and for Hydra's own settings."""
+    key, equals, value = text.partition("=")
+    key = key.lstrip("+")  # Hydra's sign for a new key; here every key exists already
+    if is_secret(key, value) or redact(key) != key:
+        raise UserError(
+            f"{redact(key)}: secrets do not belong on a command line; "
+            "set an environment variable instead (HF_TOKEN, WANDB_API_KEY)"
+        )
+    if not equals or not key or key.startswith("-"):
+        raise UserError(f"{text!r}: write key=value or group=option; `fttrain train --help` lists them")
+    if key.startswith(("~", "hydra.", "hydra/")) or "@" in key:
+        raise UserError(f"{text!r}: only values of fttrain's settings can be changed; `fttrain train --help` lists them")
+    return key, value
+
+
+def _setting(key: str, value: str) -> str:
+    """``key=value`` in the form in which Hydra takes it; UserError for an unknown key or a value it cannot read."""
+    hint = schema.lookup(RunConfig, key.split("."))
+    if hint in (str, str | None) and value != "null" and "${" not in value and value[:1] not in ("'", '"'):
+        # Text stays as it was typed (~/runs, a=b, 1e5, x,y); Hydra's grammar would see lists, numbers and errors in it.
+        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    try:
+        override = OverridesParser.create().parse_override(f"{key}={value}")
+    except HydraException as error:
+        raise UserError(f"{key}={value}: cannot be read: {_one_line(error)}") from None
+    if override.is_sweep_override():
+        raise UserError(f"{key}={value}: one value is wanted; a list is written '{key}=[{value.strip('[]')}]'")
+    return f"++{key}={override.get_value_string()}"
+
+
+def _option(group: str, option: str) -> str:
+    """``option`` if ``group`` has it, else UserError with the list and the nearest."""
+    options = groups()[group]
+    if option in options or (group == "experiment" and option == "null"):
+        return option
+    if group == "strategy":
+        StrategyConfig(name=option)  # says so by name where one is planned
+    near = schema.nearest(option, options)
+    advice = f"did you mean {near}? " if near else ""
+    raise UserError(f"{group}={option}: no such option; {advice}There are: {', '.join(options)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _expand_home(value: Any) -> Any:
+    # A shell leaves the ~ of output=~/run alone.
+    if isinstance(value, dict):
+        return {key: _expand_home(item) for key, item in value.items()}
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
+def _plain(value: Any, name: str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item, f"{name}.{key}" if name else key) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, name) for item in value]
+    return redact(value, name) if isinstance(value, str) else value
