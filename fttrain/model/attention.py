@@ -39,7 +39,13 @@ def varlen_attention(
     for document in _documents(lengths):
         for rows, keys, mask in _tiles(document, window, q.device):
             tile_out, tile_lse = _cpu_flash(
-                _heads(q[rows]), _heads(k[keys]), _heads(v[keys]), 0.0, mask is None, attn_mask=mask, scale=scale
+                _heads(q[rows]),
+                _heads(k[keys]),
+                _heads(v[keys]),
+                0.0,
+                mask is None,
+                attn_mask=_additive(mask, q.dtype),
+                scale=scale,
             )
             out[rows] = tile_out[0].transpose(0, 1)
             lse[:, rows] = tile_lse[0]
@@ -81,7 +87,12 @@ def varlen_attention_backward(
             tensors = [_heads(tensor.float() if fp32 else tensor) for tensor in tensors]
             tile_lse = lse[:, rows].unsqueeze(0)
             tile_q, tile_k, tile_v = _cpu_flash_backward(
-                *tensors, tile_lse, 0.0, mask is None, attn_mask=mask, scale=scale
+                *tensors,
+                tile_lse,
+                0.0,
+                mask is None,
+                attn_mask=_additive(mask, tensors[0].dtype),
+                scale=scale,
             )
             grad_q[rows] = tile_q[0].transpose(0, 1)
             for target, value in ((grad_k, tile_k), (grad_v, tile_v)):
@@ -130,6 +141,11 @@ def _tiles(document: slice, window: int, device: torch.device) -> list[tuple[sli
         )
         tiles.append((rows, keys, (distance >= 0) & (distance < window)))
     return tiles
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """bool mask -> 0 where it is True, -inf elsewhere: the form the CPU kernel takes."""
+    return None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
 def _heads(tensor: Tensor) -> Tensor:

@@ -1,0 +1,137 @@
+"""Checkpoint -> frozen base: one layer at a time, quantised into its flat buffer.
+
+Host memory while loading: one unquantised layer at most, beside what is kept.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fttrain.checkpoint.readers import Reader
+from fttrain.errors import UserError
+from fttrain.model.decoder import Architecture
+from fttrain.quant.frozen_layer import FrozenFormat
+from fttrain.quant.scheme import NESTED_BLOCKSIZE, QuantConfig, QuantisedWeight, dynamic_code, quantise
+
+
+@dataclass(frozen=True)
+class FrozenEnds:
+    """What is frozen outside the layers."""
+
+    embedding: Tensor  # (V, C)
+    final_norm: Tensor  # (C,)
+    head: Tensor  # (V, C): the embedding's own tensor where they are tied
+
+
+def load_ends(reader: Reader, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> FrozenEnds:
+    """Embedding, final norm and head in ``dtype`` on ``device``."""
+    shape = (architecture.config.vocab_size, architecture.hidden)
+
+    def read(name: str, shape: tuple[int, ...]) -> Tensor:
+        return _checked(reader.tensor(name), name, shape).to(device=device, dtype=dtype)
+
+    embedding = read("model.embed_tokens.weight", shape)
+    tied = architecture.tied or not reader.has("lm_head.weight")
+    head = embedding if tied else read("lm_head.weight", shape)
+    return FrozenEnds(embedding, read("model.norm.weight", (architecture.hidden,)), head)
+
+
+def load_layers(
+    reader: Reader,
+    architecture: Architecture,
+    frozen_format: FrozenFormat,
+    device: torch.device,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Tensor]:
+    """One flat uint8 buffer (layout.size_bytes,) a layer, on ``device``."""
+    flats = []
+    for layer in range(architecture.layers):
+        flats.append(load_layer(reader, architecture, frozen_format, layer, device))
+        progress(layer + 1, architecture.layers)
+    return flats
+
+
+def load_layer(
+    reader: Reader, architecture: Architecture, frozen_format: FrozenFormat, layer: int, device: torch.device
+) -> Tensor:
+    """Read, quantise and lay out one layer: uint8 (layout.size_bytes,) on ``device``."""
+    flat = torch.zeros(frozen_format.layout.size_bytes, dtype=torch.uint8, device=device)
+    views = frozen_format.layout.views(flat)
+    prefix = f"model.layers.{layer}."
+    for group in architecture.groups:
+        shape = group.shape
+        for member, (path, rows) in enumerate(zip(group.paths, shape.rows, strict=True)):
+            name, expected = f"{prefix}{path}.weight", (rows.stop - rows.start, shape.in_features)
+            if frozen_format.quant.is_quantised:
+                weight = _quantised(reader, name, expected, frozen_format, device)
+                frozen_format.write_quantised(views, shape.name, member, weight)
+            else:
+                views[f"{shape.name}.weight"][rows] = _checked(reader.tensor(name), name, expected).to(device)
+            if shape.bias:
+                bias = f"{prefix}{path}.bias"
+                views[f"{shape.name}.bias"][rows] = _checked(reader.tensor(bias), bias, expected[:1]).to(device)
+    for name, view in views.items():
+        if name.endswith("norm.weight"):
+            view.copy_(_checked(reader.tensor(prefix + name), prefix + name, tuple(view.shape)))
+    return flat
+
+
+def check_quantisation(stored: dict[str, Any] | None, quant: QuantConfig) -> None:
+    """Refuse settings that differ from what an already quantised checkpoint holds.
+
+    ``stored`` is the checkpoint's ``quantization_config``.
+    """
+    if stored is None:
+        return
+    if stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit"):
+        raise UserError(
+            f"model: the checkpoint is quantised with {stored.get('quant_method')!r}; only 4-bit bitsandbytes ones are read"
+        )
+    kind = stored.get("bnb_4bit_quant_type", "fp4")
+    double_quant = bool(stored.get("bnb_4bit_use_double_quant", False))
+    if (quant.kind, quant.double_quant) != (kind, double_quant):
+        raise UserError(
+            f"quant: the checkpoint is already quantised; quant={kind} quant.double_quant={str(double_quant).lower()} "
+            "reads it as it is"
+        )
+
+
+def _quantised(
+    reader: Reader, name: str, shape: tuple[int, int], frozen_format: FrozenFormat, device: torch.device
+) -> QuantisedWeight:
+    quant = frozen_format.quant
+    if reader.has(f"{name}.absmax"):
+        return _prequantised(reader, name, shape, quant, device)
+    weight = _checked(reader.tensor(name), name, shape).to(device=device, dtype=frozen_format.dtype)
+    return quantise(weight, quant, name)
+
+
+def _prequantised(
+    reader: Reader, name: str, shape: tuple[int, int], quant: QuantConfig, device: torch.device
+) -> QuantisedWeight:
+    """A weight that bitsandbytes quantised earlier: its bytes are taken as they are."""
+    state_name = f"{name}.quant_state.bitsandbytes__{quant.kind}"
+    state = json.loads(bytes(reader.tensor(state_name).tolist()))
+    if tuple(state["shape"]) != shape:
+        raise UserError(f"{name}: shape {tuple(state['shape'])} in the checkpoint, {shape} expected")
+    if state["blocksize"] != quant.blocksize:
+        raise UserError(f"{name}: quantised with quant.blocksize={state['blocksize']}, not {quant.blocksize}")
+    packed = reader.tensor(name).view(-1).to(device)
+    absmax = reader.tensor(f"{name}.absmax").to(device)
+    if not quant.double_quant:
+        return QuantisedWeight(packed, absmax, None, None)
+    code = reader.tensor(f"{name}.nested_quant_map")
+    if state["nested_blocksize"] != NESTED_BLOCKSIZE or not torch.equal(code, dynamic_code(code.device)):
+        raise UserError(f"{name}: its scales are quantised with a code or block size other than bitsandbytes' own")
+    offset = torch.tensor([state["nested_offset"]], dtype=torch.float32)
+    return QuantisedWeight(packed, absmax, reader.tensor(f"{name}.nested_absmax").to(device), offset)
+
+
+def _checked(tensor: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"{name}: shape {tuple(tensor.shape)} in the checkpoint, {shape} expected")
+    return tensor

@@ -1,0 +1,126 @@
+"""One tensor at a time out of a checkpoint, by its transformers name: safetensors (sharded or not) and GGUF."""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fttrain.checkpoint.source import Source
+from fttrain.errors import UserError
+
+
+class Reader(Protocol):
+    """Reads the tensors of one checkpoint."""
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a tensor of this transformers name."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor in the dtype it is stored in, on the host. Raises UserError where it is missing."""
+        ...
+
+
+def open_checkpoint(source: Source, config: Any) -> Reader:
+    """``config`` is transformers' configuration of the same checkpoint."""
+    if source.gguf_file:
+        return GgufReader(source.folder / source.gguf_file, config)
+    return SafetensorsReader(source.folder)
+
+
+class SafetensorsReader:
+    """A folder with model.safetensors, or shards and their index. Files are memory-mapped: nothing is read twice."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._handles: dict[Path, Any] = {}
+        self._files = self._read_index()
+
+    def _read_index(self) -> dict[str, Path]:
+        index = self._folder / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = json.loads(index.read_text())["weight_map"]
+            return {name: self._inside(file) for name, file in weight_map.items()}
+        file = self._folder / "model.safetensors"
+        if not file.is_file():
+            raise UserError(f"model.path={self._folder}: neither model.safetensors nor an index of shards is there")
+        return {name: file for name in self._handle(file).keys()}
+
+    def _inside(self, file: str) -> Path:
+        path = self._folder / file
+        if Path(file).name != file or not path.is_file():
+            raise UserError(f"{self._folder}/model.safetensors.index.json: {file} is not a file in this folder")
+        return path
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._handles:
+            try:
+                self._handles[file] = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: not a whole safetensors file ({error})") from error
+        return self._handles[file]
+
+    def has(self, name: str) -> bool:
+        return name in self._files
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self._files:
+            raise UserError(f"{self._folder}: tensor {name} is missing from the checkpoint")
+        try:
+            return self._handle(self._files[name]).get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{self._files[name]}: tensor {name} cannot be read ({error})") from error
+
+
+class GgufReader:
+    """A GGUF file of any quantisation; tensors come out dequantised, in fp32."""
+
+    # Files of these architectures interleave the halves of each q and k head; transformers keeps them apart.
+    _INTERLEAVED = ("llama", "mistral")
+
+    def __init__(self, file: Path, config: Any) -> None:
+        import gguf
+
+        self._file = file
+        self._config = config
+        try:
+            reader = gguf.GGUFReader(file)
+        except (ValueError, OSError, IndexError) as error:
+            raise UserError(f"{file}: not a whole GGUF file ({error})") from error
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        field = reader.get_field("general.architecture")
+        architecture = field.contents() if field else "llama"
+        by_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+        if architecture not in by_name:
+            raise UserError(f"{file}: unknown GGUF architecture {architecture!r}")
+        self._name_map = gguf.get_tensor_name_map(by_name[architecture], config.num_hidden_layers)
+
+    def _gguf_name(self, name: str) -> str:
+        stem, _, kind = name.rpartition(".")
+        return f"{self._name_map.get_name(stem)}.{kind}"
+
+    def has(self, name: str) -> bool:
+        return self._gguf_name(name) in self._tensors
+
+    def tensor(self, name: str) -> Tensor:
+        import gguf
+
+        stored = self._tensors.get(self._gguf_name(name))
+        if stored is None:
+            raise UserError(f"{self._file}: tensor {name} is missing from the checkpoint")
+        values = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
+        if self._config.model_type in self._INTERLEAVED and "self_attn" in name:
+            if "q_proj" in name:
+                return _separate_halves(values, self._config.num_attention_heads)
+            if "k_proj" in name:
+                return _separate_halves(values, self._config.num_key_value_heads)
+        return values
+
+
+def _separate_halves(weight: Tensor, heads: int) -> Tensor:
+    """(heads * D, ...), rows of a head as (D/2 pairs, 2) -> rows of a head as (2 halves, D/2)."""
+    pairs = weight.view(heads, -1, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)
