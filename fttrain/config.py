@@ -1,7 +1,7 @@
 """One frozen ``RunConfig`` from ``conf/`` and ``key=value`` overrides.
 
-Hydra composes the groups, ``schema.build`` checks the result against each module's own dataclass, and the rest of the
-project never sees Hydra. Nothing in a configuration names code to run.
+Hydra composes the groups, ``schema.build`` checks the result against each module's own dataclass,
+and the rest of the project never sees Hydra. Nothing in a configuration names code to run.
 """
 
 import dataclasses
@@ -64,14 +64,19 @@ class RunConfig:
         if not self.output:
             raise UserError("output is empty: the folder of the run")
         if self.quant.kind == "none" and self.quant.double_quant:
-            raise UserError("quant.double_quant=true: there is nothing to quantise without quantisation; write quant=none")
+            raise UserError(
+                "quant.double_quant=true: quant.kind=none has no scales to quantise; write quant=none"
+            )
         group, steps = self.schedule.group, self.loop.gradient_accumulation_steps
         if isinstance(group, int) and group > steps:
             raise UserError(
-                f"schedule.group={group}: more than loop.gradient_accumulation_steps={steps}; write {steps} or all"
+                f"schedule.group={group}: more than loop.gradient_accumulation_steps={steps}; "
+                f"write {steps} or all"
             )
         if self.loop.eval_every and not self.data.holdout:
-            raise UserError(f"loop.eval_every={self.loop.eval_every}: data.holdout=0 leaves nothing to evaluate")
+            raise UserError(
+                f"loop.eval_every={self.loop.eval_every}: data.holdout=0 leaves nothing to evaluate"
+            )
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -106,7 +111,9 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
 
 def to_yaml(config: RunConfig) -> str:
     """``config`` as YAML, secrets redacted."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config), ""), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(
+        _plain(dataclasses.asdict(config), ""), sort_keys=False, allow_unicode=True
+    )
 
 
 def groups() -> dict[str, list[str]]:
@@ -116,7 +123,9 @@ def groups() -> dict[str, list[str]]:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """``key=value`` as its two halves; UserError for what is none, for a secret and for Hydra's own settings."""
+    """``key=value`` as its two halves; UserError for what is none, for a secret and for Hydra's own
+    settings.
+    """
     key, equals, value = text.partition("=")
     key = key.lstrip("+")  # Hydra's sign for a new key; here every key exists already
     if is_secret(key, value) or redact(key) != key:
@@ -125,24 +134,39 @@ def _split(text: str) -> tuple[str, str]:
             "set an environment variable instead (HF_TOKEN, WANDB_API_KEY)"
         )
     if not equals or not key or key.startswith("-"):
-        raise UserError(f"{text!r}: write key=value or group=option; `fttrain train --help` lists them")
+        raise UserError(
+            f"{text!r}: write key=value or group=option; `fttrain train --help` lists them"
+        )
     if key.startswith(("~", "hydra.", "hydra/")) or "@" in key:
-        raise UserError(f"{text!r}: only values of fttrain's settings can be changed; `fttrain train --help` lists them")
+        raise UserError(
+            f"{text!r}: only fttrain's own settings can be changed; "
+            "`fttrain train --help` lists them"
+        )
     return key, value
 
 
 def _setting(key: str, value: str) -> str:
-    """``key=value`` in the form in which Hydra takes it; UserError for an unknown key or a value it cannot read."""
+    """``key=value`` in the form in which Hydra takes it; UserError for an unknown key or a value it
+    cannot read.
+    """
     hint = schema.lookup(RunConfig, key.split("."))
-    if hint in (str, str | None) and value != "null" and "${" not in value and value[:1] not in ("'", '"'):
-        # Text stays as it was typed (~/runs, a=b, 1e5, x,y); Hydra's grammar would see lists, numbers and errors in it.
+    if (
+        hint in (str, str | None)
+        and value != "null"
+        and "${" not in value
+        and value[:1] not in ("'", '"')
+    ):
+        # Text stays as it was typed (~/runs, a=b, 1e5, x,y); Hydra's grammar would see lists,
+        # numbers and errors in it.
         value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     try:
         override = OverridesParser.create().parse_override(f"{key}={value}")
     except HydraException as error:
         raise UserError(f"{key}={value}: cannot be read: {_one_line(error)}") from None
     if override.is_sweep_override():
-        raise UserError(f"{key}={value}: one value is wanted; a list is written '{key}=[{value.strip('[]')}]'")
+        raise UserError(
+            f"{key}={value}: one value is wanted; a list is written '{key}=[{value.strip('[]')}]'"
+        )
     return f"++{key}={override.get_value_string()}"
 
 

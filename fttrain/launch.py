@@ -1,9 +1,10 @@
 """Starts the ranks of a run on this machine, and sees to it that none outlives its launcher.
 
-``accelerate launch --config_file launch/NAME.yaml -m fttrain train ...`` and ``fttrain train launch=NAME ...`` read the
-same file and start the same ranks. The second needs nothing around it: this module is its launcher. Each rank is
-``python -m fttrain train ...`` in a session of its own, so that Ctrl-C in a terminal reaches the launcher alone, which
-passes it on once. The ranks are given the time they need to save.
+``accelerate launch --config_file launch/NAME.yaml -m fttrain train ...`` and ``fttrain train
+launch=NAME ...`` read the same file and start the same ranks. The second needs nothing around it:
+this module is its launcher. Each rank is ``python -m fttrain train ...`` in a session of its own,
+so that Ctrl-C in a terminal reaches the launcher alone, which passes it on once. The ranks are
+given the time they need to save.
 """
 
 import ctypes
@@ -27,7 +28,9 @@ from fttrain.paths import launch_folder
 
 PARENT_PID = "FTTRAIN_LAUNCHER_PID"  # environment variable: who started this rank
 GRACE_S = 30.0  # after a rank died: from SIGTERM to SIGKILL for the others
-REPEAT_S = 5.0  # signals that follow the first sooner than this are the same wish (an impatient finger)
+REPEAT_S = (
+    5.0  # signals that follow the first sooner than this are the same wish (an impatient finger)
+)
 POLL_S = 0.05
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -37,7 +40,8 @@ class LaunchConfig:
     """Who starts the ranks, and how many."""
 
     name: str = "none"  # for the log
-    file: str | None = None  # accelerate config file: a name in launch/ or an absolute path; null: this process is the run
+    # accelerate config file: a name in launch/ or an absolute path; null: this process is the run
+    file: str | None = None
     processes: int | None = None  # ranks; null: num_processes of the file, or 1
 
     def __post_init__(self) -> None:
@@ -67,26 +71,35 @@ def start(config: LaunchConfig, argv: list[str]) -> int:
     environment = {**variables, **os.environ}  # what the user has set wins over the file
     if settings.get("gpu_ids", "all") not in ("all", None):
         environment.setdefault("CUDA_VISIBLE_DEVICES", str(settings["gpu_ids"]))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     environment.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
     environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     environment[PARENT_PID] = str(os.getpid())
     commands = [sys.executable, "-m", "fttrain", *argv]
     return supervise(
-        [(commands, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
+        [
+            (commands, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(processes)
+        ]
     )
 
 
 def supervise(commands: list[tuple[list[str], dict[str, str]]], grace_s: float = GRACE_S) -> int:
-    """Starts one rank per (command, environment), waits for all of them and returns the exit code of the run."""
+    """Starts one rank per (command, environment), waits for all of them and returns the exit code
+    of the run.
+    """
     ranks: list[subprocess.Popen[bytes]] = []
     stops = _Stops(ranks)
     with _handlers(stops.receive):
         try:
             for command, environment in commands:
                 ranks.append(
-                    subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+                    subprocess.Popen(
+                        command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+                    )
                 )
                 if stops.signum is not None:
                     _send([ranks[-1]], stops.signum)  # it came while the ranks were being started
@@ -103,7 +116,9 @@ def supervise(commands: list[tuple[list[str], dict[str, str]]], grace_s: float =
 
 
 class _Stops:
-    """What the user asked for: the first signal is passed on, a later one repeats it, the third kills."""
+    """What the user asked for: the first signal is passed on, a later one repeats it, the third
+    kills.
+    """
 
     def __init__(self, ranks: list[subprocess.Popen[bytes]]) -> None:
         self.signum: int | None = None  # as passed on to the ranks
@@ -135,7 +150,9 @@ def _handlers(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], stops: _Stops, grace_s: float) -> int | None:
-    """Waits for all ranks. Once one fails the others are asked to stop, then killed. Returns the first that failed."""
+    """Waits for all ranks. Once one fails the others are asked to stop, then killed. Returns the
+    first that failed.
+    """
     failed: int | None = None
     deadline = float("inf")
     while any(rank.poll() is None for rank in ranks):
@@ -181,7 +198,9 @@ def _read_files(config: LaunchConfig) -> tuple[dict[str, Any], dict[str, str]]:
     path = launch_folder() / config.file  # an absolute path stays itself
     if not path.is_file():
         names = ", ".join(sorted(found.name for found in launch_folder().glob("*.yaml")))
-        raise UserError(f"launch.file={config.file}: no such file; there are {names}, or give an absolute path")
+        raise UserError(
+            f"launch.file={config.file}: no such file; there are {names}, or give an absolute path"
+        )
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -189,11 +208,15 @@ def _read_files(config: LaunchConfig) -> tuple[dict[str, Any], dict[str, str]]:
     if not isinstance(settings, dict):
         raise UserError(f"{path}: an accelerate config file holds `key: value` lines")
     if _integer(settings, "num_machines", 1) != 1:
-        raise UserError(f"{path}: num_machines: launch= starts the ranks of one machine; use `accelerate launch`")
+        raise UserError(
+            f"{path}: num_machines: launch= serves one machine; use `accelerate launch`"
+        )
     known = (None, "NO", "MULTI_GPU", "MULTI_CPU")
     if settings.get("distributed_type") not in known:
         kind = settings["distributed_type"]
-        raise UserError(f"{path}: distributed_type: {kind}: fttrain shards by strategy=, write MULTI_GPU or 'NO'")
+        raise UserError(
+            f"{path}: distributed_type: {kind}: write MULTI_GPU or 'NO' (strategy= shards)"
+        )
     variables = path.with_suffix(".env")
     return settings, read_env(variables) if variables.is_file() else {}
 
@@ -208,7 +231,9 @@ def _integer(settings: dict[str, Any], key: str, default: int) -> int:
 
 
 def read_env(path: Path) -> dict[str, str]:
-    """``NAME=value`` lines of a file that a shell can read as well; everything after `` #`` is a comment."""
+    """``NAME=value`` lines of a file that a shell can read as well; everything after `` #`` is a
+    comment.
+    """
     variables: dict[str, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         text = line.split(" #")[0].strip()
@@ -216,7 +241,9 @@ def read_env(path: Path) -> dict[str, str]:
             continue
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier() or set(value) & set(" \t'\"$`\\;&|<>()"):
-            raise UserError(f"{path}:{number}: {text!r}: write NAME=value, without quotes, blanks or $")
+            raise UserError(
+                f"{path}:{number}: {text!r}: write NAME=value, without quotes, blanks or $"
+            )
         variables[name] = value
     return variables
 
@@ -235,9 +262,11 @@ def free_port(preferred: int = 0) -> int:
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Asks the kernel to SIGKILL this process when its parent dies (Linux; elsewhere it does nothing).
+    """Asks the kernel to SIGKILL this process when its parent dies (Linux; elsewhere it does
+    nothing).
 
-    ``parent``: the pid of the launcher, if it is known; a launcher that is gone already ends this process here.
+    ``parent``: the pid of the launcher, if it is known; a launcher that is gone already ends this
+    process here.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -26,4 +26,6 @@ def _find(name: str, witness: str) -> Path:
 
 
 def _is_checkout() -> bool:
-    return (_PACKAGE.parent / "pyproject.toml").is_file()  # not some other project's conf/ in site-packages
+    return (
+        _PACKAGE.parent / "pyproject.toml"
+    ).is_file()  # not some other project's conf/ in site-packages

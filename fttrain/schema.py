@@ -1,7 +1,8 @@
 """Builds a frozen dataclass from plain values, and says in one line what is wrong with them.
 
-Values come from YAML or a command line, so the rules are those that people expect there: ``1e-4`` is a number even
-where YAML reads it as a string, ``1`` is fine for a fraction, a list becomes a tuple. Nothing else is converted.
+Values come from YAML or a command line, so the rules are those that people expect there: ``1e-4``
+is a number even where YAML reads it as a string, ``1`` is fine for a fraction, a list becomes a
+tuple. Nothing else is converted.
 """
 
 import dataclasses
@@ -20,13 +21,18 @@ _NO = object()  # "this value does not fit"
 
 
 def build(cls: type[T], values: Any, prefix: str = "") -> T:
-    """An instance of the dataclass ``cls`` from ``values``; nested dataclasses from nested mappings.
+    """An instance of the dataclass ``cls`` from ``values``; nested dataclasses from nested
+    mappings.
 
-    ``prefix`` is the dotted path of ``cls`` in the whole configuration. Raises UserError for an unknown key (with the
-    nearest one), a missing key, a value of the wrong type, and whatever ``__post_init__`` of the dataclass refuses.
+    ``prefix`` is the dotted path of ``cls`` in the whole configuration. Raises UserError for an
+    unknown key (with the nearest one), a missing key, a value of the wrong type, and whatever
+    ``__post_init__`` of the dataclass refuses.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"{prefix or 'configuration'}={values!r}: a group of keys is wanted: {', '.join(keys_of(cls))}")
+        keys = ", ".join(keys_of(cls))
+        raise UserError(
+            f"{prefix or 'configuration'}={values!r}: a group of keys is wanted: {keys}"
+        )
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
@@ -35,7 +41,10 @@ def build(cls: type[T], values: Any, prefix: str = "") -> T:
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         name = _join(prefix, field.name)
         if field.name not in values:
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            if (
+                field.default is dataclasses.MISSING
+                and field.default_factory is dataclasses.MISSING
+            ):
                 raise UserError(f"{name} is missing: {describe(hints[field.name])}")
         elif dataclasses.is_dataclass(hints[field.name]):
             arguments[field.name] = build(hints[field.name], values[field.name], name)  # type: ignore[arg-type]
@@ -54,11 +63,15 @@ def convert(hint: Any, value: Any, name: str) -> Any:
 
 
 def lookup(cls: type, path: list[str]) -> Any:
-    """The type of the dotted ``path`` below the dataclass ``cls``; UserError with the nearest key if there is none."""
+    """The type of the dotted ``path`` below the dataclass ``cls``; UserError with the nearest key
+    if there is none.
+    """
     hint: Any = cls
     for depth, part in enumerate(path):
         if not dataclasses.is_dataclass(hint):
-            raise UserError(f"{'.'.join(path)}: {'.'.join(path[:depth])} is a single value, it has no keys")
+            raise UserError(
+                f"{'.'.join(path)}: {'.'.join(path[:depth])} is a single value, it has no keys"
+            )
         hints = typing.get_type_hints(hint)
         if part not in hints:
             raise unknown_key(".".join(path), typing.cast(type, hint), depth)
@@ -67,12 +80,16 @@ def lookup(cls: type, path: list[str]) -> Any:
 
 
 def unknown_key(name: str, cls: type, depth: int | None = None) -> UserError:
-    """The error for the dotted ``name`` whose part at ``depth`` (the last by default) is no key of ``cls``."""
+    """The error for the dotted ``name`` whose part at ``depth`` (the last by default) is no key of
+    ``cls``.
+    """
     parts = name.split(".")
     depth = len(parts) - 1 if depth is None else depth
     bad = parts[depth]
     if bad.startswith("_") and bad.endswith("_"):
-        return UserError(f"{name}: refused: settings never name code to run (no _target_ and the like)")
+        return UserError(
+            f"{name}: refused: settings never name code to run (no _target_ and the like)"
+        )
     keys = keys_of(cls)
     near = nearest(bad, keys)
     meant = ".".join([*parts[:depth], near or "", *parts[depth + 1 :]])

@@ -5,7 +5,9 @@ import re
 
 REDACTED = "[redacted]"
 
-_NAME = re.compile(r"(?:^|[._\-/])(?:\w*_)?(?:api_?key|secret|passw(?:or)?d|token|credentials?)(?:$|[._\-])", re.I)
+_NAME = re.compile(
+    r"(?:^|[._\-/])(?:\w*_)?(?:api_?key|secret|passw(?:or)?d|token|credentials?)(?:$|[._\-])", re.I
+)
 _VALUE = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_\-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{20,}"
     r"|wandb_v\d+_\w{20,}|AKIA[0-9A-Z]{16})"
@@ -20,7 +22,8 @@ def is_secret(name: str, value: str) -> bool:
 
 
 def redact(text: str, name: str = "") -> str:
-    """``text`` without keys, tokens, passwords in URLs and the values of secret environment variables.
+    """``text`` without keys, tokens, passwords in URLs and the values of secret environment
+    variables.
 
     ``name`` is the dotted key the text belongs to: its name alone may make all of it a secret.
     """

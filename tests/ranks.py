@@ -1,7 +1,8 @@
 """Runs a function on several ranks over gloo on the CPU.
 
-``results = run_ranks(function, 2, *args)`` starts two fresh processes, joins them into one process group and returns
-what ``function(*args)`` returned on each rank. ``function`` must be importable: a plain function of a module.
+``results = run_ranks(function, 2, *args)`` starts two fresh processes, joins them into one process
+group and returns what ``function(*args)`` returned on each rank. ``function`` must be importable: a
+plain function of a module.
 """
 
 import multiprocessing
@@ -25,13 +26,15 @@ def run_ranks(
 ) -> list[Any]:
     """``function(*args)`` on ``world_size`` ranks; their results in rank order.
 
-    ``process_group=False`` leaves ``init_process_group`` to the function: RANK, LOCAL_RANK, WORLD_SIZE,
-    LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set in any case. One thread a rank.
-    Raises RuntimeError with the traceback of the first rank that fails, TimeoutError after ``timeout_s`` seconds;
-    no rank is left behind either way.
+    ``process_group=False`` leaves ``init_process_group`` to the function: RANK, LOCAL_RANK,
+    WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set in any case. One thread a
+    rank. Raises RuntimeError with the traceback of the first rank that fails, TimeoutError after
+    ``timeout_s`` seconds; no rank is left behind either way.
     """
     context = multiprocessing.get_context("spawn")
-    work = pickle.dumps((function, args))  # plain bytes: a tensor must not travel as shared memory that dies with a rank
+    work = pickle.dumps(
+        (function, args)
+    )  # plain bytes: a tensor must not travel as shared memory that dies with a rank
     port = free_port()
     ranks, connections = [], []
     try:
@@ -75,7 +78,13 @@ def _collect(connections: list[Connection], deadline: float) -> list[Any]:
 
 
 def _rank_main(
-    work: bytes, sender: Connection, rank: int, world_size: int, port: int, parent: int, process_group: bool
+    work: bytes,
+    sender: Connection,
+    rank: int,
+    world_size: int,
+    port: int,
+    parent: int,
+    process_group: bool,
 ) -> None:
     die_with_parent(parent)
     os.environ.update(
@@ -97,7 +106,7 @@ def _rank_main(
         function, args = pickle.loads(work)
         answer = pickle.dumps((True, function(*args)))
         if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # nobody closes its sockets while another rank still talks to it
+            torch.distributed.barrier()  # nobody hangs up while another rank still talks to it
     except BaseException:
         answer = pickle.dumps((False, traceback.format_exc()))
     sender.send_bytes(answer)

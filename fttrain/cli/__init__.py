@@ -1,6 +1,7 @@
 """The command line: ``fttrain COMMAND [key=value ...]``.
 
-Each command is a module here with ``run(config, argv) -> exit code``, imported only when it is asked for.
+Each command is a module here with ``run(config, argv) -> exit code``, imported only when it is
+asked for.
 """
 
 import importlib
@@ -62,10 +63,12 @@ def _dispatch(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(overrides):
         from fttrain.cli.help import settings
 
-        print(f"usage: fttrain {command} [group=option ...] [group.key=value ...]\n\n{COMMANDS[command]}\n")
+        print(f"usage: fttrain {command} [group=option ...] [group.key=value ...]\n")
+        print(f"{COMMANDS[command]}\n")
         print(settings())
         return 0
-    # bitsandbytes misses an optional package on the CPU and says so on import, on every rank; nothing here calls it.
+    # bitsandbytes misses an optional package on the CPU and says so on import, on every rank;
+    # nothing here calls it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # Both are slow to import (torch); help and a wrong command do without.
     from fttrain.config import compose
@@ -92,8 +95,8 @@ def _usage() -> str:
 def _report(error: UserError) -> None:
     """One line on stderr, once for all ranks.
 
-    Ranks usually fail alike. Rank 0 speaks at once; the launcher then ends the others, so another rank speaks only if
-    it is still alive after a while, that is, if it failed alone.
+    Ranks usually fail alike. Rank 0 speaks at once; the launcher then ends the others, so another
+    rank speaks only if it is still alive after a while, that is, if it failed alone.
     """
     rank = os.environ.get("RANK", "0") if is_rank() else "0"
     if rank != "0":

@@ -1,4 +1,6 @@
-"""What ``fttrain COMMAND --help`` prints: the groups, their options, their keys with the comments of ``conf/``."""
+"""What ``fttrain COMMAND --help`` prints: the groups, their options, their keys with the comments
+of ``conf/``.
+"""
 
 import yaml
 
