@@ -25,7 +25,8 @@ class MicroBatch:
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same micro-batch with its tensors on ``device``."""
         ids, targets, positions = (
-            tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.targets, self.position_ids)
+            tensor.to(device, non_blocking=True)
+            for tensor in (self.input_ids, self.targets, self.position_ids)
         )
         return MicroBatch(ids, targets, positions, self.lengths, self.index, self.valid_tokens)
 

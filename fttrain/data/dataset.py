@@ -1,8 +1,26 @@
-"""The settings of the data."""
+"""The settings of the data, and the tokenised data set that they make."""
 
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from fttrain.data.batch import IGNORE
+from fttrain.data.cache import cache_root, load_or_build
+from fttrain.data.report import Report
 from fttrain.errors import UserError
+
+FORMAT_VERSION = (
+    1  # of the cached files and of the rules that make them: raise it when either changes
+)
+Document = tuple[
+    list[int], list[int]
+]  # token ids and labels of one document, aligned; IGNORE where masked
 
 KINDS = ("stdlib", "file", "hub")
 FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text")
@@ -13,7 +31,9 @@ class DataConfig:
     """Where examples come from and how they become rows of tokens."""
 
     kind: str = "stdlib"  # stdlib (docstrings of Python's own library) | file | hub
-    path: str | None = None  # file: a .jsonl, .json, .csv or .parquet file; hub: an id such as org/name
+    path: str | None = (
+        None  # file: a .jsonl, .json, .csv or .parquet file; hub: an id such as org/name
+    )
     split: str = "train"  # split of a hub data set
     format: str = "auto"  # auto | messages | prompt_completion | alpaca | sharegpt | text
     seq_len: int = 1024  # tokens of a row
@@ -36,7 +56,11 @@ class DataConfig:
             if getattr(self, key) not in allowed:
                 raise UserError(f"data.{key}={getattr(self, key)}: {', '.join(allowed)}")
         if self.kind != "stdlib" and not self.path:
-            what = "a .jsonl, .json, .csv or .parquet file" if self.kind == "file" else "an id such as org/name"
+            what = (
+                "a .jsonl, .json, .csv or .parquet file"
+                if self.kind == "file"
+                else "an id such as org/name"
+            )
             raise UserError(f"data.path is not set: data={self.kind} needs {what}")
         if self.seq_len < 2:
             raise UserError(f"data.seq_len={self.seq_len}: tokens of a row, 2 or more")
@@ -44,3 +68,160 @@ class DataConfig:
             raise UserError(f"data.holdout={self.holdout}: a fraction in [0, 1)")
         if self.max_rows is not None and self.max_rows < 1:
             raise UserError(f"data.max_rows={self.max_rows}: a whole number of 1 or more, or null")
+
+
+class Rows:
+    """Packed rows of one split, mapped from disk. Row i is a list of documents of seq_len tokens together at most."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self._ids = _load(folder / f"{split}.ids.npy")  # int32 (tokens,)
+        self._trained = _load(folder / f"{split}.trained.npy")  # bool (tokens,)
+        self._documents = _load(
+            folder / f"{split}.documents.npy"
+        )  # int64 (documents + 1,): where each starts
+        self._order = _load(
+            folder / f"{split}.order.npy"
+        )  # int64 (documents,): documents, row after row
+        self._rows = _load(
+            folder / f"{split}.rows.npy"
+        )  # int64 (rows + 1,): where each row starts in order
+
+    def __len__(self) -> int:
+        return len(self._rows) - 1
+
+    def __getitem__(self, index: int) -> list[Document]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return [
+            self.document(int(which))
+            for which in self._order[self._rows[index] : self._rows[index + 1]]
+        ]
+
+    def __iter__(self) -> Iterator[list[Document]]:
+        return (self[index] for index in range(len(self)))
+
+    def document(self, which: int) -> Document:
+        """Ids and labels of one document, in the order of the source."""
+        span = slice(self._documents[which], self._documents[which + 1])
+        ids = self._ids[span]
+        return ids.tolist(), np.where(self._trained[span], ids, IGNORE).tolist()
+
+    @property
+    def document_tokens(self) -> NDArray[np.int64]:
+        """Tokens of each document, int64 (documents,)."""
+        return np.diff(self._documents)
+
+    @property
+    def row_tokens(self) -> NDArray[np.int64]:
+        """Tokens of each row, int64 (rows,)."""
+        ends = np.concatenate([[0], np.cumsum(self.document_tokens[self._order])])
+        return np.diff(ends[self._rows])
+
+    @property
+    def tokens(self) -> int:
+        return len(self._ids)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Targets that count: a document's first token is never one."""
+        first = self._documents[:-1]
+        return int(np.count_nonzero(self._trained)) - int(np.count_nonzero(self._trained[first]))
+
+
+class Records(Sequence[list[dict[str, str]]]):
+    """The conversations of the held-out examples, read from disk one by one; plain text has the role ``text``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "holdout.jsonl"
+        self._starts = _load(folder / "holdout.records.npy")  # int64 (records + 1,): bytes
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        with open(self._file, "rb") as stream:
+            stream.seek(int(self._starts[:-1][index]))
+            return json.loads(stream.readline())
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A tokenised data set."""
+
+    train: Rows
+    holdout: Rows
+    holdout_records: Records
+    report: Report
+    fingerprint: str  # changes with the data, the tokenizer, the template and the settings
+
+
+def prepare(
+    config: DataConfig, tokenizer: Any, tokenizer_id: str, rows_per_step: int | None = None
+) -> Dataset:
+    """Reads, tokenises, splits and packs once; later calls, and other processes at the same time, map the result.
+
+    ``rows_per_step``: rows that one optimizer step takes over all ranks, to refuse a data set that does not fill one.
+    Raises UserError for a bad row (by policy), an unusable template, a missing file, or an empty training split.
+    """
+    # Late: these are heavy, and the settings above are imported by every command.
+    from fttrain.data.build import Builder
+    from fttrain.data.chat import load_template
+    from fttrain.data.encode import Encoder
+
+    source = _source(config)
+    encoder = Encoder(tokenizer)
+    template = load_template(tokenizer, config.chat_template)
+    named = Path(config.path).name if config.path and config.kind == "file" else config.path
+    settings = asdict(
+        replace(config, path=named, chat_template=None, cache_dir=None)
+    )  # contents count, places do not
+    meaning = [FORMAT_VERSION, settings, source.identity, tokenizer_id, encoder.identity, template]
+    meaning += [sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())]
+    fingerprint = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:32]
+    folder = load_or_build(
+        cache_root(config.cache_dir),
+        fingerprint,
+        Builder(config, source, tokenizer, encoder, template).write,
+    )
+    report = Report.from_json(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    dataset = Dataset(
+        Rows(folder, "train"), Rows(folder, "holdout"), Records(folder), report, fingerprint
+    )
+    _check_enough(config, dataset, rows_per_step)
+    return dataset
+
+
+def _source(config: DataConfig) -> Any:
+    from fttrain.data.records import file_source, hub_source
+    from fttrain.data.stdlib import stdlib_source
+
+    if config.kind == "stdlib":
+        return stdlib_source(config.seed)
+    if config.kind == "hub":
+        return hub_source(str(config.path), config.split)
+    return file_source(str(config.path))
+
+
+def _check_enough(config: DataConfig, dataset: Dataset, rows_per_step: int | None) -> None:
+    rows, name = len(dataset.train), config.path or config.kind
+    if rows == 0:
+        raise UserError(
+            f"data.path={name}: no row is left to train on ({'; '.join(dataset.report.lines())})"
+        )
+    if rows_per_step is not None and rows < rows_per_step:
+        packed = f" packed into rows of data.seq_len={config.seq_len}" if config.packing else ""
+        advice = "data.packing=false, a shorter data.seq_len, " if config.packing else ""
+        raise UserError(
+            f"data.path={name}: {dataset.report.train:,} examples{packed} make {rows:,} rows, one optimizer step takes "
+            f"{rows_per_step:,} (loop.micro_batch_size x loop.gradient_accumulation_steps x ranks): use {advice}"
+            "a smaller loop.micro_batch_size or loop.gradient_accumulation_steps, or more data"
+        )
+
+
+def _load(path: Path) -> NDArray[Any]:
+    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array

@@ -1,0 +1,57 @@
+"""Prompts for a look at what the model says before and after training."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fttrain.data.chat import Chat, load_template
+from fttrain.data.dataset import DataConfig, Dataset
+from fttrain.data.encode import Encoder
+from fttrain.data.records import BadRow
+
+TEXT_PROMPT_TOKENS = 32  # of a plain text: its beginning is the prompt
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out prompt and the answer the data gives."""
+
+    prompt: str  # what the user said last, or the beginning of a text
+    reference: str
+    ids: list[int]  # the prompt with everything before it, ready for generation
+
+
+def holdout_samples(
+    config: DataConfig, dataset: Dataset, tokenizer: Any, count: int
+) -> list[Sample]:
+    """The first ``count`` held-out examples that can be asked, up to the last assistant turn."""
+    encoder = Encoder(tokenizer)
+    template = load_template(tokenizer, config.chat_template)
+    chat = None
+    samples: list[Sample] = []
+    for messages in dataset.holdout_records:
+        if len(samples) == count:
+            break
+        if messages[0]["role"] == "text":
+            samples += _text(messages[0]["content"], encoder, tokenizer)
+            continue
+        chat = chat or Chat(tokenizer, template, config.loss_on)
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        try:
+            encoded = encoder.encode([chat.prompt(messages[:last])]) if last else []
+        except BadRow:
+            continue  # a prompt that the template only writes together with its answer
+        for row in encoded:
+            if not isinstance(row, BadRow):
+                samples.append(
+                    Sample(messages[last - 1]["content"], messages[last]["content"], row[0])
+                )
+    return samples[:count]
+
+
+def _text(text: str, encoder: Encoder, tokenizer: Any) -> list[Sample]:
+    ids = encoder.document(text)
+    ids = ids[: min(len(ids) // 2, TEXT_PROMPT_TOKENS)]
+    if not ids:
+        return []
+    prompt = tokenizer.decode(ids, skip_special_tokens=True)
+    return [Sample(prompt, text[len(prompt) :], ids)]
