@@ -65,7 +65,7 @@ class RunConfig:
             raise UserError("output is empty: the folder of the run")
         if self.quant.kind == "none" and self.quant.double_quant:
             raise UserError(
-                "quant.double_quant=true: quant.kind=none has no scales to quantise; write quant=none"
+                "quant.double_quant=true: quant.kind=none has no scales; write quant=none"
             )
         group, steps = self.schedule.group, self.loop.gradient_accumulation_steps
         if isinstance(group, int) and group > steps:

@@ -29,10 +29,8 @@ def build(cls: type[T], values: Any, prefix: str = "") -> T:
     ``__post_init__`` of the dataclass refuses.
     """
     if not isinstance(values, Mapping):
-        keys = ", ".join(keys_of(cls))
-        raise UserError(
-            f"{prefix or 'configuration'}={values!r}: a group of keys is wanted: {keys}"
-        )
+        keys, name = ", ".join(keys_of(cls)), prefix or "configuration"
+        raise UserError(f"{name}={values!r}: wanted is a group of keys: {keys}")
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:

