@@ -1,4 +1,6 @@
-"""``fttrain data``: a few examples as the model sees them, what was left out, and the lengths as a table."""
+"""``fttrain data``: a few examples as the model sees them, what was left out, and the lengths as a
+table.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,10 @@ EXAMPLE_TOKENS = 400  # of an example are shown
 
 
 def run(config: "RunConfig", argv: Sequence[str] = ()) -> int:
-    """Prepares the data set of ``config`` and shows it. Raises UserError for data that cannot be used."""
+    """Prepares the data set of ``config`` and shows it.
+
+    Raises UserError for data that cannot be used.
+    """
     from fttrain.checkpoint.source import load_tokenizer  # heavy
 
     tokenizer, tokenizer_id = load_tokenizer(config.model)
@@ -34,7 +39,10 @@ def run(config: "RunConfig", argv: Sequence[str] = ()) -> int:
 def show(
     console: Console, dataset: Dataset, tokenizer: Any, seq_len: int, rows_per_step: int
 ) -> None:
-    """Prints examples, the report and the table. ``rows_per_step``: rows of one step on one rank."""
+    """Prints examples, the report and the table.
+
+    ``rows_per_step``: rows of one step on one rank.
+    """
     count = min(EXAMPLES, len(dataset.train.document_tokens))
     for which in range(count):
         document = dataset.train.document(which)

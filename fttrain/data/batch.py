@@ -13,7 +13,10 @@ IGNORE = -100  # the target of a token that is not trained on
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch of one rank. ``N`` may be 0: a rank without work still takes part in every collective."""
+    """One micro-batch of one rank.
+
+    ``N`` may be 0: a rank without work still takes part in every collective.
+    """
 
     input_ids: Tensor  # int64 (N,)
     targets: Tensor  # int64 (N,): the next token of the same document, or IGNORE
@@ -34,9 +37,10 @@ class MicroBatch:
 def collate(documents: list[tuple[list[int], list[int]]], index: int) -> MicroBatch:
     """Documents of (token ids, labels) -> one micro-batch.
 
-    Labels are aligned with the ids (label i is token i, or IGNORE); targets are labels moved one to the left within
-    each document, so no token ever predicts the first token of the next document.
+    Labels are aligned with the ids (label i is token i, or IGNORE); targets are labels moved one to
+    the left within each document, so no token ever predicts the first token of the next document.
     """
+    documents = [document for document in documents if document[0]]
     lengths = tuple(len(ids) for ids, _ in documents)
     flat_ids = [token for ids, _ in documents for token in ids]
     flat_targets = [label for _, labels in documents for label in (*labels[1:], IGNORE)]

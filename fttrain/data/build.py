@@ -1,7 +1,8 @@
-"""Records -> tokenised documents -> hold-out and training rows, written as flat arrays that are mapped, not loaded.
+"""Records -> tokenised documents -> hold-out and training rows, written as flat arrays that are
+mapped, not loaded.
 
-One pass over the source. Documents lie end to end in flat arrays from the first moment on: a Python object per token
-would need a hundred times the memory.
+One pass over the source. Documents lie end to end in flat arrays from the first moment on: a Python
+object per token would need a hundred times the memory.
 """
 
 import hashlib
@@ -59,7 +60,10 @@ class Builder:
         self._record_ends = array("q")  # for each example where its line in the records file ends
 
     def write(self, folder: Path) -> None:
-        """Reads, tokenises, splits and packs. Raises UserError for a bad row when the policy is ``error``."""
+        """Reads, tokenises, splits and packs.
+
+        Raises UserError for a bad row when the policy is ``error``.
+        """
         records = folder / "records.tmp"
         with open(records, "wb") as stream, _progress() as advance:
             batch: list[tuple[Located, Example]] = []
@@ -158,7 +162,9 @@ class Builder:
         return ids, trained
 
     def _text(self, example: Example, located: Located) -> list[tuple[list[int], list[bool]]]:
-        """Plain text, cut into pieces of seq_len that share one token, so that each token is a target exactly once."""
+        """Plain text, cut into pieces of seq_len that share one token, so that each token is a
+        target exactly once.
+        """
         ids, seq_len = self._encoder.document(example.text), self._config.seq_len
         if len(ids) < 2:
             raise BadRow("all labels masked", "a text of one token has nothing to predict")
@@ -214,7 +220,9 @@ class Builder:
         raise UserError(f"data.path={self._config.path}: {what}")
 
     def _held(self) -> NDArray[np.bool_]:
-        """Which examples are held out, bool (examples,): those of the smallest hashes, so copies stay together."""
+        """Which examples are held out, bool (examples,): those of the smallest hashes, so copies
+        stay together.
+        """
         hashes = np.frombuffer(self._hashes, dtype=np.uint64)
         distinct = np.unique(hashes)
         count = round(self._config.holdout * len(distinct))
@@ -268,7 +276,10 @@ class Builder:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[], None]]:
-    """A count of rows on the terminal while rows are tokenised; gone when done. Yields the step of one row."""
+    """A count of rows on the terminal while rows are tokenised; gone when done.
+
+    Yields the step of one row.
+    """
     columns = (
         TextColumn("tokenising"),
         SpinnerColumn(),

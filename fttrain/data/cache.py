@@ -24,10 +24,11 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 def load_or_build(root: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """The folder ``root/data/key``, whole; ``build(folder)`` fills it when it is missing or damaged.
+    """The folder ``root/data/key``, whole; ``build(folder)`` fills it when it is missing or
+    damaged.
 
-    Any number of processes may call this at once: one builds, the others wait. A build that dies leaves nothing that
-    is taken for whole. Raises UserError when the place cannot be written.
+    Any number of processes may call this at once: one builds, the others wait. A build that dies
+    leaves nothing that is taken for whole. Raises UserError when the place cannot be written.
     """
     folder = root / "data" / key
     if fault(folder) is None:
@@ -54,7 +55,8 @@ def load_or_build(root: Path, key: str, build: Callable[[Path], None]) -> Path:
     except OSError as error:
         where = error.filename or folder
         raise UserError(
-            f"data.cache_dir={root}: cannot write {where} ({error.strerror or error}); set data.cache_dir to a folder "
+            f"data.cache_dir={root}: cannot write {where} ({error.strerror or error}); set "
+            "data.cache_dir to a folder "
             "with room that you may write to"
         ) from None
     return folder

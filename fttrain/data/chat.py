@@ -1,14 +1,16 @@
 """Messages -> one string, and the characters of it that are trained: the assistant's turns.
 
-The tokenizer's own sandboxed template engine renders. Few templates carry ``{% generation %}`` marks, so the turns are
-found without them, and what is found is verified:
+The tokenizer's own sandboxed template engine renders. Few templates carry ``{% generation %}``
+marks, so the turns are found without them, and what is found is verified:
 
-1. Each message is rendered between private marks. If taking the marks out again gives the unmarked rendering, they show
-   where each content went. A turn starts after the generation prompt before it (so a ``<think>`` the model has to write
-   itself is trained) and ends behind the end-of-turn token that follows.
-2. Where a template rewrites a marked content (Qwen3 splits at ``</think>``), the turn is the difference of two
-   renderings: up to the message, and including it. Both must be prefixes of the whole and the turn must hold all that
-   was said; otherwise the template drops something and the row is refused.
+1. Each message is rendered between private marks. If taking the marks out again gives the unmarked
+   rendering, they show where each content went. A turn starts after the generation prompt before it
+   (so a ``<think>`` the model has to write itself is trained) and ends behind the end-of-turn token
+   that follows.
+2. Where a template rewrites a marked content (Qwen3 splits at ``</think>``), the turn is the
+   difference of two renderings: up to the message, and including it. Both must be prefixes of the
+   whole and the turn must hold all that was said; otherwise the template drops something and the
+   row is refused.
 """
 
 import re
@@ -23,13 +25,15 @@ from fttrain.data.records import BadRow
 from fttrain.data.shapes import Message
 from fttrain.errors import UserError
 
-# Private-use characters, as no text has them: number of the message between OPEN and START, or OPEN and END.
+# Private-use characters, as no text has them: number of the message between OPEN and START, or OPEN
+# and END.
 OPEN, START, END = "\U0010f8f0", "\U0010f8f1", "\U0010f8f2"
 _MARK = re.compile(f"{OPEN}(\\d+)([{START}{END}])")
 # Templates that print today's date print this one, so that a row is the same on every day and rank.
 FIXED_DATE = "26 Jul 2024"
 KEEP_ADVICE = (
-    "data.loss_on=last trains on the last turn only; or take <think> parts out of earlier turns; or set "
+    "data.loss_on=last trains on the last turn only; or take <think> parts out of earlier turns; "
+    "or set "
     "data.chat_template=FILE to a template that keeps every turn"
 )
 
@@ -53,7 +57,8 @@ class Chat:
     def __init__(self, tokenizer: Any, template: str | None, loss_on: str = "all") -> None:
         if not template:
             raise UserError(
-                "model.path: its tokenizer has no chat template, so conversations cannot be written; set "
+                "model.path: its tokenizer has no chat template, so conversations cannot be "
+                "written; set "
                 "data.chat_template=FILE (a jinja file), or train on plain text (data.format=text)"
             )
         self._tokenizer, self.template, self._loss_on = tokenizer, template, loss_on
@@ -85,12 +90,17 @@ class Chat:
         (_, end), *_ = row.trained
         if row.text[:end].endswith("Answer."):
             raise UserError(
-                "the chat template writes no end-of-turn token after an answer, so the model would never learn to "
-                "stop; set data.chat_template=FILE to one that ends each assistant turn with eos_token"
+                "the chat template writes no end-of-turn token after an answer, so the model "
+                "would never learn to "
+                "stop; set data.chat_template=FILE to one that ends each assistant turn with "
+                "eos_token"
             )
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as the template writes it. Raises BadRow when the template refuses it."""
+        """The conversation as the template writes it.
+
+        Raises BadRow when the template refuses it.
+        """
         try:
             text = self._tokenizer.apply_chat_template(
                 messages,
@@ -131,7 +141,9 @@ class Chat:
         return Rendered(text, tuple(edges), tuple(trained))
 
     def _locate(self, messages: list[Message], text: str) -> dict[int, list[Span]]:
-        """Where in ``text`` each message's content stands; a message whose marks were lost is left out."""
+        """Where in ``text`` each message's content stands; a message whose marks were lost is left
+        out.
+        """
         if any(mark in message["content"] for message in messages for mark in (OPEN, START, END)):
             return {}
         marked = [
@@ -159,7 +171,9 @@ class Chat:
         return spans
 
     def _extend(self, text: str, content: Span, edges: list[Span]) -> Span:
-        """The turn around a content: from the end of the generation prompt to the end of the end-of-turn token."""
+        """The turn around a content: from the end of the generation prompt to the end of the end-
+        of-turn token.
+        """
         start, end = content
         floor = max((b for _, b in edges if b <= start), default=0)
         ceiling = min((a for a, _ in edges if a >= end), default=len(text))
@@ -173,7 +187,7 @@ class Chat:
         return found.end() if found else end
 
     def _difference(self, messages: list[Message], i: int, text: str) -> Span:
-        """The turn as what message ``i`` adds to the rendering; verified, see the top of the file."""
+        """The turn as what message ``i`` adds to the rendering; verified, see the file's top."""
         where = f"assistant turn {i + 1} of {len(messages)}"
         content = messages[i]["content"]
         prompt = self.render(messages[:i], add_generation_prompt=True) if i else ""
@@ -191,7 +205,7 @@ class Chat:
         return len(prompt), len(prompt) + (ends[-1] if ends else len(body))
 
     def check_special(self, row: Rendered, messages: list[Message], encoder: Encoder) -> None:
-        """Raises BadRow when a content that could not be located holds the text of a special token."""
+        """Raises BadRow when a content that could not be located writes a special token."""
         if len(row.contents) >= len(messages):
             return
         located = {row.text[a:b] for a, b in row.contents}
@@ -206,7 +220,9 @@ class Chat:
                 )
 
     def prompt(self, messages: list[Message]) -> Rendered:
-        """The conversation up to where the assistant answers, for generation; special tokens in it stay text."""
+        """The conversation up to where the assistant answers, for generation; special tokens in it
+        stay text.
+        """
         text = self.render(messages, add_generation_prompt=True)
         spans = self._locate(messages, self.render(messages))
         edges = sorted(span for found in spans.values() for span in found)

@@ -71,7 +71,10 @@ class DataConfig:
 
 
 class Rows:
-    """Packed rows of one split, mapped from disk. Row i is a list of documents of seq_len tokens together at most."""
+    """Packed rows of one split, mapped from disk.
+
+    Row i is a list of documents of seq_len tokens together at most.
+    """
 
     def __init__(self, folder: Path, split: str) -> None:
         self._ids = _load(folder / f"{split}.ids.npy")  # int32 (tokens,)
@@ -129,7 +132,9 @@ class Rows:
 
 
 class Records(Sequence[list[dict[str, str]]]):
-    """The conversations of the held-out examples, read from disk one by one; plain text has the role ``text``."""
+    """The conversations of the held-out examples, read from disk one by one; plain text has the
+    role ``text``.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "holdout.jsonl"
@@ -162,10 +167,12 @@ class Dataset:
 def prepare(
     config: DataConfig, tokenizer: Any, tokenizer_id: str, rows_per_step: int | None = None
 ) -> Dataset:
-    """Reads, tokenises, splits and packs once; later calls, and other processes at the same time, map the result.
+    """Reads, tokenises, splits and packs once; later calls, and other processes at the same time,
+    map the result.
 
-    ``rows_per_step``: rows that one optimizer step takes over all ranks, to refuse a data set that does not fill one.
-    Raises UserError for a bad row (by policy), an unusable template, a missing file, or an empty training split.
+    ``rows_per_step``: rows that one optimizer step takes over all ranks, to refuse a data set that
+    does not fill one. Raises UserError for a bad row (by policy), an unusable template, a missing
+    file, or an empty training split.
     """
     # Late: these are heavy, and the settings above are imported by every command.
     from fttrain.data.build import Builder
@@ -216,8 +223,10 @@ def _check_enough(config: DataConfig, dataset: Dataset, rows_per_step: int | Non
         packed = f" packed into rows of data.seq_len={config.seq_len}" if config.packing else ""
         advice = "data.packing=false, a shorter data.seq_len, " if config.packing else ""
         raise UserError(
-            f"data.path={name}: {dataset.report.train:,} examples{packed} make {rows:,} rows, one optimizer step takes "
-            f"{rows_per_step:,} (loop.micro_batch_size x loop.gradient_accumulation_steps x ranks): use {advice}"
+            f"data.path={name}: {dataset.report.train:,} examples{packed} make {rows:,} rows, one "
+            "optimizer step takes "
+            f"{rows_per_step:,} (loop.micro_batch_size x loop.gradient_accumulation_steps x "
+            f"ranks): use {advice}"
             "a smaller loop.micro_batch_size or loop.gradient_accumulation_steps, or more data"
         )
 

@@ -1,10 +1,12 @@
-"""Text -> token ids, with the special tokens of the scaffold parsed and those that users wrote kept as text.
+"""Text -> token ids, with the special tokens of the scaffold parsed and those that users wrote kept
+as text.
 
-The template's text must be tokenised as one string (merges cross the borders between scaffold and content, as they do
-at inference), yet a user who writes ``<|im_end|>`` must not end a turn. So: a string whose content holds no special
-token is encoded as a whole; only the rare other one is cut at the scaffold's special tokens, and the pieces between are
-encoded with special tokens switched off. The cut is verified, for each such string, on a copy of it in which the
-content's special tokens are spoiled: there both ways must give the same ids.
+The template's text must be tokenised as one string (merges cross the borders between scaffold and
+content, as they do at inference), yet a user who writes ``<|im_end|>`` must not end a turn. So: a
+string whose content holds no special token is encoded as a whole; only the rare other one is cut at
+the scaffold's special tokens, and the pieces between are encoded with special tokens switched off.
+The cut is verified, for each such string, on a copy of it in which the content's special tokens are
+spoiled: there both ways must give the same ids.
 """
 
 import hashlib
@@ -32,13 +34,16 @@ class Rendered:
 
 
 class Encoder:
-    """The fast tokenizer behind a transformers tokenizer, untouched by its padding and truncation settings."""
+    """The fast tokenizer behind a transformers tokenizer, untouched by its padding and truncation
+    settings.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise UserError(
-                f"model.path: its tokenizer ({type(tokenizer).__name__}) has no fast version (tokenizer.json), which "
+                f"model.path: its tokenizer ({type(tokenizer).__name__}) has no fast version "
+                "(tokenizer.json), which "
                 "tells where each token lies in the text; convert it, or use a model that ships one"
             )
         settings = json.loads(backend.to_str())
@@ -60,7 +65,9 @@ class Encoder:
         self.prefix, self.suffix = self._frame(tokenizer.eos_token_id)
 
     def _frame(self, eos_token_id: int | None) -> tuple[list[int], list[int]]:
-        """What stands around a whole document: BOS where the tokenizer writes one, and always EOS if there is one."""
+        """What stands around a whole document: BOS where the tokenizer writes one, and always EOS
+        if there is one.
+        """
         bare = self._parsing.encode("a", add_special_tokens=False).ids
         framed = self._parsing.encode("a", add_special_tokens=True).ids
         at = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
@@ -70,11 +77,16 @@ class Encoder:
         return prefix, suffix
 
     def document(self, text: str) -> list[int]:
-        """Plain text as one document: BOS if the tokenizer has one, the text, EOS. Special tokens in it stay text."""
+        """Plain text as one document: BOS if the tokenizer has one, the text, EOS.
+
+        Special tokens in it stay text.
+        """
         return [*self.prefix, *self._plain.encode(text, add_special_tokens=False).ids, *self.suffix]
 
     def encode(self, batch: list[Rendered]) -> list[tuple[list[int], list[bool]] | BadRow]:
-        """For each string its token ids and which of them are trained: those that overlap a trained span."""
+        """For each string its token ids and which of them are trained: those that overlap a trained
+        span.
+        """
         rare = [i for i, row in enumerate(batch) if self._in_content(row)]
         whole = self._parsing.encode_batch([row.text for row in batch], add_special_tokens=False)
         results: list[tuple[list[int], list[bool]] | BadRow] = [
@@ -115,7 +127,9 @@ class Encoder:
         )
 
     def _cut(self, row: Rendered, anchor: str) -> tuple[list[int], list[Span]]:
-        """Pieces between the scaffold's special tokens encoded as plain text, those tokens by their id."""
+        """Pieces between the scaffold's special tokens encoded as plain text, those tokens by their
+        id.
+        """
         ids: list[int] = []
         offsets: list[Span] = []
         start = 0
@@ -140,7 +154,10 @@ class Encoder:
         return ids, offsets
 
     def _piece(self, text: str, anchor: str) -> tuple[list[int], list[Span]]:
-        """A piece from the middle of a string. The anchor keeps SentencePiece from writing a leading space there."""
+        """A piece from the middle of a string.
+
+        The anchor keeps SentencePiece from writing a leading space there.
+        """
         if not text:
             return [], []
         encoding = self._plain.encode(anchor + text, add_special_tokens=False)
@@ -185,7 +202,8 @@ def _touches(span: Span, spans: tuple[Span, ...]) -> bool:
 def _mark(offsets: list[Span], spans: tuple[Span, ...]) -> list[bool]:
     """Which tokens overlap one of the sorted spans.
 
-    Byte-level tokenizers may leave leading spaces out of a token's offsets; the gap belongs to the token after it.
+    Byte-level tokenizers may leave leading spaces out of a token's offsets; the gap belongs to the
+    token after it.
     """
     marks: list[bool] = []
     reached = which = 0

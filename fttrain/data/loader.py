@@ -1,9 +1,10 @@
 """Rows -> micro-batches, as a pure function of (seed, step).
 
-One optimizer step takes ``R = micro_batch_size * gradient_accumulation_steps * world_size`` rows, the next R of the
-epoch's order. Micro-batch ``m = a * world_size + rank`` of the step takes the m-th ``micro_batch_size`` of them, so the
-rows of a step do not depend on how they are split. The last step of an epoch takes what is left; the micro-batches it
-does not fill are short or empty, on every rank the same number of them.
+One optimizer step takes ``R = micro_batch_size * gradient_accumulation_steps * world_size`` rows,
+the next R of the epoch's order. Micro-batch ``m = a * world_size + rank`` of the step takes the
+m-th ``micro_batch_size`` of them, so the rows of a step do not depend on how they are split. The
+last step of an epoch takes what is left; the micro-batches it does not fill are short or empty, on
+every rank the same number of them.
 """
 
 import numpy as np
@@ -17,8 +18,8 @@ from fttrain.errors import UserError
 class Loader:
     """Yields the micro-batches of one rank, step after step, without end.
 
-    ``position`` is the number of optimizer steps done: saving it is enough to go on where one stopped.
-    Raises UserError when there are no rows.
+    ``position`` is the number of optimizer steps done: saving it is enough to go on where one
+    stopped. Raises UserError when there are no rows.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class Loader:
         return -(-len(self._rows) // self.rows_per_step)
 
     def next_step(self) -> list[MicroBatch]:
-        """This rank's ``gradient_accumulation_steps`` micro-batches of the next step; some may be empty."""
+        """This rank's ``gradient_accumulation_steps`` micro-batches of the next step; some may be
+        empty.
+        """
         epoch, step = divmod(self.position, self.steps_per_epoch)
         chosen = self._epoch_order(epoch)[
             step * self.rows_per_step : (step + 1) * self.rows_per_step
@@ -70,7 +73,8 @@ class Loader:
         if self._order is None or self._order[0] != epoch:
             order = np.arange(len(self._rows))
             if self._shuffle:
-                # RandomState's stream is frozen by numpy's promise, so a resume after an upgrade sees the same order.
+                # RandomState's stream is frozen by numpy's promise, so a resume after an upgrade
+                # sees the same order.
                 words = [self._seed & 0xFFFFFFFF, (self._seed >> 32) & 0xFFFFFFFF, epoch]
                 order = np.random.RandomState(words).permutation(len(self._rows))
             self._order = epoch, order
@@ -80,7 +84,9 @@ class Loader:
 def evaluation_batches(
     rows: Rows, micro_batch_size: int, rank: int, world_size: int
 ) -> list[MicroBatch]:
-    """All rows once, in order, over all ranks: the same number of micro-batches on each, the last ones maybe empty."""
+    """All rows once, in order, over all ranks: the same number of micro-batches on each, the last
+    ones maybe empty.
+    """
     order = np.arange(len(rows))
     rounds = -(-len(rows) // (micro_batch_size * world_size))
     places = (a * world_size + rank for a in range(rounds))

@@ -1,6 +1,8 @@
-"""Documents -> rows of at most seq_len tokens, by best-fit decreasing. Nothing is padded and no document is split.
+"""Documents -> rows of at most seq_len tokens, by best-fit decreasing. Nothing is padded and no
+document is split.
 
-Attention stays inside a document: a row keeps its documents apart, and the micro-batch made of it their lengths.
+Attention stays inside a document: a row keeps its documents apart, and the micro-batch made of it
+their lengths.
 """
 
 import numpy as np
@@ -10,8 +12,9 @@ from numpy.typing import NDArray
 def pack(lengths: NDArray[np.int64], seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Lengths (documents,) in tokens, each in [1, seq_len] -> (order, offsets).
 
-    Row r holds the documents ``order[offsets[r]:offsets[r + 1]]``. Deterministic: documents ascend within a row, rows
-    ascend by their first document. ``order`` int64 (documents,), ``offsets`` int64 (rows + 1,).
+    Row r holds the documents ``order[offsets[r]:offsets[r + 1]]``. Deterministic: documents ascend
+    within a row, rows ascend by their first document. ``order`` int64 (documents,), ``offsets``
+    int64 (rows + 1,).
     """
     if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= seq_len:
         raise ValueError(f"document lengths must be in [1, {seq_len}]")
@@ -19,7 +22,7 @@ def pack(lengths: NDArray[np.int64], seq_len: int) -> tuple[NDArray[np.int64], N
     roomy: list[list[int]] = [
         [] for _ in range(seq_len + 1)
     ]  # room in tokens -> rows that have exactly that much
-    rooms = 0  # bit r is set when a row has room r: the best fit is the lowest bit at or above the length
+    rooms = 0  # bit r: some row has room r. The best fit is the lowest bit at or above the length
     for document in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[document])
         fitting = rooms >> length

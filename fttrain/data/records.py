@@ -1,7 +1,7 @@
 """Files and hub data sets -> records, each with the place it came from.
 
-A record is one JSON object. Reading never drops a row in silence: a row that cannot be read is yielded as a ``BadRow``
-in its place, and the caller's policy decides.
+A record is one JSON object. Reading never drops a row in silence: a row that cannot be read is
+yielded as a ``BadRow`` in its place, and the caller's policy decides.
 """
 
 import csv
@@ -23,7 +23,10 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
 class BadRow(Exception):
-    """A row that cannot be trained on. ``reason`` is a short name to count by, ``advice`` says what would help."""
+    """A row that cannot be trained on.
+
+    ``reason`` is a short name to count by, ``advice`` says what would help.
+    """
 
     def __init__(self, reason: str, detail: str, advice: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -32,7 +35,9 @@ class BadRow(Exception):
 
 @dataclass(frozen=True)
 class Located:
-    """One row and where it stands: ``line`` counts from 1 (lines of text, rows of Parquet and hub data)."""
+    """One row and where it stands: ``line`` counts from 1 (lines of text, rows of Parquet and hub
+    data).
+    """
 
     file: str
     line: int
@@ -45,7 +50,10 @@ class Located:
 
 @dataclass(frozen=True)
 class Source:
-    """Where records come from. ``identity`` changes when the content does; ``read`` may be called again."""
+    """Where records come from.
+
+    ``identity`` changes when the content does; ``read`` may be called again.
+    """
 
     identity: str
     read: Callable[[], Iterator[Located]]
@@ -75,7 +83,8 @@ def file_source(path: str) -> Source:
     for file in files:
         if _kind(file) is None:
             raise UserError(
-                f"data.path={file}: unknown kind of file; allowed: {' '.join(SUFFIXES)}, also with .gz"
+                f"data.path={file}: unknown kind of file; allowed: {' '.join(SUFFIXES)}, also "
+                "with .gz"
             )
     digest = hashlib.sha256()
     notes = []
@@ -106,8 +115,10 @@ def hub_source(path: str, split: str) -> Source:
     ) as error:  # the hub client raises dozens of kinds; each is one line to the user
         cause = " ".join(str(error).split())[:200]
         raise UserError(
-            f"data.path={path} data.split={split}: the hub's data set did not load ({type(error).__name__}: {cause}); "
-            "without a network, save it as JSONL or Parquet where there is one and use data=file data.path=FILE"
+            f"data.path={path} data.split={split}: the hub's data set did not load "
+            f"({type(error).__name__}: {cause}); "
+            "without a network, save it as JSONL or Parquet where there is one and use data=file "
+            "data.path=FILE"
         ) from None
     finally:
         if progress_was_on:
@@ -218,7 +229,9 @@ def _one_object(path: Path, text: str) -> Iterator[Located]:
 
 
 def _elements(path: Path, text: str, at: int) -> Iterator[Located]:
-    """The elements of the array whose ``[`` stands before ``at``, decoded one by one so that each has its line."""
+    """The elements of the array whose ``[`` stands before ``at``, decoded one by one so that each
+    has its line.
+    """
     decoder = (
         json.JSONDecoder()
     )  # NaN is looked for afterwards, so that one bad element does not hide the next
@@ -233,7 +246,8 @@ def _elements(path: Path, text: str, at: int) -> Iterator[Located]:
         elif not first:
             at_line = line + text.count("\n", counted, at)
             raise UserError(
-                f"data.path={path}:{at_line}: not JSON: a comma or ] is missing between two elements"
+                f"data.path={path}:{at_line}: not JSON: a comma or ] is missing between two "
+                "elements"
             )
         line, counted = line + text.count("\n", counted, at), at
         try:
@@ -249,7 +263,9 @@ def _elements(path: Path, text: str, at: int) -> Iterator[Located]:
 
 
 def _read_csv(path: Path) -> Iterator[Located]:
-    """One record a row, named by the header; a cell is text exactly as written (no 'NA' turned into a hole)."""
+    """One record a row, named by the header; a cell is text exactly as written (no 'NA' turned into
+    a hole).
+    """
     csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if _kind(path) == ".tsv" else ","
     with _open(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
@@ -283,7 +299,9 @@ def _read_csv(path: Path) -> Iterator[Located]:
 
 
 def _read_parquet(path: Path) -> Iterator[Located]:
-    """Row by row through ``datasets`` in streaming mode, which keeps no copy on disk that could go stale."""
+    """Row by row through ``datasets`` in streaming mode, which keeps no copy on disk that could go
+    stale.
+    """
     import datasets
 
     try:

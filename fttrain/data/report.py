@@ -63,7 +63,8 @@ class Report:
             )
         if self.cut.count:
             out.append(
-                f"{self.cut.count:,} texts longer than data.seq_len cut in pieces: {_where(self.cut)}"
+                f"{self.cut.count:,} texts longer than data.seq_len cut in pieces: "
+                f"{_where(self.cut)}"
             )
         if self.duplicates_removed:
             out.append(f"{self.duplicates_removed:,} exact copies of held-out rows removed")

@@ -25,7 +25,8 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-# Fields that change what a turn says. They are refused by name, because leaving them out would train on half a turn.
+# Fields that change what a turn says. They are refused by name, because leaving them out would
+# train on half a turn.
 REFUSED_FIELDS = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
 
 
@@ -49,14 +50,18 @@ class Example:
 
 
 def detect(records: Iterable[dict[str, Any]], where: str) -> str:
-    """The shape of most of the given first records (the earlier one when even). UserError when none is known."""
+    """The shape of most of the given first records (the earlier one when even).
+
+    UserError when none is known.
+    """
     first: list[dict[str, Any]] = list(records)
     votes = Counter(shape for shape in map(shape_of, first) if shape)
     if votes:
         return votes.most_common(1)[0][0]
     keys = ", ".join(sorted(first[0])) if first else "none"
     raise UserError(
-        f"{where}: no known record shape (fields found: {keys}); allowed: messages | prompt, completion | instruction, "
+        f"{where}: no known record shape (fields found: {keys}); allowed: messages | prompt, "
+        "completion | instruction, "
         "output (input) | conversations | text; rename the fields, or set data.format"
     )
 

@@ -1,7 +1,8 @@
 """The built-in data set: questions about Python's own standard library, answered by its docstrings.
 
-Modules are parsed, never imported, so nothing runs; only built-in types and a few modules written in C, whose
-docstrings are not in any source file, are looked at as objects. The same Python gives the same pairs in the same order.
+Modules are parsed, never imported, so nothing runs; only built-in types and a few modules written
+in C, whose docstrings are not in any source file, are looked at as objects. The same Python gives
+the same pairs in the same order.
 """
 
 import ast
@@ -78,7 +79,10 @@ class Entry:
 
 
 def stdlib_source(seed: int) -> Source:
-    """About 2,000 question/answer pairs as chat records. The seed chooses which, and how each is asked."""
+    """About 2,000 question/answer pairs as chat records.
+
+    The seed chooses which, and how each is asked.
+    """
 
     def read() -> Iterator[Located]:
         for number, (question, answer) in enumerate(pairs(seed), 1):
@@ -89,12 +93,15 @@ def stdlib_source(seed: int) -> Source:
             yield Located("stdlib", number, {"messages": turns})
 
     text = Path(__file__).read_bytes()  # the rules below are part of what makes the data
-    build = f"{platform.python_implementation()} {platform.python_version()} {hashlib.sha256(text).hexdigest()}"
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    build = f"{python} {hashlib.sha256(text).hexdigest()}"
     return Source(f"stdlib\0{build}\0{seed}", read)
 
 
 def pairs(seed: int = 0, count: int = PAIRS) -> list[tuple[str, str]]:
-    """(question, answer) pairs, ``count`` or as many as there are, without duplicates, ordered by the seed."""
+    """(question, answer) pairs, ``count`` or as many as there are, without duplicates, ordered by
+    the seed.
+    """
     chosen: dict[
         str, tuple[str, str]
     ] = {}  # by answer: aliases and overridden methods share one docstring
@@ -113,7 +120,8 @@ def pairs(seed: int = 0, count: int = PAIRS) -> list[tuple[str, str]]:
         )
     if len(chosen) < FEWEST:
         raise UserError(
-            f"data=stdlib: only {len(chosen)} documented names were found in {_library()}: this Python comes without "
+            f"data=stdlib: only {len(chosen)} documented names were found in {_library()}: this "
+            "Python comes without "
             "its library's sources; use data=file data.path=FILE"
         )
     return sorted(chosen.values(), key=lambda pair: _number(seed, "order", pair[0]))[:count]
@@ -191,7 +199,8 @@ def first_paragraph(docstring: str) -> str | None:
         return None
     if not answer[0].isalpha() or not answer.isascii() or answer.endswith((":", ",", "...")):
         return None  # a list follows, or it is cut off
-    # Signatures, examples, markup, version-control lines and tests tell nothing about the name itself.
+    # Signatures, examples, markup, version-control lines and tests tell nothing about the name
+    # itself.
     if re.search(
         r"->|>>>|\$|::|={3}|-{3}|Internal|deprecated|XXX|TODO|not implemented",
         answer,
