@@ -1,0 +1,46 @@
+"""Where the numbers of a run go: metrics.jsonl, a progress bar, Weights & Biases."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fttrain.track.base import TrackConfig, Tracker, Trackers
+from fttrain.track.metrics import MetricsFile, Warn, read_metrics, to_stderr
+from fttrain.track.progress import progress
+from fttrain.track.wandb import WandbTracker
+
+__all__ = [
+    "MetricsFile",
+    "TrackConfig",
+    "Tracker",
+    "Trackers",
+    "WandbTracker",
+    "open_trackers",
+    "progress",
+    "read_metrics",
+]
+
+
+def open_trackers(
+    config: TrackConfig,
+    folder: Path | str,
+    total_steps: int,
+    resumed_step: int = 0,
+    run_config: Mapping[str, Any] | None = None,
+    warn: Warn = to_stderr,
+) -> Trackers:
+    """All trackers of a run as one; for rank 0. Other ranks use ``Trackers()``, which does nothing.
+
+    Args:
+        config: the tracker beside metrics.jsonl.
+        folder: the run's folder, which exists.
+        total_steps: optimizer steps of the whole run.
+        resumed_step: steps done before; metrics past it are dropped, for they come again.
+        run_config: what the tracker shows as settings, already without secrets.
+        warn: takes warnings.
+    """
+    trackers: list[Tracker] = [MetricsFile(Path(folder) / "metrics.jsonl", resumed_step, warn)]
+    trackers.append(progress(total_steps, resumed_step))
+    if config.kind == "wandb":
+        trackers.append(WandbTracker(config, folder, run_config or {}, warn))
+    return Trackers(trackers)

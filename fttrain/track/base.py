@@ -1,0 +1,67 @@
+"""What a tracker is, and the settings of the tracker beside metrics.jsonl."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fttrain.errors import UserError
+
+KINDS = ("none", "wandb")
+MODES = ("auto", "online", "offline")
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """An experiment tracker beside metrics.jsonl, which is always written."""
+
+    kind: str = "none"  # none | wandb
+    project: str = "fttrain"  # project of the tracker
+    name: str | None = None  # name of the run there; None: the name of the output folder
+    mode: str = "auto"  # auto | online | offline; auto: online when there is a login, else offline
+
+    def __post_init__(self) -> None:
+        for key, allowed in (("kind", KINDS), ("mode", MODES)):
+            value = getattr(self, key)
+            if value not in allowed:
+                raise UserError(f"track.{key}={value}: must be one of {', '.join(allowed)}")
+        if not self.project:
+            raise UserError("track.project is empty: give the name of a project")
+
+
+class Tracker(Protocol):
+    """Takes the numbers of a run as they come. Neither method may slow or stop training."""
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """The metrics of optimizer step ``step`` (1 is the first)."""
+
+    def finish(self) -> None:
+        """The last call, also after an error; may be made more than once."""
+
+
+class Trackers:
+    """Several trackers as one; without any, it does nothing (what ranks other than 0 use)."""
+
+    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = tuple(trackers)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Passes the metrics on."""
+        for tracker in self._trackers:
+            tracker.log(step, values)
+
+    def finish(self) -> None:
+        """Finishes each one, the first given first."""
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` as JSON knows them: 0-dim tensors and NumPy numbers as numbers, NaN and infinity
+    as None.
+    """
+    result = {}
+    for key, value in values.items():
+        number = value.item() if hasattr(value, "item") else value
+        result[key] = None if isinstance(number, float) and not math.isfinite(number) else number
+    return result

@@ -1,0 +1,76 @@
+"""metrics.jsonl: one line of strict JSON a step, whatever happens to the run."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fttrain.errors import UserError
+from fttrain.track.base import plain
+
+Warn = Callable[[str], None]
+
+
+def to_stderr(text: str) -> None:
+    """The usual way to warn."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """The lines of a metrics file that are whole; a run that was killed may have left a part of
+    one.
+
+    A missing file gives no lines. Lines of one step (training, then evaluation) are joined.
+    """
+    try:
+        raw = Path(path).read_bytes()
+    except FileNotFoundError:
+        return []
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in raw.split(b"\n"):
+        try:
+            values = json.loads(line)
+            by_step.setdefault(int(values["step"]), {}).update(values)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue  # half a line, or zeros that a power cut left
+    return [by_step[step] for step in sorted(by_step)]
+
+
+class MetricsFile:
+    """Appends to metrics.jsonl. A disk that is full costs one warning, not the run."""
+
+    def __init__(self, path: Path | str, resumed_step: int = 0, warn: Warn = to_stderr) -> None:
+        """Opens ``path`` and drops what a killed run wrote past ``resumed_step``: it comes again."""
+        self._path, self._warn = Path(path), warn
+        self._warned = self._torn = False
+        kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
+        part = self._path.with_name(f".{self._path.name}.part")
+        try:
+            with part.open("w") as file:
+                file.writelines(f"{json.dumps(line)}\n" for line in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, self._path)
+            # Unbuffered: each line is one write, so a kill can tear at most the last one.
+            self._file = self._path.open("ab", buffering=0)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line: ``step`` and the numbers; NaN and infinity become null."""
+        line = json.dumps({"step": step, **plain(values)}, allow_nan=False).encode() + b"\n"
+        if self._torn:
+            line = b"\n" + line
+        try:
+            self._torn = self._file.write(line) != len(line)
+        except OSError as error:
+            self._torn = True
+            if not self._warned:
+                self._warn(f"{self._path} cannot be written ({error.strerror}): lines are missing")
+            self._warned = True
+
+    def finish(self) -> None:
+        """Closes the file."""
+        self._file.close()

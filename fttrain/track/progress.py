@@ -1,0 +1,96 @@
+"""How far the run is: a bar on a terminal, now and then a plain line elsewhere."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fttrain.track.base import Tracker, plain
+from fttrain.units import duration
+
+
+def progress(
+    total: int, done: int = 0, console: Console | None = None, every_s: float = 10.0
+) -> Tracker:
+    """A bar when the output is a terminal, else a line every ``every_s`` seconds.
+
+    Args:
+        total: optimizer steps of the whole run.
+        done: steps that a resumed run starts from.
+        console: where to; standard output unless given.
+        every_s: least seconds between plain lines; the first and the last step always get one.
+    """
+    console = console or Console()
+    return (
+        Bar(total, done, console) if console.is_terminal else Lines(total, done, console, every_s)
+    )
+
+
+def _figures(values: Mapping[str, Any]) -> dict[str, str]:
+    """Loss and tokens per second for the eye, where ``values`` has them."""
+    numbers = {key: "-" if value is None else value for key, value in plain(values).items()}
+    forms = {"loss": "{:.4f}", "tokens_per_s": "{:,.0f}"}
+    return {
+        key: numbers[key] if numbers[key] == "-" else form.format(numbers[key])
+        for key, form in forms.items()
+        if key in numbers
+    }
+
+
+class Bar:
+    """A rich progress bar with loss, tokens/s and time left; other output appears above it."""
+
+    def __init__(self, total: int, done: int, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[tokens_per_s]} tokens/s"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+        )
+        # Long steps: the rate that time left rests on must remember more than rich's 30 seconds.
+        self._progress.speed_estimate_period = 600.0
+        self._task = self._progress.add_task(
+            "", total=total, completed=done, loss="-", tokens_per_s="-"
+        )
+        self._progress.start()
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Moves the bar."""
+        fields: dict[str, Any] = dict(_figures(values))
+        self._progress.update(self._task, completed=step, **fields)
+
+    def finish(self) -> None:
+        """Leaves the bar as it stands and gives the terminal back."""
+        self._progress.stop()
+
+
+class Lines:
+    """Plain lines, for logs and pipes."""
+
+    def __init__(self, total: int, done: int, console: Console, every_s: float) -> None:
+        self._total, self._console, self._every_s = total, console, every_s
+        self._start = self._done = done
+        self._began = time.monotonic()
+        self._spoke = -float("inf")
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Prints a line when it is time."""
+        now, figures = time.monotonic(), _figures(values)
+        if "loss" not in figures or (step < self._total and now - self._spoke < self._every_s):
+            return
+        self._spoke = now
+        left_s = (now - self._began) / max(1, step - self._start) * max(0, self._total - step)
+        text = (
+            f"step {step}/{self._total}  loss {figures['loss']}  "
+            f"{figures.get('tokens_per_s', '-')} tokens/s  {duration(left_s)} left"
+        )
+        self._console.print(text, soft_wrap=True, highlight=False)
+
+    def finish(self) -> None:
+        """Nothing to give back."""
