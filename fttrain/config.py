@@ -6,6 +6,7 @@ and the rest of the project never sees Hydra. Nothing in a configuration names c
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -158,7 +159,7 @@ def _setting(key: str, value: str) -> str:
     ):
         # Text stays as it was typed (~/runs, a=b, 1e5, x,y); Hydra's grammar would see lists,
         # numbers and errors in it.
-        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        value = _quoted(value)
     try:
         override = OverridesParser.create().parse_override(f"{key}={value}")
     except HydraException as error:
@@ -168,6 +169,12 @@ def _setting(key: str, value: str) -> str:
             f"{key}={value}: one value is wanted; a list is written '{key}=[{value.strip('[]')}]'"
         )
     return f"++{key}={override.get_value_string()}"
+
+
+def _quoted(text: str) -> str:
+    # In Hydra's quotes a backslash means itself, except in a row of them before a quote or the end.
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _option(group: str, option: str) -> str:

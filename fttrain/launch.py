@@ -65,26 +65,27 @@ def start(config: LaunchConfig, argv: list[str]) -> int:
     That is 0, the code of the first rank that failed, or 128 + the signal that stopped the run.
     Raises UserError when the launch file cannot be used.
     """
+    return supervise(commands(config, argv))
+
+
+def commands(config: LaunchConfig, argv: list[str]) -> list[tuple[list[str], dict[str, str]]]:
+    """The command and the environment of each rank, in rank order."""
     settings, variables = _read_files(config)
     processes = config.processes or _integer(settings, "num_processes", 1)
     port = free_port(_integer(settings, "main_process_port", 0))
     environment = {**variables, **os.environ}  # what the user has set wins over the file
     if settings.get("gpu_ids", "all") not in ("all", None):
         environment.setdefault("CUDA_VISIBLE_DEVICES", str(settings["gpu_ids"]))
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     environment.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
     environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     environment[PARENT_PID] = str(os.getpid())
-    commands = [sys.executable, "-m", "fttrain", *argv]
-    return supervise(
-        [
-            (commands, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(processes)
-        ]
-    )
+    command = [sys.executable, "-m", "fttrain", *argv]
+    ranks = [
+        {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)
+    ]
+    return [(command, rank) for rank in ranks]
 
 
 def supervise(commands: list[tuple[list[str], dict[str, str]]], grace_s: float = GRACE_S) -> int:
