@@ -24,7 +24,7 @@ COMMANDS = {
     "data": "show a few examples as the model sees them, and their lengths",
     "report": "write report.md and the loss plot of a run",
 }
-_LATER_S = 2.0  # see _report
+_LATER_S = 5.0  # see _report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
