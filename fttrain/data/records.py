@@ -12,6 +12,7 @@ import io
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,12 +305,18 @@ def _read_parquet(path: Path) -> Iterator[Located]:
     """
     import datasets
 
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it also raises
+    files = glob.escape(str(path.absolute()))
     try:
-        table = datasets.load_dataset(
-            "parquet", data_files=glob.escape(str(path)), split="train", streaming=True
-        )
-        for number, row in enumerate(table, 1):
-            yield Located(path.name, number, row)
+        with tempfile.TemporaryDirectory() as scratch:
+            table = datasets.load_dataset(
+                "parquet", data_files=files, split="train", streaming=True, cache_dir=scratch
+            )
+            for number, row in enumerate(table, 1):
+                yield Located(path.name, number, row)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = " ".join(str(error).split())[:200]
         raise UserError(f"data.path={path}: not a readable Parquet file ({cause})") from None
+    finally:
+        datasets.logging.set_verbosity(verbosity)
