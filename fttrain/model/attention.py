@@ -220,27 +220,23 @@ class _RotaryAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, attention: "Attention") -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, attention: "Attention") -> Tensor:
         lengths = list(attention.state.lengths)
-        out, lse = varlen_attention(
-            *attention.rotated(qkv, cos, sin), lengths, attention.scale, attention.window
-        )
+        rotated = attention.rotated(qkv, cos, sin)
+        out, lse = varlen_attention(*rotated, lengths, attention.scale, attention.window)
         ctx.save_for_backward(qkv, out, lse)
         ctx.cos, ctx.sin, ctx.attention, ctx.lengths = cos, sin, attention, lengths
+        # Backward follows a recomputation at once: what it needs is kept for that moment.
+        ctx.rotated = rotated if attention.state.recomputing else None
         return out.flatten(1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         qkv, out, lse = ctx.saved_tensors
         attention: Attention = ctx.attention
+        rotated = ctx.rotated or attention.rotated(qkv, ctx.cos, ctx.sin)
         grads = varlen_attention_backward(
-            grad.view(out.shape),
-            *attention.rotated(qkv, ctx.cos, ctx.sin),
-            out,
-            lse,
-            ctx.lengths,
-            attention.scale,
-            attention.window,
+            grad.view(out.shape), *rotated, out, lse, ctx.lengths, attention.scale, attention.window
         )
         return attention.rotated_backward(grads, qkv, ctx.cos, ctx.sin), None, None, None
 

@@ -11,23 +11,24 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x`` (..., C) -> x / rms(x) * weight, statistics in fp32 (Zhang and Sennrich 2019)."""
-    x32 = x.float()
-    return weight * x32.mul(_rstd(x32, eps)).to(x.dtype)
+    x32 = x.to(torch.float32, copy=True)
+    return weight * x32.mul_(_rstd(x32, eps)).to(x.dtype)
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Gradient of the norm's output (..., C) -> gradient of ``x`` (..., C). The weight is frozen."""
-    x32 = x.float()
+    x32 = x.to(torch.float32, copy=True)
     rstd = _rstd(x32, eps)
     normed = x32.mul_(rstd)  # fp32 (..., C)
-    grad32 = (grad * weight).float()
+    grad32 = (grad * weight).to(torch.float32)
     projection = (grad32 * normed).mean(-1, keepdim=True)
     return grad32.sub_(normed.mul_(projection)).mul_(rstd).to(grad.dtype)
 
 
 def _rstd(x32: Tensor, eps: float) -> Tensor:
     """fp32 (..., 1): one over the root mean square."""
-    return torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)  # one pass; square and mean take two
+    return torch.rsqrt(norm.square_().div_(x32.shape[-1]).add_(eps))
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = heads.shape[-1] // 2
     first, second = heads[..., :half], heads[..., half:]
     cos, sin = cos[:, None, :half], sin[:, None, :half]
-    rotated_first = first * cos - second * sin
-    second.mul_(cos).add_(first * sin)
-    first.copy_(rotated_first)
+    old_first = first.clone()
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).addcmul_(old_first, sin)
     return heads

@@ -3,7 +3,7 @@
     x ── prologue (none | rmsnorm | swiglu) ── x̂ (N, in) ──┬── frozen W (out, in), dequantised now ──┐
                                                            └── A (R, in) ── scaling * B (out, R) ────┴── y (N, out)
 
-Saved for backward: the prologue's input and nothing else. The frozen bytes are read again at backward time, whatever
+Saved for backward: the prologue's input and nothing else (a recomputation also keeps x̂ until its own backward). The frozen bytes are read again at backward time, whatever
 slot they lie in by then; no view of a slot and no dequantised weight is ever saved. Adapter gradients go straight into
 the layer's flat fp32 gradient.
 
@@ -12,6 +12,7 @@ Legend: N tokens, in and out summed over the group, R adapter ranks summed over 
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,53 +92,61 @@ class LinearGroup(nn.Module):
             return rms_norm_backward(grad, x, self.frozen.tensor(self.norm), self.eps)
         return swiglu_backward(grad, x) if self.prologue == "swiglu" else grad
 
-    def output(self, x: Tensor) -> Tensor:
-        """The group's arithmetic, without autograd."""
-        inputs = self.prologue_forward(x)
+    def output(self, inputs: Tensor, down: Tensor | None) -> Tensor:
+        """x̂ (N, in) and A x̂ (N, R) -> y (N, out)."""
         y = torch.nn.functional.linear(inputs, self.frozen.weight(self.shape.name), self.frozen.bias(self.shape.name))
-        if self.adapter is not None:
-            y.addmm_(_down_projection(self, inputs, self.state.dropout), self.adapter.b.t())
+        if self.adapter is not None and down is not None:
+            y.addmm_(down, self.adapter.b.t())
         return y
 
-    def input_gradient(self, grad: Tensor, x: Tensor, dropout: DropoutKey | None) -> Tensor:
-        """``grad`` of y (N, out) -> gradient of ``x``. Adds the adapter's gradients to the layer's."""
-        grad_inputs = grad @ self.frozen.weight(self.shape.name)  # (N, in)
-        if self.adapter is not None:
-            inputs = self.prologue_forward(x)
-            down = _down_projection(self, inputs, dropout)  # (N, R)
+    def input_gradient(self, grad: Tensor, inputs: Tensor, down: Tensor | None, dropout: DropoutKey | None) -> Tensor:
+        """``grad`` of y (N, out) -> gradient of x̂ (N, in). Adds the adapter's gradients to the layer's."""
+        grad_inputs = grad @ self.frozen.weight(self.shape.name)
+        if self.adapter is not None and down is not None:
             grad_down = grad @ self.adapter.b  # (N, R)
             grad_a = _down_projection_backward(self, grad_down, inputs, grad_inputs, dropout)
             self.adapter.accumulate(grad_a, grad.t() @ down)
-        return self.prologue_backward(grad_inputs, x)
+        return grad_inputs
 
 
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: LinearGroup) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, group: LinearGroup) -> Tensor:
         ctx.save_for_backward(x)
         ctx.group, ctx.dropout = group, group.state.dropout
-        return group.output(x)
+        inputs = group.prologue_forward(x)
+        down = _down_projection(group, inputs, ctx.dropout)
+        # Backward follows a recomputation at once: what it needs is kept for that moment.
+        ctx.kept = (inputs, down) if group.state.recomputing else None
+        return group.output(inputs, down)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        return ctx.group.input_gradient(grad, x, ctx.dropout), None
+        group: LinearGroup = ctx.group
+        if ctx.kept is None:
+            inputs = group.prologue_forward(x)
+            ctx.kept = inputs, _down_projection(group, inputs, ctx.dropout)
+        grad_inputs = group.input_gradient(grad, *ctx.kept, ctx.dropout)
+        ctx.kept = None
+        return group.prologue_backward(grad_inputs, x), None
 
 
 class _Unread(_Forward):
     """The same node without its forward GEMM: a zero that takes no memory stands for the output nobody reads."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: LinearGroup) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, group: LinearGroup) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.group, ctx.dropout = group, group.state.dropout
+        ctx.group, ctx.dropout, ctx.kept = group, group.state.dropout, None
         return x.new_zeros(()).expand(x.shape[0], group.shape.shape[0])
 
 
-def _down_projection(group: LinearGroup, inputs: Tensor, dropout: DropoutKey | None) -> Tensor:
+def _down_projection(group: LinearGroup, inputs: Tensor, dropout: DropoutKey | None) -> Tensor | None:
     """``inputs`` (N, in) -> A @ dropout(inputs) (N, R). Each member drops inputs of its own, as PEFT does."""
     adapter = group.adapter
-    assert adapter is not None
+    if adapter is None:
+        return None
     if dropout is None or adapter.dropout == 0:
         return inputs @ adapter.a.t()
     parts = [

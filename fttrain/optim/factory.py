@@ -1,6 +1,11 @@
 """Builds the optimizer and the learning-rate schedule."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
 
 from fttrain.errors import UserError
 
@@ -35,3 +40,64 @@ class OptimConfig:
             raise UserError(f"optim.warmup_ratio={self.warmup_ratio}: a fraction in [0, 1)")
         if not 0 <= self.min_lr_ratio <= 1:
             raise UserError(f"optim.min_lr_ratio={self.min_lr_ratio}: a fraction in [0, 1]")
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """The learning rate of optimizer step ``step`` (from 0) of ``total_steps``.
+
+    Linear warm-up over ``warmup_ratio`` of the steps (the first step already moves), then the chosen decay, which
+    reaches ``min_lr_ratio`` one step after the last.
+    """
+    warmup_steps = round(config.warmup_ratio * total_steps)
+    if step < warmup_steps:
+        return config.lr * (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    falling = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    if config.lr_schedule == "constant":
+        return config.lr
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * falling[config.lr_schedule])
+
+
+class Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) over one flat fp32 parameter a layer, with torch's fused kernel."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], config: OptimConfig) -> None:
+        self._parameters = list(parameters)
+        self._adamw = torch.optim.AdamW(
+            self._parameters,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def step(self, lr: float) -> None:
+        """Update every parameter from its ``grad``."""
+        for param_group in self._adamw.param_groups:
+            param_group["lr"] = lr
+        self._adamw.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, by flat name: ``0.exp_avg`` is layer 0's first moment, fp32."""
+        return {
+            f"{index}.{name}": value
+            for index, parameter in enumerate(self._parameters)
+            for name, value in self._adamw.state[parameter].items()
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Takes what ``state`` gave. Raises UserError where it belongs to other parameters."""
+        for index, parameter in enumerate(self._parameters):
+            own = {
+                name.removeprefix(f"{index}."): value for name, value in state.items() if name.startswith(f"{index}.")
+            }
+            if own and own["exp_avg"].shape != parameter.shape:
+                raise UserError(
+                    f"resume: the optimizer state of layer {index} has {own['exp_avg'].numel()} values, "
+                    f"the adapter {parameter.numel()}; the snapshot belongs to other lora settings"
+                )
+            if own:
+                self._adamw.state[parameter] = {
+                    name: value.to(value.device if name == "step" else parameter.device) for name, value in own.items()
+                }

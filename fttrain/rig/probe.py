@@ -1,8 +1,17 @@
-"""What this machine is."""
+"""What this machine is, and how a rank sets itself up on it."""
 
+import ctypes
+import os
+import resource
+import sys
 from dataclasses import dataclass
 
+import psutil
+import torch
+
 from fttrain.errors import UserError
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 @dataclass(frozen=True)
@@ -17,3 +26,58 @@ class RigConfig:
             raise UserError(f"rig.device={self.device}: auto, cpu or cuda")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"rig.threads={self.threads}: a whole number of 1 or more, or null")
+
+
+def set_up(config: RigConfig, local_rank: int, local_world_size: int) -> torch.device:
+    """Choose this rank's device and prepare the process for it.
+
+    Raises UserError where the device that was asked for is not there.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "cuda" and gpus <= local_rank:
+        raise UserError(
+            f"rig.device=cuda: rank {local_rank} of this machine needs GPU {local_rank}, there are {gpus}; "
+            "rig.device=cpu or fewer launch.processes help"
+        )
+    if config.device != "cpu" and 0 < gpus < local_world_size:
+        raise UserError(f"launch.processes={local_world_size}: this machine has {gpus} GPU; a rank needs one of its own")
+    threads = config.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or _share_of_cores(local_world_size)
+    torch.set_num_threads(threads)
+    if config.device == "cpu" or not gpus:
+        _tune_host_arithmetic()
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def peak_host_bytes() -> int:
+    """The most resident memory this process has had."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def peak_device_bytes(device: torch.device) -> int:
+    """The most memory torch's allocator has held on ``device``; 0 on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _share_of_cores(local_world_size: int) -> int:
+    cores = psutil.cpu_count(logical=False) or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    return max(1, min(cores, usable) // local_world_size)
+
+
+def _tune_host_arithmetic() -> None:
+    """Two settings without which a CPU rank spends much of its time outside arithmetic.
+
+    Values below 1e-38 (softmax over a large vocabulary makes millions) take the processor's slow path unless they are
+    flushed to zero. And glibc gives buffers above 32 MB back to the kernel after each use, so that every large tensor
+    is paged in anew; keeping them costs no more than the peak that was reached anyway.
+    """
+    torch.set_flush_denormal(True)
+    if sys.platform.startswith("linux"):
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+            libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

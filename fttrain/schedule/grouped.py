@@ -4,7 +4,7 @@ G = 1 runs all layers for one micro-batch, then for the next. G = all micro-batc
 them: its bytes are brought and dequantised once a pass, and its adapter gradient is complete as its backward ends.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +68,7 @@ def evaluate(decoder: Decoder, store: Store, micro_batches: list[MicroBatch], gr
         works = [
             layer_pass.start(decoder, batch, None) for batch in micro_batches[i : i + group_size] if batch.lengths
         ]
-        for layer in _walk(decoder, store, range(len(store))):
+        for layer in layer_pass.walk(decoder, store, range(len(store))):
             for work in works:
                 layer_pass.forward_only(decoder.layers[layer], work)
         for work in works:
@@ -77,7 +77,7 @@ def evaluate(decoder: Decoder, store: Store, micro_batches: list[MicroBatch], gr
 
 
 def _forward(decoder: Decoder, store: Store, works: list[Work], activations: str) -> None:
-    for layer in _walk(decoder, store, range(len(store))):
+    for layer in layer_pass.walk(decoder, store, range(len(store))):
         for work in works:
             layer_pass.forward(decoder.layers[layer], work, activations)
 
@@ -85,18 +85,7 @@ def _forward(decoder: Decoder, store: Store, works: list[Work], activations: str
 def _backward(
     decoder: Decoder, store: Store, works: list[Work], gradient_complete: Callable[[int], None]
 ) -> None:
-    for layer in _walk(decoder, store, range(len(store) - 1, -1, -1)):
+    for layer in layer_pass.walk(decoder, store, range(len(store) - 1, -1, -1)):
         for work in works:
             layer_pass.backward(decoder.layers[layer], work)
         gradient_complete(layer)
-
-
-def _walk(decoder: Decoder, store: Store, order: range) -> Iterable[int]:
-    """The layers in ``order``, each bound to its bytes while the caller uses it, the next one already on its way."""
-    store.prefetch(order[0])
-    for layer in order:
-        store.prefetch(layer + order.step)
-        layer_pass.bind(decoder.layers[layer], store.get(layer))
-        yield layer
-        layer_pass.bind(decoder.layers[layer], None)
-        store.release(layer)

@@ -3,6 +3,7 @@
 Legend: N tokens, C hidden width, D width of a head.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +13,7 @@ from fttrain.data.batch import MicroBatch
 from fttrain.errors import UserError
 from fttrain.model.decoder import Decoder, Layer
 from fttrain.model.linears import DropoutKey
-from fttrain.quant.frozen_layer import FrozenLayer
+from fttrain.store import Store
 
 ACTIVATIONS = ("recompute", "keep")
 
@@ -47,9 +48,15 @@ def start(decoder: Decoder, micro_batch: MicroBatch, dropout: DropoutKey | None)
     return Work(micro_batch, decoder.rotary(micro_batch.position_ids), dropout, decoder.embed(micro_batch))
 
 
-def bind(layer: Layer, frozen: FrozenLayer | None) -> None:
-    """Give a layer its bytes for as long as the schedule uses it; ``None`` takes them away."""
-    layer.state.frozen = frozen
+def walk(decoder: Decoder, store: Store, order: range) -> Iterator[int]:
+    """The layers in ``order``, each bound to its bytes while the caller uses it, the next one already on its way."""
+    store.prefetch(order[0])
+    for layer in order:
+        store.prefetch(layer + order.step)
+        decoder.layers[layer].state.frozen = store.get(layer)
+        yield layer
+        decoder.layers[layer].state.frozen = None
+        store.release(layer)
 
 
 def forward_only(layer: Layer, work: Work) -> None:

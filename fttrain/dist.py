@@ -1,0 +1,83 @@
+"""The process group: who this rank is, and the few things ranks say to each other.
+
+``world_size == 1`` needs no process group and runs the same code.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longer than the slowest step; a dead rank ends the others sooner
+
+
+@dataclass(frozen=True)
+class Group:
+    """This rank's place among the ranks, and its device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes files and talks to the user."""
+        return self.rank == 0
+
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.world_size > 1:
+            torch_dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on any rank; the same answer everywhere."""
+        flags = torch.tensor(int(flag), device=self.device)
+        return bool(self.all_reduce_(flags).item())
+
+    def all(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on every rank; the same answer everywhere."""
+        return not self.any(not flag)
+
+    def maximum(self, value: float) -> float:
+        """The largest ``value`` of any rank."""
+        values = torch.tensor(value, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            torch_dist.all_reduce(values, op=torch_dist.ReduceOp.MAX)
+        return float(values.item())
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.any(False)
+
+
+def rank_from_environment() -> tuple[int, int, int]:
+    """(rank, world_size, local_rank) as the launcher set them; (0, 1, 0) without one."""
+    return tuple(int(os.environ.get(name, default)) for name, default in _VARIABLES)  # type: ignore[return-value]
+
+
+_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[Group]:
+    """Joins the ranks of this run for the length of the block: NCCL between GPUs, gloo between CPUs."""
+    rank, world_size, local_rank = rank_from_environment()
+    group = Group(rank, world_size, local_rank, device)
+    if world_size == 1 or torch_dist.is_initialized():
+        yield group
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch_dist.init_process_group(
+        backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if device.type == "cuda" else None
+    )
+    try:
+        yield group
+    finally:
+        torch_dist.destroy_process_group()
