@@ -43,7 +43,8 @@ LLAMA3 = (
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 MISTRAL = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{% set system = messages[0]['content'] %}"
     "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}"
     "{% for message in rest %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -62,7 +63,8 @@ QWEN3 = (
     "{% for message in messages %}{% set content = message.content %}"
     "{% if message.role == 'assistant' %}{% set thought = '' %}"
     "{% if '</think>' in content %}"
-    "{% set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{% set thought = content.split('</think>')[0].rstrip('\n') %}"
+    "{% set thought = thought.split('<think>')[-1].lstrip('\n') %}"
     "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
     "{{ '<|im_start|>assistant\n' }}"
     "{% if loop.index0 > ns.last and (loop.last or thought) %}"
@@ -97,7 +99,9 @@ def byte_level(trim_offsets: bool = False, writes_bos: str | None = None) -> Tok
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(CORPUS * 3, trainer)
-    tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
+    tokenizer.add_tokens(
+        [AddedToken("<think>", special=False), AddedToken("</think>", special=False)]
+    )
     steps: list[Any] = [processors.ByteLevel(trim_offsets=trim_offsets)]
     if writes_bos:
         pair = (writes_bos, tokenizer.token_to_id(writes_bos))
@@ -134,7 +138,9 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
         bos, eos = BOS_EOS[style]
         writes_bos = bos if style in ("llama3", "mistral", "none") else None
         backend = backend or byte_level(trim_offsets=style == "llama3", writes_bos=writes_bos)
-        more.setdefault("pad_token", eos)  # the pad token is the end-of-turn token, as in many models
+        more.setdefault(
+            "pad_token", eos
+        )  # the pad token is the end-of-turn token, as in many models
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend, bos_token=bos, eos_token=eos, **more
         )
@@ -156,7 +162,9 @@ def write(tmp_path: Path) -> Callable[..., str]:
     """write(rows, name="data.jsonl"): rows are objects, or lines of text written as they are."""
 
     def write(rows: list[Any], name: str = "data.jsonl") -> str:
-        lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+        lines = [
+            row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows
+        ]
         path = tmp_path / name
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return str(path)

@@ -19,7 +19,9 @@ def turns(*contents: str, system: str | None = None) -> Messages:
     return ([{"role": "system", "content": system}] if system else []) + messages
 
 
-def encoded(tokenizer: Any, messages: Messages, loss_on: str = "all") -> tuple[list[int], list[bool]]:
+def encoded(
+    tokenizer: Any, messages: Messages, loss_on: str = "all"
+) -> tuple[list[int], list[bool]]:
     chat = Chat(tokenizer, tokenizer.chat_template, loss_on)
     encoder = Encoder(tokenizer)
     row = chat.rendered(messages)
@@ -61,7 +63,9 @@ def test_equals_the_generation_marks(make_tokenizer: Any, style: str, messages: 
 
 
 @pytest.mark.parametrize("style", ["chatml", "llama3", "mistral"])
-def test_equals_the_generation_marks_on_random_conversations(make_tokenizer: Any, style: str) -> None:
+def test_equals_the_generation_marks_on_random_conversations(
+    make_tokenizer: Any, style: str
+) -> None:
     random_ = random.Random(0)
     words = ["the", "cat", " ", "\n", "äö", "🙂", "answer", "?", "[INST]", "user\n", "{{ x }}", "1"]
     marked, plain = make_tokenizer(style, marks=True), make_tokenizer(style)
@@ -122,8 +126,6 @@ def test_special_tokens_in_content_stay_text(make_tokenizer: Any, style: str) ->
         )
 
 
-
-
 def test_special_tokens_in_content_without_a_space_written_in_the_middle(
     make_tokenizer: Any, sentencepiece: Any
 ) -> None:
@@ -179,16 +181,12 @@ def test_a_template_that_rewrites_answers_is_refused(make_tokenizer: Any, rewrit
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = (
         "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
-        "{% if message.role == 'assistant' %}{{ REWRITE }}{% else %}{{ message.content }}{% endif %}"
+        "{% if message.role == 'assistant' %}{{ REWRITE }}"
+        "{% else %}{{ message.content }}{% endif %}"
         "{{ '<|im_end|>\n' }}{% endfor %}"
     ).replace("REWRITE", rewrite)
-    try:
-        chat = Chat(tokenizer, tokenizer.chat_template)
-    except UserError as error:
-        assert "data.chat_template" in str(error)
-        return
-    with pytest.raises(BadRow, match="drops or rewrites"):
-        chat.rendered(turns("Q", "the cat sat"))
+    with pytest.raises((BadRow, UserError), match="drops or rewrites"):
+        Chat(tokenizer, tokenizer.chat_template).rendered(turns("Q", "the cat sat"))
 
 
 def test_a_turn_printed_twice_is_refused(make_tokenizer: Any) -> None:

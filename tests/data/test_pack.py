@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -6,7 +8,7 @@ from fttrain.data.pack import one_per_row, pack
 
 def rows_of(lengths: list[int], seq_len: int) -> list[list[int]]:
     order, offsets = pack(np.array(lengths, dtype=np.int64), seq_len)
-    return [order[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [order[a:b].tolist() for a, b in pairwise(offsets)]
 
 
 def best_fit_decreasing(lengths: list[int], seq_len: int) -> int:

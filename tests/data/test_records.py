@@ -13,7 +13,10 @@ import pytest
 from fttrain.data.records import BadRow, Source, file_source
 from fttrain.errors import UserError
 
-ROWS = [{"prompt": "What?", "completion": "It\u2028is\n日本"}, {"prompt": "Two", "completion": "NA"}]
+ROWS = [
+    {"prompt": "What?", "completion": "It\u2028is\n日本"},
+    {"prompt": "Two", "completion": "NA"},
+]
 
 
 def values(source: Source) -> list[Any]:
@@ -87,7 +90,9 @@ def test_bad_lines_stand_in_their_place(tmp_path: Path, line: str, reason: str) 
 
 
 def test_not_utf8(tmp_path: Path) -> None:
-    _, bad, two = read(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n{"text": "b"}').read()
+    _, bad, two = read(
+        tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n{"text": "b"}'
+    ).read()
     assert isinstance(bad.value, BadRow)
     assert bad.value.reason == "not UTF-8"
     assert two.value == {"text": "b"}
@@ -95,7 +100,9 @@ def test_not_utf8(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
 def test_a_byte_order_mark_is_left_out_with_a_note(tmp_path: Path, name: str) -> None:
-    data = {"a.jsonl": '{"text": "one"}', "a.json": '[{"text": "one"}]', "a.csv": "text\none\n"}[name]
+    data = {"a.jsonl": '{"text": "one"}', "a.json": '[{"text": "one"}]', "a.csv": "text\none\n"}[
+        name
+    ]
     source = read(tmp_path / name, b"\xef\xbb\xbf" + data.encode())
     assert values(source) == [{"text": "one"}]
     assert "byte order mark" in source.notes[0]
@@ -149,8 +156,8 @@ def test_missing_files_name_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("{}")
     with pytest.raises(UserError, match=r"no such file \(there is: data\.jsonl\)"):
         file_source(str(tmp_path / "data.json"))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no data file"):
-        (tmp_path / "empty").mkdir()
         file_source(str(tmp_path / "empty"))
 
 

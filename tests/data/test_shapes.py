@@ -21,7 +21,8 @@ SYSTEM = ("system", "S")
          "sharegpt", QA),
         ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}],
           "system": "S"}, "sharegpt", (SYSTEM, *QA)),
-        ({"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+        ({"conversations": [{"role": "user", "content": "Q"},
+                            {"role": "assistant", "content": "A"}]},
          "sharegpt", QA),
         ({"instruction": "Q", "input": "", "output": "A"}, "alpaca", QA),
         ({"instruction": "Q", "input": None, "output": "A", "text": "all of it"}, "alpaca", QA),
@@ -45,7 +46,9 @@ def test_text() -> None:
 
 
 def turn(role: Any = "assistant", content: Any = "A", **more: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": "Q"}, {"role": role, "content": content, **more}]}
+    return {
+        "messages": [{"role": "user", "content": "Q"}, {"role": role, "content": content, **more}]
+    }
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,8 @@ def turn(role: Any = "assistant", content: Any = "A", **more: Any) -> dict[str, 
         ({"messages": ["Q"]}, "messages", "wrong type", r"messages\[0\] is str"),
         ({"messages": [{"role": "user"}]}, "messages", "missing field", r"messages\[0\].content"),
         ({"messages": [{"content": "Q"}]}, "messages", "missing field", r"messages\[0\].role"),
-        ({"messages": [{"role": "user", "content": "Q"}]}, "messages", "all labels masked", "no assist"),
+        ({"messages": [{"role": "user", "content": "Q"}]},
+         "messages", "all labels masked", "no assistant turn"),
         (turn(role="narrator"), "messages", "unknown role", "narrator.*allowed: system"),
         (turn(role=["user"]), "messages", "unknown role", "allowed"),
         (turn(content=None), "messages", "missing field", "content"),
@@ -91,7 +95,9 @@ def test_detection_goes_by_most_of_the_rows() -> None:
     text, qa = {"text": "t"}, {"prompt": "Q", "completion": "A"}
     assert detect([text, qa, qa], "here") == "prompt_completion"
     assert detect([{"x": 1}, text], "here") == "text"
-    with pytest.raises(UserError, match=r"f\.jsonl:1: no known record shape \(fields found: a, q\)"):
+    with pytest.raises(
+        UserError, match=r"f\.jsonl:1: no known record shape \(fields found: a, q\)"
+    ):
         detect([{"q": "Q", "a": "A"}], "f.jsonl:1")
 
 
