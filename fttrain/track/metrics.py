@@ -42,7 +42,7 @@ class MetricsFile:
     """Appends to metrics.jsonl. A disk that is full costs one warning, not the run."""
 
     def __init__(self, path: Path | str, resumed_step: int = 0, warn: Warn = to_stderr) -> None:
-        """Opens ``path`` and drops what a killed run wrote past ``resumed_step``: it comes again."""
+        """Opens ``path`` without what a killed run wrote past ``resumed_step``: it comes again."""
         self._path, self._warn = Path(path), warn
         self._warned = self._torn = False
         kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]

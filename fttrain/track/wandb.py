@@ -21,6 +21,7 @@ from fttrain.track.metrics import Warn, to_stderr
 
 ID_FILE = "wandb_run_id"
 QUEUE_LENGTH = 1000  # steps that may wait for a slow wandb before new ones are dropped
+INIT_S = 30.0  # how long a server may take to answer before logging goes offline
 FINISH_S = 60.0  # how long the end of a run may wait for the last upload
 
 
@@ -53,6 +54,11 @@ def run_id(folder: Path) -> str:
     if not path.exists() or not path.read_text().strip():
         path.write_text(f"{uuid.uuid4().hex[:12]}\n")
     return path.read_text().strip()
+
+
+def _short(error: BaseException) -> str:
+    """One line that names the kind of ``error`` and what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 class WandbTracker:
@@ -125,20 +131,32 @@ class WandbTracker:
         except BaseException as error:  # wandb may even raise SystemExit; it must not end training
             if not self._failed:
                 self._failed = True
-                text = str(error).strip().partition("\n")[0]
-                self._warn(f"wandb failed and is off from here ({type(error).__name__}: {text})")
+                self._warn(f"wandb failed and is off from here ({_short(error)})")
             with contextlib.suppress(queue.Empty):
                 while True:  # make room: nobody may wait for a queue that is not read any more
                     self._records.get_nowait()
 
     def _start(self) -> Any:
+        """Starts the run; offline when the server does not answer, for then nothing is lost."""
         wandb = importlib.import_module("wandb")
+        try:
+            return self._init(wandb, self._mode)
+        except Exception as error:
+            if self._mode != "online":
+                raise
+            self._warn(f"wandb cannot reach its server and logs offline ({_short(error)})")
+            wandb.teardown()  # else the id counts as being in use
+            return self._init(wandb, "offline")
+
+    def _init(self, wandb: Any, mode: str) -> Any:
         settings = wandb.Settings(
             silent=True,  # its lines would tear the progress bar
             console="off",  # it must not capture our output, where a path might be private
             disable_git=True,  # a remote's address may hold a token
+            x_disable_meta=True,  # the command line and the user's name are nobody's business
             disable_code=True,
             save_code=False,
+            init_timeout=min(INIT_S, self._finish_s),
             finish_timeout=self._finish_s,
         )
         return wandb.init(
@@ -146,7 +164,7 @@ class WandbTracker:
             name=self._config.name or self._folder.name,
             id=run_id(self._folder),
             resume="allow",
-            mode=self._mode,
+            mode=mode,
             dir=str(self._folder),
             config=self._run_config,
             settings=settings,
