@@ -39,7 +39,7 @@ def test_a_failing_rank_raises_with_its_traceback() -> None:
 
 
 def test_a_killed_rank_raises() -> None:
-    with pytest.raises(RuntimeError, match="rank [01]"):
+    with pytest.raises(RuntimeError, match=r"rank [01]"):
         run_ranks(misbehave, 2, "die")
 
 
