@@ -1,5 +1,6 @@
 """What keeps a training loop safe: settings, a guard against loss spikes, a polite stop."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -218,7 +219,5 @@ class StopSignals:
             if again
             else f"\n{name}: finishing this step, saving, then stopping\n"
         )
-        try:
+        with contextlib.suppress(OSError):  # the terminal may be gone: nobody left to tell
             os.write(2, text.encode())  # print() is not safe inside a signal handler
-        except OSError:  # the terminal is gone (hang-up): nobody left to tell
-            pass
