@@ -1,0 +1,235 @@
+"""report.md of a run: what was trained, how fast, and whether it helped. Works while a run goes on.
+
+metrics.jsonl     one line a step: loss, tokens (of this step, all ranks), tokens_per_s, step_s,
+                  peak_device_bytes, peak_host_bytes; eval_nll where the held-out loss was taken
+evaluation.json   {"base": {"nll", "tokens"}, "tuned": {"nll", "tokens"},
+                   "history": [{"step", "nll"}], "samples": [{"prompt", "reference", "before",
+                   "after"}]}; nll in nats per token
+config.yaml       names of model and data
+"""
+
+import json
+import os
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fttrain.errors import UserError
+from fttrain.track.metrics import read_metrics
+from fttrain.units import duration, gib
+
+REAL_FALL = 0.5  # nats per token that count as a real improvement
+LOSS_PLOT, RATE_PLOT = "loss.png", "throughput.png"
+SMOOTHING = 0.1  # weight of the newest loss in the smoothed line
+
+
+def verdict(base_nll: float, tuned_nll: float) -> str:
+    """What the change of the held-out loss (nats per token) amounts to, in one line."""
+    fall = base_nll - tuned_nll
+    change = f"held-out loss {base_nll:.4f} -> {tuned_nll:.4f} nats/token"
+    if not abs(fall) < float("inf"):
+        return f"no verdict: {change} is not a number"
+    if fall >= REAL_FALL:
+        return f"a real improvement: {change}, a fall of {fall:.4f} (0.5 or more counts as real)"
+    if fall > 0:
+        return f"a small improvement: {change}, a fall of {fall:.4f} (0.5 would count as real)"
+    return f"no improvement: {change}, a rise of {-fall:.4f}"
+
+
+def write_report(folder: Path | str) -> Path:
+    """Writes report.md and its plots into the run's folder and returns the path of report.md.
+
+    Raises:
+        UserError: there is no run in ``folder``.
+    """
+    folder = Path(folder)
+    lines = read_metrics(folder / "metrics.jsonl")
+    evaluation = _read_evaluation(folder / "evaluation.json")
+    if not lines and not evaluation:
+        raise UserError(f"output={folder}: no metrics.jsonl with steps here: nothing to report")
+    plots = folder / "plots"
+    plots.mkdir(exist_ok=True)
+    parts = [f"# {folder.resolve().name}", _status(folder, lines, evaluation)]
+    parts.append(_table(_summary(folder, lines, evaluation)))
+    losses, rates = _series(lines, "loss"), _series(lines, "tokens_per_s")
+    heldout = _heldout(lines, evaluation)
+    if losses or heldout:
+        _plot_loss(plots / LOSS_PLOT, losses, heldout)
+        parts.append(f"## Loss\n\n![loss](plots/{LOSS_PLOT})")
+    if rates:
+        _plot_rate(plots / RATE_PLOT, rates)
+        parts.append(f"## Throughput\n\n![tokens per second](plots/{RATE_PLOT})")
+    samples = evaluation.get("samples") or []
+    if samples:
+        parts.append("## Answers before and after\n\n" + "\n\n".join(map(_sample, samples)))
+    path = folder / "report.md"
+    _replace(path, "\n\n".join(parts) + "\n")
+    return path
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    """evaluation.json, or {} when it is not there or not whole (yet)."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _status(folder: Path, lines: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
+    both = [_nll(evaluation, name) for name in ("base", "tuned")]
+    if both[0] is not None and both[1] is not None:
+        return f"Verdict: {verdict(both[0], both[1])}."
+    last = lines[-1]["step"] if lines else 0
+    return f"Not finished: the last step so far is {last}; there is no verdict yet."
+
+
+def _nll(evaluation: dict[str, Any], name: str) -> float | None:
+    value = (evaluation.get(name) or {}).get("nll")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _summary(
+    folder: Path, lines: list[dict[str, Any]], evaluation: dict[str, Any]
+) -> list[tuple[str, str]]:
+    """Rows of the summary table; what is not known is left out."""
+    config = _read_config(folder / "config.yaml")
+    rates = [rate for _, rate in _series(lines, "tokens_per_s")]
+    steps = [value for _, value in _series(lines, "step_s")]
+    rows = [("model", _named(config, "model", "name")), ("data", _named(config, "data", "kind"))]
+    if lines:
+        rows.append(("steps", str(lines[-1]["step"])))
+        rows.append(("tokens", f"{sum(value for _, value in _series(lines, 'tokens')):,.0f}"))
+    if rates:
+        rows.append(("tokens/s, median", f"{statistics.median(rates):,.0f}"))
+    for key, label in (
+        ("peak_device_bytes", "peak device memory of a rank"),
+        ("peak_host_bytes", "peak host memory of a rank"),
+    ):
+        peak = max((value for _, value in _series(lines, key)), default=0)
+        if peak:
+            rows.append((label, gib(peak)))
+    if steps:
+        rows.append(("time in steps", duration(sum(steps))))
+    losses = _series(lines, "loss")
+    if losses:
+        rows.append(("training loss, first and last", f"{losses[0][1]:.4f}, {losses[-1][1]:.4f}"))
+    bad = sum(1 for line in lines if "loss" in line and line["loss"] is None)
+    if bad:
+        rows.append(("steps whose loss is no number", str(bad)))
+    for name in ("base", "tuned"):
+        nll = _nll(evaluation, name)
+        if nll is not None:
+            rows.append((f"held-out loss, {name} model", f"{nll:.4f} nats/token"))
+    return [(label, text) for label, text in rows if text]
+
+
+def _named(config: dict[str, Any], group: str, key: str) -> str:
+    """``name (path)`` of a group of config.yaml, or '' when it is not known."""
+    settings = config.get(group)
+    if not isinstance(settings, dict):
+        return ""
+    name, path = settings.get(key), settings.get("path")
+    return f"{name} ({path})" if name and path else str(name or path or "")
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    cells = [f"| {label} | {text.replace('|', chr(92) + '|')} |" for label, text in rows]
+    return "\n".join(["| | |", "|---|---|", *cells])
+
+
+def _sample(sample: dict[str, str]) -> str:
+    """One prompt and its answers, fenced so that no text in them can break the page."""
+    parts = []
+    for key in ("prompt", "reference", "before", "after"):
+        text = str(sample.get(key) or "")
+        longest = max((len(run) for run in re.findall("`+", text)), default=0)
+        fence = "`" * max(3, longest + 1)
+        parts.append(f"**{key}**\n\n{fence}text\n{text}\n{fence}")
+    return "\n\n".join(parts)
+
+
+def _series(lines: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) where the value is a number."""
+    return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+
+
+def _heldout(lines: list[dict[str, Any]], evaluation: dict[str, Any]) -> list[tuple[int, float]]:
+    """(step, held-out loss): the base at step 0, what was taken on the way, the tuned model."""
+    points = dict(_series(lines, "eval_nll"))
+    for entry in evaluation.get("history") or []:
+        points[entry["step"]] = entry["nll"]
+    base, tuned = _nll(evaluation, "base"), _nll(evaluation, "tuned")
+    if base is not None:
+        points.setdefault(0, base)
+    if tuned is not None and lines:
+        points.setdefault(lines[-1]["step"], tuned)
+    return sorted(points.items())
+
+
+def _plot_loss(
+    path: Path, losses: list[tuple[int, float]], heldout: list[tuple[int, float]]
+) -> None:
+    figure, axes = _axes("step", "nats per token")
+    if losses:
+        steps, values = zip(*losses, strict=True)
+        axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
+        axes.plot(steps, _smooth(values), color="tab:blue", linewidth=2, label="smoothed")
+    if heldout:
+        steps, values = zip(*heldout, strict=True)
+        axes.plot(steps, values, "o--", color="tab:orange", label="held-out loss")
+    axes.legend()
+    _save(figure, path)
+
+
+def _plot_rate(path: Path, rates: list[tuple[int, float]]) -> None:
+    figure, axes = _axes("step", "tokens per second, all ranks")
+    steps, values = zip(*rates, strict=True)
+    median = statistics.median(values)
+    axes.plot(steps, values, color="tab:green", linewidth=1)
+    axes.axhline(median, color="black", linestyle="--", label=f"median {median:,.0f}")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    _save(figure, path)
+
+
+def _axes(x: str, y: str) -> tuple[Any, Any]:
+    """A figure of its own, apart from pyplot's global state and without a display."""
+    from matplotlib.figure import Figure  # heavy, and a training run may never need it
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """Exponential mean, a plain one at first, so that it starts without a lag."""
+    mean, result = 0.0, []
+    for count, value in enumerate(values, 1):
+        mean += max(1 / count, SMOOTHING) * (value - mean)
+        result.append(mean)
+    return result
+
+
+def _save(figure: Any, path: Path) -> None:
+    part = path.with_name(f".{path.name}")
+    figure.savefig(part, dpi=120, format="png")
+    os.replace(part, path)
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
