@@ -13,7 +13,9 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longer than the slowest step; a dead rank ends the others sooner
+COLLECTIVE_TIMEOUT = timedelta(
+    minutes=30
+)  # longer than the slowest step; a dead rank ends the others sooner
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,20 @@ class Group:
         if self.world_size > 1:
             torch_dist.all_reduce(values, op=torch_dist.ReduceOp.MAX)
         return float(values.item())
+
+    def share(self, text: str) -> str:
+        """Rank 0's ``text``, on every rank."""
+        if self.world_size == 1:
+            return text
+        length = torch.tensor(len(text.encode()), device=self.device)
+        torch_dist.broadcast(length, src=0)
+        content = torch.zeros(int(length.item()), dtype=torch.uint8, device=self.device)
+        if self.is_main:
+            content.copy_(
+                torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else content
+            )
+        torch_dist.broadcast(content, src=0)
+        return bytes(content.tolist()).decode()
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

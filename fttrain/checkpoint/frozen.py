@@ -15,7 +15,13 @@ from fttrain.checkpoint.readers import Reader
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.quant.frozen_layer import FrozenFormat
-from fttrain.quant.scheme import NESTED_BLOCKSIZE, QuantConfig, QuantisedWeight, dynamic_code, quantise
+from fttrain.quant.scheme import (
+    NESTED_BLOCKSIZE,
+    QuantConfig,
+    QuantisedWeight,
+    dynamic_code,
+    quantise,
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,9 @@ class FrozenEnds:
     head: Tensor  # (V, C): the embedding's own tensor where they are tied
 
 
-def load_ends(reader: Reader, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> FrozenEnds:
+def load_ends(
+    reader: Reader, architecture: Architecture, device: torch.device, dtype: torch.dtype
+) -> FrozenEnds:
     """Embedding, final norm and head in ``dtype`` on ``device``."""
     shape = (architecture.config.vocab_size, architecture.hidden)
 
@@ -56,7 +64,11 @@ def load_layers(
 
 
 def load_layer(
-    reader: Reader, architecture: Architecture, frozen_format: FrozenFormat, layer: int, device: torch.device
+    reader: Reader,
+    architecture: Architecture,
+    frozen_format: FrozenFormat,
+    layer: int,
+    device: torch.device,
 ) -> Tensor:
     """Read, quantise and lay out one layer: uint8 (layout.size_bytes,) on ``device``."""
     flat = torch.zeros(frozen_format.layout.size_bytes, dtype=torch.uint8, device=device)
@@ -70,10 +82,14 @@ def load_layer(
                 weight = _quantised(reader, name, expected, frozen_format, device)
                 frozen_format.write_quantised(views, shape.name, member, weight)
             else:
-                views[f"{shape.name}.weight"][rows] = _checked(reader.tensor(name), name, expected).to(device)
+                views[f"{shape.name}.weight"][rows] = _checked(
+                    reader.tensor(name), name, expected
+                ).to(device)
             if shape.bias:
                 bias = f"{prefix}{path}.bias"
-                views[f"{shape.name}.bias"][rows] = _checked(reader.tensor(bias), bias, expected[:1]).to(device)
+                views[f"{shape.name}.bias"][rows] = _checked(
+                    reader.tensor(bias), bias, expected[:1]
+                ).to(device)
     for name, view in views.items():
         if name.endswith("norm.weight"):
             view.copy_(_checked(reader.tensor(prefix + name), prefix + name, tuple(view.shape)))
@@ -101,7 +117,11 @@ def check_quantisation(stored: dict[str, Any] | None, quant: QuantConfig) -> Non
 
 
 def _quantised(
-    reader: Reader, name: str, shape: tuple[int, int], frozen_format: FrozenFormat, device: torch.device
+    reader: Reader,
+    name: str,
+    shape: tuple[int, int],
+    frozen_format: FrozenFormat,
+    device: torch.device,
 ) -> QuantisedWeight:
     quant = frozen_format.quant
     if reader.has(f"{name}.absmax"):
@@ -117,18 +137,28 @@ def _prequantised(
     state_name = f"{name}.quant_state.bitsandbytes__{quant.kind}"
     state = json.loads(bytes(reader.tensor(state_name).tolist()))
     if tuple(state["shape"]) != shape:
-        raise UserError(f"{name}: shape {tuple(state['shape'])} in the checkpoint, {shape} expected")
+        raise UserError(
+            f"{name}: shape {tuple(state['shape'])} in the checkpoint, {shape} expected"
+        )
     if state["blocksize"] != quant.blocksize:
-        raise UserError(f"{name}: quantised with quant.blocksize={state['blocksize']}, not {quant.blocksize}")
+        raise UserError(
+            f"{name}: quantised with quant.blocksize={state['blocksize']}, not {quant.blocksize}"
+        )
     packed = reader.tensor(name).view(-1).to(device)
     absmax = reader.tensor(f"{name}.absmax").to(device)
     if not quant.double_quant:
         return QuantisedWeight(packed, absmax, None, None)
     code = reader.tensor(f"{name}.nested_quant_map")
-    if state["nested_blocksize"] != NESTED_BLOCKSIZE or not torch.equal(code, dynamic_code(code.device)):
-        raise UserError(f"{name}: its scales are quantised with a code or block size other than bitsandbytes' own")
+    if state["nested_blocksize"] != NESTED_BLOCKSIZE or not torch.equal(
+        code, dynamic_code(code.device)
+    ):
+        raise UserError(
+            f"{name}: its scales are quantised with a code or block size other than bitsandbytes' own"
+        )
     offset = torch.tensor([state["nested_offset"]], dtype=torch.float32)
-    return QuantisedWeight(packed, absmax, reader.tensor(f"{name}.nested_absmax").to(device), offset)
+    return QuantisedWeight(
+        packed, absmax, reader.tensor(f"{name}.nested_absmax").to(device), offset
+    )
 
 
 def _checked(tensor: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -46,13 +46,17 @@ class SafetensorsReader:
             return {name: self._inside(file) for name, file in weight_map.items()}
         file = self._folder / "model.safetensors"
         if not file.is_file():
-            raise UserError(f"model.path={self._folder}: neither model.safetensors nor an index of shards is there")
+            raise UserError(
+                f"model.path={self._folder}: neither model.safetensors nor an index of shards is there"
+            )
         return {name: file for name in self._handle(file).keys()}
 
     def _inside(self, file: str) -> Path:
         path = self._folder / file
         if Path(file).name != file or not path.is_file():
-            raise UserError(f"{self._folder}/model.safetensors.index.json: {file} is not a file in this folder")
+            raise UserError(
+                f"{self._folder}/model.safetensors.index.json: {file} is not a file in this folder"
+            )
         return path
 
     def _handle(self, file: Path) -> Any:
@@ -72,7 +76,9 @@ class SafetensorsReader:
         try:
             return self._handle(self._files[name]).get_tensor(name)
         except SafetensorError as error:
-            raise UserError(f"{self._files[name]}: tensor {name} cannot be read ({error})") from error
+            raise UserError(
+                f"{self._files[name]}: tensor {name} cannot be read ({error})"
+            ) from error
 
 
 class GgufReader:

@@ -26,7 +26,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise UserError("model.path is not set: a folder with safetensors, a .gguf file or a hub id")
+            raise UserError(
+                "model.path is not set: a folder with safetensors, a .gguf file or a hub id"
+            )
         if self.dtype not in ("bfloat16", "float32"):
             raise UserError(f"model.dtype={self.dtype}: bfloat16 or float32")
 
@@ -61,7 +63,9 @@ def resolve(config: ModelConfig) -> Source:
     if path.is_dir():
         return _in_folder(path.absolute())
     if path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") != 1:
-        raise UserError(f"model.path={config.path}: no such folder; a hub id has the form owner/name")
+        raise UserError(
+            f"model.path={config.path}: no such folder; a hub id has the form owner/name"
+        )
     return _in_folder(_from_hub(config.path, config.revision))
 
 
@@ -72,7 +76,9 @@ def load_config(source: Source) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(**source.pretrained_arguments)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model: {source.folder} has no configuration that can be read: {_first_line(error)}") from error
+        raise UserError(
+            f"model: {source.folder} has no configuration that can be read: {_first_line(error)}"
+        ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 
@@ -85,7 +91,9 @@ def load_tokenizer(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, str]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source.pretrained_arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"model: {source.folder} has no tokenizer that can be read: {_first_line(error)}") from error
+        raise UserError(
+            f"model: {source.folder} has no tokenizer that can be read: {_first_line(error)}"
+        ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     return tokenizer, f"{source.folder.name}/{source.gguf_file or ''}@{config.revision or ''}"
@@ -109,7 +117,9 @@ def _in_package(name: str) -> Source:
         ) from None
     models = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(models) != 1:
-        raise UserError(f"model.path={PACKAGE_PREFIX}{name}: the package ships {len(models)} GGUF files, not one")
+        raise UserError(
+            f"model.path={PACKAGE_PREFIX}{name}: the package ships {len(models)} GGUF files, not one"
+        )
     return Source(models[0].parent, models[0].name)
 
 

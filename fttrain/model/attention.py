@@ -53,7 +53,9 @@ def varlen_attention(
 
 
 @varlen_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
@@ -120,10 +122,16 @@ def _(
 
 
 def _documents(lengths: list[int]) -> list[slice]:
-    return [slice(end - length, end) for end, length in zip(accumulate(lengths), lengths, strict=True) if length]
+    return [
+        slice(end - length, end)
+        for end, length in zip(accumulate(lengths), lengths, strict=True)
+        if length
+    ]
 
 
-def _tiles(document: slice, window: int, device: torch.device) -> list[tuple[slice, slice, Tensor | None]]:
+def _tiles(
+    document: slice, window: int, device: torch.device
+) -> list[tuple[slice, slice, Tensor | None]]:
     """(query rows, key rows, mask) of a document: one causal tile, or window-sized tiles that see one tile back.
 
     A tile's mask is bool, at most (window, 2 * window): never the document squared.
@@ -145,7 +153,11 @@ def _tiles(document: slice, window: int, device: torch.device) -> list[tuple[sli
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """bool mask -> 0 where it is True, -inf elsewhere: the form the CPU kernel takes."""
-    return None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    return (
+        None
+        if mask is None
+        else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    )
 
 
 def _heads(tensor: Tensor) -> Tensor:
@@ -175,7 +187,18 @@ def _cuda_forward(
 ) -> tuple[Tensor, Tensor]:
     starts, longest = _boundaries(lengths, q.device)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale, **_cuda_window(window)
+        q,
+        k,
+        v,
+        starts,
+        starts,
+        longest,
+        longest,
+        0.0,
+        True,
+        False,
+        scale=scale,
+        **_cuda_window(window),
     )
     return out, lse
 
@@ -289,7 +312,9 @@ class Attention(nn.Module):
         """Normed and rotated q (N, H, D) and k (N, K, D), and v (N, K, D)."""
         q, k, v = self._split(qkv)
         if self.qk_norm_eps is None:
-            rotated = rotate_(qkv.view(qkv.shape[0], -1, self.head_dim)[:, : -self.kv_heads].clone(), cos, sin)
+            rotated = rotate_(
+                qkv.view(qkv.shape[0], -1, self.head_dim)[:, : -self.kv_heads].clone(), cos, sin
+            )
             return rotated[:, : self.heads], rotated[:, self.heads :], v
         q_weight, k_weight = self._norm_weights()
         q, k = rms_norm(q, q_weight, self.qk_norm_eps), rms_norm(k, k_weight, self.qk_norm_eps)

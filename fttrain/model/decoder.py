@@ -46,7 +46,11 @@ class Architecture:
         self.groups = self._groups()
 
     def _groups(self) -> tuple[GroupMembers, ...]:
-        q, kv, mlp = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.config.intermediate_size
+        q, kv, mlp = (
+            self.heads * self.head_dim,
+            self.kv_heads * self.head_dim,
+            self.config.intermediate_size,
+        )
         family, config = self.family, self.config
         attention, dense = "self_attn", "mlp"
         return (
@@ -54,17 +58,24 @@ class Architecture:
                 GroupShape("qkv", self.hidden, (q, kv, kv), family.qkv_bias(config)),
                 (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
             ),
-            GroupMembers(GroupShape("o", q, (self.hidden,), family.o_bias(config)), (f"{attention}.o_proj",)),
+            GroupMembers(
+                GroupShape("o", q, (self.hidden,), family.o_bias(config)), (f"{attention}.o_proj",)
+            ),
             GroupMembers(
                 GroupShape("gate_up", self.hidden, (mlp, mlp), family.mlp_bias(config)),
                 (f"{dense}.gate_proj", f"{dense}.up_proj"),
             ),
-            GroupMembers(GroupShape("down", mlp, (self.hidden,), family.mlp_bias(config)), (f"{dense}.down_proj",)),
+            GroupMembers(
+                GroupShape("down", mlp, (self.hidden,), family.mlp_bias(config)),
+                (f"{dense}.down_proj",),
+            ),
         )
 
     def frozen_format(self, quant: QuantConfig, dtype: torch.dtype) -> FrozenFormat:
         """How one layer's frozen tensors are laid out."""
-        norms: dict[str, tuple[int, ...]] = {norm: (self.hidden,) for _, norm in PROLOGUES.values() if norm}
+        norms: dict[str, tuple[int, ...]] = {
+            norm: (self.hidden,) for _, norm in PROLOGUES.values() if norm
+        }
         if self.family.qk_norm:
             norms |= {f"self_attn.{name}_norm.weight": (self.head_dim,) for name in ("q", "k")}
         return FrozenFormat((group.shape for group in self.groups), norms, quant, dtype)
@@ -85,7 +96,12 @@ class Layer:
     """One decoder layer: transformers' shell, the state the schedule binds, and the adapters."""
 
     def __init__(
-        self, architecture: Architecture, index: int, lora: LoraConfig, device: torch.device, dtype: torch.dtype
+        self,
+        architecture: Architecture,
+        index: int,
+        lora: LoraConfig,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.index = index
         self.state = LayerState()
@@ -119,7 +135,9 @@ class Layer:
             qk_norm_eps=architecture.eps if family.qk_norm else None,
         )
         shell.mlp = Mlp(linears["gate_up"], linears["down"])
-        shell.input_layernorm = shell.post_attention_layernorm = nn.Identity()  # prologues of qkv and gate_up
+        shell.input_layernorm = shell.post_attention_layernorm = (
+            nn.Identity()
+        )  # prologues of qkv and gate_up
         return shell
 
     def __call__(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -142,7 +160,9 @@ class Decoder:
         self.architecture = architecture
         self.embedding = Embedding(embedding, family.embedding_scale)
         self.head = Head(final_norm, head, architecture.eps, family.logit_scale)
-        self.layers = [Layer(architecture, i, lora, device, dtype) for i in range(architecture.layers)]
+        self.layers = [
+            Layer(architecture, i, lora, device, dtype) for i in range(architecture.layers)
+        ]
         self._rotary = family.rotary_class(architecture.config).to(device)
 
     def parameters(self) -> list[nn.Parameter]:

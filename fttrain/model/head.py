@@ -14,7 +14,9 @@ from torch import Tensor
 from fttrain.data.batch import IGNORE
 from fttrain.model.functions import rms_norm, rms_norm_backward
 
-CHUNK_BYTES = 96 * 1024**2  # of logits in flight: fp32 probabilities and their copy in the compute dtype
+CHUNK_BYTES = (
+    96 * 1024**2
+)  # of logits in flight: fp32 probabilities and their copy in the compute dtype
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ class Head:
                 grad[tokens] = rms_norm_backward(grad_normed, x, self.norm, self.eps)
         return total, grad
 
-    def _chunk(self, normed: Tensor, targets: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    def _chunk(
+        self, normed: Tensor, targets: Tensor, want_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """One chunk (m, C): sum of its losses, and the gradient of ``normed``."""
         logits = normed @ self.weight.t()  # (m, V)
         if self.logit_scale != 1.0:

@@ -41,7 +41,9 @@ class LayerState:
 
     def __init__(self) -> None:
         self.frozen: FrozenLayer | None = None  # the layer's bytes, from the store
-        self.lengths: tuple[int, ...] = ()  # tokens of each document in the micro-batch that passes now
+        self.lengths: tuple[
+            int, ...
+        ] = ()  # tokens of each document in the micro-batch that passes now
         self.dropout: DropoutKey | None = None  # None: no dropout (evaluation)
         self.recomputing = False  # True: outputs that backward never reads may be left out
         self.cache: object | None = None  # keys and values of earlier tokens, in generation
@@ -79,7 +81,9 @@ class LinearGroup(nn.Module):
 
     @property
     def frozen(self) -> FrozenLayer:
-        assert self.state.frozen is not None, f"layer {self.layer} is used outside the store's get and release"
+        assert self.state.frozen is not None, (
+            f"layer {self.layer} is used outside the store's get and release"
+        )
         return self.state.frozen
 
     def prologue_forward(self, x: Tensor) -> Tensor:
@@ -94,12 +98,16 @@ class LinearGroup(nn.Module):
 
     def output(self, inputs: Tensor, down: Tensor | None) -> Tensor:
         """x̂ (N, in) and A x̂ (N, R) -> y (N, out)."""
-        y = torch.nn.functional.linear(inputs, self.frozen.weight(self.shape.name), self.frozen.bias(self.shape.name))
+        y = torch.nn.functional.linear(
+            inputs, self.frozen.weight(self.shape.name), self.frozen.bias(self.shape.name)
+        )
         if self.adapter is not None and down is not None:
             y.addmm_(down, self.adapter.b.t())
         return y
 
-    def input_gradient(self, grad: Tensor, inputs: Tensor, down: Tensor | None, dropout: DropoutKey | None) -> Tensor:
+    def input_gradient(
+        self, grad: Tensor, inputs: Tensor, down: Tensor | None, dropout: DropoutKey | None
+    ) -> Tensor:
         """``grad`` of y (N, out) -> gradient of x̂ (N, in). Adds the adapter's gradients to the layer's."""
         grad_inputs = grad @ self.frozen.weight(self.shape.name)
         if self.adapter is not None and down is not None:
@@ -142,7 +150,9 @@ class _Unread(_Forward):
         return x.new_zeros(()).expand(x.shape[0], group.shape.shape[0])
 
 
-def _down_projection(group: LinearGroup, inputs: Tensor, dropout: DropoutKey | None) -> Tensor | None:
+def _down_projection(
+    group: LinearGroup, inputs: Tensor, dropout: DropoutKey | None
+) -> Tensor | None:
     """``inputs`` (N, in) -> A @ dropout(inputs) (N, R). Each member drops inputs of its own, as PEFT does."""
     adapter = group.adapter
     if adapter is None:
@@ -157,7 +167,11 @@ def _down_projection(group: LinearGroup, inputs: Tensor, dropout: DropoutKey | N
 
 
 def _down_projection_backward(
-    group: LinearGroup, grad_down: Tensor, inputs: Tensor, grad_inputs: Tensor, dropout: DropoutKey | None
+    group: LinearGroup,
+    grad_down: Tensor,
+    inputs: Tensor,
+    grad_inputs: Tensor,
+    dropout: DropoutKey | None,
 ) -> Tensor:
     """``grad_down`` (N, R) -> gradient of A (R, in); adds the inputs' share to ``grad_inputs`` (N, in)."""
     adapter = group.adapter

@@ -28,7 +28,9 @@ class LoraConfig:
     r: int = 16  # rank of the update
     lora_alpha: float = 32.0  # the update is scaled by lora_alpha / r
     lora_dropout: float = 0.0  # probability of zeroing an input of the adapter, in [0, 1)
-    target_modules: str | tuple[str, ...] = "all-linear"  # all-linear, or names such as (q_proj, v_proj)
+    target_modules: str | tuple[str, ...] = (
+        "all-linear"  # all-linear, or names such as (q_proj, v_proj)
+    )
     use_rslora: bool = False  # scale by lora_alpha / sqrt(r) instead (Kalajdzievski 2023)
 
     def __post_init__(self) -> None:
@@ -39,7 +41,9 @@ class LoraConfig:
         if self.lora_alpha <= 0:
             raise UserError(f"lora.lora_alpha={self.lora_alpha}: a number above 0 is allowed")
         if not self.target_modules:
-            raise UserError("lora.target_modules is empty: all-linear, or names such as [q_proj,v_proj] are allowed")
+            raise UserError(
+                "lora.target_modules is empty: all-linear, or names such as [q_proj,v_proj] are allowed"
+            )
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             object.__setattr__(self, "target_modules", (self.target_modules,))
 
@@ -66,9 +70,13 @@ def target_indices(groups: Iterable[GroupMembers], config: LoraConfig) -> dict[s
     wanted = known if config.target_modules == "all-linear" else list(config.target_modules)
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise UserError(f"lora.target_modules: no linear is called {', '.join(unknown)}; there are {', '.join(known)}")
+        raise UserError(
+            f"lora.target_modules: no linear is called {', '.join(unknown)}; there are {', '.join(known)}"
+        )
     return {
-        group.shape.name: [i for i, path in enumerate(group.paths) if path.rsplit(".", 1)[-1] in wanted]
+        group.shape.name: [
+            i for i, path in enumerate(group.paths) if path.rsplit(".", 1)[-1] in wanted
+        ]
         for group in groups
     }
 
@@ -84,7 +92,9 @@ class GroupAdapter:
         self.dropout = config.lora_dropout
         self.rank = len(members) * config.r  # R
         rows = group.shape.rows
-        self._rows = [rows[member] for member in members]  # of each adapted member in the group's output
+        self._rows = [
+            rows[member] for member in members
+        ]  # of each adapted member in the group's output
         self._blocks = [slice(i * config.r, (i + 1) * config.r) for i in range(len(members))]
 
     @property
@@ -97,11 +107,16 @@ class GroupAdapter:
         """Take this adapter's part of the flat fp32 ``masters`` and ``grad``; make the compute copies."""
         split = self.sizes[0]
         shape_a = (self.rank, self.group.shape.in_features)
-        self.a_master, self.b_master = masters[:split].view(shape_a), masters[split:].view(-1, self.r)
+        self.a_master, self.b_master = (
+            masters[:split].view(shape_a),
+            masters[split:].view(-1, self.r),
+        )
         self.a_grad, self.b_grad = grad[:split].view(shape_a), grad[split:].view(-1, self.r)
         self.a = torch.empty(shape_a, dtype=dtype, device=masters.device)  # (R, in)
         # (sum of out, R): scaling * B of member i in block (rows of i, columns of i), zero elsewhere
-        self.b = torch.zeros(self.group.shape.shape[0], self.rank, dtype=dtype, device=masters.device)
+        self.b = torch.zeros(
+            self.group.shape.shape[0], self.rank, dtype=dtype, device=masters.device
+        )
 
     def refresh(self) -> None:
         """Copy the fp32 masters into the compute copies. Called after each optimizer step."""
@@ -117,7 +132,9 @@ class GroupAdapter:
 
     def named_masters(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         """(name, fp32 master) of each A (r, in) and B (out, r)."""
-        for member, (_, block, b_master) in zip(self.members, self._member_parts(self.b_master), strict=True):
+        for member, (_, block, b_master) in zip(
+            self.members, self._member_parts(self.b_master), strict=True
+        ):
             name = f"model.layers.{layer}.{self.group.paths[member]}"
             yield f"{name}.lora_A", self.a_master[block]
             yield f"{name}.lora_B", b_master
@@ -155,7 +172,10 @@ class LayerAdapters(nn.Module):
         self.flat = nn.Parameter(torch.zeros(sum(sizes), dtype=torch.float32, device=device))
         self.flat.grad = torch.zeros_like(self.flat)
         for adapter, masters, grad in zip(
-            self.groups.values(), self.flat.data.split(sizes), self.flat.grad.split(sizes), strict=True
+            self.groups.values(),
+            self.flat.data.split(sizes),
+            self.flat.grad.split(sizes),
+            strict=True,
         ):
             adapter.bind(masters, grad, dtype)
 
@@ -164,7 +184,9 @@ class LayerAdapters(nn.Module):
         for index, adapter in enumerate(self.groups.values()):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + self.layer) * 101 + index)
             bound = 1 / math.sqrt(adapter.group.shape.in_features)
-            values = torch.empty(adapter.a_master.shape).uniform_(-bound, bound, generator=generator)
+            values = torch.empty(adapter.a_master.shape).uniform_(
+                -bound, bound, generator=generator
+            )
             adapter.a_master.copy_(values)
             adapter.b_master.zero_()
         self.refresh()

@@ -16,7 +16,10 @@ class OptimConfig:
 
     kind: str = "adamw"  # adamw: fp32 masters and moments
     lr: float = 2e-4  # learning rate after warm-up
-    betas: tuple[float, float] = (0.9, 0.999)  # decay of the first and second moment, each in [0, 1)
+    betas: tuple[float, float] = (
+        0.9,
+        0.999,
+    )  # decay of the first and second moment, each in [0, 1)
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.0  # decoupled, per step, times lr
     max_grad_norm: float = 1.0  # clip the global gradient norm; 0: no clipping
@@ -52,10 +55,16 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     if step < warmup_steps:
         return config.lr * (step + 1) / (warmup_steps + 1)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    falling = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    falling = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }
     if config.lr_schedule == "constant":
         return config.lr
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * falling[config.lr_schedule])
+    return config.lr * (
+        config.min_lr_ratio + (1 - config.min_lr_ratio) * falling[config.lr_schedule]
+    )
 
 
 class Optimizer:
@@ -90,7 +99,9 @@ class Optimizer:
         """Takes what ``state`` gave. Raises UserError where it belongs to other parameters."""
         for index, parameter in enumerate(self._parameters):
             own = {
-                name.removeprefix(f"{index}."): value for name, value in state.items() if name.startswith(f"{index}.")
+                name.removeprefix(f"{index}."): value
+                for name, value in state.items()
+                if name.startswith(f"{index}.")
             }
             if own and own["exp_avg"].shape != parameter.shape:
                 raise UserError(
@@ -99,5 +110,6 @@ class Optimizer:
                 )
             if own:
                 self._adamw.state[parameter] = {
-                    name: value.to(value.device if name == "step" else parameter.device) for name, value in own.items()
+                    name: value.to(value.device if name == "step" else parameter.device)
+                    for name, value in own.items()
                 }

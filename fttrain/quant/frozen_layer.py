@@ -53,7 +53,9 @@ def _member_scales(group: GroupShape, blocksize: int) -> list[_Scales]:
     for out in group.out_features:
         codes = out * group.in_features // blocksize
         nested = -(-codes // NESTED_BLOCKSIZE)
-        members.append(_Scales(slice(codes_end, codes_end + codes), slice(nested_end, nested_end + nested)))
+        members.append(
+            _Scales(slice(codes_end, codes_end + codes), slice(nested_end, nested_end + nested))
+        )
         codes_end, nested_end = codes_end + codes, nested_end + nested
     return members
 
@@ -74,10 +76,14 @@ class FrozenFormat:
         self.groups = {group.name: group for group in groups}
         self.quant = quant
         self.dtype = dtype
-        self.scales = {name: _member_scales(group, quant.blocksize) for name, group in self.groups.items()}
+        self.scales = {
+            name: _member_scales(group, quant.blocksize) for name, group in self.groups.items()
+        }
         self.layout = Layout(self._tensors(plain))
 
-    def _tensors(self, plain: dict[str, tuple[int, ...]]) -> Iterable[tuple[str, tuple[int, ...], torch.dtype]]:
+    def _tensors(
+        self, plain: dict[str, tuple[int, ...]]
+    ) -> Iterable[tuple[str, tuple[int, ...], torch.dtype]]:
         for name, group in self.groups.items():
             rows, columns = group.shape
             if group.bias:
@@ -87,14 +93,20 @@ class FrozenFormat:
                 continue
             last = self.scales[name][-1]
             yield f"{name}.packed", (rows * columns // 2,), torch.uint8
-            yield f"{name}.absmax", (last.codes.stop,), torch.uint8 if self.quant.double_quant else torch.float32
+            yield (
+                f"{name}.absmax",
+                (last.codes.stop,),
+                torch.uint8 if self.quant.double_quant else torch.float32,
+            )
             if self.quant.double_quant:
                 yield f"{name}.nested_absmax", (last.nested.stop,), torch.float32
                 yield f"{name}.offset", (len(group.out_features),), torch.float32
         for name, shape in plain.items():
             yield name, shape, self.dtype
 
-    def write_quantised(self, views: dict[str, Tensor], name: str, member: int, weight: QuantisedWeight) -> None:
+    def write_quantised(
+        self, views: dict[str, Tensor], name: str, member: int, weight: QuantisedWeight
+    ) -> None:
         """Put one member's 4-bit weight into the layer's ``views``."""
         group, scales = self.groups[name], self.scales[name][member]
         rows = group.rows[member]

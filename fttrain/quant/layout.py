@@ -43,7 +43,9 @@ class Layout:
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """``flat`` uint8 (size_bytes,) -> every tensor of the layer as a view of it."""
         return {
-            name: flat[slot.offset_bytes : slot.offset_bytes + slot.size_bytes].view(slot.dtype).view(slot.shape)
+            name: flat[slot.offset_bytes : slot.offset_bytes + slot.size_bytes]
+            .view(slot.dtype)
+            .view(slot.shape)
             for name, slot in self.slots.items()
         }
 

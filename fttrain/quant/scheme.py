@@ -14,7 +14,14 @@ from torch import Tensor
 from fttrain.errors import UserError
 
 KINDS = ("nf4", "fp4", "none")
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024)  # from 2048 on bitsandbytes' CPU kernel falls back to a slow path
+BLOCKSIZES = (
+    32,
+    64,
+    128,
+    256,
+    512,
+    1024,
+)  # from 2048 on bitsandbytes' CPU kernel falls back to a slow path
 NESTED_BLOCKSIZE = 256  # absmax codes that share one nested_absmax; fixed by bitsandbytes
 
 
@@ -24,14 +31,18 @@ class QuantConfig:
 
     kind: str = "nf4"  # nf4 | fp4 | none (the base stays in model.dtype)
     blocksize: int = 64  # weights that share one scale
-    double_quant: bool = True  # the scales are quantised to 8 bits too: 4.14 instead of 4.5 bits a weight
+    double_quant: bool = (
+        True  # the scales are quantised to 8 bits too: 4.14 instead of 4.5 bits a weight
+    )
     dequant: str = "layer"  # layer: a layer is dequantised once for all micro-batches of a group | tile: linear by linear
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError(f"quant.kind={self.kind!r}: one of {', '.join(KINDS)} is allowed")
         if self.blocksize not in BLOCKSIZES:
-            raise UserError(f"quant.blocksize={self.blocksize}: one of {', '.join(map(str, BLOCKSIZES))} is allowed")
+            raise UserError(
+                f"quant.blocksize={self.blocksize}: one of {', '.join(map(str, BLOCKSIZES))} is allowed"
+            )
         if self.dequant not in ("layer", "tile"):
             raise UserError(f"quant.dequant={self.dequant!r}: layer or tile is allowed")
 
@@ -79,9 +90,13 @@ def dequantise_scales(absmax: Tensor, nested_absmax: Tensor, offset: Tensor) -> 
     return scales.add_(offset)
 
 
-def dequantise(packed: Tensor, scales: Tensor, shape: tuple[int, int], config: QuantConfig, dtype: torch.dtype) -> Tensor:
+def dequantise(
+    packed: Tensor, scales: Tensor, shape: tuple[int, int], config: QuantConfig, dtype: torch.dtype
+) -> Tensor:
     """Codes uint8 (out * in / 2,) and scales fp32 (out * in / blocksize,) -> the weight (out, in) in ``dtype``."""
-    return torch.ops.bitsandbytes.dequantize_4bit(packed, scales, config.blocksize, config.kind, shape, dtype)
+    return torch.ops.bitsandbytes.dequantize_4bit(
+        packed, scales, config.blocksize, config.kind, shape, dtype
+    )
 
 
 _codes: dict[torch.device, Tensor] = {}

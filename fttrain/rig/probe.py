@@ -40,8 +40,14 @@ def set_up(config: RigConfig, local_rank: int, local_world_size: int) -> torch.d
             "rig.device=cpu or fewer launch.processes help"
         )
     if config.device != "cpu" and 0 < gpus < local_world_size:
-        raise UserError(f"launch.processes={local_world_size}: this machine has {gpus} GPU; a rank needs one of its own")
-    threads = config.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or _share_of_cores(local_world_size)
+        raise UserError(
+            f"launch.processes={local_world_size}: this machine has {gpus} GPU; a rank needs one of its own"
+        )
+    threads = (
+        config.threads
+        or int(os.environ.get("OMP_NUM_THREADS", 0))
+        or _share_of_cores(local_world_size)
+    )
     torch.set_num_threads(threads)
     if config.device == "cpu" or not gpus:
         _tune_host_arithmetic()

@@ -16,8 +16,12 @@ class KeyValueCache:
     """Keys and values of the tokens seen so far, by layer and prompt."""
 
     def __init__(self, layers: int, prompts: int) -> None:
-        self._entries: list[list[tuple[Tensor, Tensor] | None]] = [[None] * prompts for _ in range(layers)]
-        self.rows: list[tuple[int, slice]] = []  # of this pass: (prompt, its rows among the N tokens)
+        self._entries: list[list[tuple[Tensor, Tensor] | None]] = [
+            [None] * prompts for _ in range(layers)
+        ]
+        self.rows: list[
+            tuple[int, slice]
+        ] = []  # of this pass: (prompt, its rows among the N tokens)
 
     def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """``q`` (N, H, D), ``k`` and ``v`` (N, K, D), the newest tokens of each prompt -> (N, H * D)."""
@@ -56,7 +60,9 @@ def greedy(
     device = decoder.embedding.weight.device
     cache = KeyValueCache(len(store), len(prompts))
     answers: list[list[int]] = [[] for _ in prompts]
-    fresh = {prompt: (0, ids) for prompt, ids in enumerate(prompts)}  # prompt -> (position, tokens not yet seen)
+    fresh = {
+        prompt: (0, ids) for prompt, ids in enumerate(prompts)
+    }  # prompt -> (position, tokens not yet seen)
     for _ in range(max_new_tokens):
         ends, positions, tokens = [], [], []
         cache.rows = []
@@ -65,7 +71,13 @@ def greedy(
             positions += range(position, position + len(ids))
             tokens += ids
             ends.append(len(tokens) - 1)
-        hidden = _pass(decoder, store, cache, torch.tensor(tokens, device=device), torch.tensor(positions, device=device))
+        hidden = _pass(
+            decoder,
+            store,
+            cache,
+            torch.tensor(tokens, device=device),
+            torch.tensor(positions, device=device),
+        )
         chosen = decoder.head.logits(hidden[ends]).argmax(-1).tolist()
         upcoming = {}
         for (prompt, (position, ids)), token in zip(fresh.items(), chosen, strict=True):
@@ -78,7 +90,9 @@ def greedy(
     return answers
 
 
-def _pass(decoder: Decoder, store: Store, cache: KeyValueCache, tokens: Tensor, positions: Tensor) -> Tensor:
+def _pass(
+    decoder: Decoder, store: Store, cache: KeyValueCache, tokens: Tensor, positions: Tensor
+) -> Tensor:
     """int64 (N,) token ids and positions -> hidden states after the last layer (N, C)."""
     hidden, rotary = decoder.embedding(tokens), decoder.rotary(positions)
     for index in layer_pass.walk(decoder, store, range(len(store))):

@@ -23,7 +23,9 @@ from fttrain.store import Store
 class ScheduleConfig:
     """In which order layers and micro-batches run."""
 
-    group: str | int = "all"  # micro-batches that pass a layer together: 1 | N | "all" (those of the step)
+    group: str | int = (
+        "all"  # micro-batches that pass a layer together: 1 | N | "all" (those of the step)
+    )
 
     def __post_init__(self) -> None:
         if self.group != "all" and (isinstance(self.group, str) or self.group < 1):
@@ -51,22 +53,30 @@ def forward_backward(
     total = torch.zeros((), dtype=torch.float64, device=decoder.embedding.weight.device)
     groups = [micro_batches[i : i + group_size] for i in range(0, len(micro_batches), group_size)]
     for number, group in enumerate(groups):
-        works = [layer_pass.start(decoder, batch, dropout(batch)) for batch in group if batch.lengths]
+        works = [
+            layer_pass.start(decoder, batch, dropout(batch)) for batch in group if batch.lengths
+        ]
         _forward(decoder, store, works, activations)
         for work in works:
-            loss, work.hidden = decoder.head.loss_and_gradient(work.hidden, work.micro_batch.targets)
+            loss, work.hidden = decoder.head.loss_and_gradient(
+                work.hidden, work.micro_batch.targets
+            )
             total += loss
         last = number == len(groups) - 1
         _backward(decoder, store, works, gradient_complete if last else lambda layer: None)
     return total
 
 
-def evaluate(decoder: Decoder, store: Store, micro_batches: list[MicroBatch], group_size: int) -> Tensor:
+def evaluate(
+    decoder: Decoder, store: Store, micro_batches: list[MicroBatch], group_size: int
+) -> Tensor:
     """Loss sum over all targets, fp64, without gradients."""
     total = torch.zeros((), dtype=torch.float64, device=decoder.embedding.weight.device)
     for i in range(0, len(micro_batches), group_size):
         works = [
-            layer_pass.start(decoder, batch, None) for batch in micro_batches[i : i + group_size] if batch.lengths
+            layer_pass.start(decoder, batch, None)
+            for batch in micro_batches[i : i + group_size]
+            if batch.lengths
         ]
         for layer in layer_pass.walk(decoder, store, range(len(store))):
             for work in works:

@@ -40,12 +40,16 @@ class Saved:
     """What a layer's backward starts from."""
 
     boundary: Tensor  # (N, C): the layer's input
-    output: Tensor | None  # (N, C) with its graph where activations are kept; None: recompute from the boundary
+    output: (
+        Tensor | None
+    )  # (N, C) with its graph where activations are kept; None: recompute from the boundary
 
 
 def start(decoder: Decoder, micro_batch: MicroBatch, dropout: DropoutKey | None) -> Work:
     """Embed a micro-batch."""
-    return Work(micro_batch, decoder.rotary(micro_batch.position_ids), dropout, decoder.embed(micro_batch))
+    return Work(
+        micro_batch, decoder.rotary(micro_batch.position_ids), dropout, decoder.embed(micro_batch)
+    )
 
 
 def walk(decoder: Decoder, store: Store, order: range) -> Iterator[int]:

@@ -22,7 +22,9 @@ class StrategyConfig:
 
     def __post_init__(self) -> None:
         if self.name in PLANNED:
-            raise UserError(f"strategy={self.name}: not available yet; available: {', '.join(STRATEGIES)}")
+            raise UserError(
+                f"strategy={self.name}: not available yet; available: {', '.join(STRATEGIES)}"
+            )
         if self.name not in STRATEGIES:
             raise UserError(f"strategy={self.name}: {', '.join(STRATEGIES)}")
 
@@ -32,7 +34,8 @@ class StepStats:
     """What one optimizer step did, the same on every rank but for ``sync``."""
 
     loss: float  # nats per target token over all ranks; 0 where the step had no target
-    tokens: int  # target tokens over all ranks
+    targets: int  # tokens that were trained on, over all ranks
+    tokens: int  # all tokens that passed the model, over all ranks; there is no padding among them
     grad_norm: float  # of the mean loss, before clipping
     updated: bool  # False: the step was judged bad and its gradient dropped
     sync: SyncStats = field(default_factory=SyncStats)  # this rank's gradient traffic
@@ -44,7 +47,9 @@ Judge = Callable[[float, float], bool]  # (loss, grad_norm) -> whether the updat
 class Strategy(Protocol):
     """Trains, evaluates and answers, wherever the frozen base lives."""
 
-    def train_step(self, micro_batches: list[MicroBatch], step: int, lr: float, accept: Judge) -> StepStats:
+    def train_step(
+        self, micro_batches: list[MicroBatch], step: int, lr: float, accept: Judge
+    ) -> StepStats:
         """One optimizer step over this rank's ``micro_batches``.
 
         The gradient is that of the loss summed over the target tokens of all ranks, divided by their number.
@@ -55,7 +60,9 @@ class Strategy(Protocol):
         """(loss sum in nats, target tokens) over the micro-batches of all ranks."""
         ...
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop: set[int]) -> list[list[int]]:
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, stop: set[int]
+    ) -> list[list[int]]:
         """Greedy continuations of ``prompts`` (token ids), without the stop token."""
         ...
 

@@ -41,7 +41,9 @@ class Replicate:
         self._sync = AllReduceSync(group)
         self._optimizer = Optimizer(decoder.parameters(), optim)
 
-    def train_step(self, micro_batches: list[MicroBatch], step: int, lr: float, accept: Judge) -> StepStats:
+    def train_step(
+        self, micro_batches: list[MicroBatch], step: int, lr: float, accept: Judge
+    ) -> StepStats:
         for layer in self.decoder.layers:
             layer.adapters.grad.zero_()
         micro_batches = [batch.to(self._group.device) for batch in micro_batches]
@@ -56,24 +58,27 @@ class Replicate:
         )
         totals = self._totals(loss_sum, micro_batches)
         sync = self._sync.wait()
-        loss, tokens = totals[0].item(), int(totals[1].item())
-        scale = 1 / max(1, tokens)
+        loss, targets, tokens = totals.tolist()
+        scale = 1 / max(1.0, targets)
         grads = [layer.adapters.grad for layer in self.decoder.layers]
         norm = float(torch.linalg.vector_norm(torch.stack([grad.norm() for grad in grads]))) * scale
         updated = accept(loss * scale, norm)
-        if updated and tokens:
+        if updated and targets:
             self._update(grads, scale, norm, lr)
-        return StepStats(loss * scale, tokens, norm, updated, sync)
+        return StepStats(loss * scale, int(targets), int(tokens), norm, updated, sync)
 
     def _totals(self, loss_sum: Tensor, micro_batches: list[MicroBatch]) -> Tensor:
-        """fp64 (2,): loss sum and target tokens over all ranks."""
-        tokens = sum(batch.valid_tokens for batch in micro_batches)
-        totals = torch.stack([loss_sum, loss_sum.new_tensor(tokens)])
+        """fp64 (3,): loss sum, target tokens and all tokens, over all ranks."""
+        targets = sum(batch.valid_tokens for batch in micro_batches)
+        tokens = sum(sum(batch.lengths) for batch in micro_batches)
+        totals = torch.stack([loss_sum, loss_sum.new_tensor(targets), loss_sum.new_tensor(tokens)])
         return self._group.all_reduce_(totals)
 
     def _update(self, grads: list[Tensor], scale: float, norm: float, lr: float) -> None:
         clip = self._optim.max_grad_norm
-        factor = scale * (min(1.0, clip / (norm + 1e-6)) if clip else 1.0)  # as torch's clip_grad_norm_
+        factor = scale * (
+            min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+        )  # as torch's clip_grad_norm_
         for grad in grads:
             grad.mul_(factor)
         self._optimizer.step(lr)
@@ -84,9 +89,11 @@ class Replicate:
         micro_batches = [batch.to(self._group.device) for batch in micro_batches]
         loss_sum = grouped.evaluate(self.decoder, self._store, micro_batches, EVALUATION_GROUP)
         totals = self._totals(loss_sum, micro_batches)
-        return totals[0].item(), int(totals[1].item())
+        return float(totals[0]), int(totals[1])
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop: set[int]) -> list[list[int]]:
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, stop: set[int]
+    ) -> list[list[int]]:
         return generate.greedy(self.decoder, self._store, prompts, max_new_tokens, stop)
 
     def adapter_state(self) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from fttrain.model.families import llama, mistral, qwen2, qwen3
 from fttrain.model.families.family import Family
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+    family.model_type: family
+    for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
 }
 
 

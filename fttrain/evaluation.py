@@ -1,0 +1,93 @@
+"""Held-out loss and answers, before and after: what ``evaluation.json`` holds."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fttrain.data.batch import MicroBatch
+from fttrain.data.samples import Sample
+from fttrain.strategy.protocol import Strategy
+
+FILE = "evaluation.json"
+REAL_IMPROVEMENT = 0.5  # nats per token of held-out loss
+ANSWER_TOKENS = 64  # of a sample answer
+
+
+@dataclass
+class Answer:
+    """One held-out prompt, what the data says and what the model said before and after training."""
+
+    prompt: str
+    reference: str
+    before: str = ""
+    after: str = ""
+
+
+@dataclass
+class Evaluation:
+    """Held-out figures of a run, as far as it has come."""
+
+    base: dict[str, Any] | None = None  # {"nll": nats per token, "tokens": n}
+    tuned: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # {"step": n, "nll": nats per token}
+    samples: list[Answer] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Evaluation":
+        """What an earlier part of the run found; empty where there is nothing that can be read."""
+        try:
+            values = json.loads((folder / FILE).read_text())
+            samples = [Answer(**sample) for sample in values.pop("samples", [])]
+            return cls(**values, samples=samples)
+        except (OSError, ValueError, TypeError):
+            return cls()
+
+    def write(self, folder: Path) -> None:
+        """Replaces the file in one step."""
+        part = folder / f".{FILE}.part"
+        part.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        os.replace(part, folder / FILE)
+
+    def verdict(self) -> str:
+        """One line: both losses, the fall and what it is worth."""
+        if self.base is None or self.tuned is None:
+            return "held-out loss: not measured"
+        base, tuned = self.base["nll"], self.tuned["nll"]
+        fall = base - tuned
+        if fall >= REAL_IMPROVEMENT:
+            worth = "a real improvement"
+        elif fall > 0:
+            worth = f"less than the {REAL_IMPROVEMENT} that counts as a real improvement"
+        else:
+            worth = "no improvement"
+        return (
+            f"held-out loss {base:.3f} -> {tuned:.3f} nats per token, a fall of {fall:.3f}: {worth}"
+        )
+
+
+def held_out_loss(strategy: Strategy, batches: list[MicroBatch]) -> dict[str, Any]:
+    """Loss in nats per target token over all ranks. Every rank calls it."""
+    loss_sum, targets = strategy.evaluate(batches)
+    return {"nll": loss_sum / max(1, targets), "tokens": targets}
+
+
+def answer(strategy: Strategy, samples: list[Sample], tokenizer: Any) -> list[str]:
+    """Greedy answers to all prompts in one batch. Every rank calls it."""
+    if not samples:
+        return []
+    answers = strategy.generate(
+        [sample.ids for sample in samples], ANSWER_TOKENS, stop_tokens(tokenizer)
+    )
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+
+
+def stop_tokens(tokenizer: Any) -> set[int]:
+    """Tokens that end an answer: end of text, and the usual ends of a turn where the vocabulary has them."""
+    names = ("<|im_end|>", "<|eot_id|>", "<|end_of_turn|>")
+    vocabulary = tokenizer.get_vocab()
+    ends = {vocabulary[name] for name in names if name in vocabulary}
+    return ends | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
