@@ -56,8 +56,7 @@ def load_or_build(root: Path, key: str, build: Callable[[Path], None]) -> Path:
         where = error.filename or folder
         raise UserError(
             f"data.cache_dir={root}: cannot write {where} ({error.strerror or error}); set "
-            "data.cache_dir to a folder "
-            "with room that you may write to"
+            "data.cache_dir to a folder with room that you may write to"
         ) from None
     return folder
 

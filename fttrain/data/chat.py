@@ -33,8 +33,7 @@ _MARK = re.compile(f"{OPEN}(\\d+)([{START}{END}])")
 FIXED_DATE = "26 Jul 2024"
 KEEP_ADVICE = (
     "data.loss_on=last trains on the last turn only; or take <think> parts out of earlier turns; "
-    "or set "
-    "data.chat_template=FILE to a template that keeps every turn"
+    "or set data.chat_template=FILE to a template that keeps every turn"
 )
 
 
@@ -58,8 +57,8 @@ class Chat:
         if not template:
             raise UserError(
                 "model.path: its tokenizer has no chat template, so conversations cannot be "
-                "written; set "
-                "data.chat_template=FILE (a jinja file), or train on plain text (data.format=text)"
+                "written; set data.chat_template=FILE (a jinja file), or train on plain text "
+                "(data.format=text)"
             )
         self._tokenizer, self.template, self._loss_on = tokenizer, template, loss_on
         self._date = {"date_string": FIXED_DATE} if "date_string" in template else {}
@@ -91,9 +90,8 @@ class Chat:
         if row.text[:end].endswith("Answer."):
             raise UserError(
                 "the chat template writes no end-of-turn token after an answer, so the model "
-                "would never learn to "
-                "stop; set data.chat_template=FILE to one that ends each assistant turn with "
-                "eos_token"
+                "would never learn to stop; set data.chat_template=FILE to one that ends each "
+                "assistant turn with eos_token"
             )
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:

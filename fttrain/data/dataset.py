@@ -31,16 +31,18 @@ class DataConfig:
     """Where examples come from and how they become rows of tokens."""
 
     kind: str = "stdlib"  # stdlib (docstrings of Python's own library) | file | hub
-    path: str | None = (
-        None  # file: a .jsonl, .json, .csv or .parquet file; hub: an id such as org/name
-    )
+    # file: a .jsonl .json .csv .tsv .parquet file (the text ones also as .gz), or a folder of them;
+    # hub: an id such as org/name, or org/name:config
+    path: str | None = None
     split: str = "train"  # split of a hub data set
     format: str = "auto"  # auto | messages | prompt_completion | alpaca | sharegpt | text
     seq_len: int = 1024  # tokens of a row
     holdout: float = 0.1  # fraction of the examples kept for evaluation, in [0, 1)
     packing: bool = True  # fill a row with several examples (attention never crosses them)
     loss_on: str = "all"  # which assistant turns are trained: all | last
-    on_bad_row: str = "error"  # error | skip | truncate
+    # error: stop and name the row | skip: leave it out and count it | truncate: cut what is longer
+    # than seq_len (counted), skip the others
+    on_bad_row: str = "error"
     max_rows: int | None = None  # examples read at most; None: all
     chat_template: str | None = None  # path of a jinja file; None: the tokenizer's own
     seed: int = 0  # of the hold-out
@@ -224,10 +226,9 @@ def _check_enough(config: DataConfig, dataset: Dataset, rows_per_step: int | Non
         advice = "data.packing=false, a shorter data.seq_len, " if config.packing else ""
         raise UserError(
             f"data.path={name}: {dataset.report.train:,} examples{packed} make {rows:,} rows, one "
-            "optimizer step takes "
-            f"{rows_per_step:,} (loop.micro_batch_size x loop.gradient_accumulation_steps x "
-            f"ranks): use {advice}"
-            "a smaller loop.micro_batch_size or loop.gradient_accumulation_steps, or more data"
+            f"optimizer step takes {rows_per_step:,} (loop.micro_batch_size x "
+            f"loop.gradient_accumulation_steps x ranks): use {advice}a smaller "
+            "loop.micro_batch_size or loop.gradient_accumulation_steps, or more data"
         )
 
 

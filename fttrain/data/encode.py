@@ -43,8 +43,8 @@ class Encoder:
         if not isinstance(backend, Tokenizer):
             raise UserError(
                 f"model.path: its tokenizer ({type(tokenizer).__name__}) has no fast version "
-                "(tokenizer.json), which "
-                "tells where each token lies in the text; convert it, or use a model that ships one"
+                "(tokenizer.json), which tells where each token lies in the text; convert it, or "
+                "use a model that ships one"
             )
         settings = json.loads(backend.to_str())
         settings["truncation"] = settings["padding"] = None  # change with use, never with meaning

@@ -103,23 +103,25 @@ def file_source(path: str) -> Source:
 
 
 def hub_source(path: str, split: str) -> Source:
-    """A data set of the hub, through ``datasets`` (its own cache is keyed by the hub's commit)."""
+    """A data set of the hub, ``owner/name`` or ``owner/name:config``, through ``datasets``.
+
+    Its own cache is keyed by the hub's commit.
+    """
     import datasets
 
     progress_was_on = datasets.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(path, split=split)
-    except (
-        Exception
-    ) as error:  # the hub client raises dozens of kinds; each is one line to the user
+        name, _, configuration = path.partition(":")
+        table = datasets.load_dataset(name, configuration or None, split=split)
+    except Exception as error:  # the hub client raises dozens of kinds: each becomes one line
         cause = " ".join(str(error).split())[:200]
         raise UserError(
             f"data.path={path} data.split={split}: the hub's data set did not load "
-            f"({type(error).__name__}: {cause}); "
-            "without a network, save it as JSONL or Parquet where there is one and use data=file "
-            "data.path=FILE"
+            f"({type(error).__name__}: {cause}); a configuration is named by owner/name:config; "
+            "without a network, save the data as JSONL or Parquet where there is one and use "
+            "data=file data.path=FILE"
         ) from None
     finally:
         if progress_was_on:

@@ -61,8 +61,8 @@ def detect(records: Iterable[dict[str, Any]], where: str) -> str:
     keys = ", ".join(sorted(first[0])) if first else "none"
     raise UserError(
         f"{where}: no known record shape (fields found: {keys}); allowed: messages | prompt, "
-        "completion | instruction, "
-        "output (input) | conversations | text; rename the fields, or set data.format"
+        "completion | instruction, output (input) | conversations | text; rename the fields, or "
+        "set data.format"
     )
 
 

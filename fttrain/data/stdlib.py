@@ -121,8 +121,7 @@ def pairs(seed: int = 0, count: int = PAIRS) -> list[tuple[str, str]]:
     if len(chosen) < FEWEST:
         raise UserError(
             f"data=stdlib: only {len(chosen)} documented names were found in {_library()}: this "
-            "Python comes without "
-            "its library's sources; use data=file data.path=FILE"
+            "Python comes without its library's sources; use data=file data.path=FILE"
         )
     return sorted(chosen.values(), key=lambda pair: _number(seed, "order", pair[0]))[:count]
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fttrain.data.records import BadRow, Source, file_source
+from fttrain.data.records import BadRow, Source, file_source, hub_source
 from fttrain.errors import UserError
 
 ROWS = [
@@ -167,6 +167,22 @@ def test_identity_follows_the_bytes(tmp_path: Path) -> None:
     second = read(tmp_path / "a.jsonl", '{"text": "two"}')
     os.utime(tmp_path / "a.jsonl", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # same size and time
     assert file_source(str(tmp_path / "a.jsonl")).identity == second.identity != first
+
+
+def test_the_hub_is_read_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "repository"  # `datasets` takes a folder of the hub's layout as an id
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(ROWS), folder / "train.parquet")
+    source = hub_source(str(folder), "train")
+    assert values(source) == values(source) == ROWS
+    assert [row.line for row in source.read()] == [1, 2]
+    assert hub_source(str(folder), "train").identity == source.identity
+    with pytest.raises(UserError, match=r"data\.split=nonsense: .*did not load") as caught:
+        hub_source(str(folder), "nonsense")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_hub_without_a_network_is_one_line() -> None:

@@ -1,5 +1,6 @@
 import ast
 import importlib
+import os
 import subprocess
 import sys
 
@@ -26,7 +27,7 @@ def test_answers_are_the_docstrings() -> None:
     checked = 0
     for name, answer in by_name.items():
         module, _, function = name.rpartition(".")
-        if module in ("textwrap", "shutil", "bisect", "heapq", "fnmatch", "calendar", "math"):
+        if module in ("textwrap", "shutil", "fnmatch", "calendar", "math", "cmath"):
             docstring = getattr(importlib.import_module(module), function).__doc__
             assert answer.split()[:3] == docstring.split()[:3]
             checked += 1
@@ -35,17 +36,14 @@ def test_answers_are_the_docstrings() -> None:
 
 def test_the_seed_decides_and_nothing_else() -> None:
     code = "from fttrain.data.stdlib import pairs; print(pairs(5)[:50])"
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={"PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    ]
-    assert runs[0] == runs[1] == f"{pairs(5)[:50]}\n"
+    other = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert other.stdout == f"{pairs(5)[:50]}\n"
     assert pairs(5) != pairs(6)
 
 
