@@ -13,9 +13,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-COLLECTIVE_TIMEOUT = timedelta(
-    minutes=30
-)  # longer than the slowest step; a dead rank ends the others sooner
+# Longer than the slowest step; a dead rank ends the others sooner.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ _VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Group]:
-    """Joins the ranks of this run for the length of the block: NCCL between GPUs, gloo between CPUs."""
+    """Joins the ranks for the length of the block: NCCL between GPUs, gloo between CPUs."""
     rank, world_size, local_rank = rank_from_environment()
     group = Group(rank, world_size, local_rank, device)
     if world_size == 1 or torch_dist.is_initialized():

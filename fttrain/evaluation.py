@@ -31,9 +31,8 @@ class Evaluation:
 
     base: dict[str, Any] | None = None  # {"nll": nats per token, "tokens": n}
     tuned: dict[str, Any] | None = None
-    history: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # {"step": n, "nll": nats per token}
+    # {"step": n, "nll": nats per token}
+    history: list[dict[str, Any]] = field(default_factory=list)
     samples: list[Answer] = field(default_factory=list)
 
     @classmethod
@@ -86,7 +85,7 @@ def answer(strategy: Strategy, samples: list[Sample], tokenizer: Any) -> list[st
 
 
 def stop_tokens(tokenizer: Any) -> set[int]:
-    """Tokens that end an answer: end of text, and the usual ends of a turn where the vocabulary has them."""
+    """Tokens that end an answer: end of text, and the usual ends of a turn that exist."""
     names = ("<|im_end|>", "<|eot_id|>", "<|end_of_turn|>")
     vocabulary = tokenizer.get_vocab()
     ends = {vocabulary[name] for name in names if name in vocabulary}

@@ -1,7 +1,8 @@
 """The training loop, as one would describe it.
 
-Prepare the data before the ranks meet; load the frozen base; measure it on what is held out; take the steps, judging each
-loss before it becomes an update and saving on the way; measure again; leave the adapter and a report.
+Prepare the data before the ranks meet; load the frozen base; measure it on what is held out; take
+the steps, judging each loss before it becomes an update and saving on the way; measure again; leave
+the adapter and a report.
 """
 
 import dataclasses
@@ -67,9 +68,10 @@ class Run:
 
 
 def train(config: RunConfig) -> int:
-    """Train as ``config`` says, on this rank. Returns the exit code: 0, or 130 / 143 after a signal.
+    """Train as ``config`` says, on this rank. Exit code: 0, or 130 / 143 after a signal.
 
-    Raises UserError, before anything is loaded where possible, and with exit code 3 when the loss runs away.
+    Raises UserError, before anything is loaded where possible, and with exit code 3 when the loss
+    runs away.
     """
     rank, world_size, local_rank = rank_from_environment()
     device = set_up(config.rig, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
@@ -148,8 +150,9 @@ def _resume(run: Run) -> None:
         before = snapshot.scalars.get(key)
         if before != now:
             raise UserError(
-                f"resume={path}: {key} was {before} when it was saved and is {now} now, so the run would not go on "
-                "where it stopped; restore the setting or the data, or give another output= to start afresh"
+                f"resume={path}: {key} was {before} when it was saved and is {now} now, so the run "
+                "would not go on where it stopped; restore the setting or the data, or give "
+                "another output= to start afresh"
             )
     run.strategy.load_adapter_state(snapshot.adapter)
     run.strategy.load_optimizer_state(snapshot.optimizer)
@@ -258,7 +261,7 @@ def _adapter_info(config: RunConfig) -> AdapterInfo:
 
 
 def _measure_base(run: Run) -> None:
-    """Held-out loss and answers of the base, once in a run's life: the adapter is still without effect."""
+    """Held-out loss and answers of the base, once in a run's life, before the first step."""
     if run.step == 0 and len(run.dataset.holdout):
         run.say("measuring the base on the held-out rows")
         run.figures.base = evaluation.held_out_loss(run.strategy, _holdout(run))
@@ -328,9 +331,11 @@ def _describe(run: Run, rows_per_step: int) -> None:
     for line in run.dataset.report.lines():
         print(line)
     print(
-        f"{config.model.name}, quant={config.quant.kind}, lora.r={config.lora.r}, strategy={config.strategy.name} on "
+        f"{config.model.name}, quant={config.quant.kind}, lora.r={config.lora.r}, "
+        f"strategy={config.strategy.name} on "
         f"{run.group.world_size} rank(s) of {run.group.device.type}\n"
-        f"{run.total_steps} steps of {rows_per_step} rows of up to {config.data.seq_len} tokens -> {run.output}",
+        f"{run.total_steps} steps of {rows_per_step} rows of up to {config.data.seq_len} tokens -> "
+        f"{run.output}",
         flush=True,
     )
 

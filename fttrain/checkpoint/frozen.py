@@ -105,13 +105,15 @@ def check_quantisation(stored: dict[str, Any] | None, quant: QuantConfig) -> Non
         return
     if stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit"):
         raise UserError(
-            f"model: the checkpoint is quantised with {stored.get('quant_method')!r}; only 4-bit bitsandbytes ones are read"
+            f"model: the checkpoint is quantised with {stored.get('quant_method')!r}; only 4-bit "
+            "bitsandbytes ones are read"
         )
     kind = stored.get("bnb_4bit_quant_type", "fp4")
     double_quant = bool(stored.get("bnb_4bit_use_double_quant", False))
     if (quant.kind, quant.double_quant) != (kind, double_quant):
         raise UserError(
-            f"quant: the checkpoint is already quantised; quant={kind} quant.double_quant={str(double_quant).lower()} "
+            f"quant: the checkpoint is already quantised; quant={kind} "
+            f"quant.double_quant={str(double_quant).lower()} "
             "reads it as it is"
         )
 
@@ -153,7 +155,8 @@ def _prequantised(
         code, dynamic_code(code.device)
     ):
         raise UserError(
-            f"{name}: its scales are quantised with a code or block size other than bitsandbytes' own"
+            f"{name}: its scales are quantised with a code or block size other than bitsandbytes' "
+            "own"
         )
     offset = torch.tensor([state["nested_offset"]], dtype=torch.float32)
     return QuantisedWeight(

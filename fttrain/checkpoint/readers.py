@@ -1,9 +1,11 @@
-"""One tensor at a time out of a checkpoint, by its transformers name: safetensors (sharded or not) and GGUF."""
+"""One tensor at a time out of a checkpoint, by its transformers name: safetensors and GGUF."""
 
 import json
+import struct
 from pathlib import Path
 from typing import Any, Protocol
 
+import gguf
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -20,7 +22,7 @@ class Reader(Protocol):
         ...
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor in the dtype it is stored in, on the host. Raises UserError where it is missing."""
+        """The tensor as it is stored, on the host. Raises UserError where it is missing."""
         ...
 
 
@@ -32,7 +34,10 @@ def open_checkpoint(source: Source, config: Any) -> Reader:
 
 
 class SafetensorsReader:
-    """A folder with model.safetensors, or shards and their index. Files are memory-mapped: nothing is read twice."""
+    """A folder with model.safetensors, or shards and their index.
+
+    Files are memory-mapped: nothing is read twice.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -47,9 +52,10 @@ class SafetensorsReader:
         file = self._folder / "model.safetensors"
         if not file.is_file():
             raise UserError(
-                f"model.path={self._folder}: neither model.safetensors nor an index of shards is there"
+                f"model.path={self._folder}: neither model.safetensors nor an index of shards is "
+                "there"
             )
-        return {name: file for name in self._handle(file).keys()}
+        return dict.fromkeys(self._handle(file).keys(), file)
 
     def _inside(self, file: str) -> Path:
         path = self._folder / file
@@ -81,20 +87,39 @@ class SafetensorsReader:
             ) from error
 
 
+class _TensorReader(gguf.GGUFReader):
+    """The library's reader without the vocabulary, whose 100,000 strings take it seconds."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        order = "<" if self.endianess == gguf.GGUFEndian.LITTLE else ">"
+        item, count = struct.unpack_from(f"{order}IQ", self.data, orig_offs)
+        offset = orig_offs + 12
+        if item == gguf.GGUFValueType.STRING:
+            length = struct.Struct(f"{order}Q")
+            for _ in range(count):
+                offset += 8 + length.unpack_from(self.data, offset)[0]
+        elif item in self.gguf_scalar_to_np:
+            offset += count * self.gguf_scalar_to_np[item]().itemsize
+        else:
+            return super()._get_field_parts(orig_offs, raw_type)
+        return offset - orig_offs, [], [], [gguf.GGUFValueType.ARRAY]
+
+
 class GgufReader:
     """A GGUF file of any quantisation; tensors come out dequantised, in fp32."""
 
-    # Files of these architectures interleave the halves of each q and k head; transformers keeps them apart.
+    # Files of these architectures interleave the halves of each q and k head; transformers keeps
+    # them apart.
     _INTERLEAVED = ("llama", "mistral")
 
     def __init__(self, file: Path, config: Any) -> None:
-        import gguf
-
         self._file = file
         self._config = config
         try:
-            reader = gguf.GGUFReader(file)
-        except (ValueError, OSError, IndexError) as error:
+            reader = _TensorReader(file)
+        except (ValueError, OSError, IndexError, struct.error) as error:
             raise UserError(f"{file}: not a whole GGUF file ({error})") from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         field = reader.get_field("general.architecture")
@@ -112,8 +137,6 @@ class GgufReader:
         return self._gguf_name(name) in self._tensors
 
     def tensor(self, name: str) -> Tensor:
-        import gguf
-
         stored = self._tensors.get(self._gguf_name(name))
         if stored is None:
             raise UserError(f"{self._file}: tensor {name} is missing from the checkpoint")

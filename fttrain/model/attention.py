@@ -1,8 +1,9 @@
 """Causal attention over documents that lie end to end, and the module a decoder layer calls for it.
 
-Two custom operators with fake kernels, so that a run can be planned without running it. Documents never see each other
-and no dense (T, T) mask exists anywhere: CUDA runs flash attention's variable-length kernel, the CPU runs causal flash
-attention document by document. Document lengths travel as Python ints, so nothing waits for the device.
+Two custom operators with fake kernels, so that a run can be planned without running it. Documents
+never see each other and no dense (T, T) mask exists anywhere: CUDA runs flash attention's
+variable-length kernel, the CPU runs causal flash attention document by document. Document lengths
+travel as Python ints, so nothing waits for the device.
 
 Legend: N tokens, H query heads, K key and value heads, D width of a head, L tokens of one document.
 """
@@ -19,7 +20,8 @@ from fttrain.model.linears import LayerState, LinearGroup
 
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# torch's CPU flash backward is 4 times slower in bf16 than in fp32 up to about this many tokens (measured)
+# torch's CPU flash backward is 4 times slower in bf16 than in fp32 up to about this many tokens
+# (measured)
 _CPU_FP32_BACKWARD_TOKENS = 512
 
 
@@ -29,8 +31,8 @@ def varlen_attention(
 ) -> tuple[Tensor, Tensor]:
     """Causal attention within each document.
 
-    ``q`` (N, H, D), ``k`` and ``v`` (N, K, D); ``window`` > 0 lets a token see that many tokens, itself included.
-    Returns the output (N, H, D) and the log-sum-exp of the scores fp32 (H, N).
+    ``q`` (N, H, D), ``k`` and ``v`` (N, K, D); ``window`` > 0 lets a token see that many tokens,
+    itself included. Returns the output (N, H, D) and the log-sum-exp of the scores fp32 (H, N).
     """
     if q.is_cuda:
         return _cuda_forward(q, k, v, lengths, scale, window)
@@ -132,7 +134,8 @@ def _documents(lengths: list[int]) -> list[slice]:
 def _tiles(
     document: slice, window: int, device: torch.device
 ) -> list[tuple[slice, slice, Tensor | None]]:
-    """(query rows, key rows, mask) of a document: one causal tile, or window-sized tiles that see one tile back.
+    """(query rows, key rows, mask) of a document: one causal tile, or window-sized tiles that see
+    one tile back.
 
     A tile's mask is bool, at most (window, 2 * window): never the document squared.
     """
@@ -239,7 +242,8 @@ def _cuda_backward(
 class _RotaryAttention(torch.autograd.Function):
     """q/k norm, rotary embedding and attention in one node.
 
-    Saved: q, k and v as the projection left them (norm and rotation are redone in backward), the output, its lse.
+    Saved: q, k and v as the projection left them (norm and rotation are redone in backward), the
+    output, its lse.
     """
 
     @staticmethod
@@ -321,7 +325,7 @@ class Attention(nn.Module):
         return rotate_(q, cos, sin), rotate_(k, cos, sin), v
 
     def rotated_backward(self, grads: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Gradients of what ``rotated`` returned (N, H + 2K, D), overwritten -> gradient of ``qkv``."""
+        """Gradients of ``rotated``'s results (N, H + 2K, D), overwritten -> gradient of ``qkv``."""
         rotate_(grads[:, : -self.kv_heads], cos, -sin)
         if self.qk_norm_eps is not None:
             q, k, _ = self._split(qkv)

@@ -1,7 +1,7 @@
 """The decoder: transformers' layers as shells, their attention, MLP and norms exchanged for ours.
 
-``Decoder.parameters()`` is exactly what trains. Frozen tensors are not part of the modules: a store hands out a layer's
-bytes, the schedule binds them to the layer's state while it uses the layer.
+``Decoder.parameters()`` is exactly what trains. Frozen tensors are not part of the modules: a store
+hands out a layer's bytes, the schedule binds them to the layer's state while it uses the layer.
 
 Legend: N tokens, C hidden width, D width of a head.
 """
@@ -135,9 +135,8 @@ class Layer:
             qk_norm_eps=architecture.eps if family.qk_norm else None,
         )
         shell.mlp = Mlp(linears["gate_up"], linears["down"])
-        shell.input_layernorm = shell.post_attention_layernorm = (
-            nn.Identity()
-        )  # prologues of qkv and gate_up
+        # The norms are prologues of qkv and gate_up.
+        shell.input_layernorm = shell.post_attention_layernorm = nn.Identity()
         return shell
 
     def __call__(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -146,7 +145,7 @@ class Layer:
 
 
 class Decoder:
-    """Embedding, layers and head; everything but where the layers' bytes live and in which order things run."""
+    """Embedding, layers and head; not where the layers' bytes live, nor in which order they run."""
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Norm, SwiGLU and rotary embedding with their backward passes, as plain functions.
 
-They save nothing themselves: whoever calls them keeps the inputs it wants to keep and recomputes the rest.
+They save nothing themselves: whoever calls them keeps the inputs it wants to keep and recomputes
+the rest.
 
 Legend: N tokens, C width of the input, F width of the MLP, H heads, D width of a head.
 """
@@ -16,7 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Gradient of the norm's output (..., C) -> gradient of ``x`` (..., C). The weight is frozen."""
+    """Gradient of the norm's output (..., C) -> that of ``x`` (..., C). The weight is frozen."""
     x32 = x.to(torch.float32, copy=True)
     rstd = _rstd(x32, eps)
     normed = x32.mul_(rstd)  # fp32 (..., C)
@@ -48,10 +49,11 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary embedding in place (Su et al. 2021, halves rotated against each other as transformers does).
+    """Apply rotary embedding in place (Su et al. 2021, halves rotated against each other as
+    transformers does).
 
-    ``heads`` (N, H, D); ``cos`` and ``sin`` (N, D), each half the same. Passing ``-sin`` undoes the rotation, which is
-    also its backward pass.
+    ``heads`` (N, H, D); ``cos`` and ``sin`` (N, D), each half the same. Passing ``-sin`` undoes the
+    rotation, which is also its backward pass.
     """
     half = heads.shape[-1] // 2
     first, second = heads[..., :half], heads[..., half:]

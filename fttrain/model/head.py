@@ -1,7 +1,8 @@
 """The frozen ends of the model: token embedding, and final norm + head + cross entropy in chunks.
 
-The head is frozen, so its backward is the gradient of the hidden states alone. It is taken at once, chunk by chunk of
-tokens: no more than one chunk of logits ever exists, and tokens without a target never reach the head.
+The head is frozen, so its backward is the gradient of the hidden states alone. It is taken at once,
+chunk by chunk of tokens: no more than one chunk of logits ever exists, and tokens without a target
+never reach the head.
 
 Legend: N tokens, M tokens that have a target, C hidden width, V vocabulary.
 """
@@ -46,7 +47,9 @@ class Head:
         return rms_norm(hidden, self.norm, self.eps) @ self.weight.t() * self.logit_scale
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Sum of -log p(target) over the tokens that have one, fp64 scalar. ``hidden`` (N, C), ``targets`` (N,)."""
+        """Sum of -log p(target) over the tokens that have one, fp64 scalar. ``hidden`` (N, C),
+        ``targets`` (N,).
+        """
         return self._loss(hidden, targets, want_gradient=False)[0]
 
     def loss_and_gradient(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +79,7 @@ class Head:
             logits *= self.logit_scale
         probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
         rows = torch.arange(len(targets), device=targets.device)
-        # A target less likely than fp32 can say counts as 87 nats; its gradient is exact all the same.
+        # A target less likely than fp32 can say counts as 87 nats; its gradient is exact anyway.
         likelihood = probabilities[rows, targets].clamp_min_(torch.finfo(torch.float32).tiny)
         loss = -likelihood.log_().sum(dtype=torch.float64)
         if not want_gradient:

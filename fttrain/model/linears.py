@@ -1,11 +1,14 @@
-"""A group of frozen linears with LoRA: one autograd function for the prologue, the linears and their adapters.
+"""A group of frozen linears with LoRA: one autograd function for prologue, linears and adapters.
 
-    x ── prologue (none | rmsnorm | swiglu) ── x̂ (N, in) ──┬── frozen W (out, in), dequantised now ──┐
-                                                           └── A (R, in) ── scaling * B (out, R) ────┴── y (N, out)
+    x ── prologue ── x̂ (N, in) ──┬── frozen W (out, in), dequantised now ──┐
+                                 └── A (R, in) ── scaling * B (out, R) ────┴── y (N, out)
 
-Saved for backward: the prologue's input and nothing else (a recomputation also keeps x̂ until its own backward). The frozen bytes are read again at backward time, whatever
-slot they lie in by then; no view of a slot and no dequantised weight is ever saved. Adapter gradients go straight into
-the layer's flat fp32 gradient.
+A prologue is none, rmsnorm or swiglu.
+
+Saved for backward: the prologue's input and nothing else (a recomputation also keeps x̂ until its
+own backward). The frozen bytes are read again at backward time, whatever slot they lie in by then;
+no view of a slot and no dequantised weight is ever saved. Adapter gradients go straight into the
+layer's flat fp32 gradient.
 
 Legend: N tokens, in and out summed over the group, R adapter ranks summed over the group.
 """
@@ -24,7 +27,7 @@ from fttrain.quant.frozen_layer import FrozenLayer, GroupShape
 
 @dataclass(frozen=True)
 class DropoutKey:
-    """What a dropout mask depends on, beside the layer and the module: never the order in which things run."""
+    """What a dropout mask depends on, beside layer and module: never the order of execution."""
 
     seed: int
     step: int
@@ -37,13 +40,11 @@ class DropoutKey:
 
 
 class LayerState:
-    """What changes while a layer's modules stay: bound by the schedule around each use of the layer."""
+    """What changes while a layer's modules stay; the schedule binds it around each use."""
 
     def __init__(self) -> None:
         self.frozen: FrozenLayer | None = None  # the layer's bytes, from the store
-        self.lengths: tuple[
-            int, ...
-        ] = ()  # tokens of each document in the micro-batch that passes now
+        self.lengths: tuple[int, ...] = ()  # of each document in the micro-batch that passes now
         self.dropout: DropoutKey | None = None  # None: no dropout (evaluation)
         self.recomputing = False  # True: outputs that backward never reads may be left out
         self.cache: object | None = None  # keys and values of earlier tokens, in generation
@@ -74,7 +75,7 @@ class LinearGroup(nn.Module):
         self.unread = unread  # backward never reads this group's output
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` (N, in), or gate and up side by side (N, 2 * in) for a swiglu prologue -> y (N, out)."""
+        """``x`` (N, in), or gate and up (N, 2 * in) for a swiglu prologue -> y (N, out)."""
         if self.state.recomputing and self.unread:
             return _Unread.apply(x, self)
         return _Forward.apply(x, self)
@@ -108,7 +109,7 @@ class LinearGroup(nn.Module):
     def input_gradient(
         self, grad: Tensor, inputs: Tensor, down: Tensor | None, dropout: DropoutKey | None
     ) -> Tensor:
-        """``grad`` of y (N, out) -> gradient of x̂ (N, in). Adds the adapter's gradients to the layer's."""
+        """``grad`` of y (N, out) -> that of x̂ (N, in). Adds the adapter's to the layer's."""
         grad_inputs = grad @ self.frozen.weight(self.shape.name)
         if self.adapter is not None and down is not None:
             grad_down = grad @ self.adapter.b  # (N, R)
@@ -135,13 +136,14 @@ class _Forward(torch.autograd.Function):
         if ctx.kept is None:
             inputs = group.prologue_forward(x)
             ctx.kept = inputs, _down_projection(group, inputs, ctx.dropout)
-        grad_inputs = group.input_gradient(grad, *ctx.kept, ctx.dropout)
+        inputs, down = ctx.kept
+        grad_inputs = group.input_gradient(grad, inputs, down, ctx.dropout)
         ctx.kept = None
         return group.prologue_backward(grad_inputs, x), None
 
 
 class _Unread(_Forward):
-    """The same node without its forward GEMM: a zero that takes no memory stands for the output nobody reads."""
+    """The same node without its forward GEMM: a zero that takes no memory is its output."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: LinearGroup) -> Tensor:
@@ -153,7 +155,7 @@ class _Unread(_Forward):
 def _down_projection(
     group: LinearGroup, inputs: Tensor, dropout: DropoutKey | None
 ) -> Tensor | None:
-    """``inputs`` (N, in) -> A @ dropout(inputs) (N, R). Each member drops inputs of its own, as PEFT does."""
+    """``inputs`` (N, in) -> A @ dropout(inputs) (N, R); a mask for each member, as in PEFT."""
     adapter = group.adapter
     if adapter is None:
         return None
@@ -173,7 +175,10 @@ def _down_projection_backward(
     grad_inputs: Tensor,
     dropout: DropoutKey | None,
 ) -> Tensor:
-    """``grad_down`` (N, R) -> gradient of A (R, in); adds the inputs' share to ``grad_inputs`` (N, in)."""
+    """``grad_down`` (N, R) -> gradient of A (R, in).
+
+    Adds the inputs' share to ``grad_inputs`` (N, in).
+    """
     adapter = group.adapter
     assert adapter is not None
     if dropout is None or adapter.dropout == 0:

@@ -1,13 +1,14 @@
 """The adapters: all that trains.
 
-LoRA (Hu et al. 2021) adds ``scaling * B @ A`` to a frozen weight, with A (r, in) random and B (out, r) zero at the start:
+LoRA (Hu et al. 2021) adds ``scaling * B @ A`` to a frozen weight; at the start A (r, in) is random
+and B (out, r) zero:
 
     x (N, in) ──── frozen W (out, in) ────────────┐
         └── A (r, in) ── B (out, r) ── * scaling ─┴── y (N, out)
 
-The linears of a group share their input, so their adapters are one: the A's stacked (R, in) with R = members * r, and
-the B's on the diagonal blocks of (sum of out, R). Each layer's fp32 masters are one flat parameter and its gradient one
-flat tensor: one all_reduce, one optimizer call.
+The linears of a group share their input, so their adapters are one: the A's stacked (R, in) with
+R = members * r, and the B's on the diagonal blocks of (sum of out, R). Each layer's fp32 masters
+are one flat parameter and its gradient one flat tensor: one all_reduce, one optimizer call.
 """
 
 import math
@@ -28,9 +29,8 @@ class LoraConfig:
     r: int = 16  # rank of the update
     lora_alpha: float = 32.0  # the update is scaled by lora_alpha / r
     lora_dropout: float = 0.0  # probability of zeroing an input of the adapter, in [0, 1)
-    target_modules: str | tuple[str, ...] = (
-        "all-linear"  # all-linear, or names such as (q_proj, v_proj)
-    )
+    # all-linear, or names such as (q_proj, v_proj)
+    target_modules: str | tuple[str, ...] = "all-linear"
     use_rslora: bool = False  # scale by lora_alpha / sqrt(r) instead (Kalajdzievski 2023)
 
     def __post_init__(self) -> None:
@@ -42,7 +42,8 @@ class LoraConfig:
             raise UserError(f"lora.lora_alpha={self.lora_alpha}: a number above 0 is allowed")
         if not self.target_modules:
             raise UserError(
-                "lora.target_modules is empty: all-linear, or names such as [q_proj,v_proj] are allowed"
+                "lora.target_modules is empty: all-linear, or names such as [q_proj,v_proj] are "
+                "allowed"
             )
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             object.__setattr__(self, "target_modules", (self.target_modules,))
@@ -54,7 +55,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class GroupMembers:
-    """The names of a group's linears below the layer, such as self_attn.q_proj, beside their shapes."""
+    """A group's shapes and the names of its linears in the layer, such as self_attn.q_proj."""
 
     shape: GroupShape
     paths: tuple[str, ...]
@@ -71,7 +72,8 @@ def target_indices(groups: Iterable[GroupMembers], config: LoraConfig) -> dict[s
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise UserError(
-            f"lora.target_modules: no linear is called {', '.join(unknown)}; there are {', '.join(known)}"
+            f"lora.target_modules: no linear is called {', '.join(unknown)}; there are "
+            f"{', '.join(known)}"
         )
     return {
         group.shape.name: [
@@ -82,7 +84,7 @@ def target_indices(groups: Iterable[GroupMembers], config: LoraConfig) -> dict[s
 
 
 class GroupAdapter:
-    """The adapter of one group of linears: views into the layer's flat masters, gradient and compute copies."""
+    """One group's adapter: views into the layer's flat masters and gradient; compute copies."""
 
     def __init__(self, group: GroupMembers, members: list[int], config: LoraConfig) -> None:
         self.group = group
@@ -92,9 +94,7 @@ class GroupAdapter:
         self.dropout = config.lora_dropout
         self.rank = len(members) * config.r  # R
         rows = group.shape.rows
-        self._rows = [
-            rows[member] for member in members
-        ]  # of each adapted member in the group's output
+        self._rows = [rows[member] for member in members]  # of the group's output
         self._blocks = [slice(i * config.r, (i + 1) * config.r) for i in range(len(members))]
 
     @property
@@ -104,7 +104,7 @@ class GroupAdapter:
         return self.rank * self.group.shape.in_features, out * self.r
 
     def bind(self, masters: Tensor, grad: Tensor, dtype: torch.dtype) -> None:
-        """Take this adapter's part of the flat fp32 ``masters`` and ``grad``; make the compute copies."""
+        """Take this adapter's part of the flat fp32 ``masters`` and ``grad``; make the copies."""
         split = self.sizes[0]
         shape_a = (self.rank, self.group.shape.in_features)
         self.a_master, self.b_master = (
@@ -113,7 +113,7 @@ class GroupAdapter:
         )
         self.a_grad, self.b_grad = grad[:split].view(shape_a), grad[split:].view(-1, self.r)
         self.a = torch.empty(shape_a, dtype=dtype, device=masters.device)  # (R, in)
-        # (sum of out, R): scaling * B of member i in block (rows of i, columns of i), zero elsewhere
+        # (sum of out, R): scaling * B of member i at (rows of i, columns of i), zero elsewhere
         self.b = torch.zeros(
             self.group.shape.shape[0], self.rank, dtype=dtype, device=masters.device
         )
@@ -125,7 +125,7 @@ class GroupAdapter:
             self.b[rows, block] = (master * self.scaling).to(self.b.dtype)
 
     def accumulate(self, grad_a: Tensor, grad_b: Tensor) -> None:
-        """Add gradients of the compute copies ``a`` (R, in) and ``b`` (sum of out, R) to the fp32 gradient."""
+        """Add the gradients of ``a`` (R, in) and ``b`` (sum of out, R) to the fp32 gradient."""
         self.a_grad.add_(grad_a)
         for rows, block, grad in self._member_parts(self.b_grad):
             grad.add_(grad_b[rows, block], alpha=self.scaling)
@@ -180,7 +180,7 @@ class LayerAdapters(nn.Module):
             adapter.bind(masters, grad, dtype)
 
     def reset(self, seed: int) -> None:
-        """LoRA's start: A uniform as torch's Linear (so does PEFT), B zero. The same for every world_size."""
+        """LoRA's start: A uniform as torch's Linear (so does PEFT), B zero; on any world_size."""
         for index, adapter in enumerate(self.groups.values()):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + self.layer) * 101 + index)
             bound = 1 / math.sqrt(adapter.group.shape.in_features)

@@ -16,10 +16,8 @@ class OptimConfig:
 
     kind: str = "adamw"  # adamw: fp32 masters and moments
     lr: float = 2e-4  # learning rate after warm-up
-    betas: tuple[float, float] = (
-        0.9,
-        0.999,
-    )  # decay of the first and second moment, each in [0, 1)
+    # decay of the first and second moment, each in [0, 1)
+    betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.0  # decoupled, per step, times lr
     max_grad_norm: float = 1.0  # clip the global gradient norm; 0: no clipping
@@ -48,8 +46,8 @@ class OptimConfig:
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     """The learning rate of optimizer step ``step`` (from 0) of ``total_steps``.
 
-    Linear warm-up over ``warmup_ratio`` of the steps (the first step already moves), then the chosen decay, which
-    reaches ``min_lr_ratio`` one step after the last.
+    Linear warm-up over ``warmup_ratio`` of the steps (the first step already moves), then the
+    chosen decay, which reaches ``min_lr_ratio`` one step after the last.
     """
     warmup_steps = round(config.warmup_ratio * total_steps)
     if step < warmup_steps:
@@ -68,7 +66,7 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) over one flat fp32 parameter a layer, with torch's fused kernel."""
+    """torch's fused AdamW (Loshchilov and Hutter 2019) over one flat fp32 parameter a layer."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], config: OptimConfig) -> None:
         self._parameters = list(parameters)
@@ -88,7 +86,7 @@ class Optimizer:
         self._adamw.step()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, by flat name: ``0.exp_avg`` is layer 0's first moment, fp32."""
+        """All a resumed run needs, by flat name: ``0.exp_avg``, fp32, is layer 0's first moment."""
         return {
             f"{index}.{name}": value
             for index, parameter in enumerate(self._parameters)
@@ -105,7 +103,8 @@ class Optimizer:
             }
             if own and own["exp_avg"].shape != parameter.shape:
                 raise UserError(
-                    f"resume: the optimizer state of layer {index} has {own['exp_avg'].numel()} values, "
+                    f"resume: the optimizer state of layer {index} has {own['exp_avg'].numel()} "
+                    "values, "
                     f"the adapter {parameter.numel()}; the snapshot belongs to other lora settings"
                 )
             if own:

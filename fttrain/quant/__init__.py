@@ -1,1 +1,1 @@
-"""The frozen base as bytes: 4-bit codes, their scales, and where each lies in a layer's flat buffer."""
+"""The frozen base as bytes: 4-bit codes, their scales, their places in a layer's flat buffer."""

@@ -1,7 +1,7 @@
-"""The frozen tensors of one layer, read from its flat buffer: 4-bit linears by group, norms and biases as they are.
+"""The frozen tensors of one layer in its flat buffer: 4-bit linears by group, norms and biases.
 
-Linears that share an input form a group (q, k and v; gate and up). Their codes lie end to end, so a group is
-dequantised by one kernel and multiplied by one GEMM.
+Linears that share an input form a group (q, k and v; gate and up). Their codes lie end to end, so a
+group is dequantised by one kernel and multiplied by one GEMM.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from fttrain.quant.scheme import (
 
 @dataclass(frozen=True)
 class GroupShape:
-    """The linears of one group: weights (out_features[i], in_features), stacked along their rows."""
+    """The linears of one group: weights (out_features[i], in_features), stacked by rows."""
 
     name: str  # qkv | o | gate_up | down
     in_features: int
@@ -121,7 +121,8 @@ class FrozenFormat:
 class FrozenLayer:
     """What a store hands out: the frozen tensors of one layer, valid until the store's ``release``.
 
-    With ``dequant=layer`` each group is dequantised at its first use and kept while this object lives.
+    With ``dequant=layer`` each group is dequantised at its first use and kept while this object
+    lives.
     """
 
     def __init__(self, flat: Tensor, frozen_format: FrozenFormat) -> None:

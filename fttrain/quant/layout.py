@@ -1,7 +1,8 @@
 """Where each tensor of a layer lies in the layer's one flat buffer.
 
-A layer is moved as a whole, so all that is frozen in it is one aligned ``uint8`` buffer. Its size is a multiple of
-lcm(1..8) * 256 bytes: any world_size up to 8 shards it as ``flat.view(world_size, -1)[rank]``.
+A layer is moved as a whole, so all that is frozen in it is one aligned ``uint8`` buffer. Its size
+is a multiple of lcm(1..8) * 256 bytes, so that any world_size up to 8 shards it as
+``flat.view(world_size, -1)[rank]``.
 """
 
 import math

@@ -1,8 +1,8 @@
 """4-bit quantisation of one weight, over bitsandbytes' kernels.
 
-A weight (out, in) becomes ``packed``, two 4-bit codes a byte, with one scale (``absmax``) for each ``blocksize``
-consecutive values. Double quantisation stores those scales as 8-bit codes themselves: fp32 = nested_absmax of 256 codes
-* code + offset (QLoRA, Dettmers et al. 2023, section 3).
+A weight (out, in) becomes ``packed``, two 4-bit codes a byte, with one scale (``absmax``) for each
+``blocksize`` consecutive values. Double quantisation stores those scales as 8-bit codes themselves:
+fp32 = nested_absmax of 256 codes * code + offset (QLoRA, Dettmers et al. 2023, section 3).
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,8 @@ from torch import Tensor
 from fttrain.errors import UserError
 
 KINDS = ("nf4", "fp4", "none")
-BLOCKSIZES = (
-    32,
-    64,
-    128,
-    256,
-    512,
-    1024,
-)  # from 2048 on bitsandbytes' CPU kernel falls back to a slow path
+# From 2048 on bitsandbytes' CPU kernel falls back to a slow path.
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024)
 NESTED_BLOCKSIZE = 256  # absmax codes that share one nested_absmax; fixed by bitsandbytes
 
 
@@ -31,17 +25,17 @@ class QuantConfig:
 
     kind: str = "nf4"  # nf4 | fp4 | none (the base stays in model.dtype)
     blocksize: int = 64  # weights that share one scale
-    double_quant: bool = (
-        True  # the scales are quantised to 8 bits too: 4.14 instead of 4.5 bits a weight
-    )
-    dequant: str = "layer"  # layer: a layer is dequantised once for all micro-batches of a group | tile: linear by linear
+    double_quant: bool = True  # scales quantised to 8 bits too: 4.14, not 4.5 bits a weight
+    # layer: a layer is dequantised once for all micro-batches of a group | tile: linear by linear
+    dequant: str = "layer"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError(f"quant.kind={self.kind!r}: one of {', '.join(KINDS)} is allowed")
         if self.blocksize not in BLOCKSIZES:
             raise UserError(
-                f"quant.blocksize={self.blocksize}: one of {', '.join(map(str, BLOCKSIZES))} is allowed"
+                f"quant.blocksize={self.blocksize}: one of {', '.join(map(str, BLOCKSIZES))} is "
+                "allowed"
             )
         if self.dequant not in ("layer", "tile"):
             raise UserError(f"quant.dequant={self.dequant!r}: layer or tile is allowed")
@@ -64,11 +58,13 @@ class QuantisedWeight:
 def quantise(weight: Tensor, config: QuantConfig, name: str) -> QuantisedWeight:
     """``weight`` (out, in) in fp32, bf16 or fp16 -> its 4-bit form.
 
-    Raises UserError where a row is not a whole number of blocks: bitsandbytes' CPU kernel dequantises such shapes wrongly.
+    Raises UserError where a row is not a whole number of blocks: bitsandbytes' CPU kernel
+    dequantises such shapes wrongly.
     """
     if weight.shape[-1] % config.blocksize:
         raise UserError(
-            f"{name}: rows of {weight.shape[-1]} values are not a multiple of quant.blocksize={config.blocksize}; "
+            f"{name}: rows of {weight.shape[-1]} values are not a multiple of "
+            f"quant.blocksize={config.blocksize}; "
             "a smaller block size or quant=none helps"
         )
     packed, state = bnb.quantize_4bit(
@@ -93,7 +89,7 @@ def dequantise_scales(absmax: Tensor, nested_absmax: Tensor, offset: Tensor) -> 
 def dequantise(
     packed: Tensor, scales: Tensor, shape: tuple[int, int], config: QuantConfig, dtype: torch.dtype
 ) -> Tensor:
-    """Codes uint8 (out * in / 2,) and scales fp32 (out * in / blocksize,) -> the weight (out, in) in ``dtype``."""
+    """Codes uint8 (out * in / 2,), scales fp32 (out * in / blocksize,) -> weight (out, in)."""
     return torch.ops.bitsandbytes.dequantize_4bit(
         packed, scales, config.blocksize, config.kind, shape, dtype
     )

@@ -36,12 +36,14 @@ def set_up(config: RigConfig, local_rank: int, local_world_size: int) -> torch.d
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device == "cuda" and gpus <= local_rank:
         raise UserError(
-            f"rig.device=cuda: rank {local_rank} of this machine needs GPU {local_rank}, there are {gpus}; "
+            f"rig.device=cuda: rank {local_rank} of this machine needs GPU {local_rank}, there are "
+            f"{gpus}; "
             "rig.device=cpu or fewer launch.processes help"
         )
     if config.device != "cpu" and 0 < gpus < local_world_size:
         raise UserError(
-            f"launch.processes={local_world_size}: this machine has {gpus} GPU; a rank needs one of its own"
+            f"launch.processes={local_world_size}: this machine has {gpus} GPU; a rank needs one "
+            "of its own"
         )
     threads = (
         config.threads
@@ -77,9 +79,10 @@ def _share_of_cores(local_world_size: int) -> int:
 def _tune_host_arithmetic() -> None:
     """Two settings without which a CPU rank spends much of its time outside arithmetic.
 
-    Values below 1e-38 (softmax over a large vocabulary makes millions) take the processor's slow path unless they are
-    flushed to zero. And glibc gives buffers above 32 MB back to the kernel after each use, so that every large tensor
-    is paged in anew; keeping them costs no more than the peak that was reached anyway.
+    Values below 1e-38 (softmax over a large vocabulary makes millions) take the processor's slow
+    path unless they are flushed to zero. And glibc gives buffers above 32 MB back to the kernel
+    after each use, so that every large tensor is paged in anew; keeping them costs no more than the
+    peak that was reached anyway.
     """
     torch.set_flush_denormal(True)
     if sys.platform.startswith("linux"):

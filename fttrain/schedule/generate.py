@@ -1,6 +1,7 @@
-"""Greedy generation with keys and values kept: all prompts together, one pass over the layers a token.
+"""Greedy generation with keys and values kept: all prompts in one pass over the layers a token.
 
-Legend: P prompts still going, N tokens of this pass over all of them, H query heads, K key heads, D width of a head.
+Legend: P prompts still going, N tokens of this pass over all of them, H query heads, K key heads, D
+width of a head.
 """
 
 import torch
@@ -19,12 +20,11 @@ class KeyValueCache:
         self._entries: list[list[tuple[Tensor, Tensor] | None]] = [
             [None] * prompts for _ in range(layers)
         ]
-        self.rows: list[
-            tuple[int, slice]
-        ] = []  # of this pass: (prompt, its rows among the N tokens)
+        # of this pass: (prompt, its rows among the N tokens)
+        self.rows: list[tuple[int, slice]] = []
 
     def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """``q`` (N, H, D), ``k`` and ``v`` (N, K, D), the newest tokens of each prompt -> (N, H * D)."""
+        """``q`` (N, H, D), ``k``, ``v`` (N, K, D) of each prompt's newest tokens -> (N, H * D)."""
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         entries = self._entries[attention.qkv.layer]
         for prompt, rows in self.rows:
@@ -43,11 +43,9 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) 
     query_at = torch.arange(total - new, total, device=q.device)[:, None]
     distance = query_at - torch.arange(total, device=q.device)[None, :]
     mask = (distance >= 0) & (distance < (window or total))
+    q, keys, values = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, keys, values))
     out = torch.nn.functional.scaled_dot_product_attention(
-        *(tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, keys, values)),
-        attn_mask=mask,
-        scale=scale,
-        enable_gqa=True,
+        q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
     )
     return out[0].transpose(0, 1)
 
@@ -56,15 +54,16 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) 
 def greedy(
     decoder: Decoder, store: Store, prompts: list[list[int]], max_new_tokens: int, stop: set[int]
 ) -> list[list[int]]:
-    """The most likely continuation of each prompt, up to a token of ``stop`` or ``max_new_tokens``."""
+    """The most likely continuations, up to a token of ``stop`` or ``max_new_tokens``."""
     device = decoder.embedding.weight.device
     cache = KeyValueCache(len(store), len(prompts))
     answers: list[list[int]] = [[] for _ in prompts]
-    fresh = {
-        prompt: (0, ids) for prompt, ids in enumerate(prompts)
-    }  # prompt -> (position, tokens not yet seen)
+    # prompt -> (position, tokens not yet seen)
+    fresh = {prompt: (0, ids) for prompt, ids in enumerate(prompts)}
     for _ in range(max_new_tokens):
-        ends, positions, tokens = [], [], []
+        ends: list[int] = []
+        positions: list[int] = []
+        tokens: list[int] = []
         cache.rows = []
         for prompt, (position, ids) in fresh.items():
             cache.rows.append((prompt, slice(len(tokens), len(tokens) + len(ids))))

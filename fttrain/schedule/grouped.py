@@ -1,7 +1,8 @@
 """grouped(G): G micro-batches pass a layer together.
 
-G = 1 runs all layers for one micro-batch, then for the next. G = all micro-batches of the step runs one layer for all of
-them: its bytes are brought and dequantised once a pass, and its adapter gradient is complete as its backward ends.
+G = 1 runs all layers for one micro-batch, then for the next. G = all micro-batches of the step runs
+one layer for all of them: its bytes are brought and dequantised once a pass, and its adapter
+gradient is complete as its backward ends.
 """
 
 from collections.abc import Callable
@@ -23,9 +24,8 @@ from fttrain.store import Store
 class ScheduleConfig:
     """In which order layers and micro-batches run."""
 
-    group: str | int = (
-        "all"  # micro-batches that pass a layer together: 1 | N | "all" (those of the step)
-    )
+    # micro-batches that pass a layer together: 1 | N | "all" (those of the step)
+    group: str | int = "all"
 
     def __post_init__(self) -> None:
         if self.group != "all" and (isinstance(self.group, str) or self.group < 1):
@@ -48,7 +48,8 @@ def forward_backward(
     """One optimizer step's forward and backward.
 
     Adapter gradients, of the loss SUM over all targets, are added to each layer's flat gradient;
-    ``gradient_complete(layer)`` is called as soon as a layer's last backward has been issued. Returns the loss sum, fp64.
+    ``gradient_complete(layer)`` is called as soon as a layer's last backward has been issued.
+    Returns the loss sum, fp64.
     """
     total = torch.zeros((), dtype=torch.float64, device=decoder.embedding.weight.device)
     groups = [micro_batches[i : i + group_size] for i in range(0, len(micro_batches), group_size)]

@@ -40,9 +40,8 @@ class Saved:
     """What a layer's backward starts from."""
 
     boundary: Tensor  # (N, C): the layer's input
-    output: (
-        Tensor | None
-    )  # (N, C) with its graph where activations are kept; None: recompute from the boundary
+    # (N, C) with its graph where activations are kept; None: recompute from the boundary
+    output: Tensor | None
 
 
 def start(decoder: Decoder, micro_batch: MicroBatch, dropout: DropoutKey | None) -> Work:
@@ -53,7 +52,9 @@ def start(decoder: Decoder, micro_batch: MicroBatch, dropout: DropoutKey | None)
 
 
 def walk(decoder: Decoder, store: Store, order: range) -> Iterator[int]:
-    """The layers in ``order``, each bound to its bytes while the caller uses it, the next one already on its way."""
+    """The layers in ``order``, each bound to its bytes while the caller uses it, the next one
+    already on its way.
+    """
     store.prefetch(order[0])
     for layer in order:
         store.prefetch(layer + order.step)
@@ -85,7 +86,9 @@ def forward(layer: Layer, work: Work, activations: str) -> None:
 
 
 def backward(layer: Layer, work: Work) -> None:
-    """``work.hidden``: gradient of the layer's output -> gradient of its input. Adds to the layer's adapter gradient."""
+    """``work.hidden``: gradient of the layer's output -> gradient of its input. Adds to the layer's
+    adapter gradient.
+    """
     _enter(layer, work)
     saved = work.saved.pop()
     output = saved.output

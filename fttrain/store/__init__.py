@@ -1,7 +1,7 @@
 """Where the frozen base lives, layer by layer.
 
-A store brings a layer's bytes before they are needed and hands them out for as long as they are: ``prefetch(l)``,
-``get(l)``, ``release(l)``. Schedules know no more of it than that.
+A store brings a layer's bytes before they are needed and hands them out for as long as they are:
+``prefetch(l)``, ``get(l)``, ``release(l)``. Schedules know no more of it than that.
 """
 
 from typing import Protocol
@@ -25,5 +25,5 @@ class Store(Protocol):
         ...
 
     def release(self, layer: int) -> None:
-        """The layer's bytes may be overwritten once the device has done what was asked of it so far."""
+        """The layer's bytes may be overwritten once the device has done what was asked so far."""
         ...

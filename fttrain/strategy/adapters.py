@@ -7,7 +7,10 @@ from fttrain.model.decoder import Decoder
 
 
 def adapter_state(decoder: Decoder) -> dict[str, Tensor]:
-    """Views of the fp32 masters: ``model.layers.0.self_attn.q_proj.lora_A`` (r, in), ``...lora_B`` (out, r)."""
+    """Views of the fp32 masters.
+
+    ``model.layers.0.self_attn.q_proj.lora_A`` (r, in), ``...lora_B`` (out, r).
+    """
     return {name: master.detach() for name, master in decoder.named_masters()}
 
 
@@ -20,7 +23,8 @@ def load_adapter_state(decoder: Decoder, state: dict[str, Tensor]) -> None:
     differing = sorted(masters.keys() ^ state.keys())
     if differing:
         raise UserError(
-            f"adapter: {differing[0]} and {len(differing) - 1} more are only in one of the snapshot and the model; "
+            f"adapter: {differing[0]} and {len(differing) - 1} more are only in one of the "
+            "snapshot and the model; "
             "lora.target_modules or the model differ"
         )
     for name, master in masters.items():

@@ -52,7 +52,8 @@ class Strategy(Protocol):
     ) -> StepStats:
         """One optimizer step over this rank's ``micro_batches``.
 
-        The gradient is that of the loss summed over the target tokens of all ranks, divided by their number.
+        The gradient is that of the loss summed over the target tokens of all ranks, divided by
+        their number.
         """
         ...
 

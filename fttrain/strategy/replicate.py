@@ -1,4 +1,4 @@
-"""replicate: ResidentStore x grouped(G) x all_reduce. The whole frozen base on each rank; only gradients travel."""
+"""replicate: ResidentStore x grouped(G) x all_reduce. Only gradients travel between ranks."""
 
 import torch
 from torch import Tensor
@@ -76,9 +76,8 @@ class Replicate:
 
     def _update(self, grads: list[Tensor], scale: float, norm: float, lr: float) -> None:
         clip = self._optim.max_grad_norm
-        factor = scale * (
-            min(1.0, clip / (norm + 1e-6)) if clip else 1.0
-        )  # as torch's clip_grad_norm_
+        # as torch's clip_grad_norm_
+        factor = scale * (min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
         for grad in grads:
             grad.mul_(factor)
         self._optimizer.step(lr)

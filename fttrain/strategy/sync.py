@@ -1,4 +1,4 @@
-"""How adapter gradients of the ranks meet: one fp32 all_reduce a layer, while earlier layers still compute backward."""
+"""How adapter gradients meet: one fp32 all_reduce a layer, while others still compute backward."""
 
 import time
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class SyncStats:
 
 
 class AllReduceSync:
-    """Launches each layer's all_reduce as its last backward ends, and waits for all of them before the update."""
+    """Launches a layer's all_reduce as its last backward ends; waits for all before the update."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
@@ -73,7 +73,8 @@ class _HostTimer:
 
 
 class _CudaTimer:
-    """NCCL: events on a side stream around each collective. The compute stream waits for the last; the host never does.
+    """NCCL: events on a side stream around each collective. The compute stream waits for the last;
+    the host never does.
 
     Busy time is that of the step before: reading this step's events would wait for the device.
     """

@@ -1,4 +1,4 @@
-"""Architectures, one page each: what the generic decoder has to know that the config file does not say.
+"""Architectures, one page each: what the decoder must know that the config file does not say.
 
 A family joins the table only with a test that compares its logits and gradients with transformers'.
 """
@@ -22,6 +22,7 @@ def family_of(config: PretrainedConfig) -> Family:
     """
     if config.model_type not in FAMILIES:
         raise UserError(
-            f"model: architecture {config.model_type!r} is not supported; there are {', '.join(sorted(FAMILIES))}"
+            f"model: architecture {config.model_type!r} is not supported; there are "
+            f"{', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[config.model_type]

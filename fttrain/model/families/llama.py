@@ -1,7 +1,7 @@
 """Llama 2, 3, 3.1, 3.2, 3.3 and what shares their architecture (SmolLM2, Yi, TinyLlama).
 
-Full attention in every layer, no q/k norm. Both norms come before their block, so the output of down_proj only joins
-the residual: backward never reads it.
+Full attention in every layer, no q/k norm. Both norms come before their block, so the output of
+down_proj only joins the residual: backward never reads it.
 """
 
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding

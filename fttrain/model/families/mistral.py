@@ -1,4 +1,7 @@
-"""Mistral 7B and its successors: Llama without biases; v0.1 has one sliding window for all layers."""
+"""Mistral 7B and its successors: Llama without biases.
+
+v0.1 has one sliding window for all layers.
+"""
 
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralRotaryEmbedding
 

@@ -1,4 +1,7 @@
-"""Qwen2 and Qwen2.5: biases on q, k and v, none on o; a sliding window in the upper layers where it is switched on."""
+"""Qwen2 and Qwen2.5: biases on q, k and v, none on o.
+
+A sliding window in the upper layers where it is switched on.
+"""
 
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 

@@ -1,4 +1,4 @@
-"""Qwen3 (dense): an RMS norm over each head of q and k before the rotation, a head width of its own."""
+"""Qwen3 (dense): an RMS norm over each head of q and k before the rotation, its own head width."""
 
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
