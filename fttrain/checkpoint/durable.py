@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,20 +50,23 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes and syncs one safetensors file; the tensors may be views of one flat buffer."""
     on_host = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    usual = stat.S_IMODE(path.stat().st_mode)
     save_file(on_host, path, metadata={"format": "pt"})
-    os.chmod(path, 0o666 & ~_umask())  # the library makes it readable by its owner only
+    path.chmod(usual)  # the library makes it readable by its owner only
     sync(path)
 
 
 def replace(path: Path, write: Callable[[Path], None]) -> None:
     """Gives ``path`` new content at once: readers see the old file or the new one, no part."""
     part = path.with_name(f".{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a killed save
+    part.mkdir()  # a folder: libraries leave files of their own beside what they write
     try:
-        write(part)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        write(part / path.name)
+        os.replace(part / path.name, path)
+    finally:
+        shutil.rmtree(part)
     sync(path.parent)
 
 
@@ -177,9 +181,3 @@ def _seal(body: dict[str, Any]) -> bytes:
     """``body`` in the one way it is written, with the SHA-256 of itself: a flip anywhere shows."""
     digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return (json.dumps({**body, "sha256": digest}, indent=2) + "\n").encode()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

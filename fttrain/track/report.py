@@ -1,7 +1,7 @@
 """report.md of a run: what was trained, how fast, and whether it helped. Works while a run goes on.
 
 metrics.jsonl     one line a step: loss, tokens (of this step, all ranks), tokens_per_s, step_s,
-                  peak_device_bytes, peak_host_bytes; eval_nll where the held-out loss was taken
+                  peak_device_bytes, peak_host_bytes; holdout_nll where the held-out loss was taken
 evaluation.json   {"base": {"nll", "tokens"}, "tuned": {"nll", "tokens"},
                    "history": [{"step", "nll"}], "samples": [{"prompt", "reference", "before",
                    "after"}]}; nll in nats per token
@@ -161,15 +161,19 @@ def _sample(sample: dict[str, str]) -> str:
 
 
 def _series(lines: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, value) where the value is a number."""
-    return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+    """(step, value) where both are numbers."""
+    pairs = [(line.get("step"), line.get(key)) for line in lines if isinstance(line, dict)]
+    return [
+        (step, value)
+        for step, value in pairs
+        if isinstance(step, int) and isinstance(value, int | float)
+    ]
 
 
 def _heldout(lines: list[dict[str, Any]], evaluation: dict[str, Any]) -> list[tuple[int, float]]:
     """(step, held-out loss): the base at step 0, what was taken on the way, the tuned model."""
-    points = dict(_series(lines, "eval_nll"))
-    for entry in evaluation.get("history") or []:
-        points[entry["step"]] = entry["nll"]
+    points = dict(_series(lines, "holdout_nll"))
+    points.update(_series(evaluation.get("history") or [], "nll"))
     base, tuned = _nll(evaluation, "base"), _nll(evaluation, "tuned")
     if base is not None:
         points.setdefault(0, base)

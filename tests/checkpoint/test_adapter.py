@@ -68,7 +68,8 @@ def info(targets: str | tuple[str, ...] = "all-linear", **changes: Any) -> Adapt
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
-        assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name
 
 
 def loaded_by_peft(folder: Path) -> PeftModel:
@@ -121,6 +122,15 @@ def test_views_of_one_flat_buffer_are_saved_apart(tmp_path: Path) -> None:
     save_adapter(tmp_path, views, info(), "b")
     assert_same(state, load_adapter(tmp_path)[0])
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 4 * flat.numel() + 8000
+
+
+def test_what_a_killed_save_left_is_cleared(tmp_path: Path) -> None:
+    part = tmp_path / ".adapter_model.safetensors.part"
+    part.mkdir(parents=True)
+    (part / ".tmp123").write_bytes(b"half")
+    save_adapter(tmp_path, adapter(), info(), "b")
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert_same(adapter(), load_adapter(tmp_path)[0])
 
 
 def test_saving_again_replaces_and_files_are_readable_by_the_group(tmp_path: Path) -> None:
@@ -250,7 +260,7 @@ def test_refuses_an_empty_adapter_and_uneven_layers(tmp_path: Path) -> None:
         del state[f"model.layers.1.mlp.up_proj.lora_{side}"]
     with pytest.raises(UserError, match=r"model\.layers\.1 lacks mlp\.up_proj"):
         save_adapter(tmp_path, state, info(), "b")
-    with pytest.raises(UserError, match="k_proj is in lora.target_modules or"):
+    with pytest.raises(UserError, match=r"k_proj is in lora\.target_modules or"):
         save_adapter(tmp_path, adapter(("q_proj",)), info(("q_proj", "k_proj")), "b")
     with pytest.raises(UserError, match=r"lm_head\.lora_A is not"):
         save_adapter(tmp_path, {"lm_head.lora_A": torch.ones(R, 4)}, info(), "b")

@@ -42,7 +42,7 @@ def test_a_resume_drops_what_comes_again(tmp_path: Path) -> None:
     file = MetricsFile(path)
     for step in range(1, 8):
         file.log(step, {"loss": step})
-    file.log(5, {"eval_nll": 1.5})
+    file.log(5, {"holdout_nll": 1.5})
     file.finish()
     with path.open("a") as half:
         half.write('{"step": 8, "lo')
@@ -51,7 +51,7 @@ def test_a_resume_drops_what_comes_again(tmp_path: Path) -> None:
     file.log(6, {"loss": 60})
     file.finish()
     assert read_metrics(path)[-2:] == [
-        {"step": 5, "loss": 5, "eval_nll": 1.5},
+        {"step": 5, "loss": 5, "holdout_nll": 1.5},
         {"step": 6, "loss": 60},
     ]
     MetricsFile(path).finish()

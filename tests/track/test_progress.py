@@ -16,7 +16,7 @@ def written(terminal: bool, steps: list[int], done: int = 0, every_s: float = 0.
     tracker = progress(10, done, console, every_s)
     for step in steps:
         tracker.log(step, VALUES)
-    tracker.log(steps[-1], {"eval_nll": 1.0})  # an evaluation leaves loss and rate standing
+    tracker.log(steps[-1], {"holdout_nll": 1.0})  # an evaluation leaves loss and rate standing
     tracker.finish()
     tracker.finish()
     return stream.getvalue()
