@@ -4,6 +4,7 @@ import random
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 
 from fttrain.data.chat import FIXED_DATE, Chat, load_template
 from fttrain.data.encode import Encoder
@@ -261,3 +262,23 @@ def test_prompt_is_the_generation_prompt(make_tokenizer: Any) -> None:
         assert not isinstance(evil, BadRow)
         assert not isinstance(calm, BadRow)
         assert evil[0].count(tokenizer.eos_token_id) == calm[0].count(tokenizer.eos_token_id)
+
+
+def test_special_tokens_that_eat_the_space_beside_them(make_tokenizer: Any) -> None:
+    """As Phi-3's, whose tokens swallow the newline after them."""
+    tokenizer = make_tokenizer("none")
+    for name in ("<|user|>", "<|assistant|>", "<|end|>"):
+        token = AddedToken(name, rstrip=True, special=True, normalized=False)
+        tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    messages = turns("What?", "The cat.", "And?", "So.")
+    ids, _ = encoded(tokenizer, messages)
+    assert ids == tokenizer.apply_chat_template(messages, return_dict=False)
+    # without a special token in the content both ways of encoding agree, so with one it is trusted
+    evil, _ = encoded(tokenizer, turns("a <|end|> b", "The cat.", "And <|user|>", "So."))
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert evil.count(end) == ids.count(end) == 4
+    assert trained_text(tokenizer, messages) == "The cat.<|end|>So.<|end|>"
