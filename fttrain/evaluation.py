@@ -51,6 +51,14 @@ class Evaluation:
         part.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
         os.replace(part, folder / FILE)
 
+    def summary(self) -> str:
+        """Answers before and after, and the verdict."""
+        answers = [
+            f"question: {sample.prompt}\n  before: {sample.before}\n  after:  {sample.after}\n"
+            for sample in self.samples
+        ]
+        return "\n".join([*answers, self.verdict()])
+
     def verdict(self) -> str:
         """One line: both losses, the fall and what it is worth."""
         if self.base is None or self.tuned is None:

@@ -97,10 +97,9 @@ def train(config: RunConfig) -> int:
     return 0
 
 
-def _build(
-    config: RunConfig, group: Group, output: Path, source: Source, tokenizer: Any, dataset: Dataset
-) -> Run:
-    recipe = Recipe(
+def recipe(config: RunConfig) -> Recipe:
+    """What a strategy is built from."""
+    return Recipe(
         config.strategy,
         config.quant,
         config.lora,
@@ -110,7 +109,12 @@ def _build(
         config.model.dtype,
         config.loop.seed,
     )
-    strategy = build_strategy(recipe, source, group)
+
+
+def _build(
+    config: RunConfig, group: Group, output: Path, source: Source, tokenizer: Any, dataset: Dataset
+) -> Run:
+    strategy = build_strategy(recipe(config), source, group)
     loop = config.loop
     loader = Loader(
         dataset.train,
@@ -295,9 +299,7 @@ def _finish(run: Run, source: Source) -> None:
         run.base_model,
         run.config.model.revision,
     )
-    for sample in run.figures.samples:
-        print(f"\nquestion: {sample.prompt}\n  before: {sample.before}\n  after:  {sample.after}")
-    print(f"\n{run.figures.verdict()}")
+    print(f"\n{run.figures.summary()}")
     arguments = ", ".join(
         repr(value) if i == 0 else f"{key}={value!r}"
         for i, (key, value) in enumerate(source.pretrained_arguments.items())

@@ -93,13 +93,14 @@ class _TensorReader(gguf.GGUFReader):
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         if raw_type != gguf.GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
+        buffer: Any = self.data
         order = "<" if self.endianess == gguf.GGUFEndian.LITTLE else ">"
-        item, count = struct.unpack_from(f"{order}IQ", self.data, orig_offs)
+        item, count = struct.unpack_from(f"{order}IQ", buffer, orig_offs)
         offset = orig_offs + 12
         if item == gguf.GGUFValueType.STRING:
             length = struct.Struct(f"{order}Q")
             for _ in range(count):
-                offset += 8 + length.unpack_from(self.data, offset)[0]
+                offset += 8 + length.unpack_from(buffer, offset)[0]
         elif item in self.gguf_scalar_to_np:
             offset += count * self.gguf_scalar_to_np[item]().itemsize
         else:

@@ -2,15 +2,19 @@
 that ships one.
 """
 
+import hashlib
 import importlib.metadata
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from fttrain.data.cache import cache_root, load_or_build
 from fttrain.errors import UserError
 
 PACKAGE_PREFIX = "pypi:"
@@ -73,32 +77,47 @@ def resolve(config: ModelConfig) -> Source:
 
 def load_config(source: Source) -> PretrainedConfig:
     """transformers' configuration of the checkpoint."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        return AutoConfig.from_pretrained(**source.pretrained_arguments)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"model: {source.folder} has no configuration that can be read: {_first_line(error)}"
-        ) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    return _read(AutoConfig.from_pretrained, _described(source), "configuration")
 
 
 def load_tokenizer(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, str]:
     """The tokenizer of ``model.path`` and a name for it that is the same on every rank."""
     source = resolve(config)
+    tokenizer = _read(AutoTokenizer.from_pretrained, _described(source), "tokenizer")
+    return tokenizer, f"{source.folder.name}/{source.gguf_file or ''}@{config.revision or ''}"
+
+
+def _described(source: Source) -> Source:
+    """A folder with the configuration and the tokenizer of ``source``.
+
+    transformers takes seconds to read them out of a GGUF file, so that is done once for each file.
+    """
+    if source.gguf_file is None:
+        return source
+    file = source.folder / source.gguf_file
+    state = file.stat()
+    meaning = f"{file} {state.st_size} {state.st_mtime_ns} {transformers.__version__}"
+    key = hashlib.sha256(meaning.encode()).hexdigest()[:32]
+
+    def write(folder: Path) -> None:
+        _read(AutoConfig.from_pretrained, source, "configuration").save_pretrained(folder)
+        _read(AutoTokenizer.from_pretrained, source, "tokenizer").save_pretrained(folder)
+
+    return Source(load_or_build(cache_root(None), key, write, kind="gguf"), None)
+
+
+def _read(from_pretrained: Callable[..., Any], source: Source, what: str) -> Any:
+    """Loads with transformers, which is told to keep its advice to itself."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**source.pretrained_arguments)
+        return from_pretrained(**source.pretrained_arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
-            f"model: {source.folder} has no tokenizer that can be read: {_first_line(error)}"
+            f"model: {source.folder} has no {what} that can be read: {_first_line(error)}"
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    return tokenizer, f"{source.folder.name}/{source.gguf_file or ''}@{config.revision or ''}"
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:

@@ -23,14 +23,14 @@ def cache_root(cache_dir: str | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fttrain"
 
 
-def load_or_build(root: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """The folder ``root/data/key``, whole; ``build(folder)`` fills it when it is missing or
+def load_or_build(root: Path, key: str, build: Callable[[Path], None], kind: str = "data") -> Path:
+    """The folder ``root/kind/key``, whole; ``build(folder)`` fills it when it is missing or
     damaged.
 
     Any number of processes may call this at once: one builds, the others wait. A build that dies
     leaves nothing that is taken for whole. Raises UserError when the place cannot be written.
     """
-    folder = root / "data" / key
+    folder = root / kind / key
     if fault(folder) is None:
         return folder
     try:

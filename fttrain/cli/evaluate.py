@@ -1,0 +1,94 @@
+"""``fttrain evaluate output=DIR``: held-out loss and answers of the base and of the tuned model."""
+
+import dataclasses
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import yaml
+
+from fttrain import launch, schema
+from fttrain.config import RunConfig
+from fttrain.errors import UserError
+
+
+def run(config: RunConfig, argv: list[str]) -> int:
+    """Evaluate the run in ``config.output`` and write its evaluation.json anew.
+
+    The run's own config.yaml says how; groups named on the command line are taken from there, so
+    that another data set or another rig can be asked for. Raises UserError when there is no run.
+    """
+    if launch.wanted(config.launch):
+        return launch.start(config.launch, argv)
+    config = _of_run(config, argv[1:])
+    return _evaluate(config)
+
+
+def _of_run(config: RunConfig, overrides: list[str]) -> RunConfig:
+    """The run's settings, with the groups that ``overrides`` name as they are in ``config``."""
+    file = Path(config.output) / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"output={config.output}: no run is there (config.yaml is missing)")
+    saved = schema.build(RunConfig, yaml.safe_load(file.read_text()))
+    named = {override.lstrip("+").partition("=")[0].partition(".")[0] for override in overrides}
+    fields = {field.name for field in dataclasses.fields(RunConfig)}
+    taken = (named & fields) | {"output", "launch", "rig"}
+    return dataclasses.replace(saved, **{name: getattr(config, name) for name in taken})
+
+
+def _evaluate(config: RunConfig) -> int:
+    # Late: these load torch and transformers, and a launcher does without.
+    from fttrain.checkpoint.adapter import load_adapter
+    from fttrain.checkpoint.resume import claim_output
+    from fttrain.checkpoint.source import load_tokenizer, resolve
+    from fttrain.data.dataset import prepare
+    from fttrain.data.loader import evaluation_batches
+    from fttrain.data.samples import holdout_samples
+    from fttrain.dist import process_group, rank_from_environment
+    from fttrain.evaluation import Answer, Evaluation, answer, held_out_loss
+    from fttrain.rig.probe import set_up
+    from fttrain.strategy.build import build_strategy
+    from fttrain.train import recipe
+
+    rank, world_size, local_rank = rank_from_environment()
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    device = set_up(config.rig, local_rank, local_world_size)
+    output = Path(config.output)
+    adapter, _ = load_adapter(_adapter_folder(output))
+    tokenizer, tokenizer_id = load_tokenizer(config.model)
+    dataset = prepare(config.data, tokenizer, tokenizer_id)
+    if not len(dataset.holdout):
+        raise UserError(f"data.holdout={config.data.holdout}: nothing is held out to evaluate on")
+    claim = claim_output(output, "auto") if rank == 0 else nullcontext()
+    with claim, process_group(device) as group:
+        strategy = build_strategy(recipe(config), resolve(config.model), group)
+        batches = evaluation_batches(
+            dataset.holdout, config.loop.micro_batch_size, group.rank, group.world_size
+        )
+        samples = holdout_samples(config.data, dataset, tokenizer, config.loop.samples)
+        figures = Evaluation.read(output)
+        figures.base = held_out_loss(strategy, batches)
+        before = answer(strategy, samples, tokenizer)
+        strategy.load_adapter_state(adapter)
+        figures.tuned = held_out_loss(strategy, batches)
+        after = answer(strategy, samples, tokenizer)
+        figures.samples = [
+            Answer(sample.prompt, sample.reference, *texts)
+            for sample, *texts in zip(samples, before, after, strict=True)
+        ]
+        if group.is_main:
+            figures.write(output)
+            print(figures.summary())
+    return 0
+
+
+def _adapter_folder(output: Path) -> Path:
+    """The finished adapter, or that of the newest whole checkpoint of a run that still goes on."""
+    from fttrain.checkpoint.resume import find_snapshot
+
+    if (output / "adapter").is_dir():
+        return output / "adapter"
+    found = find_snapshot(output / "checkpoints", "auto")
+    if found is None:
+        raise UserError(f"output={output}: neither an adapter nor a checkpoint is there yet")
+    return found
