@@ -1,6 +1,7 @@
 """Held-out loss and answers, before and after: what ``evaluation.json`` holds."""
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 from fttrain.data.batch import MicroBatch
 from fttrain.data.samples import Sample
 from fttrain.strategy.protocol import Strategy
+from fttrain.track.report import verdict
 
 FILE = "evaluation.json"
-REAL_IMPROVEMENT = 0.5  # nats per token of held-out loss
 ANSWER_TOKENS = 64  # of a sample answer
 
 
@@ -62,24 +63,20 @@ class Evaluation:
     def verdict(self) -> str:
         """One line: both losses, the fall and what it is worth."""
         if self.base is None or self.tuned is None:
-            return "held-out loss: not measured"
-        base, tuned = self.base["nll"], self.tuned["nll"]
-        fall = base - tuned
-        if fall >= REAL_IMPROVEMENT:
-            worth = "a real improvement"
-        elif fall > 0:
-            worth = f"less than the {REAL_IMPROVEMENT} that counts as a real improvement"
-        else:
-            worth = "no improvement"
-        return (
-            f"held-out loss {base:.3f} -> {tuned:.3f} nats per token, a fall of {fall:.3f}: {worth}"
-        )
+            return "held-out loss: not measured (data.holdout is 0, or the run has not ended)"
+        return verdict(_number(self.base["nll"]), _number(self.tuned["nll"]))
+
+
+def _number(nll: float | None) -> float:
+    """NaN and infinity are written as null, for they are not JSON."""
+    return math.nan if nll is None else nll
 
 
 def held_out_loss(strategy: Strategy, batches: list[MicroBatch]) -> dict[str, Any]:
     """Loss in nats per target token over all ranks. Every rank calls it."""
     loss_sum, targets = strategy.evaluate(batches)
-    return {"nll": loss_sum / max(1, targets), "tokens": targets}
+    nll = loss_sum / max(1, targets)
+    return {"nll": nll if math.isfinite(nll) else None, "tokens": targets}
 
 
 def answer(strategy: Strategy, samples: list[Sample], tokenizer: Any) -> list[str]:

@@ -39,7 +39,8 @@ from fttrain.optim.factory import learning_rate
 from fttrain.rig.probe import peak_device_bytes, peak_host_bytes, set_up
 from fttrain.strategy.build import Recipe, build_strategy
 from fttrain.strategy.protocol import StepStats, Strategy
-from fttrain.track import Trackers, open_trackers
+from fttrain.track import Trackers, counting, open_trackers
+from fttrain.track.report import write_report
 
 SPIKE_EXIT_CODE = 3
 
@@ -78,23 +79,19 @@ def train(config: RunConfig) -> int:
     source = resolve(config.model)
     tokenizer, tokenizer_id = load_tokenizer(config.model)
     check_vocabulary(tokenizer, load_config(source))
-    rows_per_step = (
-        config.loop.micro_batch_size * config.loop.gradient_accumulation_steps * world_size
-    )
     dataset = prepare(config.data, tokenizer, tokenizer_id)
     output = Path(config.output)
     claim = claim_output(output, config.resume) if rank == 0 else nullcontext()
     with claim, StopSignals() as signals, process_group(device) as group:
         run = _build(config, group, output, source, tokenizer, dataset)
-        if group.is_main:
-            _describe(run, rows_per_step)
+        _start(run)
         with _trackers(run) as trackers:
-            _measure_base(run)
-            _take_steps(run, trackers, signals)
-        if signals.requested:
-            return signals.exit_code
-        _finish(run, source)
-    return 0
+            stopped = _take_steps(run, trackers, signals)
+        if not stopped:
+            _finish(run, source)
+        if group.is_main:
+            print(f"report: {write_report(output)}")
+        return signals.exit_code if stopped else 0
 
 
 def recipe(config: RunConfig) -> Recipe:
@@ -114,7 +111,8 @@ def recipe(config: RunConfig) -> Recipe:
 def _build(
     config: RunConfig, group: Group, output: Path, source: Source, tokenizer: Any, dataset: Dataset
 ) -> Run:
-    strategy = build_strategy(recipe(config), source, group)
+    loading = counting("loading the frozen base") if group.is_main else None
+    strategy = build_strategy(recipe(config), source, group, loading)
     loop = config.loop
     loader = Loader(
         dataset.train,
@@ -125,7 +123,7 @@ def _build(
         loop.seed,
     )
     steps = max(1, round(loop.epochs * loader.steps_per_epoch))
-    run = Run(
+    return Run(
         config,
         group,
         output,
@@ -137,8 +135,16 @@ def _build(
         min(steps, loop.max_steps or steps),
         str(source.folder),
     )
+
+
+def _start(run: Run) -> None:
+    """Say what is about to happen, measure the base and go on from a snapshot, if there is one."""
+    if run.group.is_main:
+        _describe(run)
+    run.figures = Evaluation.read(run.output)
+    if run.figures.base is None and len(run.dataset.holdout):
+        _measure_base(run)
     _resume(run)
-    return run
 
 
 def _resume(run: Run) -> None:
@@ -162,7 +168,8 @@ def _resume(run: Run) -> None:
     run.strategy.load_optimizer_state(snapshot.optimizer)
     run.guard.restore(snapshot.scalars["guard"])
     run.step = run.loader.position = snapshot.step
-    run.figures = Evaluation.read(run.output)
+    history = run.figures.history
+    run.figures.history = [entry for entry in history if entry["step"] <= run.step]
     run.say(f"resuming after step {run.step} from {path}")
 
 
@@ -176,9 +183,9 @@ def _identity(run: Run) -> dict[str, Any]:
     }
 
 
-def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> None:
+def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
+    """The steps that are left. True when a signal ended them early, on the same step everywhere."""
     every, eval_every = run.config.checkpoint.every, run.config.loop.eval_every
-    saved = run.step
     while run.step < run.total_steps:
         started = time.perf_counter()
         lr = learning_rate(run.config.optim, run.step, run.total_steps)
@@ -186,21 +193,22 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> None:
             run.loader.next_step(), run.step, lr, lambda *seen: _judge(run, *seen)
         )
         run.step += 1
-        trackers.log(run.step, _metrics(run, stats, lr, time.perf_counter() - started))
+        if run.step % run.config.loop.log_every == 0 or run.step == run.total_steps:
+            trackers.log(run.step, _metrics(run, stats, lr, time.perf_counter() - started))
         if eval_every and run.step % eval_every == 0 and run.step < run.total_steps:
             nll = evaluation.held_out_loss(run.strategy, _holdout(run))["nll"]
             run.figures.history.append({"step": run.step, "nll": nll})
             trackers.log(run.step, {"holdout_nll": nll})
             _write_figures(run)
-        stop = run.group.any(signals.requested)  # all ranks stop on the same step
-        if stop and not signals.requested:
-            signals.signum = 15
+        # All ranks stop on the same step, for the same signal.
+        signals.signum = int(run.group.maximum(signals.signum or 0)) or None
+        stop = signals.requested
         if stop or run.step == run.total_steps or (every and run.step % every == 0):
             _save(run)
-            saved = run.step
-        if stop:
-            run.say(f"stopped after step {saved}; the same command goes on from there")
-            return
+        if stop and run.step < run.total_steps:
+            run.say(f"stopped after step {run.step}; the same command goes on from there")
+            return True
+    return False
 
 
 def _judge(run: Run, loss: float, grad_norm: float) -> bool:
@@ -265,19 +273,17 @@ def _adapter_info(config: RunConfig) -> AdapterInfo:
 
 
 def _measure_base(run: Run) -> None:
-    """Held-out loss and answers of the base, once in a run's life, before the first step."""
-    if run.step == 0 and len(run.dataset.holdout):
-        run.say("measuring the base on the held-out rows")
-        run.figures.base = evaluation.held_out_loss(run.strategy, _holdout(run))
-        run.figures.history = [{"step": 0, "nll": run.figures.base["nll"]}]
-        samples = _samples(run)
-        run.figures.samples = [
-            evaluation.Answer(sample.prompt, sample.reference, before)
-            for sample, before in zip(
-                samples, evaluation.answer(run.strategy, samples, run.tokenizer), strict=True
-            )
-        ]
-        _write_figures(run)
+    """Held-out loss and answers of the base: the adapter is still without effect."""
+    run.say("measuring the base on the held-out rows")
+    run.figures.base = evaluation.held_out_loss(run.strategy, _holdout(run))
+    run.figures.history = [{"step": 0, "nll": run.figures.base["nll"]}]
+    samples = _samples(run)
+    answers = evaluation.answer(run.strategy, samples, run.tokenizer)
+    run.figures.samples = [
+        evaluation.Answer(sample.prompt, sample.reference, before)
+        for sample, before in zip(samples, answers, strict=True)
+    ]
+    _write_figures(run)
 
 
 def _finish(run: Run, source: Source) -> None:
@@ -326,7 +332,7 @@ def _write_figures(run: Run) -> None:
         run.figures.write(run.output)
 
 
-def _describe(run: Run, rows_per_step: int) -> None:
+def _describe(run: Run) -> None:
     """What is about to happen, in a few lines; and config.yaml."""
     (run.output / "config.yaml").write_text(to_yaml(run.config))
     config = run.config
@@ -336,8 +342,8 @@ def _describe(run: Run, rows_per_step: int) -> None:
         f"{config.model.name}, quant={config.quant.kind}, lora.r={config.lora.r}, "
         f"strategy={config.strategy.name} on "
         f"{run.group.world_size} rank(s) of {run.group.device.type}\n"
-        f"{run.total_steps} steps of {rows_per_step} rows of up to {config.data.seq_len} tokens -> "
-        f"{run.output}",
+        f"{run.total_steps} steps of {run.loader.rows_per_step} rows of up to "
+        f"{config.data.seq_len} tokens -> {run.output}",
         flush=True,
     )
 

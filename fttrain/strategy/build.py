@@ -38,7 +38,7 @@ def build_strategy(
     recipe: Recipe,
     source: Source,
     group: Group,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Strategy:
     """Load the frozen base and build the strategy around it, adapters at their start.
 
@@ -52,7 +52,7 @@ def build_strategy(
     frozen_format = architecture.frozen_format(recipe.quant, dtype)
     reader = open_checkpoint(source, config)
     ends = load_ends(reader, architecture, group.device, dtype)
-    flats = load_layers(reader, architecture, frozen_format, group.device, progress)
+    flats = load_layers(reader, architecture, frozen_format, group.device, progress or _silent)
     decoder = Decoder(architecture, ends.embedding, ends.final_norm, ends.head, recipe.lora)
     for layer in decoder.layers:
         layer.adapters.reset(recipe.seed)
@@ -65,3 +65,7 @@ def build_strategy(
         recipe.activations,
         recipe.seed,
     )
+
+
+def _silent(done: int, total: int) -> None:
+    """What ranks other than 0 show."""

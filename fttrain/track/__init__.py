@@ -6,7 +6,7 @@ from typing import Any
 
 from fttrain.track.base import TrackConfig, Tracker, Trackers
 from fttrain.track.metrics import MetricsFile, Warn, read_metrics, to_stderr
-from fttrain.track.progress import progress
+from fttrain.track.progress import counting, progress
 from fttrain.track.wandb import WandbTracker
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Tracker",
     "Trackers",
     "WandbTracker",
+    "counting",
     "open_trackers",
     "progress",
     "read_metrics",

@@ -1,7 +1,7 @@
 """How far the run is: a bar on a terminal, now and then a plain line elsewhere."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -94,3 +94,29 @@ class Lines:
 
     def finish(self) -> None:
         """Nothing to give back."""
+
+
+def counting(
+    what: str, console: Console | None = None, every_s: float = 10.0
+) -> Callable[[int, int], None]:
+    """A function of (done, total) that shows how far something is, with the time left.
+
+    On a terminal the line is rewritten in place; elsewhere one is printed every ``every_s``
+    seconds.
+    """
+    console = console or Console()
+    began = time.monotonic()
+    spoke = began
+
+    def show(done: int, total: int) -> None:
+        nonlocal spoke
+        now = time.monotonic()
+        text = f"{what}: {done}/{total}, {duration((now - began) / done * (total - done))} left"
+        if console.is_terminal:
+            end = "\n" if done == total else ""
+            console.print(f"\r{text}  ", end=end, highlight=False, soft_wrap=True)
+        elif now - spoke >= every_s:
+            console.print(text, highlight=False, soft_wrap=True)
+            spoke = now
+
+    return show
