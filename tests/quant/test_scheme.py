@@ -1,0 +1,81 @@
+"""4-bit quantisation against bitsandbytes' own functions."""
+
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+
+from fttrain.errors import UserError
+from fttrain.quant.scheme import (
+    BLOCKSIZES,
+    QuantConfig,
+    dequantise,
+    dequantise_scales,
+    quantise,
+)
+
+
+def weight(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_equals_bitsandbytes_bit_for_bit(
+    kind: str, double_quant: bool, blocksize: int, dtype: torch.dtype
+) -> None:
+    config = QuantConfig(kind, blocksize, double_quant)
+    values = weight(5, 3 * blocksize if blocksize > 256 else 1024, dtype)
+    packed, state = bnb.quantize_4bit(
+        values, blocksize=blocksize, compress_statistics=double_quant, quant_type=kind
+    )
+    ours = quantise(values, config, "w")
+    assert torch.equal(ours.packed, packed.view(-1))
+    assert torch.equal(ours.absmax, state.absmax)
+    scales = ours.absmax
+    if double_quant:
+        assert ours.nested_absmax is not None and ours.offset is not None
+        scales = dequantise_scales(ours.absmax, ours.nested_absmax, ours.offset)
+    shape = (values.shape[0], values.shape[1])
+    assert torch.equal(
+        dequantise(ours.packed, scales, shape, config, dtype), bnb.dequantize_4bit(packed, state)
+    )
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("nf4", 0.10), ("fp4", 0.14)])
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_error_of_normal_weights_is_that_of_the_code(
+    kind: str, limit: float, blocksize: int
+) -> None:
+    """A wrong kernel shows as an error of 0.2; larger blocks have larger scales."""
+    config = QuantConfig(kind, blocksize, double_quant=True)
+    values = weight(64, 1024)
+    ours = quantise(values, config, "w")
+    assert ours.nested_absmax is not None and ours.offset is not None
+    scales = dequantise_scales(ours.absmax, ours.nested_absmax, ours.offset)
+    back = dequantise(ours.packed, scales, (64, 1024), config, torch.float32)
+    error = float((back - values).norm() / values.norm())
+    assert error < limit * (blocksize / 64) ** 0.15
+
+
+@pytest.mark.parametrize(("columns", "blocksize"), [(96, 64), (576, 256), (640, 256), (576, 128)])
+def test_rows_that_are_no_whole_number_of_blocks_are_refused(columns: int, blocksize: int) -> None:
+    with pytest.raises(UserError, match=f"layers.0.q.*{columns}.*quant.blocksize={blocksize}"):
+        quantise(weight(4, columns), QuantConfig("nf4", blocksize), "layers.0.q")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "int8"}, "quant.kind='int8': one of nf4, fp4, none"),
+        ({"blocksize": 48}, "quant.blocksize=48: one of 32, 64"),
+        ({"blocksize": 0}, "quant.blocksize=0"),
+        ({"dequant": "row"}, "quant.dequant='row': layer or tile"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        QuantConfig(**settings)

@@ -1,0 +1,252 @@
+"""Tiny models of every family, and plain transformers + PEFT as the reference for them.
+
+Shapes: hidden 64, 3 layers, 4 query heads over 2 key heads, vocabulary 300.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from fttrain.checkpoint.frozen import load_ends, load_layers
+from fttrain.data.batch import IGNORE, MicroBatch, collate
+from fttrain.errors import UserError
+from fttrain.model.decoder import Architecture, Decoder
+from fttrain.model.lora import LoraConfig
+from fttrain.quant.scheme import QuantConfig
+from fttrain.schedule import grouped
+from fttrain.store.resident import ResidentStore
+
+CPU = torch.device("cpu")
+VOCABULARY = 300
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama_tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
+    "llama_rope": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3_ROPE}),
+    "llama_bias": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 8}),
+    "mistral_full": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, SLIDING),
+    "qwen2_tied": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
+    "qwen3_sliding": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16, **SLIDING}),
+}
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PLAIN = QuantConfig(kind="none", double_quant=False)
+
+
+def model(name: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model in fp32; norms and biases are away from the 1 and 0 they start at."""
+    config_class, model_class, options = MODELS[name]
+    torch.manual_seed(seed)
+    built = model_class(config_class(**{**SHAPE, **options, **changes})).float().eval()
+    for parameter_name, parameter in built.named_parameters():
+        if "norm" in parameter_name or "bias" in parameter_name:
+            parameter.data.add_(torch.randn_like(parameter) * 0.2)
+        elif "proj" in parameter_name:
+            parameter.data.mul_(5)  # attention and MLP weigh as much as the residual
+    return built
+
+
+class StateDict:
+    """A reader over tensors in memory."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def has(self, name: str) -> bool:
+        return name in self.tensors
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise UserError(f"memory: tensor {name} is missing from the checkpoint")
+        return self.tensors[name]
+
+
+def build(
+    source: PreTrainedModel,
+    quant: QuantConfig = PLAIN,
+    lora: LoraConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+) -> tuple[Decoder, ResidentStore]:
+    """Our decoder over the weights of ``source``; adapters random, B not zero."""
+    architecture, reader = Architecture(source.config), StateDict(source.state_dict())
+    frozen_format = architecture.frozen_format(quant, dtype)
+    ends = load_ends(reader, architecture, device, dtype)
+    store = ResidentStore(
+        load_layers(reader, architecture, frozen_format, device), frozen_format
+    )
+    decoder = Decoder(
+        architecture, ends.embedding, ends.final_norm, ends.head, lora or LoraConfig(r=4)
+    )
+    randomise(decoder)
+    return decoder, store
+
+
+def randomise(decoder: Decoder, seed: int = 1) -> None:
+    """Adapters as after some training."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in decoder.layers:
+        flat = layer.adapters.flat.data
+        flat.copy_(torch.randn(flat.shape, generator=generator) * 0.05)
+        layer.adapters.refresh()
+
+
+def dequantised(source: PreTrainedModel, quant: QuantConfig) -> PreTrainedModel:
+    """``source`` with each linear of its layers quantised and dequantised, in place."""
+    if not quant.is_quantised:
+        return source
+    for name, parameter in source.named_parameters():
+        if "layers" in name and name.endswith("proj.weight"):
+            packed, state = bnb.quantize_4bit(
+                parameter.data,
+                blocksize=quant.blocksize,
+                compress_statistics=quant.double_quant,
+                quant_type=quant.kind,
+            )
+            parameter.data.copy_(bnb.dequantize_4bit(packed, state))
+    return source
+
+
+def with_peft(source: PreTrainedModel, decoder: Decoder, lora: LoraConfig) -> Any:
+    """``source`` under plain PEFT, with the adapters of ``decoder``."""
+    targets = LINEARS if lora.target_modules == "all-linear" else lora.target_modules
+    peft_config = PeftLoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        target_modules=list(targets),
+        use_rslora=lora.use_rslora,
+    )
+    peft = get_peft_model(source, peft_config, autocast_adapter_dtype=False)
+    parameters = dict(peft.named_parameters())
+    for name, master in decoder.named_masters():
+        parameters[peft_name(name)].data.copy_(master)
+    return peft
+
+
+def peft_name(name: str) -> str:
+    """Our name of a master -> PEFT's parameter."""
+    return f"base_model.model.{name}.default.weight"
+
+
+def peft_gradients(peft: Any, decoder: Decoder) -> dict[str, Tensor]:
+    """Gradients of PEFT's parameters under our names, fp32."""
+    parameters = dict(peft.named_parameters())
+    return {n: parameters[peft_name(n)].grad.float() for n, _ in decoder.named_masters()}
+
+
+def gradients(decoder: Decoder) -> dict[str, Tensor]:
+    """Copies of the adapter gradients, by the names of the masters."""
+    found = {}
+    for layer in decoder.layers:
+        for name, master in layer.adapters.named_masters():
+            place = (master.shape, master.stride(), master.storage_offset())
+            found[name] = layer.adapters.grad.as_strided(*place).clone()
+    return found
+
+
+def zero_gradients(decoder: Decoder) -> None:
+    for layer in decoder.layers:
+        layer.adapters.grad.zero_()
+
+
+def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Norm of the difference over the norm of ``other``."""
+    assert one.keys() == other.keys()
+    apart = sum(float((one[n] - other[n]).double().square().sum()) for n in one)
+    whole = sum(float(other[n].double().square().sum()) for n in other)
+    return (apart / whole) ** 0.5
+
+
+Document = tuple[list[int], list[int]]
+
+
+def documents(lengths: Iterable[int], seed: int = 3, masked: float = 0.0) -> list[Document]:
+    """Random (ids, labels); a fraction ``masked`` of the labels is IGNORE."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for length in lengths:
+        ids = torch.randint(2, VOCABULARY, (length,), generator=generator)
+        hidden = torch.rand(length, generator=generator) < masked
+        made.append((ids.tolist(), ids.masked_fill(hidden, IGNORE).tolist()))
+    return made
+
+
+def reference_loss(reference: Any, batch: list[Document]) -> Tensor:
+    """Loss SUM over the targets of separate documents, by plain cross entropy over full logits."""
+    total = torch.zeros((), dtype=torch.float64)
+    for ids, labels in batch:
+        logits = reference(input_ids=torch.tensor([ids])).logits[0, :-1].float()
+        target = torch.tensor(labels[1:], dtype=torch.int64)
+        loss = torch.nn.functional.cross_entropy(
+            logits, target, reduction="sum", ignore_index=IGNORE
+        )
+        total = total + loss
+    return total
+
+
+def run(
+    decoder: Decoder,
+    store: ResidentStore,
+    micro_batches: list[MicroBatch],
+    group_size: int = 1,
+    activations: str = "recompute",
+    dropout: Callable[[MicroBatch], Any] = lambda batch: None,
+) -> tuple[float, dict[str, Tensor]]:
+    """One step's forward and backward: (loss sum, gradients)."""
+    zero_gradients(decoder)
+    loss = grouped.forward_backward(
+        decoder, store, micro_batches, group_size, activations, dropout, lambda layer: None
+    )
+    return float(loss), gradients(decoder)
+
+
+def one_batch(batch: list[Document], index: int = 0) -> MicroBatch:
+    return collate(batch, index)
+
+
+def logits(decoder: Decoder, store: ResidentStore, batch: MicroBatch) -> Tensor:
+    """(N, V) of a forward without gradients."""
+    from fttrain.schedule import layer_pass
+
+    work = layer_pass.start(decoder, batch, None)
+    for layer in layer_pass.walk(decoder, store, range(len(store))):
+        layer_pass.forward_only(decoder.layers[layer], work)
+    return decoder.head.logits(work.hidden)
