@@ -1,0 +1,159 @@
+"""What all benchmarks share: environment, pairs of ranks, memory, traffic, tables, JSON.
+
+A rank is a process of its own, started by ``run_ranks`` with its work in a JSON file. Its memory is
+therefore its own: what one side of a comparison has touched never counts for the other.
+"""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from fttrain.launch import PARENT_PID, die_with_parent, free_port, supervise
+from fttrain.units import gib
+
+STACK = ("torch", "transformers", "bitsandbytes")  # what every side needs: not held against any
+VERSIONS = (*STACK, "peft", "fttrain")
+
+
+def environment() -> dict[str, Any]:
+    """The machine, the versions and the date, as they belong beside every figure."""
+    cpus = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpus.read_text()) if cpus.is_file() else []
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "load_average": os.getloadavg()[0],  # of the minute before: others at work spoil timings
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+    }
+
+
+class HostMemory:
+    """Memory of this process above the interpreter with the libraries that every side imports.
+
+    Made at the very start of a rank, before anything else is imported.
+    """
+
+    def __init__(self) -> None:
+        for module in STACK:
+            importlib.import_module(module)
+        self.interpreter_bytes = psutil.Process().memory_info().rss
+        self._earlier_peak_bytes = 0
+
+    def peak_bytes(self) -> int:
+        """The most since the start of the process (VmHWM), above the interpreter."""
+        return max(self._earlier_peak_bytes, self._high_water_bytes()) - self.interpreter_bytes
+
+    def restart_peak(self) -> None:
+        """``recent_peak_bytes`` counts from here; ``peak_bytes`` still knows what was before."""
+        self._earlier_peak_bytes = max(self._earlier_peak_bytes, self._high_water_bytes())
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM falls to the present RSS
+
+    def recent_peak_bytes(self) -> int:
+        """The most since ``restart_peak``, above the interpreter."""
+        return self._high_water_bytes() - self.interpreter_bytes
+
+    @staticmethod
+    def _high_water_bytes() -> int:
+        status = Path("/proc/self/status").read_text()
+        found = re.search(r"VmHWM:\s*(\d+) kB", status)
+        assert found is not None
+        return int(found[1]) * 1024
+
+
+def loopback_bytes() -> int:
+    """Bytes sent over the loopback interface since boot, headers and everybody's included."""
+    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
+
+
+def run_ranks(
+    script: str, job: dict[str, Any], folder: Path, world_size: int, threads: int
+) -> list[dict[str, Any]]:
+    """Runs ``python script --rank JOB`` on ``world_size`` gloo ranks; what each reported, by rank.
+
+    The script's rank reads its work with ``read_job`` and ends with ``report``. Raises SystemExit
+    with the rank's code when one fails; its traceback is on stderr by then.
+    """
+    job_file = folder / "job.json"
+    job_file.write_text(json.dumps(job))
+    variables = os.environ | {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": str(threads),
+        PARENT_PID: str(os.getpid()),
+    }
+    commands = [
+        (
+            [sys.executable, script, "--rank", str(job_file)],
+            variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world_size)
+    ]
+    code = supervise(commands)
+    if code:
+        raise SystemExit(code)
+    return [json.loads(_report_file(job_file, rank).read_text()) for rank in range(world_size)]
+
+
+def read_job(job_file: str) -> dict[str, Any]:
+    """This rank's work. From here on the rank dies with whoever started it."""
+    die_with_parent()
+    return json.loads(Path(job_file).read_text())
+
+
+def report(job_file: str, figures: dict[str, Any]) -> None:
+    """Hand this rank's figures to ``run_ranks``."""
+    _report_file(Path(job_file), int(os.environ["RANK"])).write_text(json.dumps(figures))
+
+
+def _report_file(job_file: Path, rank: int) -> Path:
+    return job_file.with_suffix(f".rank{rank}.json")
+
+
+def show(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], environment: dict[str, Any]
+) -> None:
+    """Print a table with the environment below it; an empty row draws a line."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=not number)
+    for row in rows:
+        if row:
+            table.add_row(*row)
+        else:
+            table.add_section()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a file has no width to keep to
+    console.print(table)
+    versions = ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
+    console.print(
+        f"{environment['date']}; {environment['cpu']}, {environment['cores']} cores, "
+        f"{gib(environment['memory_bytes'])}, load {environment['load_average']:.1f} before the "
+        f"start; Python {environment['python']}, {versions}",
+        highlight=False,
+    )
+
+
+def write_json(path: str | None, figures: dict[str, Any]) -> None:
+    """Write the figures where ``--json`` says; None: nowhere."""
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(figures, indent=1) + "\n")
