@@ -110,9 +110,7 @@ def build(
     architecture, reader = Architecture(source.config), StateDict(source.state_dict())
     frozen_format = architecture.frozen_format(quant, dtype)
     ends = load_ends(reader, architecture, device, dtype)
-    store = ResidentStore(
-        load_layers(reader, architecture, frozen_format, device), frozen_format
-    )
+    store = ResidentStore(load_layers(reader, architecture, frozen_format, device), frozen_format)
     decoder = Decoder(
         architecture, ends.embedding, ends.final_norm, ends.head, lora or LoraConfig(r=4)
     )

@@ -70,7 +70,8 @@ def test_unquantised_weights_are_views_of_the_buffer() -> None:
 def test_biases_and_norms_stay_as_they_are() -> None:
     layer = FrozenLayer(*filled(QuantConfig(), torch.bfloat16))
     bias = layer.bias("qkv")
-    assert bias is not None and torch.equal(bias, torch.arange(26.0).bfloat16())
+    assert bias is not None
+    assert torch.equal(bias, torch.arange(26.0).bfloat16())
     assert layer.bias("down") is None
     assert torch.equal(layer.tensor("norm.weight"), torch.arange(128.0).bfloat16())
 

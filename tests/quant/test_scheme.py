@@ -37,7 +37,8 @@ def test_equals_bitsandbytes_bit_for_bit(
     assert torch.equal(ours.absmax, state.absmax)
     scales = ours.absmax
     if double_quant:
-        assert ours.nested_absmax is not None and ours.offset is not None
+        assert ours.nested_absmax is not None
+        assert ours.offset is not None
         scales = dequantise_scales(ours.absmax, ours.nested_absmax, ours.offset)
     shape = (values.shape[0], values.shape[1])
     assert torch.equal(
@@ -54,7 +55,8 @@ def test_error_of_normal_weights_is_that_of_the_code(
     config = QuantConfig(kind, blocksize, double_quant=True)
     values = weight(64, 1024)
     ours = quantise(values, config, "w")
-    assert ours.nested_absmax is not None and ours.offset is not None
+    assert ours.nested_absmax is not None
+    assert ours.offset is not None
     scales = dequantise_scales(ours.absmax, ours.nested_absmax, ours.offset)
     back = dequantise(ours.packed, scales, (64, 1024), config, torch.float32)
     error = float((back - values).norm() / values.norm())

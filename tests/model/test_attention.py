@@ -1,0 +1,130 @@
+"""Packed attention against plain SDPA with a dense mask, document by document."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fttrain.model.attention import varlen_attention, varlen_attention_backward
+
+CASES = {  # documents, window
+    "one": ([24], 0),
+    "several": ([5, 1, 13, 8], 0),
+    "with an empty one": ([5, 0, 7], 0),
+    "window": ([30, 5, 1, 9, 8, 16, 17], 8),
+    "window of one": ([6, 3], 1),
+    "window longer than all": ([5, 9], 64),
+}
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+SCALE = 0.3
+
+
+def inputs(
+    tokens: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and a gradient; q, k and v as views of one projection, as the model has them."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, width, generator=generator)
+    grad = torch.randn(tokens, heads, width, generator=generator)
+    q, k, v = qkv.to(device, dtype).split([heads, kv_heads, kv_heads], dim=1)
+    return q, k, v, grad.to(device, dtype)
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lengths: list[int], window: int
+) -> tuple[Tensor, Tensor]:
+    """Output and gradients of q, k, v side by side, in fp64, over one dense mask."""
+    document = torch.repeat_interleave(torch.tensor(lengths))
+    place = torch.arange(len(document))
+    distance = place[:, None] - place[None, :]
+    mask = (document[:, None] == document[None, :]) & (distance >= 0)
+    if window:
+        mask &= distance < window
+    tensors = [t.detach().double().cpu().requires_grad_() for t in (q, k, v)]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *(t.transpose(0, 1)[None] for t in tensors),
+        attn_mask=mask,
+        scale=SCALE,
+        enable_gqa=True,
+    )[0].transpose(0, 1)
+    out.backward(grad.double().cpu())
+    return out.detach(), torch.cat([t.grad for t in tensors if t.grad is not None], dim=1)
+
+
+def off(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double().cpu() - theirs).norm() / theirs.norm().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"]
+)
+def test_equals_dense_attention(
+    case: tuple[list[int], int],
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    limit: float,
+    device: str,
+) -> None:
+    if device == "cuda" and dtype == torch.float32:
+        dtype, limit = torch.float16, 2e-3  # flash attention takes half precision only
+    lengths, window = case
+    q, k, v, grad = inputs(sum(lengths), *heads, 16, dtype, device)
+    out, lse = varlen_attention(q, k, v, lengths, SCALE, window)
+    grads = varlen_attention_backward(grad, q, k, v, out, lse, lengths, SCALE, window)
+    expected_out, expected_grads = reference(q, k, v, grad, lengths, window)
+    assert off(out, expected_out) < limit
+    for ours, theirs in zip(
+        grads.split([heads[0], heads[1], heads[1]], dim=1),
+        expected_grads.split([heads[0], heads[1], heads[1]], dim=1),
+        strict=True,
+    ):
+        # A token alone in its window has no gradient of q and k at all.
+        assert off(ours, theirs) < 2 * limit or float(theirs.norm()) < 1e-9
+
+
+@pytest.mark.parametrize("window", [0, 256])
+def test_long_documents_in_bfloat16(window: int) -> None:
+    """Past the length from which backward runs in bf16 itself."""
+    lengths = [700, 513]
+    q, k, v, grad = inputs(sum(lengths), 2, 1, 32, torch.bfloat16, "cpu")
+    out, lse = varlen_attention(q, k, v, lengths, SCALE, window)
+    grads = varlen_attention_backward(grad, q, k, v, out, lse, lengths, SCALE, window)
+    expected_out, expected_grads = reference(q, k, v, grad, lengths, window)
+    assert off(out, expected_out) < 1e-2
+    assert off(grads, expected_grads) < 2e-2
+
+
+def test_a_document_never_sees_another() -> None:
+    lengths = [9, 12, 4]
+    q, k, v, _ = inputs(sum(lengths), 4, 2, 16, torch.float32, "cpu")
+    out, _ = varlen_attention(q, k, v, lengths, SCALE, 0)
+    k, v = k.clone(), v.clone()
+    k[9:21], v[9:21] = torch.nan, torch.nan
+    poisoned, _ = varlen_attention(q, k, v, lengths, SCALE, 0)
+    assert torch.equal(poisoned[:9], out[:9])
+    assert torch.equal(poisoned[21:], out[21:])
+    assert bool(poisoned[9:21].isnan().all())
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_fake_kernels_agree_with_the_real_ones(window: int) -> None:
+    lengths = [5, 6]
+    q, k, v, grad = (t.contiguous() for t in inputs(11, 4, 2, 16, torch.float32, "cpu"))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(varlen_attention, (q, k, v, lengths, SCALE, window), test_utils=checks)
+    out, lse = varlen_attention(q, k, v, lengths, SCALE, window)
+    torch.library.opcheck(
+        varlen_attention_backward,
+        (grad, q, k, v, out, lse, lengths, SCALE, window),
+        test_utils=checks,
+    )
+
+
+def test_no_tile_of_a_window_is_the_document_squared() -> None:
+    from fttrain.model.attention import _tiles
+
+    tiles = _tiles(slice(10, 1010), 64, torch.device("cpu"))
+    assert max(mask.numel() for _, _, mask in tiles if mask is not None) <= 64 * 128
+    assert sum(rows.stop - rows.start for rows, _, _ in tiles) == 1000

@@ -1,0 +1,179 @@
+"""The group of linears with LoRA against autograd over plain modules; dropout and its masks."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from fttrain.model import linears
+from fttrain.model.linears import DropoutKey, LayerState, LinearGroup
+from fttrain.model.lora import GroupMembers, LayerAdapters, LoraConfig
+from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer, GroupShape
+
+TOKENS, WIDTH, R, EPS = 13, 32, 3, 1e-5
+SHAPE = GroupShape("qkv", WIDTH, (16, 8, 8), bias=True)
+MEMBERS = GroupMembers(SHAPE, ("a.q_proj", "a.k_proj", "a.v_proj"))
+TARGETS = ("q_proj", "v_proj")
+KEY = DropoutKey(seed=1, step=2, micro_batch=3)
+
+
+class Case:
+    """One group with its frozen weights and adapters, all random, in fp32."""
+
+    def __init__(self, prologue: str, dropout: float = 0.0, targets: tuple[str, ...] = TARGETS):
+        frozen_format = FrozenFormat([SHAPE], {"norm": (WIDTH,)}, tiny.PLAIN, torch.float32)
+        flat = torch.zeros(frozen_format.layout.size_bytes, dtype=torch.uint8)
+        torch.manual_seed(0)
+        for view in frozen_format.layout.views(flat).values():
+            view.normal_()
+        config = LoraConfig(r=R, lora_alpha=7, lora_dropout=dropout, target_modules=targets)
+        self.layer = LayerAdapters(0, [MEMBERS], config, tiny.CPU, torch.float32)
+        self.layer.flat.data.normal_()
+        self.layer.refresh()
+        self.state = LayerState()
+        self.state.frozen = self.frozen = FrozenLayer(flat, frozen_format)
+        self.group = LinearGroup(
+            SHAPE, 0, self.state, self.layer.groups.get("qkv"), prologue, "norm", EPS
+        )
+        width = 2 * WIDTH if prologue == "swiglu" else WIDTH
+        self.x, self.grad = torch.randn(TOKENS, width), torch.randn(TOKENS, 32)
+
+    def ours(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Output, gradient of x, gradients of the masters."""
+        self.layer.grad.zero_()
+        x = self.x.clone().requires_grad_()
+        y = self.group(x)
+        y.backward(self.grad)
+        assert x.grad is not None
+        return y.detach(), x.grad, _master_gradients(self.layer)
+
+    def reference(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The same by autograd, with the same masks."""
+        x = self.x.clone().requires_grad_()
+        masters = {n: m.detach().clone().requires_grad_() for n, m in self.layer.named_masters()}
+        norm = self.frozen.tensor("norm")
+        inputs = {
+            "none": lambda: x,
+            "rmsnorm": lambda: torch.nn.functional.rms_norm(x, (WIDTH,), norm, EPS),
+            "swiglu": lambda: torch.nn.functional.silu(x[:, :WIDTH]) * x[:, WIDTH:],
+        }[self.group.prologue]()
+        parts = []
+        for member, path in enumerate(MEMBERS.paths):
+            rows = SHAPE.rows[member]
+            bias = self.frozen.bias("qkv")
+            assert bias is not None
+            y = inputs @ self.frozen.weight("qkv")[rows].t() + bias[rows]
+            a = masters.get(f"model.layers.0.{path}.lora_A")
+            if a is not None:
+                b = masters[f"model.layers.0.{path}.lora_B"]
+                y = y + inputs * self.mask(member, inputs) @ a.t() @ b.t() * (7 / R)
+            parts.append(y)
+        out = torch.cat(parts, dim=-1)
+        out.backward(self.grad)
+        assert x.grad is not None
+        found = {n: m.grad for n, m in masters.items() if m.grad is not None}
+        return out.detach(), x.grad, found
+
+    def mask(self, member: int, inputs: Tensor) -> Tensor:
+        if self.state.dropout is None:
+            return torch.ones_like(inputs)
+        return linears._mask(self.group, member, inputs.detach(), self.state.dropout)
+
+
+def _master_gradients(layer: LayerAdapters) -> dict[str, Tensor]:
+    return {
+        name: layer.grad.as_strided(m.shape, m.stride(), m.storage_offset()).clone()
+        for name, m in layer.named_masters()
+    }
+
+
+def assert_equal_to_autograd(case: Case) -> None:
+    y, grad_x, grads = case.ours()
+    expected_y, expected_grad_x, expected = case.reference()
+    torch.testing.assert_close(y, expected_y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grad_x, expected_grad_x, rtol=1e-4, atol=1e-4)
+    assert tiny.difference(grads, expected) < 1e-6
+
+
+@pytest.mark.parametrize("prologue", ["none", "rmsnorm", "swiglu"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("recomputing", [False, True])
+def test_equals_autograd(prologue: str, dropout: float, recomputing: bool) -> None:
+    case = Case(prologue, dropout)
+    case.state.dropout = KEY if dropout else None
+    case.state.recomputing = recomputing
+    assert_equal_to_autograd(case)
+
+
+@pytest.mark.parametrize("prologue", ["none", "rmsnorm", "swiglu"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_group_whose_output_nobody_reads_has_the_same_gradients(
+    prologue: str, dropout: float
+) -> None:
+    case = Case(prologue, dropout)
+    case.state.dropout = KEY if dropout else None
+    _, grad_x, grads = case.ours()
+    unread = copy.copy(case)
+    unread.group = copy.copy(case.group)
+    unread.group.unread = unread.state.recomputing = True
+    y, unread_grad_x, unread_grads = unread.ours()
+    assert not y.any()
+    assert y.untyped_storage().nbytes() == 4
+    assert torch.equal(grad_x, unread_grad_x)
+    assert all(torch.equal(grads[n], unread_grads[n]) for n in grads)
+
+
+def test_gradients_of_several_micro_batches_add_up() -> None:
+    case = Case("rmsnorm")
+    _, _, once = case.ours()
+    for _ in range(2):
+        case.group(case.x.clone().requires_grad_()).backward(case.grad)
+    thrice = _master_gradients(case.layer)
+    assert tiny.difference(thrice, {n: g * 3 for n, g in once.items()}) < 1e-6
+
+
+def test_use_outside_get_and_release_is_an_error() -> None:
+    case = Case("none")
+    case.state.frozen = None
+    with pytest.raises(AssertionError, match="outside the store's get and release"):
+        case.group(case.x)
+
+
+def test_evaluation_has_no_dropout() -> None:
+    with_dropout, without = Case("none", 0.5), Case("none", 0.0)
+    assert torch.equal(with_dropout.group(with_dropout.x), without.group(without.x))
+
+
+def big_mask(key: DropoutKey = KEY, layer: int = 0, member: int = 0, rate: float = 0.3) -> Tensor:
+    group = copy.copy(Case("none", rate, targets=("q_proj", "k_proj", "v_proj")).group)
+    group.layer = layer
+    return linears._mask(group, member, torch.zeros(500, 400), key)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.9])
+def test_rate_and_scale_of_dropout(rate: float) -> None:
+    mask = big_mask(rate=rate)
+    kept = mask != 0
+    assert float(kept.float().mean()) == pytest.approx(1 - rate, abs=0.01)
+    assert mask[kept].unique().tolist() == pytest.approx([1 / (1 - rate)])
+    assert float(mask.mean()) == pytest.approx(1, abs=0.02)
+
+
+def test_masks_depend_on_their_key_and_on_nothing_else() -> None:
+    first = big_mask()
+    torch.manual_seed(5)
+    torch.rand(100)
+    assert torch.equal(big_mask(), first)
+    others = [
+        big_mask(DropoutKey(2, 2, 3)),
+        big_mask(DropoutKey(1, 3, 3)),
+        big_mask(DropoutKey(1, 2, 4)),
+        big_mask(DropoutKey(12, 3, 3)),
+        big_mask(layer=1),
+        big_mask(member=1),
+    ]
+    for other in others:
+        both = float(((first != 0) & (other != 0)).float().mean())
+        assert both == pytest.approx(0.7 * 0.7, abs=0.01)  # independent
