@@ -61,6 +61,8 @@ def greedy(
     # prompt -> (position, tokens not yet seen)
     fresh = {prompt: (0, ids) for prompt, ids in enumerate(prompts)}
     for _ in range(max_new_tokens):
+        if not fresh:
+            break
         ends: list[int] = []
         positions: list[int] = []
         tokens: list[int] = []
@@ -84,8 +86,6 @@ def greedy(
                 answers[prompt].append(token)
                 upcoming[prompt] = (position + len(ids), [token])
         fresh = upcoming
-        if not fresh:
-            break
     return answers
 
 
