@@ -1,5 +1,11 @@
 """Shared by all tests."""
 
+import os
+
+# Before torch is imported, here and in every process a test starts: on tensors this small a second
+# thread only waits for the first, and for long when other programs use the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 

@@ -210,5 +210,5 @@ def test_settings() -> None:
     for group in ("some", 0, -1):
         with pytest.raises(UserError, match=f"schedule.group={group}: all, or a whole number"):
             ScheduleConfig(group)
-    with pytest.raises(UserError, match="activations='offload'.*recompute, keep"):
+    with pytest.raises(UserError, match=r"activations=.offload.*recompute, keep"):
         layer_pass.check_activations("offload")
