@@ -62,8 +62,9 @@ class Replicate:
         scale = 1 / max(1.0, targets)
         grads = [layer.adapters.grad for layer in self.decoder.layers]
         norm = float(torch.linalg.vector_norm(torch.stack([grad.norm() for grad in grads]))) * scale
-        updated = accept(loss * scale, norm)
-        if updated and targets:
+        # A step without any target has no loss to judge, and nothing to learn from.
+        updated = targets > 0 and accept(loss * scale, norm)
+        if updated:
             self._update(grads, scale, norm, lr)
         return StepStats(loss * scale, int(targets), int(tokens), norm, updated, sync)
 

@@ -1,0 +1,62 @@
+"""What ranks say to each other, on one rank and on two."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as torch_dist
+from ranks import run_ranks
+
+from fttrain.dist import Group, process_group, rank_from_environment
+
+CPU = torch.device("cpu")
+TEXTS = ["", "abc", "ä→𝄞\n" * 1000]
+
+
+def talk() -> dict[str, Any]:
+    """What this rank hears."""
+    with process_group(CPU) as group:
+        rank = group.rank
+        heard = {
+            "group": (rank, group.world_size, group.local_rank, group.is_main),
+            "sum": group.all_reduce_(torch.tensor([1.0, 10.0]) * (rank + 1)).tolist(),
+            "any": [group.any(flag) for flag in (False, rank == 0, rank == 1, True)],
+            "all": [group.all(flag) for flag in (False, rank == 0, rank == 1, True)],
+            "maximum": [group.maximum(value) for value in (float(rank), -1.5 - rank)],
+            "share": [group.share(text if group.is_main else "mine") for text in TEXTS],
+        }
+        group.barrier()
+    heard["left"] = not torch_dist.is_initialized()
+    return heard
+
+
+def test_two_ranks() -> None:
+    for rank, heard in enumerate(run_ranks(talk, 2, process_group=False)):
+        assert heard == {
+            "group": (rank, 2, rank, rank == 0),
+            "sum": [3.0, 30.0],
+            "any": [False, True, True, True],
+            "all": [False, False, False, True],
+            "maximum": [1.0, -1.5],
+            "share": TEXTS,
+            "left": True,
+        }
+
+
+def test_one_rank_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert rank_from_environment() == (0, 1, 0)
+    heard = talk()
+    assert heard["group"] == (0, 1, 0, True)
+    assert heard["sum"] == [1.0, 10.0]
+    assert heard["any"] == [False, True, False, True]
+    assert heard["share"] == TEXTS
+
+
+def test_rank_as_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
+        monkeypatch.setitem(os.environ, name, value)
+    assert rank_from_environment() == (3, 4, 1)
+    assert not Group(3, 4, 1, CPU).is_main
