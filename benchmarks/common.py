@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 from rich.console import Console
@@ -98,6 +98,7 @@ def run_ranks(
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": str(threads),
         PARENT_PID: str(os.getpid()),
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # of the peers' own libraries
     }
     commands = [
         (
@@ -118,9 +119,16 @@ def read_job(job_file: str) -> dict[str, Any]:
     return json.loads(Path(job_file).read_text())
 
 
-def report(job_file: str, figures: dict[str, Any]) -> None:
-    """Hand this rank's figures to ``run_ranks``."""
+def report(job_file: str, figures: dict[str, Any]) -> NoReturn:
+    """Hand this rank's figures to ``run_ranks`` and end the process.
+
+    Without Python's own clean-up: it now and then waits forever for gloo's thread, which waits for
+    the interpreter, where DistributedDataParallel still holds the process group.
+    """
     _report_file(Path(job_file), int(os.environ["RANK"])).write_text(json.dumps(figures))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _report_file(job_file: Path, rank: int) -> Path:

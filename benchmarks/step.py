@@ -240,17 +240,17 @@ def run_rank(job_file: str) -> None:
             losses.append(side.step(batches, number))
             step_s.append(time.perf_counter() - started)
         sent = common.loopback_bytes() - sent
+        timed_s = step_s[job["warmup"] :]
+        figures = {
+            "step_s": timed_s,
+            "losses": losses,
+            "loopback_bytes_per_step": sent / len(timed_s),
+            "peak_host_bytes": memory.peak_bytes(),
+            "step_peak_host_bytes": memory.recent_peak_bytes(),
+            "interpreter_bytes": memory.interpreter_bytes,
+        }
         group.barrier()  # nobody hangs up while another rank still talks
-    timed_s = step_s[job["warmup"] :]
-    figures = {
-        "step_s": timed_s,
-        "losses": losses,
-        "loopback_bytes_per_step": sent / len(timed_s),
-        "peak_host_bytes": memory.peak_bytes(),
-        "step_peak_host_bytes": memory.recent_peak_bytes(),
-        "interpreter_bytes": memory.interpreter_bytes,
-    }
-    common.report(job_file, figures)
+        common.report(job_file, figures)
 
 
 def _arguments() -> argparse.Namespace:
@@ -264,8 +264,8 @@ def _arguments() -> argparse.Namespace:
     add("--threads", type=int, default=1, help="of each rank")
     add("--micro-batch-size", type=int, help="rows (default: the demo's)")
     add("--gradient-accumulation-steps", type=int, help="default: the demo's")
-    add("--warmup", type=int, help="steps before the clock starts (default: 2; quick: 1)")
-    add("--steps", type=int, help="timed steps of a turn (default: 4; quick: 2)")
+    add("--warmup", type=int, help="steps before the clock starts (default: 1)")
+    add("--steps", type=int, help="timed steps of a turn (default: 3; quick: 2)")
     add("--turns", type=int, help="how often each side is measured (default: 3; quick: 1)")
     add(
         "--peer-host-settings",
@@ -274,7 +274,7 @@ def _arguments() -> argparse.Namespace:
     )
     add("--rank", metavar="JOB", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    usual = {"warmup": (2, 1), "steps": (4, 2), "turns": (3, 1)}
+    usual = {"warmup": (1, 1), "steps": (3, 2), "turns": (3, 1)}
     for name, values in usual.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, values[arguments.quick])

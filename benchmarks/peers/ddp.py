@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging
 
 IGNORE = -100  # the label of a token that is not trained on
 
@@ -112,6 +113,7 @@ class Ddp:
 
 
 def _load(job: dict[str, Any]) -> PeftModel:
+    logging.disable_progress_bar()
     quant, lora = job["quant"], job["lora"]
     base = AutoModelForCausalLM.from_pretrained(
         job["model"],
