@@ -47,8 +47,11 @@ class SafetensorsReader:
     def _read_index(self) -> dict[str, Path]:
         index = self._folder / "model.safetensors.index.json"
         if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
-            return {name: self._inside(file) for name, file in weight_map.items()}
+            try:
+                weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+                return {name: self._inside(str(file)) for name, file in weight_map.items()}
+            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+                raise UserError(f"{index}: not an index of shards ({error!r})") from error
         file = self._folder / "model.safetensors"
         if not file.is_file():
             raise UserError(
