@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
 
@@ -51,8 +51,9 @@ def write_data(file: Path, count: int = 60) -> Path:
 
 
 def write_gguf(source: PreTrainedModel, file: Path) -> Path:
-    """``source`` as llama.cpp's converter writes it: its names, q and k interleaved for Llama, and a
-    different storage type for each layer's linears.
+    """``source`` as llama.cpp's converter writes it: its names, q and k interleaved for Llama.
+
+    Each layer's linears have a storage type of their own.
     """
     config: Any = source.config
     architecture = "llama" if config.model_type == "mistral" else config.model_type

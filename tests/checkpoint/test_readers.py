@@ -73,9 +73,10 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
     shard = sorted(tmp_path.glob("*.safetensors"))[-1]
     _truncate(shard, 0.7)
     reader = SafetensorsReader(tmp_path)
+    weight_map = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    name = next(name for name, file in weight_map.items() if file == shard.name)
     with pytest.raises(UserError, match=f"{shard.name}: not a whole safetensors file"):
-        for name in source.state_dict():
-            reader.tensor(name)
+        reader.tensor(name)
 
 
 @pytest.mark.parametrize("keep", [0.999, 0.5, 0.05, 0.0001, 0.0])
@@ -87,9 +88,7 @@ def test_a_truncated_gguf_file_is_refused(keep: float, tmp_path: Path) -> None:
         GgufReader(file, source.config)
 
 
-@pytest.mark.parametrize(
-    "start", [b"not a model", b"\x89PNG" + bytes(100), b"GGUF\xff\xff\xff\xff"]
-)
+@pytest.mark.parametrize("start", [b"no model", b"\x89PNG" + bytes(99), b"GGUF\xff\xff\xff\xff"])
 def test_a_file_of_another_kind_is_refused(start: bytes, tmp_path: Path) -> None:
     for file in ("model.safetensors", "tiny.gguf"):
         (tmp_path / file).write_bytes(start)
@@ -100,7 +99,7 @@ def test_a_file_of_another_kind_is_refused(start: bytes, tmp_path: Path) -> None
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="neither model.safetensors nor an index"):
+    with pytest.raises(UserError, match=r"neither model.safetensors nor an index"):
         SafetensorsReader(tmp_path)
 
 
@@ -120,7 +119,9 @@ def test_an_index_stays_in_its_folder(shard: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("index", [{}, [], {"weight_map": [1]}, {"weight_map": {"w": 3}}, "{"])
 def test_a_broken_index_is_refused(index: Any, tmp_path: Path) -> None:
     _write_index(tmp_path, index)
-    with pytest.raises(UserError, match="index.json"):
+    with pytest.raises(
+        UserError, match=r"index.json: not an index of shards|is not a file in this"
+    ):
         SafetensorsReader(tmp_path)
 
 
