@@ -74,9 +74,10 @@ def _safetensors(source: Any, folder: Path) -> Path:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    plain = GgufConfig(gguf_file=source.gguf_file, dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
-        source.folder, quantization_config=plain, dtype=torch.bfloat16
+        **source.pretrained_arguments,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
     )
     model.save_pretrained(folder / "model")
     return folder / "model"
