@@ -37,7 +37,7 @@ class StepStats:
     targets: int  # tokens that were trained on, over all ranks
     tokens: int  # all tokens that passed the model, over all ranks; there is no padding among them
     grad_norm: float  # of the mean loss, before clipping
-    updated: bool  # False: the step had no target, or was judged bad and its gradient dropped
+    updated: bool  # False: no target, a gradient that is not finite, or the judge said no
     sync: SyncStats = field(default_factory=SyncStats)  # this rank's gradient traffic
 
 

@@ -1,5 +1,7 @@
 """replicate: ResidentStore x grouped(G) x all_reduce. Only gradients travel between ranks."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,8 +64,9 @@ class Replicate:
         scale = 1 / max(1.0, targets)
         grads = [layer.adapters.grad for layer in self.decoder.layers]
         norm = float(torch.linalg.vector_norm(torch.stack([grad.norm() for grad in grads]))) * scale
-        # A step without any target has no loss to judge, and nothing to learn from.
-        updated = targets > 0 and accept(loss * scale, norm)
+        # A step without any target has no loss to judge, and nothing to learn from. A gradient that
+        # is not finite would destroy the adapter, whatever the judge thinks of it.
+        updated = targets > 0 and accept(loss * scale, norm) and math.isfinite(norm)
         if updated:
             self._update(grads, scale, norm, lr)
         return StepStats(loss * scale, int(targets), int(tokens), norm, updated, sync)

@@ -217,7 +217,7 @@ def test_a_step_without_targets_updates_nothing() -> None:
     assert all(torch.equal(adapter[n], t) for n, t in trained.adapter_state().items())
 
 
-def test_a_nan_reaches_the_judge() -> None:
+def test_a_nan_reaches_the_judge_and_never_the_adapter() -> None:
     trained = strategy()
     trained.decoder.layers[1].adapters.flat.data[3] = torch.nan
     trained.decoder.layers[1].adapters.refresh()
@@ -226,6 +226,10 @@ def test_a_nan_reaches_the_judge() -> None:
         micro_batches(8, (8, 1)), 0, 1e-2, lambda *figures: seen.append(figures) or False
     )
     assert torch.tensor(seen).isnan().all()
+    before = trained.decoder.layers[0].adapters.flat.detach().clone()
+    stats = trained.train_step(micro_batches(8, (8, 1)), 1, 1e-2, lambda loss, norm: True)
+    assert not stats.updated  # not even by a judge that lets it pass
+    assert torch.equal(trained.decoder.layers[0].adapters.flat, before)
 
 
 def test_state_goes_on_bit_for_bit() -> None:
