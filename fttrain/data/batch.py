@@ -3,11 +3,16 @@
 Legend: N tokens of a micro-batch, all its documents together.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fttrain.units import round_up
+
+# Matrix kernels are made anew for each number of rows, which costs milliseconds and megabytes: a
+# few rows too many are cheaper than a new number of them in every micro-batch.
+ROW_MULTIPLE = 64
 IGNORE = -100  # the target of a token that is not trained on
 
 
@@ -32,6 +37,22 @@ class MicroBatch:
             for tensor in (self.input_ids, self.targets, self.position_ids)
         )
         return MicroBatch(ids, targets, positions, self.lengths, self.index, self.valid_tokens)
+
+    def padded(self, multiple: int = ROW_MULTIPLE) -> "MicroBatch":
+        """The same micro-batch with N a multiple of ``multiple``.
+
+        The tokens added are a document of their own without targets: they change nothing.
+        """
+        count = round_up(len(self.input_ids), multiple) - len(self.input_ids)
+        if not count:
+            return self
+        return replace(
+            self,
+            input_ids=torch.nn.functional.pad(self.input_ids, (0, count)),
+            targets=torch.nn.functional.pad(self.targets, (0, count), value=IGNORE),
+            position_ids=torch.nn.functional.pad(self.position_ids, (0, count)),
+            lengths=(*self.lengths, count),
+        )
 
 
 def collate(documents: list[tuple[list[int], list[int]]], index: int) -> MicroBatch:

@@ -84,18 +84,20 @@ def varlen_attention_backward(
         return grads
     if window:
         grad_k.zero_(), grad_v.zero_()
+    if max(lengths, default=0) <= _CPU_FP32_BACKWARD_TOKENS:
+        grad, q, k, v, out = (tensor.float() for tensor in (grad, q, k, v, out))
     for document in _documents(lengths):
-        fp32 = document.stop - document.start <= _CPU_FP32_BACKWARD_TOKENS
         for rows, keys, mask in _tiles(document, window, q.device):
-            tensors = [grad[rows], q[rows], k[keys], v[keys], out[rows]]
-            tensors = [_heads(tensor.float() if fp32 else tensor) for tensor in tensors]
-            tile_lse = lse[:, rows].unsqueeze(0)
             tile_q, tile_k, tile_v = _cpu_flash_backward(
-                *tensors,
-                tile_lse,
+                _heads(grad[rows]),
+                _heads(q[rows]),
+                _heads(k[keys]),
+                _heads(v[keys]),
+                _heads(out[rows]),
+                lse[:, rows].unsqueeze(0),
                 0.0,
                 mask is None,
-                attn_mask=_additive(mask, tensors[0].dtype),
+                attn_mask=_additive(mask, q.dtype),
                 scale=scale,
             )
             grad_q[rows] = tile_q[0].transpose(0, 1)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fttrain.data.batch import IGNORE
+from fttrain.data.batch import IGNORE, ROW_MULTIPLE
 from fttrain.model.functions import rms_norm, rms_norm_backward
+from fttrain.units import round_up
 
 CHUNK_BYTES = (
     96 * 1024**2
@@ -33,14 +34,17 @@ class Embedding:
         return hidden if self.scale == 1.0 else hidden * self.scale
 
 
-@dataclass(frozen=True)
 class Head:
     """Final norm and output projection."""
 
-    norm: Tensor  # (C,)
-    weight: Tensor  # (V, C); the embedding's tensor where they are tied
-    eps: float
-    logit_scale: float = 1.0
+    def __init__(self, norm: Tensor, weight: Tensor, eps: float, logit_scale: float = 1.0) -> None:
+        self.norm = norm  # (C,)
+        self.weight = weight  # (V, C); the embedding's tensor where they are tied
+        self.eps = eps
+        self.logit_scale = logit_scale
+        # One chunk's logits (m, V) in the compute dtype and probabilities fp32 (m, V). They are the
+        # largest tensors of a step: making them anew each time pages in and scatters memory.
+        self._scratch: tuple[Tensor, Tensor] | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, C) -> (N, V) in the compute dtype: for a few tokens, in generation."""
@@ -56,12 +60,12 @@ class Head:
         """``loss`` and its gradient with respect to ``hidden`` (N, C)."""
         return self._loss(hidden, targets, want_gradient=True)
 
+    @torch.no_grad()
     def _loss(self, hidden: Tensor, targets: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor]:
         trained = (targets != IGNORE).nonzero().squeeze(-1)  # int64 (M,)
         grad = torch.zeros_like(hidden) if want_gradient else hidden
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        rows = max(1, CHUNK_BYTES // (self.weight.shape[0] * (4 + hidden.element_size())))
-        for tokens in trained.split(rows):
+        for tokens in trained.split(self._chunk_rows()):
             x = hidden[tokens]
             normed = rms_norm(x, self.norm, self.eps)
             loss, grad_normed = self._chunk(normed, targets[tokens], want_gradient)
@@ -74,10 +78,11 @@ class Head:
         self, normed: Tensor, targets: Tensor, want_gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
         """One chunk (m, C): sum of its losses, and the gradient of ``normed``."""
-        logits = normed @ self.weight.t()  # (m, V)
+        logits, probabilities = self._buffers(len(targets))
+        torch.mm(_padded(normed, len(logits)), self.weight.t(), out=logits)
         if self.logit_scale != 1.0:
             logits *= self.logit_scale
-        probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        torch.softmax(logits, dim=-1, dtype=torch.float32, out=probabilities)
         rows = torch.arange(len(targets), device=targets.device)
         # A target less likely than fp32 can say counts as 87 nats; its gradient is exact anyway.
         likelihood = probabilities[rows, targets].clamp_min_(torch.finfo(torch.float32).tiny)
@@ -87,4 +92,22 @@ class Head:
         probabilities[rows, targets] -= 1
         if self.logit_scale != 1.0:
             probabilities *= self.logit_scale
-        return loss, logits.copy_(probabilities) @ self.weight
+        return loss, (logits.copy_(probabilities) @ self.weight)[: len(targets)]
+
+    def _chunk_rows(self) -> int:
+        """Tokens of a chunk, a multiple of ROW_MULTIPLE."""
+        row_bytes = self.weight.shape[0] * (4 + self.weight.element_size())
+        return round_up(CHUNK_BYTES // row_bytes + 1 - ROW_MULTIPLE, ROW_MULTIPLE) or ROW_MULTIPLE
+
+    def _buffers(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Scratch tensors of ``rows`` rows, rounded up."""
+        rows = round_up(rows, ROW_MULTIPLE)
+        if self._scratch is None or len(self._scratch[0]) < rows:
+            logits = self.weight.new_empty(max(rows, self._chunk_rows()), self.weight.shape[0])
+            self._scratch = logits, torch.empty_like(logits, dtype=torch.float32)
+        return self._scratch[0][:rows], self._scratch[1][:rows]
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """(m, C) -> (rows, C), zeros after row m."""
+    return torch.nn.functional.pad(x, (0, 0, 0, rows - len(x)))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fttrain.units import round_up
+
 ALIGN_BYTES = 256  # a tensor starts where a CUDA kernel can read it vectorised
 FLAT_MULTIPLE_BYTES = math.lcm(*range(1, 9)) * ALIGN_BYTES
 
@@ -36,10 +38,10 @@ class Layout:
         self.slots: dict[str, Slot] = {}
         end = 0
         for name, shape, dtype in tensors:
-            slot = Slot(_round_up(end, ALIGN_BYTES), shape, dtype)
+            slot = Slot(round_up(end, ALIGN_BYTES), shape, dtype)
             self.slots[name] = slot
             end = slot.offset_bytes + slot.size_bytes
-        self.size_bytes = _round_up(end, FLAT_MULTIPLE_BYTES)
+        self.size_bytes = round_up(end, FLAT_MULTIPLE_BYTES)
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """``flat`` uint8 (size_bytes,) -> every tensor of the layer as a view of it."""
@@ -49,7 +51,3 @@ class Layout:
             .view(slot.shape)
             for name, slot in self.slots.items()
         }
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -45,7 +45,8 @@ class Saved:
 
 
 def start(decoder: Decoder, micro_batch: MicroBatch, dropout: DropoutKey | None) -> Work:
-    """Embed a micro-batch."""
+    """Embed a micro-batch, rows rounded up to what kernels like."""
+    micro_batch = micro_batch.padded()
     return Work(
         micro_batch, decoder.rotary(micro_batch.position_ids), dropout, decoder.embed(micro_batch)
     )

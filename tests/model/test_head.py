@@ -52,6 +52,7 @@ def test_equals_full_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(head_module, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(head_module, "ROW_MULTIPLE", 2)
     ours, (hidden, targets) = head(dtype, logit_scale), batch(dtype)
     before = hidden.clone()
     loss, grad = ours.loss_and_gradient(hidden, targets)
@@ -78,8 +79,9 @@ def test_never_more_than_a_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> N
                     rows.append(shape[0])
             return result
 
-    chunk_rows = 3
+    chunk_rows = 4
     monkeypatch.setattr(head_module, "CHUNK_BYTES", chunk_rows * VOCABULARY * 8)
+    monkeypatch.setattr(head_module, "ROW_MULTIPLE", 2)
     with Watch():
         head().loss_and_gradient(*batch())
     assert rows
