@@ -1,0 +1,380 @@
+"""Whole runs on a tiny model: two ranks, kills and resumes, signals, spikes, plain PEFT, refusals."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_files
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from fttrain.checkpoint.claim import claim_output
+from fttrain.cli import main
+from fttrain.data.dataset import DataConfig, prepare
+from fttrain.launch import free_port
+from fttrain.quant.scheme import QuantConfig
+from fttrain.track import read_metrics
+
+WAIT_S = 120
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer, and a data set."""
+    place = tmp_path_factory.mktemp("train")
+    tiny_files.save(tiny.model(num_hidden_layers=2), place / "model")
+    tiny_files.write_data(place / "data.jsonl")
+    return place
+
+
+def arguments(folder: Path, output: Path, *more: str) -> list[str]:
+    """``fttrain train`` on one rank, with dropout and shuffling on, in fp32."""
+    return [
+        "train",
+        "model=local",
+        f"model.path={folder / 'model'}",
+        "model.dtype=float32",
+        "data=file",
+        f"data.path={folder / 'data.jsonl'}",
+        "data.seq_len=96",
+        f"data.cache_dir={folder / 'cache'}",
+        "lora.r=4",
+        "lora.lora_dropout=0.1",
+        "optim.lr=5e-3",
+        "loop.micro_batch_size=2",
+        "loop.gradient_accumulation_steps=2",
+        "loop.epochs=50",
+        "loop.samples=1",
+        f"output={output}",
+        *more,
+    ]
+
+
+def adapter(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "adapter" / "adapter_model.safetensors")
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Step -> loss; each step stands in the file once."""
+    lines = [line for line in read_metrics(output / "metrics.jsonl") if "loss" in line]
+    found = {line["step"]: line["loss"] for line in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+class Ranks:
+    """Two ranks as a launcher starts them, forked from a process that has imported everything."""
+
+    def __init__(self, argv: list[str]) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["fttrain.train", "fttrain.cli.train"])
+        port = free_port()
+        self.processes: list[BaseProcess] = []
+        for rank in range(2):
+            process = context.Process(target=rank_main, args=(argv, rank, port))
+            process.start()
+            self.processes.append(process)
+
+    def signal(self, signum: int, *ranks: int) -> None:
+        for rank in ranks:
+            pid = self.processes[rank].pid
+            assert pid is not None
+            os.kill(pid, signum)
+
+    def exit_codes(self) -> list[int | None]:
+        for process in self.processes:
+            process.join(WAIT_S)
+        return [process.exitcode for process in self.processes]
+
+    def when_step(self, output: Path, step: int) -> None:
+        """Returns as soon as ``step`` is in the metrics and the ranks still run."""
+        deadline = time.monotonic() + WAIT_S
+        while f'"step": {step},' not in _text(output / "metrics.jsonl"):
+            assert time.monotonic() < deadline
+            assert all(process.is_alive() for process in self.processes)
+            time.sleep(0.002)
+
+
+def rank_main(argv: list[str], rank: int, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    sys.exit(main(argv))
+
+
+def _text(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
+@pytest.fixture
+def start() -> Iterator[Any]:
+    """Starts two ranks; none outlives the test."""
+    started: list[Ranks] = []
+
+    def begin(argv: list[str]) -> Ranks:
+        started.append(Ranks(argv))
+        return started[-1]
+
+    yield begin
+    for ranks in started:
+        for process in ranks.processes:
+            process.kill()
+
+
+def test_killed_stopped_and_resumed_is_bit_identical(
+    folder: Path, tmp_path: Path, start: Any
+) -> None:
+    """SIGKILL at a random step, SIGTERM to one rank at a later one: the adapter and every loss are
+    those of a run that nobody disturbed, which the launcher started.
+    """
+    more = (f"loop.max_steps={STEPS}", "checkpoint.every=3", "launch.processes=2")
+    whole = arguments(folder, tmp_path / "whole", *more, "launch=cpu_demo")
+    launched = subprocess.run(
+        [sys.executable, "-m", "fttrain", *whole], capture_output=True, text=True, timeout=WAIT_S
+    )
+    assert launched.returncode == 0, launched.stderr
+    assert f"step {STEPS}/{STEPS}" in launched.stdout + launched.stderr
+    output = tmp_path / "disturbed"
+    disturbed = arguments(folder, output, *more)
+    kill_at, stop_at = random.randrange(4, 10), random.randrange(13, 18)
+    ranks = start(disturbed)
+    ranks.when_step(output, kill_at)
+    ranks.signal(signal.SIGKILL, 0, 1)
+    assert ranks.exit_codes() == [-signal.SIGKILL] * 2
+    assert not (output / "adapter").exists()
+    ranks = start(disturbed)
+    ranks.when_step(output, stop_at)
+    ranks.signal(signal.SIGTERM, 1)
+    assert ranks.exit_codes() == [143, 143]
+    stopped = max(losses(output))
+    assert stop_at <= stopped < STEPS
+    assert (output / "checkpoints" / f"step_{stopped:08d}").is_dir()
+    assert start(disturbed).exit_codes() == [0, 0]
+    assert losses(output) == losses(tmp_path / "whole"), (kill_at, stop_at)
+    ours, expected = adapter(output), adapter(tmp_path / "whole")
+    assert all(torch.equal(ours[name], expected[name]) for name in expected), (kill_at, stop_at)
+    assert any(bool(tensor.any()) for name, tensor in ours.items() if "lora_B" in name)
+
+
+def run(folder: Path, output: Path, *more: str) -> int:
+    """In this process, one rank."""
+    return main(arguments(folder, output, *more))
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that was said."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in lines if line.startswith("fttrain: error:")]) == 1
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of six steps."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    assert run(folder, output, "loop.max_steps=6", "loop.eval_every=4", "checkpoint.every=2") == 0
+    return output
+
+
+def test_what_a_run_leaves(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "evaluation.json", "adapter", "report.md"} <= names
+    assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == [
+        "step_00000004",
+        "step_00000006",
+    ]
+    figures = json.loads((finished / "evaluation.json").read_text())
+    assert [entry["step"] for entry in figures["history"]] == [0, 4, 6]
+    assert figures["tuned"]["nll"] < figures["base"]["nll"]
+    assert figures["samples"][0]["prompt"].startswith("What is")
+    assert list(losses(finished)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_plain_peft_gives_the_same_held_out_loss(folder: Path, finished: Path) -> None:
+    """The saved adapter over transformers' model with the same dequantised weights."""
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model = PeftModel.from_pretrained(tiny.dequantised(base, QuantConfig()), finished / "adapter")
+    rows = prepare(
+        DataConfig(
+            kind="file",
+            path=str(folder / "data.jsonl"),
+            seq_len=96,
+            cache_dir=str(folder / "cache"),
+        ),
+        tiny_files.tokenizer(),
+        "model/@",
+    ).holdout
+    documents = [document for i in range(len(rows)) for document in rows[i]]
+    with torch.no_grad():
+        loss = tiny.reference_loss(model.eval(), documents)
+    tuned = json.loads((finished / "evaluation.json").read_text())["tuned"]
+    assert tuned["nll"] == pytest.approx(loss.item() / tuned["tokens"], rel=1e-5)
+
+
+def test_a_finished_run_that_is_started_again_changes_nothing(
+    folder: Path, finished: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(finished, again)
+    assert run(folder, again, "loop.max_steps=6", "loop.eval_every=4", "checkpoint.every=2") == 0
+    assert losses(again) == losses(finished)
+    assert all(torch.equal(t, adapter(finished)[n]) for n, t in adapter(again).items())
+
+
+def test_a_second_run_into_the_same_folder_is_refused(
+    folder: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert run(folder, finished, "resume=none") != 0
+    assert "already holds a run" in error_of(capsys)
+    with claim_output(finished, "auto"):
+        assert run(folder, finished) != 0
+    assert "is writing there" in error_of(capsys)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("loop.seed=7", "loop.seed was 42 when it was saved and is 7 now"),
+        ("loop.micro_batch_size=3", "rows per step was 4 when it was saved and is 6 now"),
+        ("data.seq_len=80", "data fingerprint was"),
+        ("lora.r=5", "lora.r was 4 when it was saved and is 5 now"),
+        ("lora.target_modules=[q_proj]", "lora.target_modules or the model differ"),
+    ],
+)
+def test_a_resume_that_would_not_go_on_is_refused(
+    change: str, message: str, folder: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder, finished, change) != 0
+    assert message in error_of(capsys)
+
+
+def test_data_edited_between_save_and_resume_is_refused(
+    folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, data = tmp_path / "run", tmp_path / "data.jsonl"
+    shutil.copytree(finished, output)
+    text = (folder / "data.jsonl").read_text()
+    data.write_text(text.replace("It is 5", "It is 6", 1))
+    assert run(folder, output, f"data.path={data}") != 0
+    assert "data fingerprint was" in error_of(capsys)
+    data.write_text(text)  # the same lines again, in another place: the same data
+    assert run(folder, output, f"data.path={data}", "loop.max_steps=6") == 0
+
+
+def test_a_loss_that_rises_stops_the_run_with_advice(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At this limit the usual ups and downs of a small model are a spike."""
+    jumpy = ("optim.lr=1", "optim.lr_schedule=constant", "loop.spike_rise=0.01")
+    assert run(folder, tmp_path / "stop", *jumpy, "loop.max_steps=40") == 3
+    assert "lower optim.lr" in error_of(capsys)
+    assert not (tmp_path / "stop" / "adapter").exists()
+    stopped = len(losses(tmp_path / "stop")) + 1  # the step whose loss was refused
+    skip = (*jumpy, "loop.max_steps=40", "loop.spike_policy=skip")
+    assert run(folder, tmp_path / "skip", *skip) in (0, 3)  # 3: ten in a row were refused
+    lines = read_metrics(tmp_path / "skip" / "metrics.jsonl")
+    assert [line["updated"] for line in lines][:stopped] == [True] * (stopped - 1) + [False]
+
+
+def poisoned(folder: Path, place: Path) -> Path:
+    """The same base with a NaN in it."""
+    shutil.copytree(folder / "model", place)
+    tensors = load_file(place / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    return place
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "ignore"])
+def test_nan_is_never_trained(
+    policy: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = poisoned(folder, tmp_path / "model")
+    code = run(
+        folder,
+        tmp_path / "run",
+        f"model.path={model}",
+        f"loop.spike_policy={policy}",
+        "loop.max_steps=12",
+        "loop.samples=0",
+    )
+    captured = capsys.readouterr()
+    assert "nan" in captured.out + captured.err
+    if policy == "ignore":
+        assert code == 0
+        lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+        assert not any(line["updated"] for line in lines if "updated" in line)
+        saved = adapter(tmp_path / "run")
+        assert all(bool(tensor.isfinite().all()) for tensor in saved.values())
+        assert not any(bool(tensor.any()) for n, tensor in saved.items() if "lora_B" in n)
+    else:
+        assert code == 3
+        assert not (tmp_path / "run" / "adapter").exists()
+
+
+def edit_config(model: Path, **values: Any) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **values}))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("gemma", "architecture 'gemma' is not supported; there are llama"),
+        ("truncated", "not a whole safetensors file"),
+        ("missing", "tensor model.layers.1.mlp.up_proj.weight is missing"),
+        ("shape", "shape (128, 64) in the checkpoint, (96, 64) expected"),
+        ("tokens", "tokenizer has 301 tokens, the frozen embedding 300"),
+        ("gptq", "quantised with 'gptq'; only 4-bit bitsandbytes"),
+        ("index", "../x.safetensors is not a file in this folder"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used_is_one_line(
+    fault: str, message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    weights = model / "model.safetensors"
+    if fault == "gemma":
+        edit_config(model, model_type="gemma")
+    elif fault == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif fault == "missing":
+        tensors = load_file(weights)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif fault == "shape":
+        edit_config(model, intermediate_size=96)
+    elif fault == "tokens":
+        tiny_files.tokenizer(extra=300 - 259 + 1).save_pretrained(model)
+    elif fault == "gptq":
+        edit_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
+    else:
+        index = {"weight_map": {"model.norm.weight": "../x.safetensors"}}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert run(folder, tmp_path / "run", f"model.path={model}", "loop.max_steps=1") != 0
+    assert message in error_of(capsys)
