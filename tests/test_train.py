@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: two ranks, kills and resumes, signals, spikes, plain PEFT, refusals."""
+"""Whole runs on a tiny model: kills, resumes, signals, spikes, plain PEFT, refusals."""
 
 import json
 import multiprocessing
