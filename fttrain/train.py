@@ -35,6 +35,7 @@ from fttrain.dist import Group, process_group, rank_from_environment
 from fttrain.errors import UserError
 from fttrain.evaluation import Evaluation
 from fttrain.loop import SpikeGuard, StopSignals
+from fttrain.model.attention_op import kernel_name
 from fttrain.optim.factory import learning_rate
 from fttrain.rig.probe import peak_device_bytes, peak_host_bytes, set_up
 from fttrain.strategy.build import Recipe, build_strategy
@@ -341,7 +342,8 @@ def _describe(run: Run) -> None:
     print(
         f"{config.model.name}, quant={config.quant.kind}, lora.r={config.lora.r}, "
         f"strategy={config.strategy.name} on "
-        f"{run.group.world_size} rank(s) of {run.group.device.type}\n"
+        f"{run.group.world_size} rank(s) of {run.group.device.type}, "
+        f"{kernel_name(run.group.device)}\n"
         f"{run.total_steps} steps of {run.loader.rows_per_step} rows of up to "
         f"{config.data.seq_len} tokens -> {run.output}",
         flush=True,

@@ -9,6 +9,7 @@ from fttrain.checkpoint.frozen import check_quantisation, load_ends, load_layers
 from fttrain.checkpoint.readers import open_checkpoint
 from fttrain.checkpoint.source import Source, load_config, quantisation_of
 from fttrain.dist import Group
+from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture, Decoder
 from fttrain.model.lora import LoraConfig
 from fttrain.optim.factory import OptimConfig
@@ -46,6 +47,8 @@ def build_strategy(
     """
     check_activations(recipe.activations)
     dtype = getattr(torch, recipe.dtype)
+    if group.device.type == "cuda" and dtype == torch.float32:
+        raise UserError("model.dtype=float32: flash attention on a GPU takes model.dtype=bfloat16")
     check_quantisation(quantisation_of(source), recipe.quant)
     config = load_config(source)
     architecture = Architecture(config)

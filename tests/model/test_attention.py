@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fttrain.model.attention import varlen_attention, varlen_attention_backward
+from fttrain.model.attention_op import varlen_attention, varlen_attention_backward
 
 CASES = {  # documents, window
     "one": ([24], 0),
@@ -123,8 +123,43 @@ def test_fake_kernels_agree_with_the_real_ones(window: int) -> None:
 
 
 def test_no_tile_of_a_window_is_the_document_squared() -> None:
-    from fttrain.model.attention import _tiles
+    from fttrain.model.attention_op import _tiles
 
     tiles = _tiles(slice(10, 1010), 64, torch.device("cpu"))
     assert max(mask.numel() for _, _, mask in tiles if mask is not None) <= 64 * 128
     assert sum(rows.stop - rows.start for rows, _, _ in tiles) == 1000
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_plain_transformers_model_can_use_the_operator(window: int | None) -> None:
+    """Packed documents through the registry equal each document alone through sdpa."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=window,
+    )
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config)
+    documents = [torch.randint(0, 50, (length,)) for length in (7, 12)]
+    model.set_attn_implementation("sdpa")
+    alone = torch.cat([model(document[None]).logits[0] for document in documents])
+    alone.square().sum().backward()
+    expected = model.model.layers[0].self_attn.k_proj.weight.grad.clone()
+    model.zero_grad()
+    model.set_attn_implementation("fttrain_varlen")
+    packed = model(
+        torch.cat(documents)[None],
+        position_ids=torch.cat([torch.arange(len(document)) for document in documents])[None],
+        lengths=tuple(len(document) for document in documents),
+        use_cache=False,
+    ).logits[0]
+    packed.square().sum().backward()
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    grad = model.model.layers[0].self_attn.k_proj.weight.grad
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,283 @@
+"""Causal attention over documents that lie end to end, as an operator of torch.
+
+Two custom operators with fake kernels, so that a run can be planned without running it. Documents
+never see each other and no dense (T, T) mask exists anywhere: CUDA runs flash attention's
+variable-length kernel, the CPU runs causal flash attention document by document. Document lengths
+travel as Python ints, so nothing waits for the device.
+
+Legend: N tokens, H query heads, K key and value heads, D width of a head, L tokens of one document.
+"""
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+_cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# torch's CPU flash backward is 4 times slower in bf16 than in fp32 up to about this many tokens
+# (measured)
+_CPU_FP32_BACKWARD_TOKENS = 512
+
+
+@torch.library.custom_op("fttrain::varlen_attention", mutates_args=())
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    """Causal attention within each document.
+
+    ``q`` (N, H, D), ``k`` and ``v`` (N, K, D); ``window`` > 0 lets a token see that many tokens,
+    itself included. Returns the output (N, H, D) and the log-sum-exp of the scores fp32 (H, N).
+    """
+    if q.is_cuda:
+        return _cuda_forward(q, k, v, lengths, scale, window)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    for document in _documents(lengths):
+        for rows, keys, mask in _tiles(document, window, q.device):
+            tile_out, tile_lse = _cpu_flash(
+                _heads(q[rows]),
+                _heads(k[keys]),
+                _heads(v[keys]),
+                0.0,
+                mask is None,
+                attn_mask=_additive(mask, q.dtype),
+                scale=scale,
+            )
+            out[rows] = tile_out[0].transpose(0, 1)
+            lse[:, rows] = tile_lse[0]
+    return out, lse
+
+
+@varlen_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("fttrain::varlen_attention_backward", mutates_args=())
+def varlen_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: list[int],
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Gradient of the output (N, H, D) -> gradients of q, k and v side by side (N, H + 2K, D)."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    grads = q.new_empty(q.shape[0], heads + 2 * kv_heads, q.shape[2])
+    grad_q, grad_k, grad_v = grads.split([heads, kv_heads, kv_heads], dim=1)
+    if q.is_cuda:
+        results = _cuda_backward(grad, q, k, v, out, lse, lengths, scale, window)
+        for target, value in zip((grad_q, grad_k, grad_v), results, strict=True):
+            target.copy_(value)
+        return grads
+    if window:
+        grad_k.zero_(), grad_v.zero_()
+    if max(lengths, default=0) <= _CPU_FP32_BACKWARD_TOKENS:
+        grad, q, k, v, out = (tensor.float() for tensor in (grad, q, k, v, out))
+    for document in _documents(lengths):
+        for rows, keys, mask in _tiles(document, window, q.device):
+            tile_q, tile_k, tile_v = _cpu_flash_backward(
+                _heads(grad[rows]),
+                _heads(q[rows]),
+                _heads(k[keys]),
+                _heads(v[keys]),
+                _heads(out[rows]),
+                lse[:, rows].unsqueeze(0),
+                0.0,
+                mask is None,
+                attn_mask=_additive(mask, q.dtype),
+                scale=scale,
+            )
+            grad_q[rows] = tile_q[0].transpose(0, 1)
+            for target, value in ((grad_k, tile_k), (grad_v, tile_v)):
+                value = _sum_shared_heads(value[0], kv_heads).transpose(0, 1)
+                if mask is None:
+                    target[keys] = value
+                else:
+                    target[keys] += value  # neighbouring tiles of a window share keys
+    return grads
+
+
+@varlen_attention_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: list[int],
+    scale: float,
+    window: int,
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1] + 2 * k.shape[1], q.shape[2])
+
+
+def _documents(lengths: list[int]) -> list[slice]:
+    return [
+        slice(end - length, end)
+        for end, length in zip(accumulate(lengths), lengths, strict=True)
+        if length
+    ]
+
+
+def _tiles(
+    document: slice, window: int, device: torch.device
+) -> list[tuple[slice, slice, Tensor | None]]:
+    """(query rows, key rows, mask) of a document: one causal tile, or window-sized tiles that see
+    one tile back.
+
+    A tile's mask is bool, at most (window, 2 * window): never the document squared.
+    """
+    length = document.stop - document.start
+    if not window or length <= window:
+        return [(document, document, None)]
+    tiles: list[tuple[slice, slice, Tensor | None]] = []
+    for start in range(document.start, document.stop, window):
+        rows = slice(start, min(start + window, document.stop))
+        keys = slice(max(document.start, start - window + 1), rows.stop)
+        distance = (
+            torch.arange(rows.start, rows.stop, device=device)[:, None]
+            - torch.arange(keys.start, keys.stop, device=device)[None, :]
+        )
+        tiles.append((rows, keys, (distance >= 0) & (distance < window)))
+    return tiles
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """bool mask -> 0 where it is True, -inf elsewhere: the form the CPU kernel takes."""
+    return (
+        None
+        if mask is None
+        else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    )
+
+
+def _heads(tensor: Tensor) -> Tensor:
+    """(L, H, D) -> a view (1, H, L, D)."""
+    return tensor.transpose(0, 1).unsqueeze(0)
+
+
+def _sum_shared_heads(grad: Tensor, kv_heads: int) -> Tensor:
+    """(K or H, L, D) -> (K, L, D): query heads that shared a key head add their gradients."""
+    if grad.shape[0] == kv_heads:
+        return grad
+    return grad.view(kv_heads, -1, *grad.shape[1:]).sum(1)
+
+
+def _boundaries(lengths: list[int], device: torch.device) -> tuple[Tensor, int]:
+    """int32 (documents + 1,): where each document starts, and the longest document."""
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=True)
+    return starts.to(device, non_blocking=True), max(lengths, default=0)
+
+
+def _cuda_window(window: int) -> dict[str, int]:
+    return {"window_size_left": window - 1, "window_size_right": 0} if window else {}
+
+
+def _cuda_forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    starts, longest = _boundaries(lengths, q.device)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        starts,
+        starts,
+        longest,
+        longest,
+        0.0,
+        True,
+        False,
+        scale=scale,
+        **_cuda_window(window),
+    )
+    return out, lse
+
+
+def _cuda_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: list[int],
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    starts, longest = _boundaries(lengths, q.device)
+    unused_rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # only dropout reads it
+    return torch.ops.aten._flash_attention_backward(
+        grad.contiguous(),
+        q,
+        k,
+        v,
+        out,
+        lse,
+        starts,
+        starts,
+        longest,
+        longest,
+        0.0,
+        True,
+        unused_rng,
+        unused_rng.new_empty(0),
+        scale=scale,
+        **_cuda_window(window),
+    )
+
+
+def kernel_name(device: torch.device) -> str:
+    """What really runs on ``device``, for the log."""
+    if device.type == "cuda":
+        return "flash attention, variable length"
+    return "flash attention on the CPU, document by document"
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.lengths, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse = ctx.saved_tensors
+    grads = varlen_attention_backward(grad, q, k, v, out, lse, ctx.lengths, ctx.scale, ctx.window)
+    return *grads.split([q.shape[1], k.shape[1], k.shape[1]], dim=1), None, None, None
+
+
+varlen_attention.register_autograd(_autograd, setup_context=_save_for_backward)
+
+
+def transformers_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    sliding_window: int | None = None,
+    lengths: tuple[int, ...] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The same operator for a plain transformers model: ``attn_implementation="fttrain_varlen"``.
+
+    ``query`` (1, H, N, D), ``key`` and ``value`` (1, K, N, D); ``lengths`` of the documents come as
+    a keyword of the model's call, without them the row is one document. Returns (1, N, H, D).
+    """
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    out, _lse = varlen_attention(q, k, v, list(lengths or (len(q),)), scaling, sliding_window or 0)
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register("fttrain_varlen", transformers_attention)
