@@ -247,4 +247,4 @@ def logits(decoder: Decoder, store: ResidentStore, batch: MicroBatch) -> Tensor:
     work = layer_pass.start(decoder, batch, None)
     for layer in layer_pass.walk(decoder, store, range(len(store))):
         layer_pass.forward_only(decoder.layers[layer], work)
-    return decoder.head.logits(work.hidden)
+    return decoder.head.logits(work.hidden[: sum(batch.lengths)])  # the rest is padding

@@ -169,7 +169,7 @@ def test_keep_holds_the_stated_tensors_and_no_others(name: str) -> None:
     decoder, store = tiny.build(tiny.model(name), QuantConfig(), DROPOUT)
     batch = micro_batches(1)[0]
     work = layer_pass.start(decoder, batch, masks_by_index(batch))
-    tokens, a = sum(batch.lengths), decoder.architecture
+    tokens, a = len(work.hidden), decoder.architecture
     qkv, attention = (a.heads + 2 * a.kv_heads) * a.head_dim, a.heads * a.head_dim
     stated = sorted(
         4 * tokens * width
