@@ -176,11 +176,18 @@ def _resume(run: Run) -> None:
 
 def _identity(run: Run) -> dict[str, Any]:
     """What must be the same before and after a resume for the data and the randomness to go on."""
+    config = run.config
     return {
         "data fingerprint": run.dataset.fingerprint,
         "rows per step": run.loader.rows_per_step,
-        "loop.seed": run.config.loop.seed,
-        "lora.r": run.config.lora.r,
+        "loop.seed": config.loop.seed,
+        "model.name": config.model.name,
+        "model.dtype": config.model.dtype,
+        "quant.kind": config.quant.kind,
+        "lora.r": config.lora.r,
+        "lora.lora_alpha": config.lora.lora_alpha,
+        "lora.use_rslora": config.lora.use_rslora,
+        "lora.lora_dropout": config.lora.lora_dropout,
     }
 
 

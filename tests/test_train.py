@@ -233,6 +233,21 @@ def test_plain_peft_gives_the_same_held_out_loss(folder: Path, finished: Path) -
     assert tuned["nll"] == pytest.approx(loss.item() / tuned["tokens"], rel=1e-5)
 
 
+def test_evaluating_a_run_gives_the_figures_of_its_end(
+    folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    at_the_end = json.loads((output / "evaluation.json").read_text())
+    (output / "evaluation.json").unlink()
+    assert main(["evaluate", f"output={output}"]) == 0
+    again = json.loads((output / "evaluation.json").read_text())
+    for part in ("base", "tuned", "samples"):
+        assert again[part] == at_the_end[part]
+    assert main(["evaluate", f"output={tmp_path / 'nowhere'}"]) != 0
+    assert "no run is there" in error_of(capsys)
+
+
 def test_a_finished_run_that_is_started_again_changes_nothing(
     folder: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -262,6 +277,10 @@ def test_a_second_run_into_the_same_folder_is_refused(
         ("loop.micro_batch_size=3", "rows per step was 4 when it was saved and is 6 now"),
         ("data.seq_len=80", "data fingerprint was"),
         ("lora.r=5", "lora.r was 4 when it was saved and is 5 now"),
+        ("lora.lora_alpha=5", "lora.lora_alpha was 32.0 when it was saved and is 5.0 now"),
+        ("lora.lora_dropout=0.5", "lora.lora_dropout was 0.1 when it was saved and is 0.5 now"),
+        ("quant=fp4", "quant.kind was nf4 when it was saved and is fp4 now"),
+        ("model.name=other", "model.name was local when it was saved and is other now"),
         ("lora.target_modules=[q_proj]", "lora.target_modules or the model differ"),
     ],
 )

@@ -1,10 +1,11 @@
 """Packed attention against plain SDPA with a dense mask, document by document."""
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
-from fttrain.model.attention_op import varlen_attention, varlen_attention_backward
+from fttrain.model.attention_op import _tiles, varlen_attention, varlen_attention_backward
 
 CASES = {  # documents, window
     "one": ([24], 0),
@@ -123,8 +124,6 @@ def test_fake_kernels_agree_with_the_real_ones(window: int) -> None:
 
 
 def test_no_tile_of_a_window_is_the_document_squared() -> None:
-    from fttrain.model.attention_op import _tiles
-
     tiles = _tiles(slice(10, 1010), 64, torch.device("cpu"))
     assert max(mask.numel() for _, _, mask in tiles if mask is not None) <= 64 * 128
     assert sum(rows.stop - rows.start for rows, _, _ in tiles) == 1000
@@ -163,3 +162,26 @@ def test_a_plain_transformers_model_can_use_the_operator(window: int | None) -> 
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
     grad = model.model.layers[0].self_attn.k_proj.weight.grad
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3_sliding"])
+def test_a_plain_transformers_model_runs_on_it(name: str) -> None:
+    """Registered with transformers: one packed row gives the logits and gradients of separate
+    documents, and without lengths the row is one document.
+    """
+    packed, plain = (tiny.model(name) for _ in range(2))
+    packed.set_attn_implementation("fttrain_varlen")
+    lengths = (11, 1, 20)
+    documents = [torch.tensor([ids]) for ids, _ in tiny.documents(lengths)]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    ours = packed(
+        input_ids=torch.cat(documents, dim=1), position_ids=positions, lengths=lengths
+    ).logits
+    theirs = torch.cat([plain(input_ids=ids).logits for ids in documents], dim=1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    for mine, expected in zip(packed.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, expected.grad, rtol=1e-3, atol=1e-3)
+    one = packed(input_ids=documents[2]).logits
+    torch.testing.assert_close(one, theirs[:, 12:], rtol=1e-4, atol=1e-4)
