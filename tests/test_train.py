@@ -1,15 +1,12 @@
 """Whole runs on a tiny model: kills, resumes, signals, spikes, plain PEFT, refusals."""
 
 import json
-import multiprocessing
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -20,16 +17,15 @@ import tiny_files
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tiny_run import WAIT_S, Fault, adapter, arguments, exit_codes, losses, start_ranks
 from transformers import AutoModelForCausalLM
 
 from fttrain.checkpoint.claim import claim_output
 from fttrain.cli import main
 from fttrain.data.dataset import DataConfig, prepare
-from fttrain.launch import free_port
 from fttrain.quant.scheme import QuantConfig
 from fttrain.track import read_metrics
 
-WAIT_S = 120
 STEPS = 24
 
 
@@ -42,111 +38,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def arguments(folder: Path, output: Path, *more: str) -> list[str]:
-    """``fttrain train`` on one rank, with dropout and shuffling on, in fp32."""
-    return [
-        "train",
-        "model=local",
-        f"model.path={folder / 'model'}",
-        "model.dtype=float32",
-        "data=file",
-        f"data.path={folder / 'data.jsonl'}",
-        "data.seq_len=96",
-        f"data.cache_dir={folder / 'cache'}",
-        "lora.r=4",
-        "lora.lora_dropout=0.1",
-        "optim.lr=5e-3",
-        "loop.micro_batch_size=2",
-        "loop.gradient_accumulation_steps=2",
-        "loop.epochs=50",
-        "loop.samples=1",
-        f"output={output}",
-        *more,
-    ]
-
-
-def adapter(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "adapter" / "adapter_model.safetensors")
-
-
-def losses(output: Path) -> dict[int, float]:
-    """Step -> loss; each step stands in the file once."""
-    lines = [line for line in read_metrics(output / "metrics.jsonl") if "loss" in line]
-    found = {line["step"]: line["loss"] for line in lines}
-    assert len(found) == len(lines)
-    return found
-
-
-class Ranks:
-    """Two ranks as a launcher starts them, forked from a process that has imported everything."""
-
-    def __init__(self, argv: list[str]) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["fttrain.train", "fttrain.cli.train"])
-        port = free_port()
-        self.processes: list[BaseProcess] = []
-        for rank in range(2):
-            process = context.Process(target=rank_main, args=(argv, rank, port))
-            process.start()
-            self.processes.append(process)
-
-    def signal(self, signum: int, *ranks: int) -> None:
-        for rank in ranks:
-            pid = self.processes[rank].pid
-            assert pid is not None
-            os.kill(pid, signum)
-
-    def exit_codes(self) -> list[int | None]:
-        for process in self.processes:
-            process.join(WAIT_S)
-        return [process.exitcode for process in self.processes]
-
-    def when_step(self, output: Path, step: int) -> None:
-        """Returns as soon as ``step`` is in the metrics and the ranks still run."""
-        deadline = time.monotonic() + WAIT_S
-        while f'"step": {step},' not in _text(output / "metrics.jsonl"):
-            assert time.monotonic() < deadline
-            assert all(process.is_alive() for process in self.processes)
-            time.sleep(0.002)
-
-
-def rank_main(argv: list[str], rank: int, port: int) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        GLOO_SOCKET_IFNAME="lo",
-    )
-    sys.exit(main(argv))
-
-
-def _text(file: Path) -> str:
-    return file.read_text() if file.exists() else ""
-
-
 @pytest.fixture
-def start() -> Iterator[Any]:
+def ranks() -> Iterator[Callable[..., list[BaseProcess]]]:
     """Starts two ranks; none outlives the test."""
-    started: list[Ranks] = []
+    started: list[BaseProcess] = []
 
-    def begin(argv: list[str]) -> Ranks:
-        started.append(Ranks(argv))
-        return started[-1]
+    def start(argv: list[str], fault: Fault | None = None) -> list[BaseProcess]:
+        processes = start_ranks(argv, fault)
+        started.extend(processes)
+        return processes
 
-    yield begin
-    for ranks in started:
-        for process in ranks.processes:
-            process.kill()
+    yield start
+    for process in started:
+        process.kill()
 
 
 def test_killed_stopped_and_resumed_is_bit_identical(
-    folder: Path, tmp_path: Path, start: Any
+    folder: Path, tmp_path: Path, ranks: Callable[..., list[BaseProcess]]
 ) -> None:
-    """SIGKILL at a random step, SIGTERM to one rank at a later one: the adapter and every loss are
-    those of a run that nobody disturbed, which the launcher started.
+    """SIGKILL at a random moment, SIGTERM to one rank at a later step: the adapter and every loss
+    are those of a run that nobody disturbed, which the launcher started.
     """
     more = (f"loop.max_steps={STEPS}", "checkpoint.every=3", "launch.processes=2")
     whole = arguments(folder, tmp_path / "whole", *more, "launch=cpu_demo")
@@ -157,23 +68,20 @@ def test_killed_stopped_and_resumed_is_bit_identical(
     assert f"step {STEPS}/{STEPS}" in launched.stdout + launched.stderr
     output = tmp_path / "disturbed"
     disturbed = arguments(folder, output, *more)
-    kill_at, stop_at = random.randrange(4, 10), random.randrange(13, 18)
-    ranks = start(disturbed)
-    ranks.when_step(output, kill_at)
-    ranks.signal(signal.SIGKILL, 0, 1)
-    assert ranks.exit_codes() == [-signal.SIGKILL] * 2
+    kill = Fault(0, random.randrange(4, 9), signal.SIGKILL, random.uniform(0.001, 0.1))
+    killed = ranks(disturbed, kill)
+    killed[0].join(WAIT_S)
+    killed[1].kill()  # as the launcher does
+    assert exit_codes(killed)[0] == -signal.SIGKILL
     assert not (output / "adapter").exists()
-    ranks = start(disturbed)
-    ranks.when_step(output, stop_at)
-    ranks.signal(signal.SIGTERM, 1)
-    assert ranks.exit_codes() == [143, 143]
-    stopped = max(losses(output))
-    assert stop_at <= stopped < STEPS
-    assert (output / "checkpoints" / f"step_{stopped:08d}").is_dir()
-    assert start(disturbed).exit_codes() == [0, 0]
-    assert losses(output) == losses(tmp_path / "whole"), (kill_at, stop_at)
+    stop = Fault(1, random.randrange(14, 20), signal.SIGTERM)
+    assert exit_codes(ranks(disturbed, stop)) == [143, 143]
+    assert max(losses(output)) == stop.step + 1  # the step that was under way is finished
+    assert (output / "checkpoints" / f"step_{stop.step + 1:08d}").is_dir()
+    assert exit_codes(ranks(disturbed)) == [0, 0]
+    assert losses(output) == losses(tmp_path / "whole"), (kill, stop)
     ours, expected = adapter(output), adapter(tmp_path / "whole")
-    assert all(torch.equal(ours[name], expected[name]) for name in expected), (kill_at, stop_at)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected), (kill, stop)
     assert any(bool(tensor.any()) for name, tensor in ours.items() if "lora_B" in name)
 
 

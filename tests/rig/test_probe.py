@@ -1,0 +1,48 @@
+"""How a rank sets itself up."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fttrain.errors import UserError
+from fttrain.rig.probe import RigConfig, peak_device_bytes, peak_host_bytes, set_up
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"device": "tpu"}, "rig.device=tpu: auto, cpu or cuda"), ({"threads": 0}, "rig.threads=0")],
+)
+def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RigConfig(**settings)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_are_as_asked_for(threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert set_up(RigConfig("cpu", threads), 0, 1) == torch.device("cpu")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+        torch.set_flush_denormal(False)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for gpus, processes in ((0, 1), (1, 2)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        with pytest.raises(UserError, match=rf"needs GPU {processes - 1}, there are {gpus}"):
+            set_up(RigConfig("cuda"), processes - 1, processes)
+    with pytest.raises(UserError, match=r"launch.processes=2: this machine has 1 GPU"):
+        set_up(RigConfig("auto"), 0, 2)
+
+
+def test_peak_memory_grows_with_what_is_touched() -> None:
+    before = peak_host_bytes()
+    assert 10**7 < before < 10**12
+    size_bytes = before + 50 * 2**20  # more than this process has ever held
+    torch.ones(min(size_bytes, 2 * 2**30) // 4)
+    assert peak_host_bytes() >= min(size_bytes, 2 * 2**30)
+    assert peak_device_bytes(torch.device("cpu")) == 0
