@@ -83,6 +83,11 @@ def test_killed_stopped_and_resumed_is_bit_identical(
     ours, expected = adapter(output), adapter(tmp_path / "whole")
     assert all(torch.equal(ours[name], expected[name]) for name in expected), (kill, stop)
     assert any(bool(tensor.any()) for name, tensor in ours.items() if "lora_B" in name)
+    last = f"checkpoints/step_{STEPS:08d}"
+    for file in ("optimizer.safetensors", "state.json"):  # moments; the spike guard's memory
+        assert (output / last / file).read_bytes() == (
+            tmp_path / "whole" / last / file
+        ).read_bytes()
 
 
 def run(folder: Path, output: Path, *more: str) -> int:

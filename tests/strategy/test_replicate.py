@@ -154,6 +154,17 @@ def test_the_order_of_ranks_does_not_change_the_mask() -> None:
     assert tiny.difference(other[1], forward[1]) > 1e-3
 
 
+def test_no_two_micro_batches_and_no_two_steps_share_a_mask() -> None:
+    trained = strategy(DROPOUT)
+    batch = micro_batches(8, (8, 1))[0]
+    found = []
+    for index, step in ((0, 0), (1, 0), (2, 0), (8, 0), (0, 1), (1, 1)):
+        trained.train_step([replace(batch, index=index)], step, 1e-2, lambda loss, norm: False)
+        found.append(tiny.gradients(trained.decoder))
+    for i, one in enumerate(found):
+        assert all(tiny.difference(one, other) > 1e-3 for other in found[:i])
+
+
 @pytest.mark.parametrize("max_grad_norm", [0.05, 100.0, 0.0], ids=["clips", "slack", "off"])
 def test_clipping_and_updates_equal_torch(max_grad_norm: float) -> None:
     optim = replace(OPTIM, max_grad_norm=max_grad_norm)
