@@ -114,7 +114,7 @@ class LinearGroup(nn.Module):
         if self.adapter is not None and down is not None:
             grad_down = grad @ self.adapter.b  # (N, R)
             grad_a = _down_projection_backward(self, grad_down, inputs, grad_inputs, dropout)
-            self.adapter.accumulate(grad_a, grad.t() @ down)
+            self.adapter.accumulate(grad_a, down.t() @ grad)
         return grad_inputs
 
 

@@ -128,7 +128,7 @@ class GroupAdapter:
         """Add the gradients of ``a`` (R, in) and ``b`` (sum of out, R) to the fp32 gradient."""
         self.a_grad.add_(grad_a)
         for rows, block, grad in self._member_parts(self.b_grad):
-            grad.add_(grad_b[rows, block], alpha=self.scaling)
+            grad.add_(grad_b[block, rows].t(), alpha=self.scaling)
 
     def named_masters(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         """(name, fp32 master) of each A (r, in) and B (out, r)."""
