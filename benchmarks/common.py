@@ -97,6 +97,7 @@ def run_ranks(
         "MASTER_PORT": str(free_port()),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": str(threads),
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # as launch/cpu_demo.env; for both sides
         PARENT_PID: str(os.getpid()),
         "PYTHONWARNINGS": "ignore::FutureWarning",  # of the peers' own libraries
     }

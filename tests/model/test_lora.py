@@ -144,5 +144,5 @@ def test_masters_and_gradients_are_views_of_one_flat_tensor() -> None:
     assert layer.flat.unique().tolist() == list(range(8))
     assert len(layer.flat) == sum(m.numel() for _, m in layer.named_masters()) == 112
     for group in layer.groups.values():
-        group.accumulate(torch.ones_like(group.a), torch.ones_like(group.b))
+        group.accumulate(torch.ones_like(group.a), torch.ones_like(group.b.t()))
     assert bool((layer.grad != 0).all())
