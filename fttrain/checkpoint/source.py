@@ -45,6 +45,12 @@ class Source:
 
     folder: Path
     gguf_file: str | None  # name inside ``folder``; None: safetensors
+    hub_id: str | None = None  # where the folder came from
+
+    @property
+    def name(self) -> str:
+        """What an adapter names as its base: the hub id, else the folder."""
+        return self.hub_id or str(self.folder)
 
     @property
     def pretrained_arguments(self) -> dict[str, Any]:
@@ -72,7 +78,8 @@ def resolve(config: ModelConfig) -> Source:
         raise UserError(
             f"model.path={config.path}: no such folder; a hub id has the form owner/name"
         )
-    return _in_folder(_from_hub(config.path, config.revision))
+    folder = _in_folder(_from_hub(config.path, config.revision)).folder
+    return Source(folder, None, config.path)
 
 
 def load_config(source: Source) -> PretrainedConfig:

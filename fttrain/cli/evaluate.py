@@ -47,8 +47,8 @@ def _evaluate(config: RunConfig) -> int:
     from fttrain.dist import process_group, rank_from_environment
     from fttrain.evaluation import Answer, Evaluation, answer, held_out_loss
     from fttrain.rig.probe import set_up
+    from fttrain.run import recipe
     from fttrain.strategy.build import build_strategy
-    from fttrain.train import recipe
 
     rank, world_size, local_rank = rank_from_environment()
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

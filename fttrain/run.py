@@ -1,0 +1,179 @@
+"""One run: everything its parts share, how it is put together, described, saved and resumed."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fttrain.checkpoint.adapter import AdapterInfo
+from fttrain.checkpoint.resume import Snapshot, find_snapshot, load_snapshot, save_snapshot
+from fttrain.checkpoint.source import Source
+from fttrain.config import RunConfig, to_yaml
+from fttrain.data.dataset import Dataset
+from fttrain.data.loader import Loader
+from fttrain.dist import Group
+from fttrain.errors import UserError
+from fttrain.evaluation import Evaluation
+from fttrain.loop import SpikeGuard
+from fttrain.model.attention_op import kernel_name
+from fttrain.strategy.build import Recipe, build_strategy
+from fttrain.strategy.protocol import Strategy
+from fttrain.track import counting
+
+
+@dataclass
+class Run:
+    """What the parts of one run share."""
+
+    config: RunConfig
+    group: Group
+    output: Path
+    strategy: Strategy
+    tokenizer: Any
+    dataset: Dataset
+    loader: Loader
+    guard: SpikeGuard
+    total_steps: int
+    base_model: str
+    step: int = 0  # optimizer steps done
+    figures: Evaluation = dataclasses.field(default_factory=Evaluation)
+
+    def say(self, text: str) -> None:
+        """Rank 0 tells the user."""
+        if self.group.is_main:
+            print(text, flush=True)
+
+
+def recipe(config: RunConfig) -> Recipe:
+    """What a strategy is built from."""
+    return Recipe(
+        config.strategy,
+        config.quant,
+        config.lora,
+        config.optim,
+        config.schedule,
+        config.activations,
+        config.model.dtype,
+        config.loop.seed,
+    )
+
+
+def build(
+    config: RunConfig, group: Group, output: Path, source: Source, tokenizer: Any, dataset: Dataset
+) -> Run:
+    """Load the frozen base and make everything a run needs, at its start."""
+    loading = counting("loading the frozen base") if group.is_main else None
+    strategy = build_strategy(recipe(config), source, group, loading)
+    loop = config.loop
+    loader = Loader(
+        dataset.train,
+        loop.micro_batch_size,
+        loop.gradient_accumulation_steps,
+        group.rank,
+        group.world_size,
+        loop.seed,
+    )
+    steps = max(1, round(loop.epochs * loader.steps_per_epoch))
+    return Run(
+        config,
+        group,
+        output,
+        strategy,
+        tokenizer,
+        dataset,
+        loader,
+        SpikeGuard(loop.spike_policy, loop.spike_rise),
+        min(steps, loop.max_steps or steps),
+        source.name,
+    )
+
+
+def describe(run: Run) -> None:
+    """What is about to happen, in a few lines; and config.yaml."""
+    (run.output / "config.yaml").write_text(to_yaml(run.config))
+    config = run.config
+    for line in run.dataset.report.lines():
+        print(line)
+    print(
+        f"{config.model.name}, quant={config.quant.kind}, lora.r={config.lora.r}, "
+        f"strategy={config.strategy.name} on "
+        f"{run.group.world_size} rank(s) of {run.group.device.type}, "
+        f"{kernel_name(run.group.device)}\n"
+        f"{run.total_steps} steps of {run.loader.rows_per_step} rows of up to "
+        f"{config.data.seq_len} tokens -> {run.output}",
+        flush=True,
+    )
+
+
+def resume(run: Run) -> None:
+    """Go on from the snapshot that ``resume`` asks for, if there is one."""
+    found = (
+        find_snapshot(run.output / "checkpoints", run.config.resume) if run.group.is_main else None
+    )
+    path = run.group.share(str(found) if found else "")
+    if not path:
+        return
+    snapshot = load_snapshot(path)
+    for key, now in _identity(run).items():
+        before = snapshot.scalars.get(key)
+        if before != now:
+            raise UserError(
+                f"resume={path}: {key} was {before} when it was saved and is {now} now, so the run "
+                "would not go on where it stopped; restore the setting or the data, or give "
+                "another output= to start afresh"
+            )
+    run.strategy.load_adapter_state(snapshot.adapter)
+    run.strategy.load_optimizer_state(snapshot.optimizer)
+    run.guard.restore(snapshot.scalars["guard"])
+    run.step = run.loader.position = snapshot.step
+    history = run.figures.history
+    run.figures.history = [entry for entry in history if entry["step"] <= run.step]
+    run.say(f"resuming after step {run.step} from {path}")
+
+
+def save(run: Run) -> None:
+    """Rank 0 writes; the others wait, and all end together where the disk fails."""
+    problem = ""
+    if run.group.is_main:
+        snapshot = Snapshot(
+            run.step,
+            run.strategy.adapter_state(),
+            run.strategy.optimizer_state(),
+            {**_identity(run), "guard": run.guard.state()},
+            adapter_info(run.config),
+            run.base_model,
+            run.config.model.revision,
+        )
+        try:
+            save_snapshot(run.output / "checkpoints", snapshot, run.config.checkpoint.keep_last)
+        except UserError as error:
+            problem = str(error)
+    problem = run.group.share(problem)
+    if problem:
+        raise UserError(problem)
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What must be the same before and after a resume for the data and the randomness to go on."""
+    config = run.config
+    return {
+        "data fingerprint": run.dataset.fingerprint,
+        "rows per step": run.loader.rows_per_step,
+        "loop.seed": config.loop.seed,
+        "model.name": config.model.name,
+        "model.dtype": config.model.dtype,
+        "quant.kind": config.quant.kind,
+        "quant.blocksize": config.quant.blocksize,
+        "quant.double_quant": config.quant.double_quant,
+        "lora.r": config.lora.r,
+        "lora.lora_alpha": config.lora.lora_alpha,
+        "lora.use_rslora": config.lora.use_rslora,
+        "lora.lora_dropout": config.lora.lora_dropout,
+    }
+
+
+def adapter_info(config: RunConfig) -> AdapterInfo:
+    lora = config.lora
+    return AdapterInfo(
+        lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules, lora.use_rslora
+    )
