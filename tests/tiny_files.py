@@ -51,7 +51,7 @@ def write_data(file: Path, count: int = 60) -> Path:
     return file
 
 
-def write_gguf(source: PreTrainedModel, file: Path) -> Path:
+def write_gguf(source: PreTrainedModel, file: Path, rope_freqs: np.ndarray | None = None) -> Path:
     """``source`` as llama.cpp's converter writes it: its names, q and k interleaved for Llama.
 
     Each layer's linears have a storage type of their own.
@@ -91,6 +91,8 @@ def write_gguf(source: PreTrainedModel, file: Path) -> Path:
             storage = types[int(name.split(".")[2]) % len(types)]
         data = gguf.quants.quantize(values, storage)
         writer.add_tensor(f"{names.get_name(stem)}.{kind}", data, raw_dtype=storage)
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", rope_freqs)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

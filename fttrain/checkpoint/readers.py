@@ -126,12 +126,24 @@ class GgufReader:
         except (ValueError, OSError, IndexError, struct.error) as error:
             raise UserError(f"{file}: not a whole GGUF file ({error})") from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self._refuse_unsaid_rope_scaling()
         field = reader.get_field("general.architecture")
         architecture = field.contents() if field else "llama"
         by_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
         if architecture not in by_name:
             raise UserError(f"{file}: unknown GGUF architecture {architecture!r}")
         self._name_map = gguf.get_tensor_name_map(by_name[architecture], config.num_hidden_layers)
+
+    def _refuse_unsaid_rope_scaling(self) -> None:
+        """Llama 3.1 files scale their rotary frequencies by a tensor that transformers leaves out:
+        the model would run, and be slightly wrong at every position.
+        """
+        rope = getattr(self._config, "rope_parameters", None) or {}
+        if "rope_freqs.weight" in self._tensors and rope.get("rope_type", "default") == "default":
+            raise UserError(
+                f"{self._file}: tensor rope_freqs.weight scales the rotary frequencies, which the "
+                "configuration read from the file does not say; take the safetensors checkpoint"
+            )
 
     def _gguf_name(self, name: str) -> str:
         stem, _, kind = name.rpartition(".")

@@ -108,7 +108,7 @@ class Optimizer:
                     f"the adapter {parameter.numel()}; the snapshot belongs to other lora settings"
                 )
             if own:
+                # The fused kernel wants the step count on the parameter's device, too.
                 self._adamw.state[parameter] = {
-                    name: value.to(value.device if name == "step" else parameter.device)
-                    for name, value in own.items()
+                    name: value.to(parameter.device) for name, value in own.items()
                 }

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import tiny_files
@@ -131,3 +132,14 @@ def _write_index(folder: Path, index: Any) -> None:
 def _truncate(file: Path, keep: float) -> None:
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * keep)])
+
+
+def test_a_gguf_whose_rope_scaling_would_get_lost_is_refused(tmp_path: Path) -> None:
+    source = tiny.model()
+    factors = np.linspace(1, 8, source.config.head_dim // 2, dtype=np.float32)
+    file = tiny_files.write_gguf(source, tmp_path / "tiny.gguf", rope_freqs=factors)
+    with pytest.raises(UserError, match=r"rope_freqs.weight scales the rotary frequencies"):
+        GgufReader(file, source.config)
+    scaled = tiny.model()
+    scaled.config.rope_parameters["rope_type"] = "llama3"
+    GgufReader(file, scaled.config)  # a configuration that says it is believed
