@@ -51,7 +51,7 @@ Warn = Callable[[str], None]
 class CheckpointConfig:
     """When the exact state of the run is saved and how many snapshots stay."""
 
-    every: int = 0  # optimizer steps between snapshots; 0: only at the end (and on a signal)
+    every: int = 100  # optimizer steps between snapshots; 0: only at the end (and on a signal)
     keep_last: int = 2  # whole snapshots that stay; the newest always does
 
     def __post_init__(self) -> None:
