@@ -117,7 +117,7 @@ class WandbTracker:
         if self._thread.is_alive() and not self._failed:
             self._failed = True
             self._warn(f"wandb did not finish within {self._finish_s:.0f} s and was left behind")
-        elif self._dropped:
+        elif self._dropped and not self._failed:  # a failure has had its one warning
             self._warn(f"wandb was too slow: {self._dropped} steps are missing there")
 
     def _work(self) -> None:
