@@ -6,8 +6,8 @@ fp32 = nested_absmax of 256 codes * code + offset (QLoRA, Dettmers et al. 2023, 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
@@ -67,7 +67,7 @@ def quantise(weight: Tensor, config: QuantConfig, name: str) -> QuantisedWeight:
             f"quant.blocksize={config.blocksize}; "
             "a smaller block size or quant=none helps"
         )
-    packed, state = bnb.quantize_4bit(
+    packed, state = _bnb().quantize_4bit(
         weight.contiguous(),
         blocksize=config.blocksize,
         compress_statistics=config.double_quant,
@@ -90,9 +90,20 @@ def dequantise(
     packed: Tensor, scales: Tensor, shape: tuple[int, int], config: QuantConfig, dtype: torch.dtype
 ) -> Tensor:
     """Codes uint8 (out * in / 2,), scales fp32 (out * in / blocksize,) -> weight (out, in)."""
+    _bnb()
     return torch.ops.bitsandbytes.dequantize_4bit(
         packed, scales, config.blocksize, config.kind, shape, dtype
     )
+
+
+def _bnb() -> Any:
+    """bitsandbytes, whose import also registers the kernels that ``torch.ops`` is asked for.
+
+    It takes two seconds, and whoever only reads settings needs none of it.
+    """
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional
 
 
 _codes: dict[torch.device, Tensor] = {}
@@ -101,5 +112,5 @@ _codes: dict[torch.device, Tensor] = {}
 def dynamic_code(device: torch.device) -> Tensor:
     """The 256 values an 8-bit scale code stands for, fp32 (256,)."""
     if device not in _codes:
-        _codes[device] = bnb.create_dynamic_map().to(device)
+        _codes[device] = _bnb().create_dynamic_map().to(device)
     return _codes[device]
