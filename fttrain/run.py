@@ -8,7 +8,7 @@ from typing import Any
 from fttrain.checkpoint.adapter import AdapterInfo
 from fttrain.checkpoint.resume import Snapshot, find_snapshot, load_snapshot, save_snapshot
 from fttrain.checkpoint.source import Source
-from fttrain.config import RunConfig, to_yaml
+from fttrain.config import RunConfig
 from fttrain.data.dataset import Dataset
 from fttrain.data.loader import Loader
 from fttrain.dist import Group
@@ -89,8 +89,7 @@ def build(
 
 
 def describe(run: Run) -> None:
-    """What is about to happen, in a few lines; and config.yaml."""
-    (run.output / "config.yaml").write_text(to_yaml(run.config))
+    """What is about to happen, in a few lines."""
     config = run.config
     for line in run.dataset.report.lines():
         print(line)
@@ -105,14 +104,17 @@ def describe(run: Run) -> None:
     )
 
 
-def resume(run: Run) -> None:
-    """Go on from the snapshot that ``resume`` asks for, if there is one."""
+def wanted_snapshot(run: Run) -> tuple[str, Snapshot] | None:
+    """Path and content of the snapshot that ``resume`` asks for, if there is one.
+
+    Raises UserError where it is damaged or was saved with other settings or data.
+    """
     found = (
         find_snapshot(run.output / "checkpoints", run.config.resume) if run.group.is_main else None
     )
     path = run.group.share(str(found) if found else "")
     if not path:
-        return
+        return None
     snapshot = load_snapshot(path)
     for key, now in _identity(run).items():
         before = snapshot.scalars.get(key)
@@ -122,6 +124,11 @@ def resume(run: Run) -> None:
                 "would not go on where it stopped; restore the setting or the data, or give "
                 "another output= to start afresh"
             )
+    return path, snapshot
+
+
+def resume(run: Run, path: str, snapshot: Snapshot) -> None:
+    """Go on from ``snapshot``. Raises UserError where its tensors do not fit the model."""
     run.strategy.load_adapter_state(snapshot.adapter)
     run.strategy.load_optimizer_state(snapshot.optimizer)
     run.guard.restore(snapshot.scalars["guard"])
@@ -169,7 +176,13 @@ def _identity(run: Run) -> dict[str, Any]:
         "lora.lora_alpha": config.lora.lora_alpha,
         "lora.use_rslora": config.lora.use_rslora,
         "lora.lora_dropout": config.lora.lora_dropout,
+        "lora.target_modules": _as_json(config.lora.target_modules),
     }
+
+
+def _as_json(modules: str | tuple[str, ...]) -> str | list[str]:
+    """As it comes back from a snapshot's JSON."""
+    return modules if isinstance(modules, str) else list(modules)
 
 
 def adapter_info(config: RunConfig) -> AdapterInfo:

@@ -29,7 +29,7 @@ from fttrain.evaluation import Evaluation
 from fttrain.loop import StopSignals
 from fttrain.optim.factory import learning_rate
 from fttrain.rig.probe import peak_device_bytes, peak_host_bytes, set_up
-from fttrain.run import Run, adapter_info, build, describe, resume, save
+from fttrain.run import Run, adapter_info, build, describe, resume, save, wanted_snapshot
 from fttrain.strategy.protocol import StepStats
 from fttrain.track import Trackers, open_trackers
 from fttrain.track.report import write_report
@@ -64,13 +64,19 @@ def train(config: RunConfig) -> int:
 
 
 def _start(run: Run) -> None:
-    """Say what is about to happen, measure the base and go on from a snapshot, if there is one."""
+    """Say what is about to happen, measure the base and go on from a snapshot, if there is one.
+
+    A snapshot that does not fit is refused before anything is measured or written.
+    """
+    found = wanted_snapshot(run)
     if run.group.is_main:
+        (run.output / "config.yaml").write_text(to_yaml(run.config))
         describe(run)
     run.figures = Evaluation.read(run.output)
     if run.figures.base is None and len(run.dataset.holdout):
         _measure_base(run)
-    resume(run)
+    if found is not None:
+        resume(run, *found)
 
 
 def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:

@@ -194,14 +194,17 @@ def test_a_second_run_into_the_same_folder_is_refused(
         ("lora.lora_dropout=0.5", "lora.lora_dropout was 0.1 when it was saved and is 0.5 now"),
         ("quant=fp4", "quant.kind was nf4 when it was saved and is fp4 now"),
         ("model.name=other", "model.name was local when it was saved and is other now"),
-        ("lora.target_modules=[q_proj]", "lora.target_modules or the model differ"),
+        ("lora.target_modules=[q_proj]", "lora.target_modules was all-linear when it was saved"),
     ],
 )
 def test_a_resume_that_would_not_go_on_is_refused(
     change: str, message: str, folder: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And its config.yaml still says what was trained."""
+    before = (finished / "config.yaml").read_bytes()
     assert run(folder, finished, change) != 0
     assert message in error_of(capsys)
+    assert (finished / "config.yaml").read_bytes() == before
 
 
 def test_data_edited_between_save_and_resume_is_refused(

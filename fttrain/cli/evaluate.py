@@ -25,15 +25,22 @@ def run(config: RunConfig, argv: list[str]) -> int:
 
 
 def _of_run(config: RunConfig, overrides: list[str]) -> RunConfig:
-    """The run's settings, with the groups that ``overrides`` name as they are in ``config``."""
+    """The run's settings, and over them what ``overrides`` name: a group, or one key of it."""
     file = Path(config.output) / "config.yaml"
     if not file.is_file():
         raise UserError(f"output={config.output}: no run is there (config.yaml is missing)")
     saved = schema.build(RunConfig, yaml.safe_load(file.read_text()))
-    named = {override.lstrip("+").partition("=")[0].partition(".")[0] for override in overrides}
-    fields = {field.name for field in dataclasses.fields(RunConfig)}
-    taken = (named & fields) | {"output", "launch", "rig"}
-    return dataclasses.replace(saved, **{name: getattr(config, name) for name in taken})
+    changed = {name: getattr(config, name) for name in ("output", "launch", "rig")}
+    named = [override.lstrip("+").partition("=")[0].partition(".") for override in overrides]
+    for group, _, key in sorted(named):  # a whole group before its keys
+        if not hasattr(saved, group):
+            continue
+        value = getattr(config, group)
+        if key:
+            before = changed.get(group, getattr(saved, group))
+            value = dataclasses.replace(before, **{key: getattr(value, key)})
+        changed[group] = value
+    return dataclasses.replace(saved, **changed)
 
 
 def _evaluate(config: RunConfig) -> int:

@@ -88,18 +88,15 @@ class Builder:
     def _located(self) -> Iterator[Located]:
         rows = islice(self._source.read(), self._config.max_rows)
         first = list(islice(rows, DETECT_ROWS))
+        if not first:
+            raise UserError(f"data.path={self._config.path}: holds no rows")
         shape = self._config.format
         if shape == "auto":
             readable = (row.value for row in first if isinstance(row.value, dict))
-            if (
-                first
-                and all(isinstance(row.value, BadRow) for row in first)
-                and self._config.on_bad_row == "error"
-            ):
+            unreadable = all(isinstance(row.value, BadRow) for row in first)
+            if unreadable and self._config.on_bad_row == "error":
                 self._refuse(first[0], first[0].value)  # type: ignore[arg-type]
-            shape = detect(
-                readable, self._where(first[0]) if first else f"data.path={self._config.path}"
-            )
+            shape = detect(readable, self._where(first[0]))
         self.report.shape = shape
         return chain(first, rows)
 

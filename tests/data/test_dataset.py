@@ -219,7 +219,7 @@ def test_nothing_to_train_on_is_an_error(ready: Any, write: Any) -> None:
         ready(write([{"prompt": "Q", "completion": ""}]), on_bad_row="skip")
     with pytest.raises(UserError, match="no known record shape"):
         ready(write(["{bad", "{bad"], "bad.jsonl"), on_bad_row="skip")
-    with pytest.raises(UserError, match=r"no rows|no known record shape"):
+    with pytest.raises(UserError, match="holds no rows"):
         ready(write([], "empty.jsonl"))
 
 
