@@ -157,6 +157,12 @@ def test_evaluating_a_run_gives_the_figures_of_its_end(
     again = json.loads((output / "evaluation.json").read_text())
     for part in ("base", "tuned", "samples"):
         assert again[part] == at_the_end[part]
+    assert main(["evaluate", f"output={output}", "loop.samples=0"]) == 0  # the rest as it was
+    again = json.loads((output / "evaluation.json").read_text())
+    assert (again["samples"], again["tuned"]) == ([], at_the_end["tuned"])
+    assert main(["evaluate", f"output={output}", "data.holdout=0.5"]) == 0  # of the run's data
+    again = json.loads((output / "evaluation.json").read_text())
+    assert again["tuned"]["tokens"] > at_the_end["tuned"]["tokens"]
     assert main(["evaluate", f"output={tmp_path / 'nowhere'}"]) != 0
     assert "no run is there" in error_of(capsys)
 
