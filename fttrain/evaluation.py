@@ -63,7 +63,7 @@ class Evaluation:
     def verdict(self) -> str:
         """One line: both losses, the fall and what it is worth."""
         if self.base is None or self.tuned is None:
-            return "held-out loss: not measured (data.holdout is 0, or the run has not ended)"
+            return "held-out loss: not measured (nothing is held out, or the run has not ended)"
         return verdict(_number(self.base["nll"]), _number(self.tuned["nll"]))
 
 

@@ -212,6 +212,8 @@ class StopSignals:
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         again = self.signum is not None
         self.signum = self.signum or signum
+        if os.environ.get("RANK", "0") != "0":
+            return  # rank 0 speaks for all
         name = signal.Signals(signum).name
         pid = os.getpid()
         text = (

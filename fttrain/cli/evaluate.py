@@ -34,7 +34,7 @@ def _of_run(config: RunConfig, overrides: list[str]) -> RunConfig:
     named = [override.lstrip("+").partition("=")[0].partition(".") for override in overrides]
     for group, _, key in sorted(named):  # a whole group before its keys
         if not hasattr(saved, group):
-            continue
+            raise UserError(f"{group}: evaluate takes the settings of the run, and single changes")
         value = getattr(config, group)
         if key:
             before = changed.get(group, getattr(saved, group))
