@@ -74,10 +74,12 @@ class Group:
 
 def rank_from_environment() -> tuple[int, int, int]:
     """(rank, world_size, local_rank) as the launcher set them; (0, 1, 0) without one."""
-    return tuple(int(os.environ.get(name, default)) for name, default in _VARIABLES)  # type: ignore[return-value]
-
-
-_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    variables = os.environ
+    return (
+        int(variables.get("RANK", 0)),
+        int(variables.get("WORLD_SIZE", 1)),
+        int(variables.get("LOCAL_RANK", 0)),
+    )
 
 
 @contextmanager
