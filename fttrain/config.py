@@ -32,7 +32,6 @@ from fttrain.paths import conf_folder
 from fttrain.quant.scheme import QuantConfig
 from fttrain.rig.probe import RigConfig
 from fttrain.schedule.grouped import ScheduleConfig
-from fttrain.schedule.layer_pass import check_activations
 from fttrain.secrets import is_secret, redact
 from fttrain.strategy.protocol import StrategyConfig
 from fttrain.track import TrackConfig
@@ -59,7 +58,8 @@ class RunConfig:
     output: str  # folder of the run
 
     def __post_init__(self) -> None:
-        check_activations(self.activations)
+        if self.activations not in ("recompute", "keep"):
+            raise UserError(f"activations={self.activations}: recompute or keep")
         if not self.resume:
             raise UserError("resume is empty: auto, none or the path of a snapshot")
         if not self.output:

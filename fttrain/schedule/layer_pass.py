@@ -21,7 +21,7 @@ ACTIVATIONS = ("recompute", "keep")
 def check_activations(policy: str) -> None:
     """Refuse an activation policy that does not exist."""
     if policy not in ACTIVATIONS:
-        raise UserError(f"activations={policy}: {' or '.join(ACTIVATIONS)}")
+        raise UserError(f"activations={policy!r}: one of {', '.join(ACTIVATIONS)} is allowed")
 
 
 @dataclass

@@ -15,6 +15,7 @@ from fttrain.model.lora import LoraConfig
 from fttrain.optim.factory import OptimConfig
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule.grouped import ScheduleConfig
+from fttrain.schedule.layer_pass import check_activations
 from fttrain.store.resident import ResidentStore
 from fttrain.strategy.protocol import Strategy, StrategyConfig
 from fttrain.strategy.replicate import Replicate
@@ -44,6 +45,7 @@ def build_strategy(
 
     ``progress(done, total)`` counts layers. Raises UserError for a checkpoint that cannot be used.
     """
+    check_activations(recipe.activations)
     dtype = getattr(torch, recipe.dtype)
     if group.device.type == "cuda" and dtype == torch.float32:
         raise UserError("model.dtype=float32: flash attention on a GPU takes model.dtype=bfloat16")
