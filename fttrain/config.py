@@ -31,9 +31,10 @@ from fttrain.optim.factory import OptimConfig
 from fttrain.paths import conf_folder
 from fttrain.quant.scheme import QuantConfig
 from fttrain.rig.probe import RigConfig
-from fttrain.schedule.grouped import ScheduleConfig
+from fttrain.schedule import ScheduleConfig
 from fttrain.secrets import is_secret, redact
 from fttrain.strategy.protocol import StrategyConfig
+from fttrain.strategy.recipe import Placement, check_pair
 from fttrain.track import TrackConfig
 
 
@@ -54,12 +55,15 @@ class RunConfig:
     launch: LaunchConfig
     track: TrackConfig
     activations: str  # recompute (only the layer boundary is saved) | keep
+    boundaries: str  # inputs of layers until their backward: device | host
+    embedding: str  # the embedding table: device | host
+    head: str  # the output projection: resident (on the device) | streamed (from host memory)
     resume: str  # auto (the newest whole snapshot in output) | none | path of a snapshot
     output: str  # folder of the run
 
     def __post_init__(self) -> None:
-        if self.activations not in ("recompute", "keep"):
-            raise UserError(f"activations={self.activations}: recompute or keep")
+        _ = self.placement  # refuses what does not exist
+        check_pair(self.strategy, self.schedule)
         if not self.resume:
             raise UserError("resume is empty: auto, none or the path of a snapshot")
         if not self.output:
@@ -78,6 +82,11 @@ class RunConfig:
             raise UserError(
                 f"loop.eval_every={self.loop.eval_every}: data.holdout=0 leaves nothing to evaluate"
             )
+
+    @property
+    def placement(self) -> Placement:
+        """Where a step keeps what is not the frozen layers."""
+        return Placement(self.activations, self.boundaries, self.embedding, self.head)
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:

@@ -53,18 +53,41 @@ class Group:
             torch_dist.all_reduce(values, op=torch_dist.ReduceOp.MAX)
         return float(values.item())
 
-    def share(self, text: str) -> str:
-        """Rank 0's ``text``, on every rank."""
+    def minimum(self, value: float) -> float:
+        """The smallest ``value`` of any rank."""
+        return -self.maximum(-value)
+
+    def sum(self, value: int) -> int:
+        """The sum of the ranks' ``value``."""
+        return int(self.all_reduce_(torch.tensor(value, device=self.device)).item())
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """``values`` of every rank, by rank; as many of them everywhere."""
+        table = torch.zeros(self.world_size, len(values), dtype=torch.float64, device=self.device)
+        table[self.rank] = torch.tensor(values, dtype=torch.float64)
+        found: list[list[float]] = self.all_reduce_(table).tolist()
+        return found
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """``tensor`` of rank ``source``, on every rank, on the host; as large everywhere."""
+        if self.world_size == 1:
+            return tensor
+        there = tensor.to(self.device)
+        torch_dist.broadcast(there, src=source)
+        return there.cpu()
+
+    def share(self, text: str, source: int = 0) -> str:
+        """The ``text`` of rank ``source``, on every rank."""
         if self.world_size == 1:
             return text
         length = torch.tensor(len(text.encode()), device=self.device)
-        torch_dist.broadcast(length, src=0)
+        torch_dist.broadcast(length, src=source)
         content = torch.zeros(int(length.item()), dtype=torch.uint8, device=self.device)
-        if self.is_main:
+        if self.rank == source:
             content.copy_(
                 torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else content
             )
-        torch_dist.broadcast(content, src=0)
+        torch_dist.broadcast(content, src=source)
         return bytes(content.tolist()).decode()
 
     def barrier(self) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from fttrain.data.batch import MicroBatch
 from fttrain.data.samples import Sample
 from fttrain.strategy.protocol import Strategy
 from fttrain.track.report import verdict
+from fttrain.units import duration
 
 FILE = "evaluation.json"
 ANSWER_TOKENS = 64  # of a sample answer
+TELL_S = 10.0  # answers that may take longer than this are announced
 
 
 @dataclass
@@ -79,10 +82,26 @@ def held_out_loss(strategy: Strategy, batches: list[MicroBatch]) -> dict[str, An
     return {"nll": nll if math.isfinite(nll) else None, "tokens": targets}
 
 
-def answer(strategy: Strategy, samples: list[Sample], tokenizer: Any) -> list[str]:
-    """Greedy answers to all prompts in one batch. Every rank calls it."""
+def answer(
+    strategy: Strategy,
+    samples: list[Sample],
+    tokenizer: Any,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[str]:
+    """Greedy answers to all prompts in one batch. Every rank calls it. ``say``: tells the user how
+    long it may take.
+
+    Each token is a pass over all layers, so where they have to be moved the time of a pass is what
+    counts; the one that was just measured, of held-out rows, is more than that of a few tokens.
+    """
     if not samples:
         return []
+    longest_s = ANSWER_TOKENS * strategy.pass_s
+    if longest_s > TELL_S:
+        say(
+            f"answering {len(samples)} prompts: up to {ANSWER_TOKENS} passes over the layers, at "
+            f"most {duration(longest_s)}"
+        )
     answers = strategy.generate(
         [sample.ids for sample in samples], ANSWER_TOKENS, stop_tokens(tokenizer)
     )

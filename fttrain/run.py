@@ -16,8 +16,9 @@ from fttrain.errors import UserError
 from fttrain.evaluation import Evaluation
 from fttrain.loop import SpikeGuard
 from fttrain.model.attention_op import kernel_name
-from fttrain.strategy.build import Recipe, build_strategy
+from fttrain.strategy.build import build_strategy
 from fttrain.strategy.protocol import Strategy
+from fttrain.strategy.recipe import Recipe, StepSize
 from fttrain.track import counting
 
 
@@ -46,15 +47,18 @@ class Run:
 
 def recipe(config: RunConfig) -> Recipe:
     """What a strategy is built from."""
+    loop = config.loop
     return Recipe(
         config.strategy,
         config.quant,
         config.lora,
         config.optim,
         config.schedule,
-        config.activations,
+        config.placement,
+        config.frozen,
+        StepSize(loop.micro_batch_size, config.data.seq_len, loop.gradient_accumulation_steps),
         config.model.dtype,
-        config.loop.seed,
+        loop.seed,
     )
 
 
@@ -65,12 +69,13 @@ def build(
     loading = counting("loading the frozen base") if group.is_main else None
     strategy = build_strategy(recipe(config), source, group, loading)
     loop = config.loop
+    place, places = strategy.data_parallel
     loader = Loader(
         dataset.train,
         loop.micro_batch_size,
-        loop.gradient_accumulation_steps,
-        group.rank,
-        group.world_size,
+        loop.gradient_accumulation_steps * group.world_size // places,
+        place,
+        places,
         loop.seed,
     )
     steps = max(1, round(loop.epochs * loader.steps_per_epoch))
@@ -121,10 +126,21 @@ def wanted_snapshot(run: Run) -> tuple[str, Snapshot] | None:
         if before != now:
             raise UserError(
                 f"resume={path}: {key} was {before} when it was saved and is {now} now, so the run "
-                "would not go on where it stopped; restore the setting or the data, or give "
+                f"would not go on where it stopped; {_remedy(run, key, before)}, or give "
                 "another output= to start afresh"
             )
     return path, snapshot
+
+
+def _remedy(run: Run, key: str, before: Any) -> str:
+    """What makes ``key`` what it was ``before``."""
+    rows = run.config.loop.micro_batch_size * run.group.world_size
+    if key == "rows per step" and before and before % rows == 0:
+        return (
+            f"on {run.group.world_size} rank(s) loop.gradient_accumulation_steps={before // rows} "
+            "keeps it"
+        )
+    return "restore the setting or the data"
 
 
 def resume(run: Run, path: str, snapshot: Snapshot) -> None:
@@ -141,11 +157,12 @@ def resume(run: Run, path: str, snapshot: Snapshot) -> None:
 def save(run: Run) -> None:
     """Rank 0 writes; the others wait, and all end together where the disk fails."""
     problem = ""
+    adapter, optimizer = run.strategy.adapter_state(), run.strategy.optimizer_state()
     if run.group.is_main:
         snapshot = Snapshot(
             run.step,
-            run.strategy.adapter_state(),
-            run.strategy.optimizer_state(),
+            adapter,
+            optimizer,
             {**_identity(run), "guard": run.guard.state()},
             adapter_info(run.config),
             run.base_model,

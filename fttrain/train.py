@@ -128,12 +128,14 @@ def _metrics(run: Run, stats: StepStats, lr: float, step_s: float) -> dict[str, 
         "targets": stats.targets,
         "tokens_per_s": stats.tokens / step_s,
         "step_s": step_s,
-        "gather_bytes": 0,
-        "h2d_bytes": 0,
+        "gather_bytes": stats.traffic.gather_bytes,
+        "h2d_bytes": stats.traffic.h2d_bytes,
+        "stage_bytes": stats.stage_bytes,
+        "wait_s": stats.traffic.wait_s,
         "sync_bytes": stats.sync.sync_bytes,
         "sync_s": stats.sync.sync_s,
         "sync_gb_per_s": stats.sync.sync_gb_per_s,
-        "wait_s": stats.sync.wait_s,
+        "sync_wait_s": stats.sync.wait_s,
         "peak_device_bytes": peak_device_bytes(run.group.device),
         "peak_host_bytes": peak_host_bytes(),
     }
@@ -145,7 +147,7 @@ def _measure_base(run: Run) -> None:
     run.figures.base = evaluation.held_out_loss(run.strategy, _holdout(run))
     run.figures.history = [{"step": 0, "nll": run.figures.base["nll"]}]
     samples = _samples(run)
-    answers = evaluation.answer(run.strategy, samples, run.tokenizer)
+    answers = evaluation.answer(run.strategy, samples, run.tokenizer, run.say)
     run.figures.samples = [
         evaluation.Answer(sample.prompt, sample.reference, before)
         for sample, before in zip(samples, answers, strict=True)
@@ -158,16 +160,17 @@ def _finish(run: Run, source: Source) -> None:
     if len(run.dataset.holdout):
         run.figures.tuned = evaluation.held_out_loss(run.strategy, _holdout(run))
         run.figures.history.append({"step": run.step, "nll": run.figures.tuned["nll"]})
-        answers = evaluation.answer(run.strategy, _samples(run), run.tokenizer)
+        answers = evaluation.answer(run.strategy, _samples(run), run.tokenizer, run.say)
         for sample, after in zip(run.figures.samples, answers, strict=False):
             sample.after = after
         _write_figures(run)
+    state = run.strategy.adapter_state()
     if not run.group.is_main:
         return
     adapter = run.output / "adapter"
     save_adapter(
         adapter,
-        run.strategy.adapter_state(),
+        state,
         adapter_info(run.config),
         run.base_model,
         run.config.model.revision,

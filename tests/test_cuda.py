@@ -10,9 +10,9 @@ from fttrain.model.linears import DropoutKey
 from fttrain.model.lora import LoraConfig
 from fttrain.optim.factory import OptimConfig
 from fttrain.quant.scheme import QuantConfig
-from fttrain.schedule import grouped
-from fttrain.schedule.grouped import ScheduleConfig
-from fttrain.strategy.replicate import Replicate
+from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.layer_pass import Saving
+from fttrain.strategy.data_parallel import DataParallel
 
 pytestmark = pytest.mark.cuda
 LENGTHS = (20, 5, 33, 1, 70)
@@ -24,16 +24,8 @@ def gradients(name: str, device: str, activations: str) -> dict[str, torch.Tenso
     lora = LoraConfig(r=4, lora_alpha=10)
     decoder, store = tiny.build(tiny.model(name), QuantConfig(), lora, torch.bfloat16, where)
     tiny.randomise(decoder)
-    batch = collate(tiny.documents(LENGTHS), 0).to(where)
-    grouped.forward_backward(
-        decoder,
-        store,
-        [batch],
-        1,
-        activations,
-        lambda batch: DropoutKey(0, 0, batch.index),
-        lambda layer: None,
-    )
+    batch = collate(tiny.documents(LENGTHS), 0)
+    tiny.run(decoder, store, [batch], 1, activations, lambda batch: DropoutKey(0, 0, batch.index))
     return {key: value.cpu() for key, value in tiny.gradients(decoder).items()}
 
 
@@ -48,14 +40,14 @@ def test_gradients_equal_the_cpu(name: str) -> None:
 def test_steps_lower_the_loss_and_their_state_comes_back() -> None:
     group = Group(0, 1, 0, torch.device("cuda"))
 
-    def build() -> Replicate:
+    def build() -> DataParallel:
         decoder, store = tiny.build(
             tiny.model(), QuantConfig(), LoraConfig(r=4), torch.bfloat16, group.device
         )
         for layer in decoder.layers:
             layer.adapters.reset(0)
         optim, schedule = OptimConfig(lr=1e-2), ScheduleConfig("all")
-        return Replicate(decoder, store, group, optim, schedule, "recompute", seed=7)
+        return DataParallel(decoder, store, group, optim, schedule, Saving(), seed=7)
 
     trained, batches = build(), [collate(tiny.documents(LENGTHS), 0)]
     losses = [

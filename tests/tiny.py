@@ -23,14 +23,20 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fttrain.checkpoint.frozen import load_ends, load_layers
+from fttrain.checkpoint.frozen import load_ends, load_layer
 from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture, Decoder
 from fttrain.model.lora import LoraConfig
+from fttrain.quant.checksum import checksum
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule import grouped
+from fttrain.schedule.layer_pass import Saving
+from fttrain.store import Store
 from fttrain.store.resident import ResidentStore
+from fttrain.store.verify import VerifiedStore
+from fttrain.strategy.gradients import DeviceGradients
+from fttrain.strategy.sync import NoSync
 
 CPU = torch.device("cpu")
 VOCABULARY = 300
@@ -105,17 +111,26 @@ def build(
     lora: LoraConfig | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
-) -> tuple[Decoder, ResidentStore]:
+) -> tuple[Decoder, VerifiedStore]:
     """Our decoder over the weights of ``source``; adapters random, B not zero."""
     architecture, reader = Architecture(source.config), StateDict(source.state_dict())
     frozen_format = architecture.frozen_format(quant, dtype)
     ends = load_ends(reader, architecture, device, dtype)
-    store = ResidentStore(load_layers(reader, architecture, frozen_format, device), frozen_format)
+    flats = [
+        load_layer(reader, architecture, frozen_format, layer, device)
+        for layer in range(architecture.layers)
+    ]
+    store = verified(ResidentStore(flats, frozen_format), flats)
     decoder = Decoder(
         architecture, ends.embedding, ends.final_norm, ends.head, lora or LoraConfig(r=4)
     )
     randomise(decoder)
     return decoder, store
+
+
+def verified(store: Store, flats: list[Tensor], every: int = 1) -> VerifiedStore:
+    """``store`` of ``flats``, checked in every step."""
+    return VerifiedStore(store, [int(checksum(flat)) for flat in flats], every)
 
 
 def randomise(decoder: Decoder, seed: int = 1) -> None:
@@ -180,9 +195,11 @@ def gradients(decoder: Decoder) -> dict[str, Tensor]:
     return found
 
 
-def zero_gradients(decoder: Decoder) -> None:
-    for layer in decoder.layers:
-        layer.adapters.grad.zero_()
+def gradient_home(decoder: Decoder) -> DeviceGradients:
+    """Gradients on the device, all zero."""
+    home = DeviceGradients([layer.adapters for layer in decoder.layers], NoSync())
+    home.start()
+    return home
 
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -222,16 +239,21 @@ def reference_loss(reference: Any, batch: list[Document]) -> Tensor:
 
 def run(
     decoder: Decoder,
-    store: ResidentStore,
+    store: Store,
     micro_batches: list[MicroBatch],
     group_size: int = 1,
     activations: str = "recompute",
     dropout: Callable[[MicroBatch], Any] = lambda batch: None,
 ) -> tuple[float, dict[str, Tensor]]:
     """One step's forward and backward: (loss sum, gradients)."""
-    zero_gradients(decoder)
     loss = grouped.forward_backward(
-        decoder, store, micro_batches, group_size, activations, dropout, lambda layer: None
+        decoder,
+        store,
+        micro_batches,
+        group_size,
+        Saving(activations),
+        dropout,
+        gradient_home(decoder),
     )
     return float(loss), gradients(decoder)
 
@@ -240,11 +262,11 @@ def one_batch(batch: list[Document], index: int = 0) -> MicroBatch:
     return collate(batch, index)
 
 
-def logits(decoder: Decoder, store: ResidentStore, batch: MicroBatch) -> Tensor:
+def logits(decoder: Decoder, store: Store, batch: MicroBatch) -> Tensor:
     """(N, V) of a forward without gradients."""
     from fttrain.schedule import layer_pass
 
-    work = layer_pass.start(decoder, batch, None)
+    work = layer_pass.start(decoder, batch, None, None)
     for layer in layer_pass.walk(decoder, store, range(len(store))):
         layer_pass.forward_only(decoder.layers[layer], work)
     return decoder.head.logits(work.hidden[: sum(batch.lengths)])  # the rest is padding

@@ -11,7 +11,7 @@ from fttrain.dist import Group
 from fttrain.model.lora import LoraConfig
 from fttrain.optim.factory import OptimConfig
 from fttrain.quant.scheme import QuantConfig
-from fttrain.schedule.grouped import ScheduleConfig
+from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.build import Recipe, build_strategy
 from fttrain.strategy.protocol import StrategyConfig
 

@@ -6,13 +6,13 @@ hands out a layer's bytes, the schedule binds them to the layer's state while it
 Legend: N tokens, C hidden width, D width of a head.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fttrain.data.batch import MicroBatch
 from fttrain.model.attention import Attention
 from fttrain.model.families import family_of
 from fttrain.model.families.family import Family
@@ -102,10 +102,11 @@ class Layer:
         lora: LoraConfig,
         device: torch.device,
         dtype: torch.dtype,
+        masters: Tensor | None = None,
     ) -> None:
-        self.index = index
+        self.index = index  # among the layers of the whole model
         self.state = LayerState()
-        self.adapters = LayerAdapters(index, architecture.groups, lora, device, dtype)
+        self.adapters = LayerAdapters(index, architecture.groups, lora, device, dtype, masters)
         self.shell = self._build_shell(architecture)
 
     def _build_shell(self, architecture: Architecture) -> nn.Module:
@@ -145,24 +146,57 @@ class Layer:
 
 
 class Decoder:
-    """Embedding, layers and head; not where the layers' bytes live, nor in which order they run."""
+    """Embedding, layers and head; not where the layers' bytes live, nor in which order they run.
+
+    A stage of a pipeline has some of the layers, and an end only where it is the first or the last.
+    """
 
     def __init__(
         self,
         architecture: Architecture,
-        embedding: Tensor,
+        embedding: Tensor | None,
         final_norm: Tensor,
-        head: Tensor,
+        head: Tensor | None,
         lora: LoraConfig,
+        *,
+        layers: range | None = None,
+        head_streamed: bool = False,
+        masters: Sequence[Tensor] | None = None,
     ) -> None:
-        family, device, dtype = architecture.family, embedding.device, embedding.dtype
+        """``final_norm`` (C,) lies on the device that computes, in the dtype that computes.
+
+        ``embedding`` and ``head`` (V, C) may be in host memory (``head_streamed``); ``layers``:
+        those of this stage, None for all; ``masters``: of each layer's adapters, fp32 (values,) in
+        host memory, None: on the device.
+        """
+        family = architecture.family
+        self.device, self.dtype = final_norm.device, final_norm.dtype
         self.architecture = architecture
-        self.embedding = Embedding(embedding, family.embedding_scale)
-        self.head = Head(final_norm, head, architecture.eps, family.logit_scale)
+        self._embedding = (
+            None if embedding is None else Embedding(embedding, family.embedding_scale, self.device)
+        )
+        self._head = (
+            None
+            if head is None
+            else Head(final_norm, head, architecture.eps, family.logit_scale, head_streamed)
+        )
+        indices = layers or range(architecture.layers)
         self.layers = [
-            Layer(architecture, i, lora, device, dtype) for i in range(architecture.layers)
+            Layer(architecture, index, lora, self.device, self.dtype, own)
+            for index, own in zip(indices, masters or itertools.repeat(None), strict=False)
         ]
-        self._rotary = family.rotary_class(architecture.config).to(device)
+        self._rotary = family.rotary_class(architecture.config).to(self.device)
+        self._like = final_norm.new_empty(0)  # device and dtype that rotary embeddings come in
+
+    @property
+    def embedding(self) -> Embedding:
+        assert self._embedding is not None, "only the first stage embeds"
+        return self._embedding
+
+    @property
+    def head(self) -> Head:
+        assert self._head is not None, "only the last stage has the head"
+        return self._head
 
     def parameters(self) -> list[nn.Parameter]:
         """One flat fp32 parameter a layer: exactly what trains."""
@@ -175,10 +209,10 @@ class Decoder:
     @torch.no_grad()
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """int64 (N,) -> cos and sin (N, D) in the compute dtype."""
-        cos, sin = self._rotary(self.embedding.weight, position_ids.unsqueeze(0))
+        cos, sin = self._rotary(self._like, position_ids.to(self.device).unsqueeze(0))
         return cos[0], sin[0]
 
     @torch.no_grad()
-    def embed(self, micro_batch: MicroBatch) -> Tensor:
-        """(N, C): what the first layer reads."""
-        return self.embedding(micro_batch.input_ids)
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """int64 (N,) -> (N, C): what the first layer reads."""
+        return self.embedding(input_ids)

@@ -7,6 +7,8 @@ never reach the head.
 Legend: N tokens, M tokens that have a target, C hidden width, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,28 +25,68 @@ CHUNK_BYTES = (
 
 @dataclass(frozen=True)
 class Embedding:
-    """Token ids -> hidden states."""
+    """Token ids -> hidden states. The table may stay in host memory: only rows that are looked up
+    go to ``device``.
+    """
 
-    weight: Tensor  # (V, C)
+    weight: Tensor  # (V, C), on the host or on ``device``
     scale: float = 1.0
+    device: torch.device | None = None  # None: the table's
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """int64 (N,) -> (N, C)."""
-        hidden = torch.nn.functional.embedding(input_ids, self.weight)
+        """int64 (N,) on any device -> (N, C) on ``device``."""
+        home, device = self.weight.device, self.device or self.weight.device
+        rows = self.weight.new_empty(
+            (len(input_ids), self.weight.shape[1]), pin_memory=home != device
+        )
+        torch.index_select(self.weight, 0, input_ids.to(home, non_blocking=True), out=rows)
+        hidden = rows.to(device, non_blocking=True)
         return hidden if self.scale == 1.0 else hidden * self.scale
 
 
 class Head:
-    """Final norm and output projection."""
+    """Final norm and output projection.
 
-    def __init__(self, norm: Tensor, weight: Tensor, eps: float, logit_scale: float = 1.0) -> None:
+    A ``streamed`` projection stays in host memory and comes to the device for the length of
+    ``brought()``, once for all micro-batches that use it together.
+    """
+
+    def __init__(
+        self,
+        norm: Tensor,
+        weight: Tensor,
+        eps: float,
+        logit_scale: float = 1.0,
+        streamed: bool = False,
+    ) -> None:
         self.norm = norm  # (C,)
         self.weight = weight  # (V, C); the embedding's tensor where they are tied
         self.eps = eps
         self.logit_scale = logit_scale
+        self.streamed = streamed
+        self._h2d_bytes = 0
         # One chunk's logits (m, V) in the compute dtype and probabilities fp32 (m, V). They are the
         # largest tensors of a step: making them anew each time pages in and scatters memory.
         self._scratch: tuple[Tensor, Tensor] | None = None
+
+    @contextmanager
+    def brought(self) -> Iterator[None]:
+        """Have the projection on the device. ``loss`` and ``logits`` are only called inside."""
+        if not self.streamed:
+            yield
+            return
+        on_host = self.weight
+        self.weight = on_host.to(self.norm.device, non_blocking=True, copy=True)
+        self._h2d_bytes += on_host.numel() * on_host.element_size()
+        try:
+            yield
+        finally:
+            self.weight = on_host
+
+    def take_h2d_bytes(self) -> int:
+        """Bytes that came to the device since the last call."""
+        moved, self._h2d_bytes = self._h2d_bytes, 0
+        return moved
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, C) -> (N, V) in the compute dtype: for a few tokens, in generation."""

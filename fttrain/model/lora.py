@@ -103,20 +103,22 @@ class GroupAdapter:
         out = sum(self.group.shape.out_features[member] for member in self.members)
         return self.rank * self.group.shape.in_features, out * self.r
 
-    def bind(self, masters: Tensor, grad: Tensor, dtype: torch.dtype) -> None:
-        """Take this adapter's part of the flat fp32 ``masters`` and ``grad``; make the copies."""
-        split = self.sizes[0]
-        shape_a = (self.rank, self.group.shape.in_features)
-        self.a_master, self.b_master = (
-            masters[:split].view(shape_a),
-            masters[split:].view(-1, self.r),
-        )
-        self.a_grad, self.b_grad = grad[:split].view(shape_a), grad[split:].view(-1, self.r)
-        self.a = torch.empty(shape_a, dtype=dtype, device=masters.device)  # (R, in)
+    def bind(self, masters: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+        """Take this adapter's part of the flat fp32 ``masters``; make the compute copies."""
+        self.a_master, self.b_master = self._halves(masters)
+        # (R, in)
+        self.a = torch.empty(self.a_master.shape, dtype=dtype, device=device)
         # (sum of out, R): scaling * B of member i at (rows of i, columns of i), zero elsewhere
-        self.b = torch.zeros(
-            self.group.shape.shape[0], self.rank, dtype=dtype, device=masters.device
-        )
+        self.b = torch.zeros(self.group.shape.shape[0], self.rank, dtype=dtype, device=device)
+
+    def bind_gradient(self, grad: Tensor) -> None:
+        """Take this adapter's part of a flat fp32 ``grad`` of the layer."""
+        self.a_grad, self.b_grad = self._halves(grad)
+
+    def _halves(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """All A's (R, in) and all B's (their rows, r), as views of ``flat``."""
+        split = self.sizes[0]
+        return flat[:split].view(self.rank, -1), flat[split:].view(-1, self.r)
 
     def refresh(self) -> None:
         """Copy the fp32 masters into the compute copies. Called after each optimizer step."""
@@ -149,7 +151,10 @@ class GroupAdapter:
 
 
 class LayerAdapters(nn.Module):
-    """All adapters of one layer over one flat fp32 parameter."""
+    """All adapters of one layer over one flat fp32 parameter.
+
+    The gradient is a flat fp32 tensor on the device that computes; ``bind_gradient`` says which.
+    """
 
     def __init__(
         self,
@@ -158,7 +163,11 @@ class LayerAdapters(nn.Module):
         config: LoraConfig,
         device: torch.device,
         dtype: torch.dtype,
+        masters: Tensor | None = None,
     ) -> None:
+        """``device`` and ``dtype``: of the compute copies. ``masters``: fp32 (values in the layer,)
+        in host memory; None: made on ``device``.
+        """
         super().__init__()
         groups = list(groups)
         targets = target_indices(groups, config)
@@ -168,16 +177,20 @@ class LayerAdapters(nn.Module):
             for group in groups
             if targets[group.shape.name]
         }
-        sizes = [sum(adapter.sizes) for adapter in self.groups.values()]
-        self.flat = nn.Parameter(torch.zeros(sum(sizes), dtype=torch.float32, device=device))
-        self.flat.grad = torch.zeros_like(self.flat)
-        for adapter, masters, grad in zip(
-            self.groups.values(),
-            self.flat.data.split(sizes),
-            self.flat.grad.split(sizes),
-            strict=True,
+        self._sizes = [sum(adapter.sizes) for adapter in self.groups.values()]
+        if masters is None:
+            masters = torch.zeros(sum(self._sizes), dtype=torch.float32, device=device)
+        self.flat = nn.Parameter(masters)
+        for adapter, part in zip(
+            self.groups.values(), self.flat.data.split(self._sizes), strict=True
         ):
-            adapter.bind(masters, grad, dtype)
+            adapter.bind(part, device, dtype)
+
+    def bind_gradient(self, grad: Tensor) -> None:
+        """Backward adds to ``grad`` fp32 (values in the layer,) from here on."""
+        self.grad = grad
+        for adapter, part in zip(self.groups.values(), grad.split(self._sizes), strict=True):
+            adapter.bind_gradient(part)
 
     def reset(self, seed: int) -> None:
         """LoRA's start: A uniform as torch's Linear (so does PEFT), B zero; on any world_size."""
@@ -194,12 +207,6 @@ class LayerAdapters(nn.Module):
     def refresh(self) -> None:
         for adapter in self.groups.values():
             adapter.refresh()
-
-    @property
-    def grad(self) -> Tensor:
-        """fp32 (values in the layer,): what all micro-batches of this step have added so far."""
-        assert self.flat.grad is not None
-        return self.flat.grad
 
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:
         for adapter in self.groups.values():

@@ -15,6 +15,7 @@ class OptimConfig:
     """The optimizer and its learning rate."""
 
     kind: str = "adamw"  # adamw: fp32 masters and moments
+    offload: bool = False  # masters, moments and gradients in host memory, updated by the CPU
     lr: float = 2e-4  # learning rate after warm-up
     # decay of the first and second moment, each in [0, 1)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -68,8 +69,12 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 class Optimizer:
     """torch's fused AdamW (Loshchilov and Hutter 2019) over one flat fp32 parameter a layer."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: OptimConfig) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], config: OptimConfig, first_layer: int = 0
+    ) -> None:
+        """``first_layer``: the place of the first parameter among the layers of the whole model."""
         self._parameters = list(parameters)
+        self._first_layer = first_layer
         self._adamw = torch.optim.AdamW(
             self._parameters,
             lr=config.lr,
@@ -89,13 +94,13 @@ class Optimizer:
         """All a resumed run needs, by flat name: ``0.exp_avg``, fp32, is layer 0's first moment."""
         return {
             f"{index}.{name}": value
-            for index, parameter in enumerate(self._parameters)
+            for index, parameter in enumerate(self._parameters, self._first_layer)
             for name, value in self._adamw.state[parameter].items()
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Takes what ``state`` gave. Raises UserError where it belongs to other parameters."""
-        for index, parameter in enumerate(self._parameters):
+        for index, parameter in enumerate(self._parameters, self._first_layer):
             own = {
                 name.removeprefix(f"{index}."): value
                 for name, value in state.items()

@@ -126,6 +126,7 @@ class FrozenLayer:
     """
 
     def __init__(self, flat: Tensor, frozen_format: FrozenFormat) -> None:
+        self.flat = flat  # uint8 (layout.size_bytes,)
         self._format = frozen_format
         self._views = frozen_format.layout.views(flat)
         self._kept: dict[str, Tensor] = {}

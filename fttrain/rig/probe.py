@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -63,6 +64,45 @@ def peak_host_bytes() -> int:
     """The most resident memory this process has had."""
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def available_host_bytes() -> int:
+    """Memory that programs can still have without swapping: the machine's, or what a control group
+    (a container, a batch system) leaves of its limit.
+    """
+    return min([psutil.virtual_memory().available, *_cgroup_rooms()])
+
+
+def free_device_bytes(device: torch.device, local_world_size: int) -> int:
+    """Memory that this rank can still have on ``device``; on the CPU its share of the machine's."""
+    if device.type != "cuda":
+        return available_host_bytes() // local_world_size
+    free, total = torch.cuda.mem_get_info(device)
+    capped = torch.cuda.get_per_process_memory_fraction(device) * total
+    return int(min(free, capped - torch.cuda.memory_reserved(device)))
+
+
+def _cgroup_rooms() -> list[int]:
+    """Limit less use of each control group (version 2) that this process is in; page cache that the
+    kernel can drop does not count as used.
+    """
+    try:
+        own = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    path = next((line.split("::", 1)[1] for line in own if line.startswith("0::")), "/")
+    rooms = []
+    folder = Path("/sys/fs/cgroup") / path.lstrip("/")
+    for level in (folder, *folder.parents):
+        try:
+            limit = (level / "memory.max").read_text().strip()
+            used = int((level / "memory.current").read_text())
+            stat = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue  # the root group has no limit; version 1 no such files
+        if limit != "max":
+            rooms.append(int(limit) - used + int(stat.get("inactive_file", 0)))
+    return rooms
 
 
 def peak_device_bytes(device: torch.device) -> int:

@@ -4,6 +4,9 @@ Legend: P prompts still going, N tokens of this pass over all of them, H query h
 width of a head.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,23 +19,22 @@ from fttrain.store import Store
 class KeyValueCache:
     """Keys and values of the tokens seen so far, by layer and prompt."""
 
-    def __init__(self, layers: int, prompts: int) -> None:
-        self._entries: list[list[tuple[Tensor, Tensor] | None]] = [
-            [None] * prompts for _ in range(layers)
-        ]
+    def __init__(self) -> None:
+        # (layer, prompt) -> keys and values (tokens so far, K, D)
+        self._entries: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         # of this pass: (prompt, its rows among the N tokens)
         self.rows: list[tuple[int, slice]] = []
 
     def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """``q`` (N, H, D), ``k``, ``v`` (N, K, D) of each prompt's newest tokens -> (N, H * D)."""
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        entries = self._entries[attention.qkv.layer]
         for prompt, rows in self.rows:
-            entry = entries[prompt]
+            place = attention.qkv.layer, prompt
             keys, values = k[rows], v[rows]
-            if entry is not None:
-                keys, values = torch.cat([entry[0], keys]), torch.cat([entry[1], values])
-            entries[prompt] = (keys, values)
+            if place in self._entries:
+                before = self._entries[place]
+                keys, values = torch.cat([before[0], keys]), torch.cat([before[1], values])
+            self._entries[place] = (keys, values)
             out[rows] = _attend(q[rows], keys, values, attention.scale, attention.window)
         return out.flatten(1)
 
@@ -50,53 +52,75 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) 
     return out[0].transpose(0, 1)
 
 
+@dataclass
+class Fresh:
+    """The tokens of one pass, those of all prompts end to end, in host memory."""
+
+    tokens: Tensor  # int64 (N,)
+    positions: Tensor  # int64 (N,)
+    ends: list[int]  # row of each prompt's last token
+
+
+# Passes a model and returns the most likely next token of each prompt, the same on every rank.
+NextTokens = Callable[[KeyValueCache, Fresh], list[int]]
+
+
 @torch.no_grad()
 def greedy(
-    decoder: Decoder, store: Store, prompts: list[list[int]], max_new_tokens: int, stop: set[int]
+    prompts: list[list[int]], max_new_tokens: int, stop: set[int], next_tokens: NextTokens
 ) -> list[list[int]]:
     """The most likely continuations, up to a token of ``stop`` or ``max_new_tokens``."""
-    device = decoder.embedding.weight.device
-    cache = KeyValueCache(len(store), len(prompts))
+    cache = KeyValueCache()
     answers: list[list[int]] = [[] for _ in prompts]
     # prompt -> (position, tokens not yet seen)
-    fresh = {prompt: (0, ids) for prompt, ids in enumerate(prompts)}
+    unseen = {prompt: (0, ids) for prompt, ids in enumerate(prompts)}
     for _ in range(max_new_tokens):
-        if not fresh:
+        if not unseen:
             break
         ends: list[int] = []
         positions: list[int] = []
         tokens: list[int] = []
         cache.rows = []
-        for prompt, (position, ids) in fresh.items():
+        for prompt, (position, ids) in unseen.items():
             cache.rows.append((prompt, slice(len(tokens), len(tokens) + len(ids))))
             positions += range(position, position + len(ids))
             tokens += ids
             ends.append(len(tokens) - 1)
-        hidden = _pass(
-            decoder,
-            store,
-            cache,
-            torch.tensor(tokens, device=device),
-            torch.tensor(positions, device=device),
-        )
-        chosen = decoder.head.logits(hidden[ends]).argmax(-1).tolist()
+        chosen = next_tokens(cache, Fresh(torch.tensor(tokens), torch.tensor(positions), ends))
         upcoming = {}
-        for (prompt, (position, ids)), token in zip(fresh.items(), chosen, strict=True):
+        for (prompt, (position, ids)), token in zip(unseen.items(), chosen, strict=True):
             if token not in stop:
                 answers[prompt].append(token)
                 upcoming[prompt] = (position + len(ids), [token])
-        fresh = upcoming
+        unseen = upcoming
     return answers
 
 
-def _pass(
-    decoder: Decoder, store: Store, cache: KeyValueCache, tokens: Tensor, positions: Tensor
+def whole_model(decoder: Decoder, store: Store) -> NextTokens:
+    """Next tokens by a model whose layers and ends this rank all has."""
+
+    def next_tokens(cache: KeyValueCache, fresh: Fresh) -> list[int]:
+        hidden = through_layers(decoder, store, cache, fresh, decoder.embed(fresh.tokens))
+        return most_likely(decoder, fresh, hidden)
+
+    return next_tokens
+
+
+def through_layers(
+    decoder: Decoder, store: Store, cache: KeyValueCache, fresh: Fresh, hidden: Tensor
 ) -> Tensor:
-    """int64 (N,) token ids and positions -> hidden states after the last layer (N, C)."""
-    hidden, rotary = decoder.embedding(tokens), decoder.rotary(positions)
+    """``hidden`` (N, C) before the first of ``decoder``'s layers -> after the last one."""
+    rotary = decoder.rotary(fresh.positions)
     for index in layer_pass.walk(decoder, store, range(len(store))):
         layer = decoder.layers[index]
         layer.state.cache, layer.state.dropout = cache, None
         hidden = layer(hidden, rotary)
         layer.state.cache = None
     return hidden
+
+
+def most_likely(decoder: Decoder, fresh: Fresh, hidden: Tensor) -> list[int]:
+    """``hidden`` (N, C) after the last layer -> the most likely token after each prompt's last."""
+    with decoder.head.brought():
+        chosen: list[int] = decoder.head.logits(hidden[fresh.ends]).argmax(-1).tolist()
+    return chosen

@@ -6,34 +6,16 @@ gradient is complete as its backward ends.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fttrain.data.batch import MicroBatch
-from fttrain.errors import UserError
 from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
 from fttrain.schedule import layer_pass
-from fttrain.schedule.layer_pass import Work
+from fttrain.schedule.layer_pass import Gradients, Saving, Work
 from fttrain.store import Store
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """In which order layers and micro-batches run."""
-
-    # micro-batches that pass a layer together: 1 | N | "all" (those of the step)
-    group: str | int = "all"
-
-    def __post_init__(self) -> None:
-        if self.group != "all" and (isinstance(self.group, str) or self.group < 1):
-            raise UserError(f"schedule.group={self.group}: all, or a whole number of 1 or more")
-
-    def size(self, micro_batches: int) -> int:
-        """G for a step of so many micro-batches on this rank."""
-        return micro_batches if isinstance(self.group, str) else min(self.group, micro_batches)
 
 
 def forward_backward(
@@ -41,62 +23,72 @@ def forward_backward(
     store: Store,
     micro_batches: list[MicroBatch],
     group_size: int,
-    activations: str,
+    saving: Saving,
     dropout: Callable[[MicroBatch], DropoutKey | None],
-    gradient_complete: Callable[[int], None],
+    gradients: Gradients,
 ) -> Tensor:
     """One optimizer step's forward and backward.
 
-    Adapter gradients, of the loss SUM over all targets, are added to each layer's flat gradient;
-    ``gradient_complete(layer)`` is called as soon as a layer's last backward has been issued.
+    Adapter gradients, of the loss SUM over all targets, are added to what ``gradients`` opens. A
+    layer is opened once a group, and closed for good as soon as its last backward has been issued.
     Returns the loss sum, fp64.
     """
-    total = torch.zeros((), dtype=torch.float64, device=decoder.embedding.weight.device)
+    total = torch.zeros((), dtype=torch.float64, device=decoder.device)
     groups = [micro_batches[i : i + group_size] for i in range(0, len(micro_batches), group_size)]
     for number, group in enumerate(groups):
-        works = [
-            layer_pass.start(decoder, batch, dropout(batch)) for batch in group if batch.lengths
-        ]
-        _forward(decoder, store, works, activations)
-        for work in works:
-            loss, work.hidden = decoder.head.loss_and_gradient(
-                work.hidden, work.micro_batch.targets
-            )
-            total += loss
-        last = number == len(groups) - 1
-        _backward(decoder, store, works, gradient_complete if last else lambda layer: None)
+        works = _start(decoder, group, dropout)
+        for layer in layer_pass.walk(decoder, store, range(len(store))):
+            for work in works:
+                layer_pass.forward(decoder.layers[layer], work, saving)
+        with decoder.head.brought():
+            for work in works:
+                loss, work.hidden = decoder.head.loss_and_gradient(
+                    work.hidden, work.micro_batch.targets
+                )
+                total += loss
+        _backward(decoder, store, works, saving, gradients, number == len(groups) - 1)
     return total
+
+
+def _backward(
+    decoder: Decoder,
+    store: Store,
+    works: list[Work],
+    saving: Saving,
+    gradients: Gradients,
+    last: bool,
+) -> None:
+    """All layers in reverse; ``last``: of the step's groups."""
+    for layer in layer_pass.walk(decoder, store, range(len(store) - 1, -1, -1)):
+        gradients.open(layer)
+        for number, work in enumerate(works):
+            upcoming = works[(number + 1) % len(works)]
+            layer_pass.backward(decoder.layers[layer], work, saving, upcoming)
+        gradients.close(layer, last)
 
 
 def evaluate(
     decoder: Decoder, store: Store, micro_batches: list[MicroBatch], group_size: int
 ) -> Tensor:
     """Loss sum over all targets, fp64, without gradients."""
-    total = torch.zeros((), dtype=torch.float64, device=decoder.embedding.weight.device)
+    total = torch.zeros((), dtype=torch.float64, device=decoder.device)
     for i in range(0, len(micro_batches), group_size):
-        works = [
-            layer_pass.start(decoder, batch, None)
-            for batch in micro_batches[i : i + group_size]
-            if batch.lengths
-        ]
+        works = _start(decoder, micro_batches[i : i + group_size], lambda batch: None)
         for layer in layer_pass.walk(decoder, store, range(len(store))):
             for work in works:
                 layer_pass.forward_only(decoder.layers[layer], work)
-        for work in works:
-            total += decoder.head.loss(work.hidden, work.micro_batch.targets)
+        with decoder.head.brought():
+            for work in works:
+                total += decoder.head.loss(work.hidden, work.micro_batch.targets)
     return total
 
 
-def _forward(decoder: Decoder, store: Store, works: list[Work], activations: str) -> None:
-    for layer in layer_pass.walk(decoder, store, range(len(store))):
-        for work in works:
-            layer_pass.forward(decoder.layers[layer], work, activations)
-
-
-def _backward(
-    decoder: Decoder, store: Store, works: list[Work], gradient_complete: Callable[[int], None]
-) -> None:
-    for layer in layer_pass.walk(decoder, store, range(len(store) - 1, -1, -1)):
-        for work in works:
-            layer_pass.backward(decoder.layers[layer], work)
-        gradient_complete(layer)
+def _start(
+    decoder: Decoder,
+    group: list[MicroBatch],
+    dropout: Callable[[MicroBatch], DropoutKey | None],
+) -> list[Work]:
+    """The micro-batches of a group that have tokens, embedded."""
+    return [
+        layer_pass.start(decoder, batch, dropout(batch), None) for batch in group if batch.lengths
+    ]

@@ -5,23 +5,36 @@ Legend: N tokens, C hidden width, D width of a head.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fttrain.data.batch import MicroBatch
-from fttrain.errors import UserError
 from fttrain.model.decoder import Decoder, Layer
 from fttrain.model.linears import DropoutKey
 from fttrain.store import Store
+from fttrain.store.boundary import Boundaries, DeviceBoundaries
 
-ACTIVATIONS = ("recompute", "keep")
+
+class Gradients(Protocol):
+    """Where adapter gradients are while a layer's backward adds to them."""
+
+    def open(self, layer: int) -> None:
+        """Have what this step has added so far where backward of ``layer`` can add to it."""
+        ...
+
+    def close(self, layer: int, last: bool) -> None:
+        """Backward of some micro-batches is issued; ``last``: nothing more comes in this step."""
+        ...
 
 
-def check_activations(policy: str) -> None:
-    """Refuse an activation policy that does not exist."""
-    if policy not in ACTIVATIONS:
-        raise UserError(f"activations={policy!r}: one of {', '.join(ACTIVATIONS)} is allowed")
+@dataclass(frozen=True)
+class Saving:
+    """What a layer's pass leaves for its backward, and where."""
+
+    activations: str = "recompute"  # the layer's input only | keep: all that backward reads
+    boundaries: Boundaries = field(default_factory=DeviceBoundaries)
 
 
 @dataclass
@@ -39,26 +52,32 @@ class Work:
 class Saved:
     """What a layer's backward starts from."""
 
-    boundary: Tensor  # (N, C): the layer's input
+    boundary: Any  # the layer's input (N, C), as the boundaries keep it
     # (N, C) with its graph where activations are kept; None: recompute from the boundary
     output: Tensor | None
 
 
-def start(decoder: Decoder, micro_batch: MicroBatch, dropout: DropoutKey | None) -> Work:
-    """Embed a micro-batch, rows rounded up to what kernels like."""
+def start(
+    decoder: Decoder, micro_batch: MicroBatch, dropout: DropoutKey | None, hidden: Tensor | None
+) -> Work:
+    """A micro-batch, rows rounded up to what kernels like, before the first of ``decoder``'s
+    layers.
+
+    ``micro_batch`` in host memory; ``hidden`` (N, C): from the stage before, None: embed.
+    """
     micro_batch = micro_batch.padded()
-    return Work(
-        micro_batch, decoder.rotary(micro_batch.position_ids), dropout, decoder.embed(micro_batch)
-    )
+    if hidden is None:
+        hidden = decoder.embed(micro_batch.input_ids)
+    micro_batch = micro_batch.to(decoder.device)
+    return Work(micro_batch, decoder.rotary(micro_batch.position_ids), dropout, hidden)
 
 
 def walk(decoder: Decoder, store: Store, order: range) -> Iterator[int]:
-    """The layers in ``order``, each bound to its bytes while the caller uses it, the next one
-    already on its way.
+    """The layers in ``order``, each bound to its bytes while the caller uses it, the next ones
+    already on their way.
     """
-    store.prefetch(order[0])
-    for layer in order:
-        store.prefetch(layer + order.step)
+    for place, layer in enumerate(order):
+        store.prefetch(order[place:])
         decoder.layers[layer].state.frozen = store.get(layer)
         yield layer
         decoder.layers[layer].state.frozen = None
@@ -72,33 +91,37 @@ def forward_only(layer: Layer, work: Work) -> None:
         work.hidden = layer(work.hidden, work.rotary)
 
 
-def forward(layer: Layer, work: Work, activations: str) -> None:
-    """Pass the layer and save what ``activations`` says."""
+def forward(layer: Layer, work: Work, saving: Saving) -> None:
+    """Pass the layer and save what ``saving`` says."""
     _enter(layer, work)
     boundary = work.hidden
-    if activations == "keep":
+    output = None
+    if saving.activations == "keep":
         output = _with_graph(layer, boundary, work)
-        work.saved.append(Saved(boundary, output))
         work.hidden = output.detach()
-        return
-    with torch.no_grad():
-        work.hidden = layer(boundary, work.rotary)
-    work.saved.append(Saved(boundary, None))
+    else:
+        with torch.no_grad():
+            work.hidden = layer(boundary, work.rotary)
+    work.saved.append(Saved(saving.boundaries.save(boundary), output))
 
 
-def backward(layer: Layer, work: Work) -> None:
+def backward(layer: Layer, work: Work, saving: Saving, upcoming: Work) -> None:
     """``work.hidden``: gradient of the layer's output -> gradient of its input. Adds to the layer's
     adapter gradient.
+
+    ``upcoming``: the micro-batch whose backward follows; its boundary is brought meanwhile.
     """
     _enter(layer, work)
     saved = work.saved.pop()
-    output = saved.output
+    boundary, output = saving.boundaries.load(saved.boundary), saved.output
+    if upcoming.saved:
+        saving.boundaries.prefetch(upcoming.saved[-1].boundary)
     if output is None:
         layer.state.recomputing = True
-        output = _with_graph(layer, saved.boundary, work)
+        output = _with_graph(layer, boundary, work)
         layer.state.recomputing = False
     output.backward(work.hidden)
-    gradient = saved.boundary.grad
+    gradient = boundary.grad
     assert gradient is not None
     work.hidden = gradient
 

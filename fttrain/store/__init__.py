@@ -1,12 +1,26 @@
 """Where the frozen base lives, layer by layer.
 
-A store brings a layer's bytes before they are needed and hands them out for as long as they are:
-``prefetch(l)``, ``get(l)``, ``release(l)``. Schedules know no more of it than that.
+A store brings layers before they are needed and hands them out for as long as they are:
+``prefetch(upcoming)``, ``get(l)``, ``release(l)``. Schedules know no more of it than that.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from fttrain.quant.frozen_layer import FrozenLayer
+
+
+@dataclass
+class Traffic:
+    """What a store moved and how long the compute stood still for it, since the last ``take``."""
+
+    gather_bytes: int = 0  # received from other ranks
+    h2d_bytes: int = 0  # copied from host memory into a slot
+    wait_s: float = 0.0  # seconds in which the compute waited for a layer
 
 
 class Store(Protocol):
@@ -16,8 +30,10 @@ class Store(Protocol):
         """How many layers there are."""
         ...
 
-    def prefetch(self, layer: int) -> None:
-        """Start bringing a layer. Layers outside 0..len - 1 are ignored."""
+    def prefetch(self, upcoming: Sequence[int]) -> None:
+        """These layers are needed next, in this order: start bringing as many as there is room
+        for.
+        """
         ...
 
     def get(self, layer: int) -> FrozenLayer:
@@ -26,4 +42,41 @@ class Store(Protocol):
 
     def release(self, layer: int) -> None:
         """The layer's bytes may be overwritten once the device has done what was asked so far."""
+        ...
+
+    def take_traffic(self) -> Traffic:
+        """What was moved since the last call."""
+        ...
+
+
+class FrozenBase(Protocol):
+    """Where the bytes come from with which stores and ends are filled: the frozen cache."""
+
+    def __len__(self) -> int:
+        """How many layers there are."""
+        ...
+
+    def read(self, layer: int, into: Tensor, offset_bytes: int = 0) -> None:
+        """Fill ``into`` uint8 (n,), host memory, with n bytes of the layer from ``offset_bytes``
+        on.
+        """
+        ...
+
+    def checksum(self, layer: int) -> int:
+        """What ``quant.checksum`` makes of the whole layer."""
+        ...
+
+    def path(self, layer: int) -> Path:
+        """Where the layer lies on disk."""
+        ...
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        ...
+
+    def read_end(self, name: str, into: Tensor) -> None:
+        """Fill ``into``, contiguous and in host memory, with the ``embedding`` (V, C), the
+        ``final_norm`` (C,) or the ``head`` (V, C).
+        """
         ...

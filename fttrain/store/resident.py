@@ -1,12 +1,15 @@
-"""The whole frozen base on the device."""
+"""The whole frozen base (or a pipeline stage's part of it) on the device."""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer
+from fttrain.store import Traffic
 
 
 class ResidentStore:
-    """Every layer's flat buffer stays where it is: prefetch and release have nothing to move."""
+    """Every layer's flat buffer stays where it is: nothing is ever moved."""
 
     def __init__(self, flats: list[Tensor], frozen_format: FrozenFormat) -> None:
         self._flats = flats
@@ -15,12 +18,14 @@ class ResidentStore:
     def __len__(self) -> int:
         return len(self._flats)
 
-    def prefetch(self, layer: int) -> None:
+    def prefetch(self, upcoming: Sequence[int]) -> None:
         """Nothing to bring."""
 
     def get(self, layer: int) -> FrozenLayer:
-        """The layer's frozen tensors, valid until ``release``."""
         return FrozenLayer(self._flats[layer], self._format)
 
     def release(self, layer: int) -> None:
         """Nothing to free."""
+
+    def take_traffic(self) -> Traffic:
+        return Traffic()

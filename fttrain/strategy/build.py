@@ -1,38 +1,27 @@
-"""Puts a strategy together from the parts of the configuration."""
+"""Puts a strategy together: what it needs is compared with what the machine has, then loaded."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from fttrain.checkpoint.frozen import check_quantisation, load_ends, load_layers
-from fttrain.checkpoint.readers import open_checkpoint
+from fttrain.checkpoint.frozen import check_quantisation
+from fttrain.checkpoint.frozen_cache import open_or_build
 from fttrain.checkpoint.source import Source, load_config, quantisation_of
 from fttrain.dist import Group
 from fttrain.errors import UserError
-from fttrain.model.decoder import Architecture, Decoder
-from fttrain.model.lora import LoraConfig
-from fttrain.optim.factory import OptimConfig
-from fttrain.quant.scheme import QuantConfig
-from fttrain.schedule.grouped import ScheduleConfig
-from fttrain.schedule.layer_pass import check_activations
-from fttrain.store.resident import ResidentStore
-from fttrain.strategy.protocol import Strategy, StrategyConfig
-from fttrain.strategy.replicate import Replicate
+from fttrain.model.decoder import Architecture
+from fttrain.store.hostpool import HostPool
+from fttrain.strategy import pipeline, replicate, shard, stream
+from fttrain.strategy.protocol import Strategy
+from fttrain.strategy.recipe import Plan, Recipe, check_pair
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything a native strategy is made of."""
-
-    strategy: StrategyConfig
-    quant: QuantConfig
-    lora: LoraConfig
-    optim: OptimConfig
-    schedule: ScheduleConfig
-    activations: str
-    dtype: str
-    seed: int
+PAGES: dict[str, Any] = {
+    "replicate": replicate,
+    "shard": shard,
+    "stream": stream,
+    "pipeline": pipeline,
+}
 
 
 def build_strategy(
@@ -43,31 +32,23 @@ def build_strategy(
 ) -> Strategy:
     """Load the frozen base and build the strategy around it, adapters at their start.
 
-    ``progress(done, total)`` counts layers. Raises UserError for a checkpoint that cannot be used.
+    ``progress(done, total)`` counts layers. Raises UserError for a checkpoint that cannot be used
+    and, before anything is loaded, for a machine that is too small.
     """
-    check_activations(recipe.activations)
+    check_pair(recipe.strategy, recipe.schedule)
     dtype = getattr(torch, recipe.dtype)
     if group.device.type == "cuda" and dtype == torch.float32:
         raise UserError("model.dtype=float32: flash attention on a GPU takes model.dtype=bfloat16")
     check_quantisation(quantisation_of(source), recipe.quant)
-    config = load_config(source)
-    architecture = Architecture(config)
+    architecture = Architecture(load_config(source))
     frozen_format = architecture.frozen_format(recipe.quant, dtype)
-    reader = open_checkpoint(source, config)
-    ends = load_ends(reader, architecture, group.device, dtype)
-    flats = load_layers(reader, architecture, frozen_format, group.device, progress or _silent)
-    decoder = Decoder(architecture, ends.embedding, ends.final_norm, ends.head, recipe.lora)
-    for layer in decoder.layers:
-        layer.adapters.reset(recipe.seed)
-    return Replicate(
-        decoder,
-        ResidentStore(flats, frozen_format),
-        group,
-        recipe.optim,
-        recipe.schedule,
-        recipe.activations,
-        recipe.seed,
-    )
+    plan = Plan(recipe, group, architecture, frozen_format, HostPool(group))
+    page = PAGES[recipe.strategy.name]
+    share = page.book(plan)
+    plan.pool.check()
+    progress = progress or _silent
+    cache = open_or_build(...)
+    return page.build(plan, cache, share, progress)
 
 
 def _silent(done: int, total: int) -> None:

@@ -8,30 +8,75 @@ from torch import Tensor
 
 from fttrain.data.batch import MicroBatch
 from fttrain.errors import UserError
+from fttrain.store import Traffic
 from fttrain.strategy.sync import SyncStats
 
-STRATEGIES = ("replicate",)
-PLANNED = ("shard", "stream", "pipeline", "deepspeed", "auto")
+# strategy -> the schedule it runs with; every other pair is refused by name.
+SCHEDULES = {
+    "replicate": "grouped",
+    "shard": "grouped",
+    "stream": "grouped",
+    "pipeline": "one_f_one_b",
+}
+PLANNED = ("deepspeed", "auto")
 
 
 @dataclass(frozen=True)
 class StrategyConfig:
-    """How the work is divided among the ranks."""
+    """How the frozen base is divided among the ranks."""
 
-    name: str = "replicate"  # replicate: the whole base on each rank
+    # replicate: whole on each rank | shard: a part of each layer on each rank, gathered before use
+    # | stream: in host memory, copied before use | pipeline: some layers on each rank
+    name: str = "replicate"
+    # stream: layers that stay on the device: a number | all | a list with a number for each rank
+    resident_layers: int | str | tuple[int, ...] = 0
+    slots: int = 2  # stream: layers on the device beside the resident ones: 2 or 3
 
     def __post_init__(self) -> None:
         if self.name in PLANNED:
             raise UserError(
-                f"strategy={self.name}: not available yet; available: {', '.join(STRATEGIES)}"
+                f"strategy={self.name}: not available yet; available: {', '.join(SCHEDULES)}"
             )
-        if self.name not in STRATEGIES:
-            raise UserError(f"strategy={self.name}: {', '.join(STRATEGIES)}")
+        if self.name not in SCHEDULES:
+            raise UserError(f"strategy={self.name}: {', '.join(SCHEDULES)}")
+        if self.name != "stream" and (self.resident_layers, self.slots) != (0, 2):
+            raise UserError(
+                f"strategy={self.name}: strategy.resident_layers and strategy.slots belong to "
+                "strategy=stream"
+            )
+        if self.slots not in (2, 3):
+            raise UserError(f"strategy.slots={self.slots}: 2 or 3")
+        kept = self.resident_layers
+        numbers = (kept,) if isinstance(kept, int) else kept
+        if kept != "all" and (isinstance(numbers, str) or min(numbers, default=-1) < 0):
+            raise UserError(
+                f"strategy.resident_layers={kept}: a number of 0 or more, all, or a list with one "
+                "for each rank"
+            )
+
+    def resident(self, rank: int, world_size: int, layers: int) -> int:
+        """Layers of ``layers`` that stay on the device of ``rank``.
+
+        Raises UserError for more than there are, or a list that does not name every rank.
+        """
+        kept = self.resident_layers
+        if isinstance(kept, str):
+            return layers
+        if isinstance(kept, tuple) and len(kept) != world_size:
+            raise UserError(
+                f"strategy.resident_layers={list(kept)}: a number for each of {world_size} rank(s)"
+            )
+        own = kept if isinstance(kept, int) else kept[rank]
+        if own > layers:
+            raise UserError(
+                f"strategy.resident_layers={own}: the model has {layers} layers; all keeps them all"
+            )
+        return own
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimizer step did, the same on every rank but for ``sync``."""
+    """What one optimizer step did, the same on every rank but for ``sync`` and ``traffic``."""
 
     loss: float  # nats per target token over all ranks; 0 where the step had no target
     targets: int  # tokens that were trained on, over all ranks
@@ -39,26 +84,38 @@ class StepStats:
     grad_norm: float  # of the mean loss, before clipping
     updated: bool  # False: no target, a gradient that is not finite, or the judge said no
     sync: SyncStats = field(default_factory=SyncStats)  # this rank's gradient traffic
+    traffic: Traffic = field(default_factory=Traffic)  # this rank's traffic of the frozen base
+    stage_bytes: int = 0  # sent by this rank to other stages of a pipeline
 
 
 Judge = Callable[[float, float], bool]  # (loss, grad_norm) -> whether the update is made
 
 
 class Strategy(Protocol):
-    """Trains, evaluates and answers, wherever the frozen base lives."""
+    """Trains, evaluates, answers, wherever the frozen base lives. Every rank makes every call."""
+
+    @property
+    def data_parallel(self) -> tuple[int, int]:
+        """(this rank's place, number of places) among which the micro-batches are divided."""
+        ...
 
     def train_step(
         self, micro_batches: list[MicroBatch], step: int, lr: float, accept: Judge
     ) -> StepStats:
-        """One optimizer step over this rank's ``micro_batches``.
+        """One optimizer step over this rank's ``micro_batches``, in host memory.
 
         The gradient is that of the loss summed over the target tokens of all ranks, divided by
-        their number.
+        their number. Raises UserError, before the update, where the frozen base is damaged.
         """
         ...
 
     def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
         """(loss sum in nats, target tokens) over the micro-batches of all ranks."""
+        ...
+
+    @property
+    def pass_s(self) -> float:
+        """Seconds that the last pass over the layers took in ``evaluate``; 0 before it."""
         ...
 
     def generate(
@@ -68,17 +125,17 @@ class Strategy(Protocol):
         ...
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """fp32 masters by name: A (r, in) and B (out, r)."""
+        """fp32 masters by name: A (r, in) and B (out, r). Whole on rank 0; others may get less."""
         ...
 
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:
-        """Takes what ``adapter_state`` gave, on any rank count."""
+        """Takes what ``adapter_state`` gave, under any strategy and rank count."""
         ...
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Moments and step counts by name."""
+        """Moments and step counts by name. Whole on rank 0; others may get less."""
         ...
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Takes what ``optimizer_state`` gave."""
+        """Takes what ``optimizer_state`` gave, under any strategy and rank count."""
         ...

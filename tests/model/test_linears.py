@@ -31,6 +31,7 @@ class Case:
         config = LoraConfig(r=R, lora_alpha=7, lora_dropout=dropout, target_modules=targets)
         self.layer = LayerAdapters(0, [MEMBERS], config, tiny.CPU, torch.float32)
         self.layer.flat.data.normal_()
+        self.layer.bind_gradient(torch.zeros_like(self.layer.flat))
         self.layer.refresh()
         self.state = LayerState()
         self.state.frozen = self.frozen = FrozenLayer(flat, frozen_format)

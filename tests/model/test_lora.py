@@ -143,6 +143,7 @@ def test_masters_and_gradients_are_views_of_one_flat_tensor() -> None:
         master.fill_(number)
     assert layer.flat.unique().tolist() == list(range(8))
     assert len(layer.flat) == sum(m.numel() for _, m in layer.named_masters()) == 112
+    layer.bind_gradient(torch.zeros_like(layer.flat))
     for group in layer.groups.values():
         group.accumulate(torch.ones_like(group.a), torch.ones_like(group.b.t()))
     assert bool((layer.grad != 0).all())

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.errors import UserError
+from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
 from fttrain.model.lora import LoraConfig
 from fttrain.quant.scheme import QuantConfig
-from fttrain.schedule import grouped, layer_pass
-from fttrain.schedule.grouped import ScheduleConfig
+from fttrain.schedule import ScheduleConfig, grouped, layer_pass
+from fttrain.schedule.layer_pass import Saving
 
 LORA = LoraConfig(r=4, lora_alpha=10)
 DROPOUT = LoraConfig(r=4, lora_alpha=10, lora_dropout=0.25)
@@ -72,7 +73,7 @@ def test_every_group_size_and_policy_gives_the_same(lora: LoraConfig) -> None:
     decoder, store = tiny.build(tiny.model("qwen3"), QuantConfig(), lora)
     reference = tiny.run(decoder, store, micro_batches(), 1, "keep", masks_by_index)
     for group_size in (1, 2, 3, 4):
-        for activations in layer_pass.ACTIVATIONS:
+        for activations in ("recompute", "keep"):
             loss, gradients = tiny.run(
                 decoder, store, micro_batches(), group_size, activations, masks_by_index
             )
@@ -90,35 +91,57 @@ def test_dropout_changes_the_gradient_and_evaluation_has_none() -> None:
     assert float(evaluated) == pytest.approx(plain, rel=1e-9)
 
 
-def test_a_layers_gradient_is_complete_when_that_is_said() -> None:
-    """Once for each layer, from the last to the first, and nothing is added afterwards."""
+class Watched:
+    """Gradients on the device that write down when they are opened and closed."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.home = decoder, tiny.gradient_home(decoder)
+        self.log: list[tuple[str, int]] = []
+        self.complete: list[tuple[int, Tensor]] = []
+
+    def open(self, layer: int) -> None:
+        self.log.append(("open", layer))
+        self.home.open(layer)
+
+    def close(self, layer: int, last: bool) -> None:
+        self.log.append(("close", layer))
+        if last:
+            self.complete.append((layer, self.decoder.layers[layer].adapters.grad.clone()))
+
+
+def pass_all(decoder: Decoder, store: Any, group_size: int) -> Watched:
+    watched = Watched(decoder)
+    grouped.forward_backward(
+        decoder, store, micro_batches(), group_size, Saving(), lambda batch: None, watched
+    )
+    return watched
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 4])
+def test_a_layers_gradient_is_complete_when_that_is_said(group_size: int) -> None:
+    """Once for each layer, from the last to the first, and nothing is added afterwards; between
+    open and close nothing else is opened.
+    """
     decoder, store = tiny.build(tiny.model(), QuantConfig(), LORA)
-    for group_size in (1, 2, 4):
-        tiny.zero_gradients(decoder)
-        seen: list[tuple[int, Tensor]] = []
-
-        def note(layer: int, seen: list[tuple[int, Tensor]] = seen) -> None:
-            seen.append((layer, decoder.layers[layer].adapters.grad.clone()))
-
-        grouped.forward_backward(
-            decoder, store, micro_batches(), group_size, "recompute", lambda batch: None, note
-        )
-        assert [layer for layer, _ in seen] == [2, 1, 0]
-        for layer, gradient in seen:
-            assert torch.equal(gradient, decoder.layers[layer].adapters.grad)
+    watched = pass_all(decoder, store, group_size)
+    assert [layer for layer, _ in watched.complete] == [2, 1, 0]
+    for layer, gradient in watched.complete:
+        assert torch.equal(gradient, decoder.layers[layer].adapters.grad)
+    turn = [(what, layer) for layer in (2, 1, 0) for what in ("open", "close")]
+    assert watched.log == turn * (4 // group_size)
 
 
 class Watch:
     """A store that writes down what is asked of it."""
 
     def __init__(self, store: Any) -> None:
-        self.store, self.log = store, list[tuple[str, int]]()
+        self.store, self.log = store, list[tuple[str, Any]]()
 
     def __len__(self) -> int:
         return len(self.store)
 
-    def __getattr__(self, name: str) -> Callable[[int], Any]:
-        def call(layer: int) -> Any:
+    def __getattr__(self, name: str) -> Callable[[Any], Any]:
+        def call(layer: Any) -> Any:
             self.log.append((name, layer))
             return getattr(self.store, name)(layer)
 
@@ -127,28 +150,24 @@ class Watch:
 
 @pytest.mark.parametrize("group_size", [1, 2, 4])
 def test_passes_over_the_store(group_size: int) -> None:
-    """ceil(accumulation / G) passes up and down; the next layer is on its way before it is used;
-    one layer is held at a time.
+    """ceil(accumulation / G) passes up and down; before a layer is used it is asked for, with all
+    that follow it in the pass; one layer is held at a time.
     """
     decoder, store = tiny.build(tiny.model(), QuantConfig(), LORA)
     watch = Watch(store)
-    grouped.forward_backward(
-        decoder, watch, micro_batches(), group_size, "recompute", lambda b: None, lambda layer: None
-    )
-    got = [layer for what, layer in watch.log if what == "get"]
-    assert got == [0, 1, 2, 2, 1, 0] * (4 // group_size)
-    held: set[int] = set()
-    fetched: set[int] = set()
-    for what, layer in watch.log:
-        if what == "prefetch":
-            fetched.add(layer)
-        elif what == "get":
-            assert layer in fetched
-            held.add(layer)
-            assert len(held) == 1
-        else:
-            held.remove(layer)
-    assert not held
+    pass_all(decoder, watch, group_size)
+    up_and_down = [[0, 1, 2], [1, 2], [2], [2, 1, 0], [1, 0], [0]]
+    expected = [
+        entry
+        for following in up_and_down
+        for entry in (
+            ("prefetch", following),
+            ("get", following[0]),
+            ("release", following[0]),
+        )
+    ]
+    log = [(what, list(at) if what == "prefetch" else at) for what, at in watch.log]
+    assert log == expected * (4 // group_size)
 
 
 def autograd_nodes(output: Tensor) -> Iterator[Any]:
@@ -168,7 +187,7 @@ def test_keep_holds_the_stated_tensors_and_no_others(name: str) -> None:
     """
     decoder, store = tiny.build(tiny.model(name), QuantConfig(), DROPOUT)
     batch = micro_batches(1)[0]
-    work = layer_pass.start(decoder, batch, masks_by_index(batch))
+    work = layer_pass.start(decoder, batch, masks_by_index(batch), None)
     tokens, a = len(work.hidden), decoder.architecture
     qkv, attention = (a.heads + 2 * a.kv_heads) * a.head_dim, a.heads * a.head_dim
     stated = sorted(
@@ -183,7 +202,7 @@ def test_keep_holds_the_stated_tensors_and_no_others(name: str) -> None:
 
     for layer in layer_pass.walk(decoder, store, range(1)):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            layer_pass.forward(decoder.layers[layer], work, "keep")
+            layer_pass.forward(decoder.layers[layer], work, Saving("keep"))
     assert sorted(saved.values()) == stated
     output = work.saved[0].output
     assert output is not None
@@ -196,10 +215,10 @@ def test_keep_holds_the_stated_tensors_and_no_others(name: str) -> None:
 
 def test_recompute_holds_the_boundary_only() -> None:
     decoder, store = tiny.build(tiny.model(), QuantConfig(), LORA)
-    work = layer_pass.start(decoder, micro_batches(1)[0], None)
+    work = layer_pass.start(decoder, micro_batches(1)[0], None, None)
     for layer in layer_pass.walk(decoder, store, range(len(store))):
         boundary = work.hidden
-        layer_pass.forward(decoder.layers[layer], work, "recompute")
+        layer_pass.forward(decoder.layers[layer], work, Saving())
         assert work.saved[-1].output is None
         assert work.saved[-1].boundary is boundary
         assert work.hidden.grad_fn is None
@@ -210,5 +229,5 @@ def test_settings() -> None:
     for group in ("some", 0, -1):
         with pytest.raises(UserError, match=f"schedule.group={group}: all, or a whole number"):
             ScheduleConfig(group)
-    with pytest.raises(UserError, match=r"activations=.offload.*recompute, keep"):
-        layer_pass.check_activations("offload")
+    with pytest.raises(UserError, match=r"schedule.kind=zero_bubble: grouped or one_f_one_b"):
+        ScheduleConfig(kind="zero_bubble")

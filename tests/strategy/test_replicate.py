@@ -16,9 +16,10 @@ from fttrain.dist import Group
 from fttrain.model.lora import LoraConfig
 from fttrain.optim.factory import OptimConfig
 from fttrain.quant.scheme import QuantConfig
-from fttrain.schedule.grouped import ScheduleConfig
+from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.layer_pass import Saving
+from fttrain.strategy.data_parallel import DataParallel
 from fttrain.strategy.protocol import StepStats
-from fttrain.strategy.replicate import Replicate
 
 LORA = LoraConfig(r=4, lora_alpha=10)
 DROPOUT = replace(LORA, lora_dropout=0.2)
@@ -42,10 +43,10 @@ def rows(count: int) -> list[list[tiny.Document]]:
 
 def strategy(
     lora: LoraConfig = LORA, optim: OptimConfig = OPTIM, rank: int = 0, world_size: int = 1
-) -> Replicate:
+) -> DataParallel:
     decoder, store = tiny.build(tiny.model(), QuantConfig(), lora)
     group = Group(rank, world_size, rank, tiny.CPU)
-    return Replicate(decoder, store, group, optim, ScheduleConfig("all"), "recompute", seed=7)
+    return DataParallel(decoder, store, group, optim, ScheduleConfig("all"), Saving(), seed=7)
 
 
 def micro_batches(
@@ -54,7 +55,7 @@ def micro_batches(
     return Loader(rows(count), *split, rank, world_size, seed=0).next_step()
 
 
-def measure(trained: Replicate, batches: list[MicroBatch]) -> Step:
+def measure(trained: DataParallel, batches: list[MicroBatch]) -> Step:
     """A step that is not applied: its figures and the gradient of the mean loss."""
     stats = trained.train_step(batches, 0, 1e-2, lambda loss, grad_norm: False)
     found = tiny.gradients(trained.decoder)

@@ -1,0 +1,135 @@
+"""What stages of a pipeline say to each other: a micro-batch's boundary activation on the way up,
+its gradient on the way down, and nothing else.
+
+Legend: N tokens of a micro-batch, C hidden width.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from fttrain.collectives import Handle, Handles
+from fttrain.dist import Group
+
+UP, DOWN = 1, -1  # to the stage after this one, to the one before
+TAGS = {UP: 1, DOWN: 2}
+AHEAD = 2  # sends that may be under way, and receives that are open ahead of their use
+
+
+class StageLink:
+    """Sends to and receives from the stages beside this one.
+
+    Between GPUs over NCCL the tensors cross as they are. Where the backend sends no CUDA tensors
+    (gloo) they go through page-locked host memory. Sends never make the compute wait; what was sent
+    must not be overwritten.
+    """
+
+    def __init__(self, group: Group, width: int, dtype: torch.dtype) -> None:
+        self._group, self._width, self._dtype = group, width, dtype
+        over_nccl = group.world_size > 1 and torch_dist.get_backend() == "nccl"
+        self._staged = group.device.type == "cuda" and not over_nccl
+        # NCCL works off what one communicator is given in order: a send up that waits for its
+        # receive must not hold up a gradient on its way down, so each direction has one of its own.
+        self._groups: dict[int, Any] = {
+            step: torch_dist.new_group() if over_nccl else None for step in (UP, DOWN)
+        }
+        self._sender = ThreadPoolExecutor(1, "stage-link") if self._staged else None
+        # Handle and tensor of each send that may be under way
+        self._sending: deque[tuple[Handle, Tensor]] = deque()
+        self._stage_bytes = 0
+
+    @property
+    def is_first(self) -> bool:
+        """No stage comes before this one."""
+        return self._group.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        """No stage comes after this one."""
+        return self._group.rank == self._group.world_size - 1
+
+    def send(self, tensor: Tensor, step: int) -> None:
+        """``tensor`` (N, C) to the stage ``step`` (UP or DOWN) of this one."""
+        while len(self._sending) >= AHEAD:
+            self._sending.popleft()[0].wait()
+        tensor, to = tensor.contiguous(), self._group.rank + step
+        self._stage_bytes += tensor.numel() * tensor.element_size()
+        if self._sender is not None:
+            handle: Handle = _StagedSend(self._sender, tensor, to, TAGS[step])
+        else:
+            work = torch_dist.isend(tensor, to, group=self._groups[step], tag=TAGS[step])
+            handle = Handles([work])
+        self._sending.append((handle, tensor))
+
+    def inbox(self, rows: Sequence[int], step: int) -> "Inbox":
+        """What the stage ``step`` of this one will send: tensors of ``rows`` tokens, in order."""
+        return Inbox(self, rows, step)
+
+    def receive(self, rows: int, step: int) -> "Arriving":
+        """Start to receive (``rows``, C) from the stage ``step`` of this one."""
+        device = torch.device("cpu") if self._staged else self._group.device
+        buffer = torch.empty(
+            rows, self._width, dtype=self._dtype, device=device, pin_memory=self._staged
+        )
+        source, travels = self._group.rank + step, -step
+        work = torch_dist.irecv(buffer, source, group=self._groups[travels], tag=TAGS[travels])
+        return Arriving(work, buffer, self._group.device)
+
+    def flush(self) -> int:
+        """Wait until all that was sent has left; bytes sent since the last call."""
+        while self._sending:
+            self._sending.popleft()[0].wait()
+        sent, self._stage_bytes = self._stage_bytes, 0
+        return sent
+
+
+class Inbox:
+    """The receives of one direction, a few of them open ahead."""
+
+    def __init__(self, link: StageLink, rows: Sequence[int], step: int) -> None:
+        self._link, self._rows, self._step = link, deque(rows), step
+        self._open: deque[Arriving] = deque()
+
+    def next(self) -> Tensor:
+        """The next tensor (N, C) on the device."""
+        while self._rows and len(self._open) < AHEAD:
+            self._open.append(self._link.receive(self._rows.popleft(), self._step))
+        return self._open.popleft().tensor()
+
+
+@dataclass
+class Arriving:
+    """A tensor under way to this rank."""
+
+    work: Any
+    buffer: Tensor  # (N, C)
+    device: torch.device
+
+    def tensor(self) -> Tensor:
+        """(N, C) on the device, once it is here."""
+        self.work.wait()
+        return self.buffer.to(self.device, non_blocking=True)
+
+
+class _StagedSend:
+    """Copies to page-locked host memory; a thread sends that once the copy is complete."""
+
+    def __init__(self, sender: ThreadPoolExecutor, tensor: Tensor, to: int, tag: int) -> None:
+        self._on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._on_host.copy_(tensor, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+        self._sent = sender.submit(self._send, to, tag)
+
+    def wait(self) -> None:
+        self._sent.result()
+
+    def _send(self, to: int, tag: int) -> None:
+        self._copied.synchronize()
+        torch_dist.send(self._on_host, to, tag=tag)

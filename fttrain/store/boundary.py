@@ -1,0 +1,113 @@
+"""Layer inputs that are kept for backward: on the device, or in host memory.
+
+In host memory the boundary of each (layer, micro-batch) goes out as the next layer computes and
+comes back just before its backward. Two are under way in each direction at most, so the device
+never holds more than a few of them.
+
+Legend: N tokens of a micro-batch, C hidden width.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fttrain.collectives import Handle
+from fttrain.store.lane import Lane, copy, copy_lane
+
+UNDER_WAY = 2  # copies in each direction
+
+
+class Boundaries(Protocol):
+    """Keeps what ``save`` is given until ``load`` asks for it, once."""
+
+    def save(self, boundary: Tensor) -> Any:
+        """Take ``boundary`` (N, C); what ``prefetch`` and ``load`` know it by."""
+        ...
+
+    def prefetch(self, kept: Any) -> None:
+        """It is needed next."""
+        ...
+
+    def load(self, kept: Any) -> Tensor:
+        """The boundary (N, C) on the device; its place is free again."""
+        ...
+
+
+class DeviceBoundaries:
+    """They stay where they are."""
+
+    def save(self, boundary: Tensor) -> Tensor:
+        return boundary
+
+    def prefetch(self, kept: Tensor) -> None:
+        """Nothing to bring."""
+
+    def load(self, kept: Tensor) -> Tensor:
+        return kept
+
+
+@dataclass
+class _Kept:
+    """One boundary in host memory, and on its way back."""
+
+    place: int
+    rows: int  # N
+    coming: tuple[Handle, Tensor] | None = None
+
+
+class HostBoundaries:
+    """``buffer``: host memory for ``places`` boundaries of up to ``rows`` tokens each, uint8."""
+
+    def __init__(
+        self,
+        buffer: Tensor,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        out: Lane | None = None,
+        back: Lane | None = None,
+    ) -> None:
+        places, _, _ = shape  # (places, rows, C)
+        self._host = buffer.view(dtype).view(shape)
+        self._device = device
+        self._free = list(range(places))
+        self._out, self._back = out or copy_lane(device), back or copy_lane(device)
+        self._leaving: deque[tuple[Handle, Tensor]] = deque()
+
+    def save(self, boundary: Tensor) -> _Kept:
+        kept = _Kept(self._free.pop(), len(boundary))
+        while len(self._leaving) >= UNDER_WAY:
+            self._leaving.popleft()[0].wait()  # its device memory is free from here on
+        place = self._host[kept.place, : kept.rows]
+        leaving = self._out.run(partial(copy, place, boundary))
+        self._leaving.append((leaving, boundary))
+        return kept
+
+    def prefetch(self, kept: _Kept) -> None:
+        if kept.coming is not None:
+            return
+        while self._leaving:  # the last ones may not have arrived yet
+            self._leaving.popleft()[0].wait()
+        place = self._host[kept.place, : kept.rows]
+        boundary = torch.empty(place.shape, dtype=place.dtype, device=self._device)
+        coming = self._back.run(partial(copy, boundary, place))
+        kept.coming = coming, boundary
+
+    def load(self, kept: _Kept) -> Tensor:
+        self.prefetch(kept)
+        assert kept.coming is not None
+        coming, boundary = kept.coming
+        coming.wait()
+        kept.coming = None
+        self._free.append(kept.place)
+        return boundary
+
+
+def boundary_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
+    """Host memory for (places, rows, C)."""
+    places, rows, width = shape
+    return places * rows * width * dtype.itemsize

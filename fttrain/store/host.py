@@ -1,0 +1,73 @@
+"""Some layers on the device, the rest in one host copy that the ranks of a machine share.
+
+    host  [ 0 | 2 | 3 | 5 | 6 | ... ]  page-locked on CUDA, one for all ranks
+              |  copy stream
+    device  slots [ 2 ][ 3 ]    resident [ 1 ][ 4 ] ...
+
+No rank needs another one's help: any link does, and a single card as well. Bytes copied: a layer
+for each one that is not resident, less those that a turn finds in the slots still. Resident layers
+are spread evenly, so that the copies of the others have all the compute to hide behind.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer
+from fttrain.store import Traffic
+from fttrain.store.lane import Lane, copy, copy_lane
+from fttrain.store.slots import Slots
+
+
+def resident_set(layers: int, resident_layers: int) -> frozenset[int]:
+    """Which ``resident_layers`` of so many layers stay on the device: evenly spread."""
+    return frozenset((2 * i + 1) * layers // (2 * resident_layers) for i in range(resident_layers))
+
+
+class HostStore:
+    """``resident``: layer -> uint8 (layer_bytes,) on the device; ``on_host``: the same in host
+    memory for all others (and maybe for more: another rank may keep fewer).
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        resident: Mapping[int, Tensor],
+        on_host: Mapping[int, Tensor],
+        frozen_format: FrozenFormat,
+        device: torch.device,
+        slots: int = 2,
+        lane: Lane | None = None,
+    ) -> None:
+        self._layers, self._resident, self._on_host = layers, resident, on_host
+        self._format = frozen_format
+        self._lane = lane or copy_lane(device)
+        self._layer_bytes = frozen_format.layout.size_bytes
+        count = slots if len(resident) < layers else 0
+        self._slots = Slots(count, self._layer_bytes, device, self._lane, self._copy)
+        self._h2d_bytes = 0
+
+    def __len__(self) -> int:
+        return self._layers
+
+    def prefetch(self, upcoming: Sequence[int]) -> None:
+        moving = (layer for layer in upcoming if layer not in self._resident)
+        self._h2d_bytes += self._layer_bytes * len(self._slots.want(moving))
+
+    def get(self, layer: int) -> FrozenLayer:
+        resident = self._resident.get(layer)
+        flat = self._slots.take(layer) if resident is None else resident
+        return FrozenLayer(flat, self._format)
+
+    def release(self, layer: int) -> None:
+        if layer not in self._resident:
+            self._slots.release(layer)
+
+    def take_traffic(self) -> Traffic:
+        traffic = Traffic(h2d_bytes=self._h2d_bytes, wait_s=self._lane.take_wait_s())
+        self._h2d_bytes = 0
+        return traffic
+
+    def _copy(self, layer: int, slot: Tensor) -> None:
+        copy(slot, self._on_host[layer])

@@ -1,0 +1,182 @@
+"""Lanes: work that runs beside the compute, in order, without the host waiting for it.
+
+A lane is a side stream on CUDA. On the CPU it is a thread for copies, or the collective library's
+own threads for collectives. ``run`` starts work, ``Ticket.wait`` orders what the compute does next
+after it, ``mark`` names a moment in the compute that work can be ordered after.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fttrain.collectives import Handle, Handles
+
+Work = Callable[[], Handle | None]  # issues copies or collectives; a handle if it does not wait
+Mark = Any  # a CUDA event; None on the CPU, where the compute is always up to date
+
+
+class Lane(Protocol):
+    """Runs work beside the compute, in the order in which it was given."""
+
+    def mark(self) -> Mark:
+        """What the compute has been asked so far."""
+        ...
+
+    def run(self, work: Work, after: Mark | None = None) -> Handle:
+        """Start ``work`` once the compute has come to ``after``; None: to what it was asked so
+        far.
+        """
+        ...
+
+    def synchronize(self) -> None:
+        """The host waits until all work is done."""
+        ...
+
+    def take_wait_s(self) -> float:
+        """Seconds that the compute stood in ``wait`` since the last call. On CUDA those of waits
+        that are already over: asking never waits for the device.
+        """
+        ...
+
+
+class HostLane:
+    """A lane on the CPU: the compute is always up to date there, so marks mean nothing."""
+
+    def __init__(self) -> None:
+        self._last: Handle = Handles(())
+        self._wait_s = 0.0
+
+    def mark(self) -> Mark:
+        return None
+
+    def run(self, work: Work, after: Mark | None = None) -> Handle:
+        self._last = _Timed(self._start(work), self._waited)
+        return self._last
+
+    def synchronize(self) -> None:
+        self._last.wait()
+
+    def take_wait_s(self) -> float:
+        wait_s, self._wait_s = self._wait_s, 0.0
+        return wait_s
+
+    def _start(self, work: Work) -> Callable[[], Any]:
+        """Start ``work``; a function that returns once it is done."""
+        raise NotImplementedError
+
+    def _waited(self, seconds: float) -> None:
+        self._wait_s += seconds
+
+
+class ThreadLane(HostLane):
+    """Copies on the CPU: one thread does them in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = ThreadPoolExecutor(1, "lane")
+
+    def _start(self, work: Work) -> Callable[[], Any]:
+        return self._thread.submit(_finish, work).result
+
+
+class CollectiveLane(HostLane):
+    """Collectives on the CPU: started by the caller, so that all ranks start them in one order, and
+    carried on by the library's threads.
+    """
+
+    def _start(self, work: Work) -> Callable[[], Any]:
+        return (work() or Handles(())).wait
+
+
+class StreamLane:
+    """Copies or collectives on CUDA: a side stream. The host never waits for it but in
+    ``synchronize``.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        # Around each wait of the compute stream; read once they are over.
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def mark(self) -> Mark:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def run(self, work: Work, after: Mark | None = None) -> Handle:
+        self._stream.wait_event(self.mark() if after is None else after)
+        done = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            _finish(work)
+            done.record(self._stream)
+        return _StreamTicket(done, self._device, self._waits)
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+
+    def take_wait_s(self) -> float:
+        over = [pair for pair in self._waits if pair[1].query()]
+        self._waits[:] = [pair for pair in self._waits if pair not in over]
+        return sum(begin.elapsed_time(end) for begin, end in over) / 1e3
+
+
+class _Timed:
+    """A wait of the host whose first call is timed; later ones find it over."""
+
+    def __init__(self, wait: Callable[[], Any], waited: Callable[[float], None]) -> None:
+        self._wait, self._waited = wait, waited
+        self._over = False
+
+    def wait(self) -> None:
+        if self._over:
+            return
+        started = time.perf_counter()
+        self._wait()
+        self._over = True
+        self._waited(time.perf_counter() - started)
+
+
+class _StreamTicket:
+    """An event that the stream of whoever waits is ordered after."""
+
+    def __init__(
+        self,
+        done: torch.cuda.Event,
+        device: torch.device,
+        waits: list[tuple[torch.cuda.Event, torch.cuda.Event]],
+    ) -> None:
+        self._done, self._device, self._waits = done, device, waits
+
+    def wait(self) -> None:
+        stream = torch.cuda.current_stream(self._device)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record(stream)
+        stream.wait_event(self._done)
+        end.record(stream)
+        self._waits.append((begin, end))
+
+
+def copy_lane(device: torch.device) -> Lane:
+    """A lane for copies between the host and ``device``."""
+    return StreamLane(device) if device.type == "cuda" else ThreadLane()
+
+
+def collective_lane(device: torch.device) -> Lane:
+    """A lane for collectives of tensors on ``device``."""
+    return StreamLane(device) if device.type == "cuda" else CollectiveLane()
+
+
+def _finish(work: Work) -> None:
+    handle = work()
+    if handle is not None:
+        handle.wait()
+
+
+def copy(into: Tensor, source: Tensor) -> None:
+    """A copy as the work of a lane: on CUDA the host does not wait for it."""
+    into.copy_(source, non_blocking=True)

@@ -1,0 +1,73 @@
+"""Each rank keeps 1 / world_size of every layer; a layer is gathered into a slot before its use.
+
+    rank 0 [ a ]   rank 1 [ b ]    --- all_gather --->    slot [ a | b ] on both
+
+Bytes that a rank receives: (world_size - 1) / world_size of a layer for each one that is brought.
+A pass brings every layer, less those that its turn finds in the slots still.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fttrain.collectives import Handle, all_gather
+from fttrain.dist import Group
+from fttrain.errors import UserError
+from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer
+from fttrain.quant.layout import FLAT_MULTIPLE_BYTES
+from fttrain.store import Traffic
+from fttrain.store.lane import Lane, collective_lane
+from fttrain.store.slots import Slots
+
+SLOTS = 2  # one computes, one fills
+
+
+def shard_bytes(layer_bytes: int, world_size: int) -> int:
+    """Bytes of a layer that each rank keeps.
+
+    Raises UserError for a world_size that does not divide every layer.
+    """
+    if FLAT_MULTIPLE_BYTES % world_size:
+        raise UserError(
+            f"strategy=shard: a layer's bytes do not divide among {world_size} ranks (any number "
+            "up to 8 does); fewer ranks, strategy=stream or strategy=pipeline help"
+        )
+    return layer_bytes // world_size
+
+
+class ShardedStore:
+    """``shards``: this rank's uint8 (layer_bytes / world_size,) of each layer, on the device."""
+
+    def __init__(
+        self,
+        shards: list[Tensor],
+        frozen_format: FrozenFormat,
+        group: Group,
+        lane: Lane | None = None,
+    ) -> None:
+        self._shards, self._format = shards, frozen_format
+        self._lane = lane or collective_lane(group.device)
+        layer_bytes = frozen_format.layout.size_bytes
+        self._received_bytes = layer_bytes - shard_bytes(layer_bytes, group.world_size)
+        self._slots = Slots(SLOTS, layer_bytes, group.device, self._lane, self._gather)
+        self._gather_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def prefetch(self, upcoming: Sequence[int]) -> None:
+        self._gather_bytes += self._received_bytes * len(self._slots.want(upcoming))
+
+    def get(self, layer: int) -> FrozenLayer:
+        return FrozenLayer(self._slots.take(layer), self._format)
+
+    def release(self, layer: int) -> None:
+        self._slots.release(layer)
+
+    def take_traffic(self) -> Traffic:
+        traffic = Traffic(gather_bytes=self._gather_bytes, wait_s=self._lane.take_wait_s())
+        self._gather_bytes = 0
+        return traffic
+
+    def _gather(self, layer: int, slot: Tensor) -> Handle:
+        return all_gather(slot, self._shards[layer])

@@ -1,0 +1,45 @@
+"""Which contiguous layers each stage of a pipeline gets."""
+
+from collections.abc import Sequence
+
+from fttrain.errors import UserError
+from fttrain.units import gib
+
+
+def balance(
+    layers: int,
+    layer_bytes: Sequence[int],
+    fixed_bytes: Sequence[int],
+    free_bytes: Sequence[int],
+) -> list[range]:
+    """Contiguous layers of each stage, so that the fullest one is as little full as can be.
+
+    ``layer_bytes``: what one more layer takes on each stage, with what it keeps for the
+    micro-batches under way; ``fixed_bytes``: what it takes anyway (embedding, head);
+    ``free_bytes``: what its device has. Raises UserError for more stages than layers, and for a
+    stage that cannot hold its part.
+    """
+    stages = len(free_bytes)
+    if stages > layers:
+        raise UserError(
+            f"strategy=pipeline on {stages} ranks: the model has {layers} layers, and each stage "
+            f"needs one; fewer ranks help"
+        )
+
+    def fill(stage: int, count: int) -> float:
+        return (fixed_bytes[stage] + count * layer_bytes[stage]) / free_bytes[stage]
+
+    counts = [1] * stages
+    for _ in range(layers - stages):
+        least = min(range(stages), key=lambda stage: (fill(stage, counts[stage] + 1), stage))
+        counts[least] += 1
+    for stage, count in enumerate(counts):
+        if fill(stage, count) > 1:
+            needed = fixed_bytes[stage] + count * layer_bytes[stage]
+            raise UserError(
+                f"strategy=pipeline: stage {stage} would need {gib(needed)} for {count} of "
+                f"{layers} layers, {gib(free_bytes[stage])} are free there; head=streamed, "
+                "embedding=host, boundaries=host, optim.offload=true or strategy=stream help"
+            )
+    ends = [sum(counts[: stage + 1]) for stage in range(stages)]
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]

@@ -1,0 +1,101 @@
+"""What every native strategy does once backward has run: meet, check, judge, update."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fttrain.dist import Group
+from fttrain.errors import UserError
+from fttrain.model.lora import LayerAdapters
+from fttrain.optim.factory import Optimizer
+from fttrain.store.verify import VerifiedStore
+from fttrain.strategy.protocol import Judge, StepStats
+from fttrain.strategy.sync import SyncStats
+
+
+class Ending:
+    """The end of a step, and of any pass over the frozen base. Every rank calls it."""
+
+    def __init__(
+        self,
+        layers: list[LayerAdapters],
+        optimizer: Optimizer,
+        max_grad_norm: float,
+        store: VerifiedStore,
+        files: Sequence[str],
+        group: Group,
+    ) -> None:
+        """``files``: where each layer of the whole model lies on disk. ``layers`` and ``store``:
+        this rank's, which may be some of them.
+        """
+        self._layers, self._optimizer, self._clip = layers, optimizer, max_grad_norm
+        self._store, self._files, self._group = store, files, group
+
+    def totals(self, loss_sum: Tensor, targets: int, tokens: int) -> tuple[float, int, int]:
+        """Loss sum, target tokens and all tokens over all ranks.
+
+        Raises UserError, on every rank, where a layer that was checked since the last call is not
+        what the manifest says.
+        """
+        damaged = torch.zeros(self._group.world_size, dtype=torch.float64)
+        damaged[self._group.rank] = self._first_damaged()
+        own = torch.cat([torch.tensor([targets, tokens], dtype=torch.float64), damaged])
+        figures = torch.cat([loss_sum.view(1), own.to(loss_sum.device)])
+        loss, all_targets, all_tokens, *found = self._group.all_reduce_(figures).tolist()
+        self._refuse_damaged(found)
+        return loss, int(all_targets), int(all_tokens)
+
+    def check(self) -> None:
+        """After a pass without figures: only what ``totals`` raises."""
+        self.totals(torch.zeros((), dtype=torch.float64, device=self._group.device), 0, 0)
+
+    def finish(
+        self,
+        totals: tuple[float, int, int],
+        norms: Tensor,
+        sync: SyncStats,
+        lr: float,
+        accept: Judge,
+    ) -> StepStats:
+        """Judge the step and update. ``norms`` fp32 (layers of the whole model,): of the summed
+        gradients.
+        """
+        loss, targets, tokens = totals
+        scale = 1 / max(1, targets)
+        norm = float(torch.linalg.vector_norm(norms)) * scale
+        # A step without any target has no loss to judge, and nothing to learn from. A gradient that
+        # is not finite would destroy the adapter, whatever the judge thinks of it.
+        updated = targets > 0 and accept(loss * scale, norm) and math.isfinite(norm)
+        if updated:
+            self._update(scale, norm, lr)
+        return StepStats(loss * scale, targets, tokens, norm, updated, sync)
+
+    def _update(self, scale: float, norm: float, lr: float) -> None:
+        # as torch's clip_grad_norm_
+        factor = scale * (min(1.0, self._clip / (norm + 1e-6)) if self._clip else 1.0)
+        for layer in self._layers:
+            assert layer.flat.grad is not None
+            layer.flat.grad.mul_(factor)
+        self._optimizer.step(lr)
+        for layer in self._layers:
+            layer.refresh()
+
+    def _first_damaged(self) -> int:
+        """1 + the first damaged layer of this rank, 0 for none."""
+        found = self._store.mismatched()
+        return 1 + self._layers[min(found)].layer if found else 0
+
+    def _refuse_damaged(self, found: list[float]) -> None:
+        """``found``: of each rank what ``_first_damaged`` gave."""
+        for rank, number in enumerate(found):
+            if number:
+                layer = int(number) - 1
+                raise UserError(
+                    f"layer {layer} on rank {rank}: its bytes on {self._group.device.type} are not "
+                    f"those that {self._files[layer]} was made with (checksum); the disk, the "
+                    "memory or the link is failing. Nothing was updated. `fttrain quantize` "
+                    "verifies the file; after that the same command goes on from the last "
+                    "checkpoint"
+                )

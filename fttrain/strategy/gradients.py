@@ -1,0 +1,126 @@
+"""Where adapter gradients live between a layer's backward passes, and when they are summed.
+
+On the device: one flat fp32 tensor a layer. In host memory (``optim.offload``): two device tensors
+serve all layers in turn; a layer's gradient leaves as soon as its backward ends, double-buffered,
+and comes back where another group of micro-batches adds to it.
+"""
+
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fttrain.collectives import Handle
+from fttrain.model.lora import LayerAdapters
+from fttrain.store.lane import Lane, copy, copy_lane
+from fttrain.strategy.sync import GradientSync, SyncStats
+
+BUFFERS = 2  # one that backward adds to, one that leaves
+
+
+class GradientHome(Protocol):
+    """Gradients of one step: ``start``, then ``open`` and ``close`` by the schedule, ``finish``."""
+
+    def start(self) -> None:
+        """A step begins: all gradients are zero."""
+        ...
+
+    def open(self, layer: int) -> None:
+        """Bind the layer's gradient, with what this step has added so far."""
+        ...
+
+    def close(self, layer: int, last: bool) -> None:
+        """``last``: the layer's gradient is complete on this rank; start summing it."""
+        ...
+
+    def finish(self) -> tuple[Tensor, SyncStats]:
+        """Until all is summed: fp32 (layers,) norms on the device, and the traffic.
+
+        From here on each parameter's ``grad`` holds the sum, on the parameter's device.
+        """
+        ...
+
+
+class DeviceGradients:
+    """All of them on the device."""
+
+    def __init__(self, layers: list[LayerAdapters], sync: GradientSync) -> None:
+        self._layers, self._sync = layers, sync
+        for layer in layers:
+            layer.flat.grad = torch.zeros_like(layer.flat)
+            layer.bind_gradient(layer.flat.grad)
+
+    def start(self) -> None:
+        for layer in self._layers:
+            layer.grad.zero_()
+
+    def open(self, layer: int) -> None:
+        """It is bound for good."""
+
+    def close(self, layer: int, last: bool) -> None:
+        if last:
+            self._sync.launch(self._layers[layer].grad)
+
+    def finish(self) -> tuple[Tensor, SyncStats]:
+        stats = self._sync.wait()
+        return torch.stack([layer.grad.norm() for layer in self._layers]), stats
+
+
+class HostGradients:
+    """``on_host``: fp32 (values of the layer,) for each layer, page-locked where that matters."""
+
+    def __init__(
+        self,
+        layers: list[LayerAdapters],
+        sync: GradientSync,
+        device: torch.device,
+        on_host: list[Tensor],
+        lane: Lane | None = None,
+    ) -> None:
+        self._layers, self._sync, self._on_host = layers, sync, on_host
+        for layer, grad in zip(layers, on_host, strict=True):
+            layer.flat.grad = grad
+        self._lane = lane or copy_lane(device)
+        # All layers of a model have adapters of the same size.
+        self._buffers = [torch.zeros_like(on_host[0], device=device) for _ in range(BUFFERS)]
+        self._leaving: list[Handle | None] = [None] * BUFFERS
+        self._turn = 0
+        self._empty: set[int] = set()  # layers to which this step has not added yet
+        self._norms = torch.zeros(len(layers), dtype=torch.float32, device=device)
+
+    def start(self) -> None:
+        self._empty = set(range(len(self._layers)))
+        self._norms.zero_()
+
+    def open(self, layer: int) -> None:
+        self._turn = (self._turn + 1) % BUFFERS
+        buffer, leaving = self._buffers[self._turn], self._leaving[self._turn]
+        if leaving is not None:
+            leaving.wait()
+        if layer in self._empty:
+            self._empty.remove(layer)
+            buffer.zero_()
+        else:
+            self._lane.run(partial(copy, buffer, self._on_host[layer])).wait()
+        self._layers[layer].bind_gradient(buffer)
+
+    def close(self, layer: int, last: bool) -> None:
+        buffer = self._buffers[self._turn]
+        summed = self._sync.launch(buffer) if last else None
+        self._leaving[self._turn] = self._lane.run(partial(self._leave, layer, buffer, summed))
+
+    def finish(self) -> tuple[Tensor, SyncStats]:
+        stats = self._sync.wait()
+        for leaving in self._leaving:
+            if leaving is not None:
+                leaving.wait()  # the norms are the compute's
+        self._lane.synchronize()  # the optimizer reads the gradients on the host
+        return self._norms, stats
+
+    @torch.no_grad()
+    def _leave(self, layer: int, buffer: Tensor, summed: Handle | None) -> None:
+        if summed is not None:
+            summed.wait()
+            self._norms[layer] = buffer.norm()
+        copy(self._on_host[layer], buffer)

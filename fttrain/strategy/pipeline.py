@@ -1,0 +1,72 @@
+"""pipeline: ResidentStore of a rank's own contiguous layers x one_f_one_b. Only boundary
+activations and their gradients travel; each adapter has one home, so there is nothing to sum.
+"""
+
+from fttrain.rig.probe import free_device_bytes
+from fttrain.schedule.one_f_one_b import in_flight
+from fttrain.store import FrozenBase
+from fttrain.store.filling import Progress, to_device
+from fttrain.store.resident import ResidentStore
+from fttrain.strategy import parts
+from fttrain.strategy.balance import balance
+from fttrain.strategy.parts import Share
+from fttrain.strategy.pipeline_stage import PipelineStage
+from fttrain.strategy.recipe import Plan
+from fttrain.strategy.sync import NoSync
+
+
+def book(plan: Plan) -> Share:
+    """Divide the layers among the stages; host memory that this one needs.
+
+    Raises UserError where the layers do not fit.
+    """
+    group = plan.group
+    share = _shares(plan)[group.rank]
+    parts.book(plan, share, _kept(plan))
+    if group.device.type == "cpu":
+        plan.pool.book(parts.LAYERS, len(share.layers) * plan.layer_bytes)
+    return share
+
+
+def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> PipelineStage:
+    """Load this stage's layers onto its device and join the parts."""
+    flats = to_device(base, share.layers, plan.layer_bytes, plan.group.device, progress)
+    store = ResidentStore(flats, plan.frozen_format)
+    built = parts.decoder(plan, base, share)
+    return PipelineStage(
+        built,
+        parts.verified(plan, base, store, share.layers),
+        plan.group,
+        plan.recipe.optim,
+        parts.saving(plan, share, _kept(plan)),
+        plan.recipe.seed,
+        parts.gradients(plan, built, NoSync()),
+        parts.files(base),
+    )
+
+
+def _kept(plan: Plan) -> int:
+    """Micro-batches that this stage keeps at most between forward and backward."""
+    stages = plan.group.world_size
+    of_a_step = plan.recipe.size.gradient_accumulation_steps * stages
+    return min(in_flight(plan.group.rank, stages), of_a_step)
+
+
+def _shares(plan: Plan) -> list[Share]:
+    """Each stage's part, balanced by the memory that its device has free."""
+    group, placement = plan.group, plan.recipe.placement
+    first, last = group.rank == 0, group.rank == group.world_size - 1
+    ends = (first and placement.embedding == "device") + (last and placement.head == "resident")
+    own = [
+        plan.layer_bytes + parts.adapter_bytes(plan) + _kept(plan) * parts.saved_bytes(plan),
+        ends * plan.table_bytes,
+        free_device_bytes(group.device, group.world_size),
+    ]
+    layer_bytes, fixed_bytes, free_bytes = (
+        [int(value) for value in column]
+        for column in zip(*group.gather([float(value) for value in own]), strict=True)
+    )
+    layers = balance(plan.architecture.layers, layer_bytes, fixed_bytes, free_bytes)
+    return [
+        Share(part, stage == 0, stage == group.world_size - 1) for stage, part in enumerate(layers)
+    ]
