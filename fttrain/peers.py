@@ -125,8 +125,9 @@ class Watch:
     def close(self) -> None:
         self._over.set()
         self._thread.join()
-        for file in (self._mark, *self._peers):
-            file.close()
+        self._mark.close()
+        for peer in self._peers:
+            peer.close()
 
     def _reason_behind(self, error: BaseException) -> UserError | None:
         """Transports raise RuntimeError, and maybe before the peer's end shows here."""

@@ -4,7 +4,6 @@ import functools
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -246,55 +245,6 @@ def test_an_error_of_one_rank_is_the_error_of_all(
     assert errors(said[0]) == [f"fttrain: error: rank 1: {message}"]
     assert errors(said[2]) == [f"fttrain: error: rank 2: rank 1: {message}"]
     assert message in said[1]
-
-
-# A rank under the launcher: argv[1] is what rank 1 does while rank 0 waits for it.
-RANK = """
-import os, signal, sys
-import torch
-from fttrain import cli, launch
-from fttrain.dist import process_group
-from fttrain.errors import UserError
-def command(_arguments):
-    with process_group(torch.device("cpu")) as group:
-        group.barrier()
-        if group.rank == 1:
-            exec(sys.argv[1])
-        group.barrier()
-    return 0
-cli._dispatch = command
-sys.exit(cli.main([]))
-"""
-LAUNCHER = """
-import os, sys
-from fttrain import launch
-port = str(launch.free_port())
-fixed = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-fixed[launch.PARENT_PID] = str(os.getpid())
-command = [sys.executable, *sys.argv[1:]]
-sys.exit(launch.supervise([(command, {**fixed, "RANK": rank}) for rank in "01"]))
-"""
-
-
-@pytest.mark.parametrize(
-    ("deed", "code", "messages"),
-    [
-        ("raise UserError('the disk is full', 7)", 7, ["rank 1: the disk is full"]),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 137, ["rank 1 (pid", "rank 1 was killed by SIG"]),
-    ],
-    ids=["fails", "dies"],
-)
-def test_under_the_launcher(deed: str, code: int, messages: list[str], tmp_path: Path) -> None:
-    """The code is that of the rank that was to blame, and each line comes once."""
-    (tmp_path / "rank.py").write_text(RANK)
-    (tmp_path / "launcher.py").write_text(LAUNCHER)
-    command = [sys.executable, str(tmp_path / "launcher.py"), str(tmp_path / "rank.py"), deed]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, env=environment)
-    assert done.returncode == code, done.stderr
-    lines = sorted(errors(done.stderr))
-    starts = [f"fttrain: error: {message}" for message in messages]
-    assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
 
 
 def test_a_long_message_is_cut() -> None:
