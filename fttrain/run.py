@@ -16,6 +16,7 @@ from fttrain.errors import UserError
 from fttrain.evaluation import Evaluation
 from fttrain.loop import SpikeGuard
 from fttrain.model.attention_op import kernel_name
+from fttrain.peers import uncut
 from fttrain.strategy.build import build_strategy, silent
 from fttrain.strategy.protocol import Strategy
 from fttrain.strategy.recipe import Recipe, StepSize
@@ -171,7 +172,8 @@ def save(run: Run) -> None:
             run.config.model.revision,
         )
         try:
-            save_snapshot(run.output / "checkpoints", snapshot, run.config.checkpoint.keep_last)
+            with uncut:
+                save_snapshot(run.output / "checkpoints", snapshot, run.config.checkpoint.keep_last)
         except UserError as error:
             problem = str(error)
     run.group.refuse_together(problem)
