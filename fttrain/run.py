@@ -188,7 +188,6 @@ def _identity(run: Run) -> dict[str, Any]:
         "loop.seed": config.loop.seed,
         "model.name": config.model.name,
         "model.dtype": config.model.dtype,
-        "frozen base": run.base_digest,
         "quant.kind": config.quant.kind,
         "quant.blocksize": config.quant.blocksize,
         "quant.double_quant": config.quant.double_quant,
@@ -197,6 +196,7 @@ def _identity(run: Run) -> dict[str, Any]:
         "lora.use_rslora": config.lora.use_rslora,
         "lora.lora_dropout": config.lora.lora_dropout,
         "lora.target_modules": _as_json(config.lora.target_modules),
+        "frozen base": run.base_digest,
     }
 
 

@@ -23,7 +23,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
     from fttrain.track import counting
     from fttrain.units import duration, gib
 
-    rank, world_size, local_rank = rank_from_environment()
+    _, world_size, local_rank = rank_from_environment()
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     device = set_up(config.rig, local_rank, local_world_size)
     base = frozen_base(resolve(config.model), config.quant, config.model.dtype)
