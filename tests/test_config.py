@@ -168,7 +168,6 @@ WRONG = {
     "strategy.name=pipeline": "strategy=pipeline with schedule=grouped: they do not go together",
     "strategy.resident_layers=4": "strategy.resident_layers and strategy.slots belong to",
     "strategy.slots=3": "strategy.resident_layers and strategy.slots belong to strategy=stream",
-    "strategy.resident_layers=most strategy=stream": "strategy.resident_layers=most: a number of",
     "boundaries=disk": "boundaries=disk: device or host",
     "embedding=disk": "embedding=disk: device or host",
     "head=host": "head=host: resident or streamed",
