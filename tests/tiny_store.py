@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.quant.scheme import QuantConfig
-from fttrain.store import Store
+from fttrain.store import Store, Traffic
 from fttrain.store.lane import CollectiveLane, HostLane, ThreadLane, Work
 
 CPU = torch.device("cpu")
@@ -44,6 +44,17 @@ def read(store: Store, orders: Sequence[Sequence[int]]) -> list[tuple[int, Tenso
             found.append((layer, store.get(layer).flat.clone()))
             store.release(layer)
     return found
+
+
+def steady(store: Store) -> Traffic:
+    """What a pass up and down moves that begins with the first layers in the slots, as each step
+    but the first one does.
+    """
+    up = list(range(len(store)))
+    read(store, [up, up[::-1]])
+    store.take_traffic()
+    read(store, [up, up[::-1]])
+    return store.take_traffic()
 
 
 def delay_lanes(seed: int, most_s: float = 3e-3) -> None:
