@@ -56,9 +56,7 @@ def test_stages_never_wait_for_each_other_in_a_circle(stages: int, micro_batches
     done: set[tuple[int, str]] = set()
     while any(logs):
         ready = [
-            stage
-            for stage, log in enumerate(logs)
-            if log and _ready(log[0], stage, stages, done)
+            stage for stage, log in enumerate(logs) if log and _ready(log[0], stage, stages, done)
         ]
         assert ready, logs
         for stage in ready:
