@@ -50,10 +50,16 @@ class MemoryBase:
     ``read_into``: layer -> where its bytes went. On the CPU that is where a strategy keeps them.
     """
 
-    def __init__(self, architecture: Architecture, recipe: Recipe, weights: dict[str, Tensor]):
-        dtype, reader = getattr(torch, recipe.dtype), tiny.StateDict(weights)
+    def __init__(
+        self,
+        architecture: Architecture,
+        quant: QuantConfig,
+        dtype_name: str,
+        weights: dict[str, Tensor],
+    ) -> None:
+        dtype, reader = getattr(torch, dtype_name), tiny.StateDict(weights)
         self.architecture = architecture
-        self.frozen_format = architecture.frozen_format(recipe.quant, dtype)
+        self.frozen_format = architecture.frozen_format(quant, dtype)
         self.flats = [
             load_layer(reader, architecture, self.frozen_format, layer, tiny.CPU)
             for layer in range(architecture.layers)
@@ -88,10 +94,15 @@ class MemoryBase:
 
 
 @functools.cache
-def base(recipe: Recipe = RECIPE, model: str = "llama", layers: int = LAYERS) -> MemoryBase:
-    """Of a tiny model, as ``recipe`` quantises it."""
-    source = tiny.model(model, num_hidden_layers=layers)
-    return MemoryBase(Architecture(source.config), recipe, source.state_dict())
+def base(
+    model: str = "llama",
+    dtype: str = "float32",
+    quant: QuantConfig = RECIPE.quant,
+    **shape: int,
+) -> MemoryBase:
+    """Of a tiny model with ``shape``, 5 layers unless that says otherwise."""
+    source = tiny.model(model, **{"num_hidden_layers": LAYERS, **shape})
+    return MemoryBase(Architecture(source.config), quant, dtype, source.state_dict())
 
 
 def variant(

@@ -21,13 +21,13 @@ def stage(layers: range) -> Any:
 
 def whole() -> dict[str, torch.Tensor]:
     return tiny_strategy.adapters(
-        tiny_strategy.build(tiny_strategy.variant(), tiny_strategy.base(layers=12))
+        tiny_strategy.build(tiny_strategy.variant(), tiny_strategy.base(num_hidden_layers=12))
     )
 
 
 def test_a_part_has_its_layers_and_no_others() -> None:
     """Layer 1 is not layer 11."""
-    frozen = tiny_strategy.base(layers=12)
+    frozen = tiny_strategy.base(num_hidden_layers=12)
     decoder = tiny_strategy.build(tiny_strategy.variant(), frozen).decoder
     state = whole()
     decoder.layers = decoder.layers[1:3]

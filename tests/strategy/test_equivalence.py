@@ -116,7 +116,7 @@ def outcome(case: Case) -> dict[str, Any]:
         return True
 
     try:
-        frozen = tiny_strategy.base(tiny_strategy.variant(dtype=case.dtype), case.model)
+        frozen = tiny_strategy.base(case.model, case.dtype)
         strategy = tiny_strategy.build(case.recipe, frozen)
         steps = [tiny_strategy.apply(strategy, step, accept) for step in range(STEPS)]
         return {
