@@ -1,18 +1,16 @@
 """Deaths and failures of a rank in whole programs: under the launcher, and in a training run."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import tiny
 import tiny_files
-from tiny_run import WAIT_S, Fault, arguments, exit_codes, rank_main
+from tiny_run import WAIT_S, Fault, arguments, exit_codes, two_ranks
 
 from fttrain import launch
 from fttrain.peers import DIED_EXIT_CODE
@@ -77,31 +75,11 @@ def test_a_killed_rank_is_to_blame_before_one_that_ended_with_it(
     assert "rank 1 was killed by SIGKILL" in capfd.readouterr().err
 
 
-def rank_with_a_file(
-    argv: list[str], rank: int, port: int, fault: Fault | None, stderr: Path
-) -> None:
-    os.dup2(os.open(stderr, os.O_CREAT | os.O_WRONLY), 2)
-    rank_main(argv, rank, port, fault)
-
-
 @pytest.fixture
 def train(tmp_path: Path) -> Iterator[Callable[..., list[int | None]]]:
     """Trains on two ranks that no launcher watches, until both have ended; their exit codes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fttrain.train", "fttrain.cli.train"])
-    started: list[BaseProcess] = []
-
-    def train(argv: list[str], fault: Fault | None = None) -> list[int | None]:
-        port = launch.free_port()
-        for rank in range(2):
-            parameters = (argv, rank, port, fault, tmp_path / f"stderr{rank}")
-            started.append(context.Process(target=rank_with_a_file, args=parameters))
-            started[-1].start()
-        return exit_codes(started[-2:])
-
-    yield train
-    for process in started:
-        process.kill()
+    with two_ranks() as start:
+        yield lambda argv, fault=None: exit_codes(start(argv, fault, tmp_path))
 
 
 @pytest.mark.parametrize("victim", [0, 1])

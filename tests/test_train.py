@@ -17,7 +17,7 @@ import tiny_files
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_run import WAIT_S, Fault, adapter, arguments, exit_codes, losses, start_ranks
+from tiny_run import WAIT_S, Fault, adapter, arguments, exit_codes, losses, two_ranks
 from transformers import AutoModelForCausalLM
 
 from fttrain.checkpoint.claim import claim_output
@@ -41,16 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def ranks() -> Iterator[Callable[..., list[BaseProcess]]]:
     """Starts two ranks; none outlives the test."""
-    started: list[BaseProcess] = []
-
-    def start(argv: list[str], fault: Fault | None = None) -> list[BaseProcess]:
-        processes = start_ranks(argv, fault)
-        started.extend(processes)
-        return processes
-
-    yield start
-    for process in started:
-        process.kill()
+    with two_ranks() as start:
+        yield start
 
 
 def test_killed_stopped_and_resumed_is_bit_identical(

@@ -4,13 +4,12 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import tiny
 import tiny_files
-from tiny_run import adapter, arguments, exit_codes, losses, start_ranks
+from tiny_run import adapter, arguments, exit_codes, losses, two_ranks
 
 from fttrain.cli import main
 from fttrain.track import read_metrics
@@ -35,19 +34,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def train(folder: Path) -> Iterator[Callable[..., list[int | None]]]:
-    """Trains on two ranks; their exit codes. None outlives the module."""
-    started: list[BaseProcess] = []
+    """Trains on two ranks; their exit codes."""
+    with two_ranks() as start:
 
-    def run(strategy: str, output: Path, *more: str) -> list[int | None]:
-        ranks = start_ranks(
-            arguments(folder, output, f"strategy={strategy}", *SETTINGS[strategy], *more)
-        )
-        started.extend(ranks)
-        return exit_codes(ranks)
+        def run(strategy: str, output: Path, *more: str) -> list[int | None]:
+            argv = arguments(folder, output, f"strategy={strategy}", *SETTINGS[strategy], *more)
+            return exit_codes(start(argv, stderr=output.parent))
 
-    yield run
-    for process in started:
-        process.kill()
+        yield run
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +127,8 @@ def test_evaluate_on_one_rank_and_on_two(
     before = json.loads(figures.read_text())
     figures.unlink()
     command = ["evaluate", f"output={runs['pipeline']}"]
-    assert exit_codes(start_ranks(command)) == [0, 0]
+    with two_ranks() as start:
+        assert exit_codes(start(command)) == [0, 0]
     assert json.loads(figures.read_text())["tuned"] == before["tuned"]
     assert main([*command, "strategy=stream", "schedule=grouped"]) == 0
     again = json.loads(figures.read_text())
@@ -148,7 +143,6 @@ def test_a_flipped_byte_of_the_cache_stops_the_run(
     train: Callable[..., list[int | None]],
     runs: dict[str, Path],
     tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
 ) -> None:
     (cache,) = (folder / "frozen-cache" / "frozen").iterdir()
     copy = tmp_path / "cache" / "frozen" / cache.name
@@ -159,7 +153,9 @@ def test_a_flipped_byte_of_the_cache_stops_the_run(
     file.write_bytes(data)
     codes = train(strategy, tmp_path / "run", f"frozen.cache_dir={tmp_path / 'cache'}")
     assert 0 not in codes
-    assert "layer 3 on rank" in (said := capfd.readouterr().err)
-    assert f"{file} was made with (checksum)" in said
-    assert "Traceback" not in said
+    for rank in range(2):
+        said = (tmp_path / f"stderr{rank}").read_text()
+        assert "layer 3 on rank" in said
+        assert f"{file} was made with (checksum)" in said
+        assert "Traceback" not in said
     assert not (tmp_path / "run" / "adapter").exists()

@@ -5,9 +5,12 @@ import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -67,7 +70,11 @@ class Fault:
     delay_s: float = 0.0
 
 
-def rank_main(argv: list[str], rank: int, port: int, fault: Fault | None) -> None:
+def rank_main(
+    argv: list[str], rank: int, port: int, fault: Fault | None, stderr: Path | None
+) -> None:
+    if stderr is not None:
+        os.dup2(os.open(stderr / f"stderr{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -95,14 +102,36 @@ def inject(fault: Fault) -> None:
     Loader.next_step = next_step  # type: ignore[method-assign]
 
 
-def start_ranks(argv: list[str], fault: Fault | None = None) -> list[BaseProcess]:
-    """Two ranks as a launcher starts them, forked from a process that has imported everything."""
+@contextmanager
+def two_ranks() -> Iterator[Callable[..., list[BaseProcess]]]:
+    """``start_ranks``, none of which outlives the block."""
+    started: list[BaseProcess] = []
+
+    def start(*args: Any, **settings: Any) -> list[BaseProcess]:
+        processes = start_ranks(*args, **settings)
+        started.extend(processes)
+        return processes
+
+    try:
+        yield start
+    finally:
+        for process in started:
+            process.kill()
+
+
+def start_ranks(
+    argv: list[str], fault: Fault | None = None, stderr: Path | None = None
+) -> list[BaseProcess]:
+    """Two ranks as a launcher starts them, forked from a process that has imported everything.
+
+    ``stderr``: the folder for what they say there, in ``stderr0`` and ``stderr1``.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fttrain.train", "fttrain.cli.train"])
     port = free_port()
     processes: list[BaseProcess] = []
     for rank in range(2):
-        processes.append(context.Process(target=rank_main, args=(argv, rank, port, fault)))
+        processes.append(context.Process(target=rank_main, args=(argv, rank, port, fault, stderr)))
         processes[-1].start()
     return processes
 
