@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fttrain import schema
+from fttrain.checkpoint.frozen_cache import FrozenConfig
 from fttrain.checkpoint.resume import CheckpointConfig
 from fttrain.checkpoint.source import ModelConfig
 from fttrain.data.dataset import DataConfig
@@ -50,6 +51,7 @@ class RunConfig:
     schedule: ScheduleConfig
     strategy: StrategyConfig
     loop: LoopConfig
+    frozen: FrozenConfig
     checkpoint: CheckpointConfig
     rig: RigConfig
     launch: LaunchConfig

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from fttrain.errors import UserError
+
 # Longer than the slowest step; a dead rank ends the others sooner.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -89,6 +91,13 @@ class Group:
             )
         torch_dist.broadcast(content, src=source)
         return bytes(content.tolist()).decode()
+
+    def refuse_together(self, problem: str) -> None:
+        """Raises UserError on every rank where any has a ``problem``: that of the first of them."""
+        if not self.any(bool(problem)):
+            return
+        problems = [self.share(problem, rank) for rank in range(self.world_size)]
+        raise UserError(next(found for found in problems if found))
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

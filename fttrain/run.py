@@ -16,7 +16,7 @@ from fttrain.errors import UserError
 from fttrain.evaluation import Evaluation
 from fttrain.loop import SpikeGuard
 from fttrain.model.attention_op import kernel_name
-from fttrain.strategy.build import build_strategy
+from fttrain.strategy.build import build_strategy, silent
 from fttrain.strategy.protocol import Strategy
 from fttrain.strategy.recipe import Recipe, StepSize
 from fttrain.track import counting
@@ -36,6 +36,7 @@ class Run:
     guard: SpikeGuard
     total_steps: int
     base_model: str
+    base_digest: str  # of the frozen base's bytes
     step: int = 0  # optimizer steps done
     figures: Evaluation = dataclasses.field(default_factory=Evaluation)
 
@@ -66,8 +67,8 @@ def build(
     config: RunConfig, group: Group, output: Path, source: Source, tokenizer: Any, dataset: Dataset
 ) -> Run:
     """Load the frozen base and make everything a run needs, at its start."""
-    loading = counting("loading the frozen base") if group.is_main else None
-    strategy = build_strategy(recipe(config), source, group, loading)
+    show = counting if group.is_main else silent
+    strategy, cache = build_strategy(recipe(config), source, group, show)
     loop = config.loop
     place, places = strategy.data_parallel
     loader = Loader(
@@ -90,6 +91,7 @@ def build(
         SpikeGuard(loop.spike_policy, loop.spike_rise),
         min(steps, loop.max_steps or steps),
         source.name,
+        cache.digest,
     )
 
 
@@ -172,9 +174,7 @@ def save(run: Run) -> None:
             save_snapshot(run.output / "checkpoints", snapshot, run.config.checkpoint.keep_last)
         except UserError as error:
             problem = str(error)
-    problem = run.group.share(problem)
-    if problem:
-        raise UserError(problem)
+    run.group.refuse_together(problem)
 
 
 def _identity(run: Run) -> dict[str, Any]:
@@ -186,6 +186,7 @@ def _identity(run: Run) -> dict[str, Any]:
         "loop.seed": config.loop.seed,
         "model.name": config.model.name,
         "model.dtype": config.model.dtype,
+        "frozen base": run.base_digest,
         "quant.kind": config.quant.kind,
         "quant.blocksize": config.quant.blocksize,
         "quant.double_quant": config.quant.double_quant,

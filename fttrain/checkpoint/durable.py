@@ -19,6 +19,7 @@ from fttrain.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT = {"format": "fttrain-snapshot", "version": 1}
+HELP = "free some space, or lower checkpoint.keep_last, or choose another output="
 SLACK_BYTES = 1 << 20  # headers, JSON files, blocks of folders
 
 
@@ -79,15 +80,14 @@ def make_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def room_for(folder: Path, needed_bytes: int, what: str) -> Iterator[None]:
-    """Refuses a write that cannot fit and explains one that fails.
+def room_for(folder: Path, needed_bytes: int, what: str, help_: str = HELP) -> Iterator[None]:
+    """Refuses a write that cannot fit and explains one that fails. ``help_``: what the user can do.
 
     Raises:
         UserError: less than ``needed_bytes`` free, or the system refused a write (full disk, quota,
             permission).
     """
     needed = needed_bytes + SLACK_BYTES
-    help_ = "free some space, or lower checkpoint.keep_last, or choose another output="
 
     def free() -> int:
         home = next(part for part in (folder, *folder.parents) if part.exists())
@@ -124,8 +124,7 @@ def write_manifest(folder: Path, step: int) -> None:
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
         for name in names
     }
-    body = {**FORMAT, "step": step, "files": files}
-    write_bytes(folder / MANIFEST, _seal(body))
+    write_sealed(folder / MANIFEST, {**FORMAT, "step": step, "files": files})
     sync(folder)
 
 
@@ -135,10 +134,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: not there, damaged, or of an unknown version; the text says which.
     """
+    return read_sealed(folder / MANIFEST, FORMAT)
+
+
+def write_sealed(path: Path, body: Mapping[str, Any]) -> None:
+    """Writes and syncs ``body`` as JSON with the SHA-256 of itself: a flip anywhere shows."""
+    write_bytes(path, _seal(body))
+
+
+def read_sealed(path: Path, form: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``write_sealed`` wrote, whose entries ``form`` (format and version) are as given.
+
+    Raises:
+        ValueError: not there, damaged, or of an unknown version; the text says which.
+    """
     try:
-        data = (folder / MANIFEST).read_bytes()
+        data = path.read_bytes()
     except FileNotFoundError:
-        raise ValueError(f"{MANIFEST} is missing") from None
+        raise ValueError(f"{path.name} is missing") from None
     try:
         body = json.loads(data)
         del body["sha256"]
@@ -146,10 +159,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
-        raise ValueError(f"{MANIFEST} is damaged")
-    if {key: body.get(key) for key in FORMAT} != FORMAT:
+        raise ValueError(f"{path.name} is damaged")
+    if {key: body.get(key) for key in form} != form:
         raise ValueError(
-            f"{MANIFEST} has version {body.get('version')}; this program reads {FORMAT['version']}"
+            f"{path.name} has version {body.get('version')}; this program reads {form['version']}"
         )
     return dict(body)
 
@@ -177,7 +190,7 @@ def flaw(folder: Path, contents: bool = True) -> str | None:
     return None
 
 
-def _seal(body: dict[str, Any]) -> bytes:
-    """``body`` in the one way it is written, with the SHA-256 of itself: a flip anywhere shows."""
+def _seal(body: Mapping[str, Any]) -> bytes:
+    """``body`` in the one way it is written, with the SHA-256 of itself."""
     digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return (json.dumps({**body, "sha256": digest}, indent=2) + "\n").encode()

@@ -33,19 +33,35 @@ class FrozenEnds:
     head: Tensor  # (V, C): the embedding's own tensor where they are tied
 
 
+ENDS = {  # what is frozen outside the layers -> its tensor in the checkpoint
+    "embedding": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "head": "lm_head.weight",
+}
+
+
+def load_end(reader: Reader, architecture: Architecture, end: str) -> Tensor:
+    """``embedding`` (V, C), ``final_norm`` (C,) or ``head`` (V, C), as it is stored."""
+    name, shape = ENDS[end], (architecture.config.vocab_size, architecture.hidden)
+    return _checked(reader.tensor(name), name, shape[1:] if end == "final_norm" else shape)
+
+
+def is_tied(reader: Reader, architecture: Architecture) -> bool:
+    """Whether the head is the embedding."""
+    return architecture.tied or not reader.has(ENDS["head"])
+
+
 def load_ends(
     reader: Reader, architecture: Architecture, device: torch.device, dtype: torch.dtype
 ) -> FrozenEnds:
     """Embedding, final norm and head in ``dtype`` on ``device``."""
-    shape = (architecture.config.vocab_size, architecture.hidden)
 
-    def read(name: str, shape: tuple[int, ...]) -> Tensor:
-        return _checked(reader.tensor(name), name, shape).to(device=device, dtype=dtype)
+    def load(end: str) -> Tensor:
+        return load_end(reader, architecture, end).to(device=device, dtype=dtype)
 
-    embedding = read("model.embed_tokens.weight", shape)
-    tied = architecture.tied or not reader.has("lm_head.weight")
-    head = embedding if tied else read("lm_head.weight", shape)
-    return FrozenEnds(embedding, read("model.norm.weight", (architecture.hidden,)), head)
+    embedding = load("embedding")
+    head = embedding if is_tied(reader, architecture) else load("head")
+    return FrozenEnds(embedding, load("final_norm"), head)
 
 
 def load_layers(

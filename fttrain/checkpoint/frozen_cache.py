@@ -1,15 +1,151 @@
-"""temporary stub"""
+"""The frozen base on disk as a run reads it: quantised, one file a layer, sealed by a manifest.
 
+    frozen/smollm2-135m-nf4-3f0c.../  manifest.json         written last: without it nothing counts
+                                      layer_000.bin ...     a layer's flat buffer, byte for byte
+                                      embedding.bin  final_norm.bin  head.bin (unless tied)
+
+The manifest has each file's size, SHA-256 and checksum. Opening compares sizes; the checksums are
+compared where the bytes are used, the SHA-256 by ``fttrain quantize``.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fttrain.checkpoint.durable import MANIFEST, read_sealed
+from fttrain.errors import UserError
+from fttrain.quant.checksum import checksum
+
+FORM = {"format": "fttrain-frozen-base", "version": 1}
+READ_BYTES = 1 << 30  # Linux reads 2 GiB at most at once
 
 
 @dataclass(frozen=True)
 class FrozenConfig:
-    cache_dir: str | None = None
-    verify_every: int = 50
+    """The quantised base on disk, and how it is watched over."""
+
+    cache_dir: str | None = None  # null: ~/.cache/fttrain (or XDG_CACHE_HOME)
+    verify_every: int = 50  # steps in which each layer's checksum is compared once; 0: first use
+
+    def __post_init__(self) -> None:
+        if self.verify_every < 0:
+            raise UserError(f"frozen.verify_every={self.verify_every}: 0 or more steps")
 
 
-class FrozenCache: ...
+@dataclass(frozen=True)
+class Record:
+    """What a file of the cache holds."""
+
+    size_bytes: int
+    sha256: str
+    checksum: int  # as quant.checksum
+
+    @staticmethod
+    def read(entry: Mapping[str, Any]) -> "Record":
+        return Record(entry["size_bytes"], entry["sha256"], entry["checksum"])
 
 
-def open_or_build(*a): ...
+def layer_name(layer: int) -> str:
+    """The name that a layer's file goes by."""
+    return f"layer_{layer:03d}"
+
+
+def file_of(folder: Path, name: str) -> Path:
+    """Where the bytes of ``name`` lie."""
+    return folder / f"{name}.bin"
+
+
+def read_records(folder: Path) -> dict[str, Record]:
+    """The manifest of ``folder``: name -> record.
+
+    Raises ValueError where it is missing or damaged; the text says which.
+    """
+    files = read_sealed(folder / MANIFEST, FORM)["files"]
+    return {name: Record.read(entry) for name, entry in files.items()}
+
+
+def has_size(folder: Path, name: str, record: Record) -> bool:
+    """Whether the file is there, as large as it was written."""
+    path = file_of(folder, name)
+    return path.is_file() and path.stat().st_size == record.size_bytes
+
+
+class FrozenCache:
+    """A whole cache: the ``FrozenBase`` of a run."""
+
+    def __init__(self, folder: Path, records: dict[str, Record]) -> None:
+        self.folder = folder
+        self._records = records
+        self._layers = sum(name.startswith("layer_") for name in records)
+
+    def __len__(self) -> int:
+        return self._layers
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return "head" not in self._records
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files."""
+        return sum(record.size_bytes for record in self._records.values())
+
+    @property
+    def digest(self) -> str:
+        """A name for these very bytes."""
+        digests = {name: record.sha256 for name, record in sorted(self._records.items())}
+        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:32]
+
+    def checksum(self, layer: int) -> int:
+        """The manifest's, of the whole layer."""
+        return self._records[layer_name(layer)].checksum
+
+    def path(self, layer: int) -> Path:
+        """The layer's file."""
+        return file_of(self.folder, layer_name(layer))
+
+    def read(self, layer: int, into: Tensor, offset_bytes: int = 0) -> None:
+        """Fill ``into`` uint8 (n,), host memory, with n bytes of the layer from ``offset_bytes``
+        on.
+
+        Raises UserError where the disk does not deliver them.
+        """
+        _read(self.path(layer), into, offset_bytes)
+
+    def read_end(self, name: str, into: Tensor) -> None:
+        """Fill ``into``, contiguous and in host memory, with the ``embedding`` (V, C), the
+        ``final_norm`` (C,) or the ``head`` (V, C).
+
+        Raises UserError where the disk does not deliver them as they were written.
+        """
+        if name == "head" and self.tied:
+            name = "embedding"
+        path, flat = file_of(self.folder, name), into.view(-1).view(torch.uint8)
+        _read(path, flat, 0)
+        if int(checksum(flat)) != self._records[name].checksum:
+            raise UserError(
+                f"{path}: its bytes are not those that were written (checksum); "
+                "`fttrain quantize` makes it again"
+            )
+
+
+def _read(path: Path, into: Tensor, offset_bytes: int) -> None:
+    view = into.numpy().view(np.uint8).data
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while view:
+                got = os.preadv(file.fileno(), [view[:READ_BYTES]], offset_bytes)
+                if not got:
+                    raise UserError(f"{path}: it ends too early; `fttrain quantize` makes it again")
+                view, offset_bytes = view[got:], offset_bytes + got
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error

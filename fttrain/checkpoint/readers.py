@@ -1,7 +1,9 @@
 """One tensor at a time out of a checkpoint, by its transformers name: safetensors and GGUF."""
 
 import json
+import mmap
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,26 +27,38 @@ class Reader(Protocol):
         """The tensor as it is stored, on the host. Raises UserError where it is missing."""
         ...
 
+    def rest(self) -> None:
+        """Let go of the memory that reading has mapped. Reading may go on."""
+        ...
 
-def open_checkpoint(source: Source, config: Any) -> Reader:
-    """``config`` is transformers' configuration of the same checkpoint."""
+
+def open_checkpoint(
+    source: Source, config: Any, fetch: Callable[[str], Path] | None = None
+) -> Reader:
+    """``config`` is transformers' configuration of the same checkpoint; ``fetch`` brings a file of
+    it that the folder lacks.
+    """
     if source.gguf_file:
         return GgufReader(source.folder / source.gguf_file, config)
-    return SafetensorsReader(source.folder)
+    return SafetensorsReader(source.folder, fetch)
 
 
 class SafetensorsReader:
     """A folder with model.safetensors, or shards and their index.
 
-    Files are memory-mapped: nothing is read twice.
+    Files are memory-mapped: nothing is read twice. ``fetch`` brings those that the folder lacks.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._handles: dict[Path, Any] = {}
-        self._files = self._read_index()
+    def __init__(self, folder: Path, fetch: Callable[[str], Path] | None = None) -> None:
+        self._folder, self._fetch = folder, fetch
+        self._handles: dict[str, Any] = {}
+        self._files = self._read_index()  # tensor -> file
 
-    def _read_index(self) -> dict[str, Path]:
+    def files(self, prefix: str) -> set[str]:
+        """Names of the files with tensors whose name begins with ``prefix``."""
+        return {file for name, file in self._files.items() if name.startswith(prefix)}
+
+    def _read_index(self) -> dict[str, str]:
         index = self._folder / "model.safetensors.index.json"
         if index.is_file():
             try:
@@ -52,28 +66,33 @@ class SafetensorsReader:
                 return {name: self._inside(str(file)) for name, file in weight_map.items()}
             except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
                 raise UserError(f"{index}: not an index of shards ({error!r})") from error
-        file = self._folder / "model.safetensors"
-        if not file.is_file():
+        file = "model.safetensors"
+        if self._fetch is None and not (self._folder / file).is_file():
             raise UserError(
                 f"model.path={self._folder}: neither model.safetensors nor an index of shards is "
                 "there"
             )
         return dict.fromkeys(self._handle(file).keys(), file)
 
-    def _inside(self, file: str) -> Path:
-        path = self._folder / file
-        if Path(file).name != file or not path.is_file():
+    def _inside(self, file: str) -> str:
+        there = self._fetch is not None or (self._folder / file).is_file()
+        if Path(file).name != file or not there:
             raise UserError(
                 f"{self._folder}/model.safetensors.index.json: {file} is not a file in this folder"
             )
-        return path
+        return file
 
-    def _handle(self, file: Path) -> Any:
+    def _path(self, file: str) -> Path:
+        path = self._folder / file
+        return path if self._fetch is None or path.is_file() else self._fetch(file)
+
+    def _handle(self, file: str) -> Any:
         if file not in self._handles:
+            path = self._path(file)
             try:
-                self._handles[file] = safe_open(file, framework="pt")
+                self._handles[file] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: not a whole safetensors file ({error})") from error
+                raise UserError(f"{path}: not a whole safetensors file ({error})") from error
         return self._handles[file]
 
     def has(self, name: str) -> bool:
@@ -86,8 +105,11 @@ class SafetensorsReader:
             return self._handle(self._files[name]).get_tensor(name)
         except SafetensorError as error:
             raise UserError(
-                f"{self._files[name]}: tensor {name} cannot be read ({error})"
+                f"{self._folder / self._files[name]}: tensor {name} cannot be read ({error})"
             ) from error
+
+    def rest(self) -> None:
+        self._handles.clear()
 
 
 class _TensorReader(gguf.GGUFReader):
@@ -125,6 +147,7 @@ class GgufReader:
             reader = _TensorReader(file)
         except (ValueError, OSError, IndexError, struct.error) as error:
             raise UserError(f"{file}: not a whole GGUF file ({error})") from error
+        self._mapped: Any = reader.data
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._refuse_unsaid_rope_scaling()
         field = reader.get_field("general.architecture")
@@ -163,6 +186,10 @@ class GgufReader:
             if "k_proj" in name:
                 return _separate_halves(values, self._config.num_key_value_heads)
         return values
+
+    def rest(self) -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):  # clean pages of a file: they are read again when needed
+            self._mapped._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def _separate_halves(weight: Tensor, heads: int) -> Tensor:

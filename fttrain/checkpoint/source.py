@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from fttrain.checkpoint.hub import configuration
 from fttrain.data.cache import cache_root, load_or_build
 from fttrain.errors import UserError
 
 PACKAGE_PREFIX = "pypi:"
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Source:
 
     folder: Path
     gguf_file: str | None  # name inside ``folder``; None: safetensors
-    hub_id: str | None = None  # where the folder came from
+    hub_id: str | None = None  # where the folder came from; it may lack the weights
+    commit: str | None = None  # of ``hub_id``
 
     @property
     def name(self) -> str:
@@ -55,12 +56,16 @@ class Source:
     @property
     def pretrained_arguments(self) -> dict[str, Any]:
         """What transformers' ``from_pretrained`` takes to load the same checkpoint."""
-        location: dict[str, Any] = {"pretrained_model_name_or_path": str(self.folder)}
-        return location | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
+        location: dict[str, Any] = {"pretrained_model_name_or_path": self.name}
+        return (
+            location
+            | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
+            | ({"revision": self.commit} if self.commit else {})
+        )
 
 
 def resolve(config: ModelConfig) -> Source:
-    """The checkpoint that ``model.path`` names; a hub id is downloaded once.
+    """The checkpoint that ``model.path`` names. Of a hub id all but the weights is downloaded.
 
     Raises UserError where nothing is found.
     """
@@ -78,8 +83,8 @@ def resolve(config: ModelConfig) -> Source:
         raise UserError(
             f"model.path={config.path}: no such folder; a hub id has the form owner/name"
         )
-    folder = _in_folder(_from_hub(config.path, config.revision)).folder
-    return Source(folder, None, config.path)
+    folder = _in_folder(configuration(config.path, config.revision)).folder
+    return Source(folder, None, config.path, folder.name)
 
 
 def load_config(source: Source) -> PretrainedConfig:
@@ -118,7 +123,8 @@ def _read(from_pretrained: Callable[..., Any], source: Source, what: str) -> Any
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        return from_pretrained(**source.pretrained_arguments)
+        # Of a hub id this is what is here already.
+        return from_pretrained(**replace(source, hub_id=None, commit=None).pretrained_arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
             f"model: {source.folder} has no {what} that can be read: {_first_line(error)}"
@@ -161,19 +167,6 @@ def _in_folder(folder: Path) -> Source:
         hint = f"; it holds {gguf[0].name}: name that file" if gguf else ""
         raise UserError(f"model.path={folder}: no config.json in this folder{hint}")
     return Source(folder, None)
-
-
-def _from_hub(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub's client raises a dozen kinds; to the user they are one
-        raise UserError(
-            f"model.path={repository}: not a folder here, and the hub did not deliver it "
-            f"({_first_line(error)}); "
-            "check the id, the network and HF_TOKEN, or download it and give the folder"
-        ) from error
 
 
 def quantisation_of(source: Source) -> dict[str, Any] | None:

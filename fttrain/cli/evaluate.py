@@ -68,7 +68,7 @@ def _evaluate(config: RunConfig) -> int:
         raise UserError(f"data.holdout={config.data.holdout}: nothing is held out to evaluate on")
     claim = claim_output(output, "auto") if rank == 0 else nullcontext()
     with claim, process_group(device) as group:
-        strategy = build_strategy(recipe(config), resolve(config.model), group)
+        strategy, _ = build_strategy(recipe(config), resolve(config.model), group)
         batches = evaluation_batches(
             dataset.holdout, config.loop.micro_batch_size, group.rank, group.world_size
         )

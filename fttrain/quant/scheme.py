@@ -80,6 +80,7 @@ def quantise(weight: Tensor, config: QuantConfig, name: str) -> QuantisedWeight:
 
 def dequantise_scales(absmax: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
     """8-bit scale codes uint8 (n,) -> scales fp32 (n,)."""
+    _bnb()
     scales = torch.ops.bitsandbytes.dequantize_blockwise(
         absmax, nested_absmax, dynamic_code(absmax.device), NESTED_BLOCKSIZE, torch.float32
     )

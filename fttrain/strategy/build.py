@@ -6,15 +6,22 @@ from typing import Any
 import torch
 
 from fttrain.checkpoint.frozen import check_quantisation
-from fttrain.checkpoint.frozen_cache import open_or_build
+from fttrain.checkpoint.frozen_build import Base, open_or_build
+from fttrain.checkpoint.frozen_cache import FrozenCache
 from fttrain.checkpoint.source import Source, load_config, quantisation_of
 from fttrain.dist import Group
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
+from fttrain.quant.frozen_layer import FrozenFormat
+from fttrain.quant.scheme import QuantConfig
+from fttrain.store import FrozenBase
+from fttrain.store.filling import Progress
 from fttrain.store.hostpool import HostPool
 from fttrain.strategy import pipeline, replicate, shard, stream
 from fttrain.strategy.protocol import Strategy
 from fttrain.strategy.recipe import Plan, Recipe, check_pair
+
+Show = Callable[[str], Progress]
 
 PAGES: dict[str, Any] = {
     "replicate": replicate,
@@ -24,32 +31,56 @@ PAGES: dict[str, Any] = {
 }
 
 
-def build_strategy(
-    recipe: Recipe,
-    source: Source,
-    group: Group,
-    progress: Callable[[int, int], None] | None = None,
-) -> Strategy:
-    """Load the frozen base and build the strategy around it, adapters at their start.
-
-    ``progress(done, total)`` counts layers. Raises UserError for a checkpoint that cannot be used
-    and, before anything is loaded, for a machine that is too small.
-    """
-    check_pair(recipe.strategy, recipe.schedule)
-    dtype = getattr(torch, recipe.dtype)
-    if group.device.type == "cuda" and dtype == torch.float32:
-        raise UserError("model.dtype=float32: flash attention on a GPU takes model.dtype=bfloat16")
-    check_quantisation(quantisation_of(source), recipe.quant)
-    architecture = Architecture(load_config(source))
-    frozen_format = architecture.frozen_format(recipe.quant, dtype)
-    plan = Plan(recipe, group, architecture, frozen_format, HostPool(group))
-    page = PAGES[recipe.strategy.name]
-    share = page.book(plan)
-    plan.pool.check()
-    progress = progress or _silent
-    cache = open_or_build(...)
-    return page.build(plan, cache, share, progress)
-
-
-def _silent(done: int, total: int) -> None:
+def silent(what: str) -> Progress:
     """What ranks other than 0 show."""
+    return lambda done, total: None
+
+
+class Blueprint:
+    """A strategy before anything is loaded. Raises UserError for a machine that is too small."""
+
+    def __init__(
+        self, recipe: Recipe, architecture: Architecture, frozen_format: FrozenFormat, group: Group
+    ) -> None:
+        check_pair(recipe.strategy, recipe.schedule)
+        if group.device.type == "cuda" and recipe.dtype == "float32":
+            raise UserError(
+                "model.dtype=float32: flash attention on a GPU takes model.dtype=bfloat16"
+            )
+        self._plan = Plan(recipe, group, architecture, frozen_format, HostPool(group))
+        self._page = PAGES[recipe.strategy.name]
+        self._share = self._page.book(self._plan)
+        self._plan.pool.check()
+
+    def build(self, base: FrozenBase, progress: Progress) -> Strategy:
+        """Load ``base`` and build the strategy around it, adapters at their start.
+
+        ``progress(done, total)`` counts layers.
+        """
+        strategy: Strategy = self._page.build(self._plan, base, self._share, progress)
+        return strategy
+
+
+def frozen_base(source: Source, quant: QuantConfig, dtype: str) -> Base:
+    """The frozen base that a run trains on.
+
+    Raises UserError for a checkpoint that cannot be used with these settings.
+    """
+    check_quantisation(quantisation_of(source), quant)
+    architecture = Architecture(load_config(source))
+    return Base(source, architecture, architecture.frozen_format(quant, getattr(torch, dtype)))
+
+
+def build_strategy(
+    recipe: Recipe, source: Source, group: Group, show: Show = silent
+) -> tuple[Strategy, FrozenCache]:
+    """The strategy, adapters at their start, and the frozen cache that it was loaded from, which is
+    made first where there is none.
+
+    ``show(what)`` is told how far each part of it is. Raises UserError for a checkpoint that cannot
+    be used and, before anything is loaded, for a machine that is too small.
+    """
+    base = frozen_base(source, recipe.quant, recipe.dtype)
+    blueprint = Blueprint(recipe, base.architecture, base.frozen_format, group)
+    cache = open_or_build(base, recipe.frozen, group, show("quantising the frozen base"))
+    return blueprint.build(cache, show("loading the frozen base")), cache

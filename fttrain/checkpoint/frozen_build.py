@@ -1,0 +1,272 @@
+"""Makes the frozen cache: what is missing is quantised and written, file by file, by all ranks.
+
+A file counts once its record lies beside it (written after the file is durable), the cache once its
+manifest is there. So a build that is killed is continued by the next one, and never taken for
+whole. Peak host memory of a rank: one unquantised layer, or the embedding.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fttrain.checkpoint import durable
+from fttrain.checkpoint.fingerprint import fingerprint
+from fttrain.checkpoint.frozen import ENDS, is_tied, load_end, load_layer
+from fttrain.checkpoint.frozen_cache import (
+    FORM,
+    FrozenCache,
+    FrozenConfig,
+    Record,
+    file_of,
+    has_size,
+    layer_name,
+    read_records,
+)
+from fttrain.checkpoint.hub import HubFiles
+from fttrain.checkpoint.readers import Reader, SafetensorsReader, open_checkpoint
+from fttrain.checkpoint.source import Source
+from fttrain.data.cache import cache_root
+from fttrain.dist import Group
+from fttrain.errors import UserError
+from fttrain.model.decoder import Architecture
+from fttrain.quant.checksum import checksum
+from fttrain.quant.frozen_layer import FrozenFormat
+from fttrain.units import GIB
+
+Progress = Callable[[int, int], None]  # (done, total) files
+HELP = "free some space, or set frozen.cache_dir to a folder with room that you may write to"
+HUB_FILES_BYTES = 10 * GIB  # two shards of the usual size: a layer may lie in both
+POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Base:
+    """Which frozen base is wanted, of which checkpoint."""
+
+    source: Source
+    architecture: Architecture
+    frozen_format: FrozenFormat
+
+    def folder(self, config: FrozenConfig) -> Path:
+        """Where its cache is: named by all that its bytes depend on."""
+        quant, dtype = self.frozen_format.quant, self.frozen_format.dtype
+        layout = {name: asdict(slot) for name, slot in self.frozen_format.layout.slots.items()}
+        meaning = {
+            **FORM,
+            "source": fingerprint(self.source),
+            "quant": [quant.kind, quant.blocksize, quant.double_quant],
+            "dtype": str(dtype),
+            "layout": layout,
+        }
+        key = hashlib.sha256(json.dumps(meaning, default=str).encode()).hexdigest()[:16]
+        name = self.source.gguf_file or self.source.name.rpartition("/")[2]
+        readable = re.sub(r"[^\w.-]+", "-", name.lower().removesuffix(".gguf"))[:60]
+        return cache_root(config.cache_dir) / "frozen" / f"{readable}-{quant.kind}-{key}"
+
+
+def open_or_build(
+    base: Base, config: FrozenConfig, group: Group, progress: Progress, verify: bool = False
+) -> FrozenCache:
+    """The cache of ``base``, whole; what is missing of it is made. Every rank calls it.
+
+    ``verify``: compare every file with its SHA-256 first; damaged ones are made again. Raises
+    UserError, on all ranks, for a checkpoint that cannot be used and a disk that is too small.
+    """
+    folder = base.folder(config)
+    if not verify and group.all(not group.is_main or _is_whole(folder)):
+        return FrozenCache(folder, read_records(folder))
+    with _alone(folder, group):
+        _Build(base, folder, group).run(progress, verify)
+    return FrozenCache(folder, read_records(folder))
+
+
+class _Build:
+    """One rank's part in completing a cache."""
+
+    def __init__(self, base: Base, folder: Path, group: Group) -> None:
+        self._base, self._folder, self._group = base, folder, group
+        source = base.source
+        self._hub: HubFiles | None = None
+        if source.hub_id is not None:
+            assert source.commit is not None
+            self._hub = HubFiles(source.hub_id, source.commit, folder / ".downloads")
+
+    def run(self, progress: Progress, verify: bool) -> None:
+        damaged = self._damaged() if verify else set()
+        problem, names = "", []
+        try:
+            reader = self._open()
+            names = self._names(reader)
+            missing = [name for name in names if name in damaged or not self._has(name)]
+            if self._group.is_main:
+                self._check_room(missing)
+        except UserError as error:
+            problem, missing = str(error), []
+        self._group.refuse_together(problem)
+        ranks = self._group.world_size
+        for begin in range(0, len(missing), ranks):
+            own = missing[begin + self._group.rank :][:1]
+            self._group.refuse_together(self._try_make(reader, own))
+            progress(min(begin + ranks, len(missing)), len(missing))
+            if self._group.is_main:
+                self._drop_files(reader, missing[begin + ranks :])
+        if self._group.is_main:
+            self._seal(names)
+        self._group.barrier()
+
+    def _open(self) -> Reader:
+        source, fetch = self._base.source, None
+        if self._hub is not None:
+            fetch = self._hub.fetch
+        return open_checkpoint(source, self._base.architecture.config, fetch)
+
+    def _names(self, reader: Reader) -> list[str]:
+        """All files, in the order in which checkpoints have them."""
+        layers = [layer_name(layer) for layer in range(self._base.architecture.layers)]
+        head = [] if is_tied(reader, self._base.architecture) else ["head"]
+        return ["embedding", *layers, "final_norm", *head]
+
+    def _has(self, name: str) -> bool:
+        with contextlib.suppress(ValueError):
+            return has_size(self._folder, name, self._record(name))
+        return False
+
+    def _record(self, name: str) -> Record:
+        """Raises ValueError where there is none that is whole."""
+        with contextlib.suppress(ValueError):
+            return read_records(self._folder)[name]
+        return Record.read(durable.read_sealed(self._folder / f"{name}.json", FORM)["file"])
+
+    def _damaged(self) -> set[str]:
+        """Files whose SHA-256 is not their record's; each rank reads a part of them."""
+        mine: list[str] = []
+        files = sorted(self._folder.glob("*.bin"))
+        for file in files[self._group.rank :: self._group.world_size]:
+            with contextlib.suppress(ValueError, KeyError):
+                if durable.sha256(file) != self._record(file.stem).sha256:
+                    mine.append(file.stem)
+        ranks = range(self._group.world_size)
+        found = [json.loads(self._group.share(json.dumps(mine), rank)) for rank in ranks]
+        return {name for names in found for name in names}
+
+    def _check_room(self, missing: list[str]) -> None:
+        needed = sum(self._size_bytes(name) for name in missing)
+        if self._hub is not None and missing:
+            needed += HUB_FILES_BYTES
+        with durable.room_for(self._folder, needed, f"frozen cache {self._folder}", HELP):
+            pass
+
+    def _size_bytes(self, name: str) -> int:
+        architecture, frozen_format = self._base.architecture, self._base.frozen_format
+        if name.startswith("layer_"):
+            return frozen_format.layout.size_bytes
+        rows = 1 if name == "final_norm" else architecture.config.vocab_size
+        return rows * architecture.hidden * frozen_format.dtype.itemsize
+
+    def _try_make(self, reader: Reader, names: list[str]) -> str:
+        """Make this rank's file of a round; what prevented it, or nothing."""
+        try:
+            for name in names:
+                self._write(name, self._content(reader, name))
+        except UserError as error:
+            return str(error)
+        finally:
+            reader.rest()
+        return ""
+
+    def _content(self, reader: Reader, name: str) -> Tensor:
+        """uint8 (n,) in host memory."""
+        architecture, frozen_format = self._base.architecture, self._base.frozen_format
+        if not name.startswith("layer_"):
+            end = load_end(reader, architecture, name).to(frozen_format.dtype)
+            return end.contiguous().view(-1).view(torch.uint8)
+        layer = int(name.removeprefix("layer_"))
+        return load_layer(reader, architecture, frozen_format, layer, self._group.device).cpu()
+
+    def _write(self, name: str, content: Tensor) -> None:
+        data = content.numpy().data
+        record = Record(len(data), hashlib.sha256(data).hexdigest(), int(checksum(content)))
+
+        def write(path: Path) -> None:
+            with open(path, "wb") as file:
+                file.write(data)
+            durable.sync(path)
+
+        with durable.room_for(self._folder, len(data), f"frozen cache {self._folder}", HELP):
+            durable.replace(file_of(self._folder, name), write)
+            durable.write_sealed(self._folder / f"{name}.json", {**FORM, "file": asdict(record)})
+
+    def _drop_files(self, reader: Reader, still_missing: list[str]) -> None:
+        """Downloads that no file waits for any more."""
+        if self._hub is not None and isinstance(reader, SafetensorsReader):
+            wanted = [reader.files(_prefix(name)) for name in still_missing]
+            self._hub.keep_only(set().union(*wanted))
+
+    def _seal(self, names: list[str]) -> None:
+        records = {name: asdict(self._record(name)) for name in names}
+        with durable.room_for(self._folder, 0, f"frozen cache {self._folder}", HELP):
+            durable.write_sealed(self._folder / durable.MANIFEST, {**FORM, "files": records})
+            durable.sync(self._folder)
+            for name in names:
+                (self._folder / f"{name}.json").unlink(missing_ok=True)
+        if self._hub is not None:
+            self._hub.clear()
+
+
+def _prefix(name: str) -> str:
+    """What the names of the tensors of a cache file begin with."""
+    return ENDS.get(name) or f"model.layers.{int(name.removeprefix('layer_'))}."
+
+
+def _is_whole(folder: Path) -> bool:
+    """All files are there, as large as they were written."""
+    try:
+        records = read_records(folder)
+    except ValueError:
+        return False
+    return all(has_size(folder, name, record) for name, record in records.items())
+
+
+@contextmanager
+def _alone(folder: Path, group: Group) -> Iterator[None]:
+    """No other run makes this cache meanwhile. Ranks wait in small steps: another run may take
+    hours.
+    """
+    problem, lock = "", -1
+    if group.is_main:
+        try:
+            durable.make_folder(folder)
+            lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        except OSError as error:
+            problem = f"frozen cache {folder}: cannot be made ({error.strerror}): {HELP}"
+    group.refuse_together(problem)
+    told = False
+    while not group.all(lock < 0 or _locked(lock)):
+        if group.is_main and not told:
+            print(f"waiting for another process that is making {folder}", flush=True)
+            told = True
+        time.sleep(POLL_S)
+    try:
+        yield
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,92 @@
+"""Weight files of a repository on the hub, here only for as long as they are needed.
+
+A file is downloaded when its first tensor is asked for, compared with the SHA-256 that the hub
+names, and deleted once nothing more is wanted of it: a 70B model passes through a disk that could
+not hold it.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fttrain.checkpoint.durable import sha256
+from fttrain.errors import UserError
+
+CONFIGURATION = ["*.json", "*.model", "*.jinja", "*.txt"]  # everything but the weights
+
+
+def configuration(repository: str, revision: str | None) -> Path:
+    """A folder with the configuration and the tokenizer of a repository, named by its commit.
+
+    From the hub's own cache where the hub cannot be reached. Raises UserError where neither has it.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _errors_of(repository):
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=CONFIGURATION))
+
+
+class HubFiles:
+    """Files of one commit, fetched into ``folder``. All ranks of a machine share the folder."""
+
+    def __init__(self, repository: str, commit: str, folder: Path) -> None:
+        self._repository, self._commit, self._folder = repository, commit, folder
+
+    def fetch(self, name: str) -> Path:
+        """The file, whole and verified; an interrupted download goes on where it stopped.
+
+        Raises UserError where the hub does not deliver it, or delivers other bytes than it says.
+        """
+        path = self._folder / name
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with open(self._folder / f".{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one rank downloads, the others wait for it
+            if not path.is_file():
+                with _errors_of(f"{self._repository}/{name}"):
+                    os.replace(self._download(name), path)
+        return path
+
+    def keep_only(self, names: set[str]) -> None:
+        """Delete what was fetched and is not among ``names``."""
+        for path in self._folder.glob("*"):
+            if path.is_file() and not path.name.startswith(".") and path.name not in names:
+                path.unlink()
+
+    def clear(self) -> None:
+        """Delete everything."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _download(self, name: str) -> Path:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+        place: dict[str, Any] = {"filename": name, "revision": self._commit}
+        incoming = self._folder / ".incoming"
+        arrived = Path(hf_hub_download(self._repository, **place, local_dir=incoming))
+        expected = get_hf_file_metadata(hf_hub_url(self._repository, **place)).etag or ""
+        # Of a small file the etag is git's own hash; every weight file has its SHA-256 there.
+        if len(expected) == 64 and sha256(arrived) != expected:
+            arrived.unlink()
+            raise UserError(
+                f"{self._repository}/{name}: the bytes that arrived are not those that the hub "
+                f"names (SHA-256 {expected}); the same command downloads the file again"
+            )
+        return arrived
+
+
+@contextmanager
+def _errors_of(what: str) -> Iterator[None]:
+    """The hub's client raises a dozen kinds; to the user they are one."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"model.path={what}: not a folder here, and the hub did not deliver it ({reason}); "
+            "check the id, the network, the disk and HF_TOKEN, or download it and give the folder"
+        ) from error
