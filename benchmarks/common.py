@@ -115,8 +115,8 @@ def sent_bytes() -> float:
 def run_ranks(
     script: str, job: dict[str, Any], folder: Path, link: Link | None = None
 ) -> list[dict[str, Any]]:
-    """Runs ``python script --rank JOB`` on ``job["ranks"]`` gloo ranks with ``job["threads"]`` each;
-    what they reported, by rank. ``link``: None for loopback.
+    """Runs ``python script --rank JOB`` on the job's ``ranks`` over gloo, with its ``threads``
+    each; what they reported, by rank. ``link``: None for loopback.
 
     The script's rank reads its work with ``read_job`` and ends with ``report``. Raises SystemExit
     with the rank's code when one fails; its traceback is on stderr by then.
@@ -133,7 +133,9 @@ def run_ranks(
         "OMP_NUM_THREADS": str(job["threads"]),
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # as launch/cpu_demo.env; for both sides
         PARENT_PID: str(os.getpid()),
-        "PYTHONWARNINGS": "ignore::FutureWarning",  # of the peers' own libraries
+        # Of the peers' own libraries; FSDP1 also warns of each layer that some of it is frozen.
+        "PYTHONWARNINGS": "ignore::FutureWarning,"
+        "ignore::UserWarning:torch.distributed.fsdp._wrap_utils",
     }
     commands = [
         (

@@ -57,7 +57,7 @@ def main() -> None:
         run_rank(arguments.rank)
         return
     environment = common.environment()
-    with turns.prepared(__file__, arguments, arguments.data) as (work, folder):
+    with turns.prepared(arguments, arguments.data) as (work, folder):
         results = [
             result for kind in arguments.data for result in compare(kind, work, arguments, folder)
         ]
@@ -79,7 +79,7 @@ def compare(
         sides,
         range(1, arguments.turns + 1),
         lambda side: common.run_ranks(__file__, job | side.settings, folder),
-        kind,
+        f"{kind}, ",
     )
     tokens = work.tokens(kind)[arguments.warmup :]
     figures = {side: turns.figures(side, taken[side], tokens) for side in sides}

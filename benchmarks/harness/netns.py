@@ -8,7 +8,9 @@ the machine's, so ranks share a host copy as usual. Needs root, ``ip`` and ``tc`
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,7 +28,8 @@ class Veth:
 
     def command(self, rank: int) -> list[str]:
         """What goes before the command of ``rank``; it replaces itself by that."""
-        return ["ip", "netns", "exec", self.namespaces[rank]]
+        quiet = ["env", "TORCH_CPP_LOG_LEVEL=ERROR"]  # it warns that the address has no name
+        return ["ip", "netns", "exec", self.namespaces[rank], *quiet]
 
     def limit(self, mbit: float | None) -> None:
         """Limit both directions to ``mbit`` million bits a second; None: as fast as it goes."""
@@ -49,6 +52,7 @@ def veth_pair() -> Iterator[Veth]:
     if missing:
         raise PermissionError(f"a slow link needs `{missing[0]}` (package iproute2)")
     link = Veth()
+    earlier = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         try:
             _make(link)
@@ -58,7 +62,8 @@ def veth_pair() -> Iterator[Veth]:
         yield link
     finally:
         for name in link.namespaces:
-            _run(["ip", "netns", "delete", name], may_fail=True)  # its end, and so the pair, with it
+            _run(["ip", "netns", "delete", name], may_fail=True)  # and with it the pair
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def _make(link: Veth) -> None:

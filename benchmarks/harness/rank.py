@@ -7,7 +7,7 @@ import common
 
 
 def run_rank(job_file: str) -> None:
-    """Do the steps of a job on this rank and report the figures. Without steps it only loads."""
+    """Do the steps of a job on this rank and report the figures."""
     memory = common.HostMemory()
     job = common.read_job(job_file)
     import torch
@@ -39,7 +39,7 @@ def run_rank(job_file: str) -> None:
         figures = {
             "step_s": timed_s,
             "losses": losses,
-            "sent_bytes_per_step": sent / max(1, len(timed_s)),
+            "sent_bytes_per_step": sent / len(timed_s),
             "peak_host_bytes": memory.peak_bytes(),
             "step_peak_host_bytes": memory.recent_peak_bytes(),
             "interpreter_bytes": memory.interpreter_bytes,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import common
 from peers.work import Size, Work, demo_work
 
 Turn = list[dict[str, Any]]  # what each rank reported, by rank
@@ -59,7 +58,7 @@ def parser(description: str, usual: dict[str, tuple[int, int]]) -> argparse.Argu
     add("--ranks", type=int, default=2)
     add("--threads", type=int, default=1, help="of each rank")
     add("--micro-batch-size", type=int, help="rows (default: the demo's)")
-    add("--gradient-accumulation-steps", type=int, help="micro-batches of a step and rank")
+    add("--gradient-accumulation-steps", type=int, help="default: the demo's; of strategies.py: 8")
     for name, what in (
         ("warmup", "steps before the clock starts"),
         ("steps", "timed steps of a turn"),
@@ -86,15 +85,9 @@ def parse(made: argparse.ArgumentParser, usual: dict[str, tuple[int, int]]) -> a
 
 
 @contextmanager
-def prepared(
-    script: str, arguments: argparse.Namespace, kinds: list[str]
-) -> Iterator[tuple[Work, Path]]:
-    """The work and the folder that it lies in, with fttrain's cache of the frozen base beside it.
-
-    A turn then starts from the cache, as a run does whose base was used before.
-    """
+def prepared(arguments: argparse.Namespace, kinds: list[str]) -> Iterator[tuple[Work, Path]]:
+    """The work, and a folder that lasts as long as it."""
     with tempfile.TemporaryDirectory(prefix="fttrain-bench-") as name:
-        folder = Path(name)
         size = Size(
             arguments.model,
             arguments.ranks,
@@ -102,27 +95,23 @@ def prepared(
             arguments.gradient_accumulation_steps,
             arguments.warmup + arguments.steps,
         )
-        work = demo_work(size, kinds, folder)
+        work = demo_work(size, kinds, Path(name))
         work.job.update(
-            cache_dir=str(folder / "cache"),
             warmup=arguments.warmup,
             threads=arguments.threads,
             peer_host_settings=arguments.peer_host_settings,
         )
-        print("quantising the frozen base into fttrain's cache", flush=True)
-        only_load = native("alone", {"name": "replicate"}, {}).settings | {"ranks": 1, "steps": []}
-        common.run_ranks(script, work.job | only_load, folder)
-        yield work, folder
+        yield work, Path(name)
 
 
 def take_turns(
-    sides: Sequence[Side], numbers: Sequence[int], run: Callable[[Side], Turn], label: str
+    sides: Sequence[Side], numbers: Sequence[int], run: Callable[[Side], Turn], label: str = ""
 ) -> dict[Side, list[Turn]]:
     """What the ranks reported in the turns ``numbers``, in which side comes after side."""
     turns: dict[Side, list[Turn]] = {side: [] for side in sides}
     for number in numbers:
         for side in sides:
-            print(f"{label}, turn {number}: {side.name}", flush=True)
+            print(f"{label}turn {number}: {side.name}", flush=True)
             turns[side].append(run(side))
     return turns
 

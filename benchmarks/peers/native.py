@@ -30,14 +30,12 @@ class Native:
             ScheduleConfig(**job["schedule"]),
             Placement(job["activations"]),
             FrozenConfig(job["cache_dir"]),
-            StepSize(
-                job["micro_batch_size"], job["seq_len"], job["gradient_accumulation_steps"]
-            ),
+            StepSize(job["micro_batch_size"], job["seq_len"], job["gradient_accumulation_steps"]),
             "bfloat16",
             job["seed"],
         )
         source = resolve(ModelConfig("benchmark", job["model"]))
-        self._strategy = build_strategy(recipe, source, group)
+        self._strategy, _ = build_strategy(recipe, source, group)
         self._strategy.load_adapter_state(load_file(job["adapter"]))
         self._lr = job["optim"]["lr"]
 
