@@ -1,7 +1,8 @@
 """The peer under FSDP: each rank has a part of the model, whole layers are gathered before use.
 
 The 4-bit bytes pass for bf16, since FSDP divides float tensors only. A unit of gathering is a
-decoder layer; embedding and head, tied here, are one more.
+decoder layer; embedding and head, tied here, are one more. PEFT's own policy for FSDP1, in which
+every adapter matrix is a unit too, takes an eighth less memory and is slower on gloo.
 """
 
 from contextlib import AbstractContextManager, nullcontext
