@@ -27,6 +27,8 @@ from harness.rank import run_rank
 from harness.turns import Side, Turn, native
 from peers.work import Work
 
+from fttrain.errors import UserError
+
 USUAL = {  # with --quick
     "warmup": (1, 1),
     "steps": (2, 2),
@@ -67,8 +69,9 @@ def main() -> None:
     try:
         with nullcontext() if arguments.mbit is None else veth_pair() as link:
             measure(arguments, link)
-    except PermissionError as error:
-        sys.exit(f"strategies.py --mbit: {error}")
+    except UserError as error:
+        print(f"strategies.py: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def measure(arguments: argparse.Namespace, link: Veth | None) -> None:

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fttrain.errors import UserError
+
 BURST_BYTES = 128 * 1024  # sent at full speed before the limit takes hold; 5 ms at 200 Mbit/s
 QUEUE_MS = 50  # what waits longer is dropped
 
@@ -46,11 +48,11 @@ class Veth:
 def veth_pair() -> Iterator[Veth]:
     """The pair, without a limit; it is gone after the block, whatever happens in it.
 
-    Raises PermissionError, in one line, where this machine does not let us.
+    Raises UserError where this machine does not let us.
     """
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
-        raise PermissionError(f"a slow link needs `{missing[0]}` (package iproute2)")
+        raise UserError(f"a slow link needs `{missing[0]}` (package iproute2)")
     link = Veth()
     earlier = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -58,7 +60,7 @@ def veth_pair() -> Iterator[Veth]:
             _make(link)
         except subprocess.CalledProcessError as error:
             reason = " ".join(error.stderr.split())
-            raise PermissionError(f"a slow link needs root (CAP_NET_ADMIN): {reason}") from None
+            raise UserError(f"a slow link needs root (CAP_NET_ADMIN): {reason}") from None
         yield link
     finally:
         for name in link.namespaces:
