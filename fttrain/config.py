@@ -34,7 +34,7 @@ from fttrain.quant.scheme import QuantConfig
 from fttrain.rig.probe import RigConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.secrets import is_secret, redact
-from fttrain.strategy.protocol import StrategyConfig
+from fttrain.strategy.protocol import PLANNED, StrategyConfig
 from fttrain.strategy.recipe import Placement, check_pair
 from fttrain.track import TrackConfig
 
@@ -193,8 +193,8 @@ def _option(group: str, option: str) -> str:
     options = groups()[group]
     if option in options or (group == "experiment" and option == "null"):
         return option
-    if group == "strategy":
-        StrategyConfig(name=option)  # says so by name where one is planned
+    if group == "strategy" and option in PLANNED:
+        StrategyConfig(name=option)  # says so by name
     near = schema.nearest(option, options)
     advice = f"did you mean {near}? " if near else ""
     raise UserError(f"{group}={option}: no such option; {advice}There are: {', '.join(options)}")

@@ -14,6 +14,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from fttrain.errors import UserError
+from fttrain.peers import Mark, Watch
 
 # Longer than the slowest step; a dead rank ends the others sooner.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -116,7 +117,11 @@ def rank_from_environment() -> tuple[int, int, int]:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Group]:
-    """Joins the ranks for the length of the block: NCCL between GPUs, gloo between CPUs."""
+    """Joins the ranks for the length of the block: NCCL between GPUs, gloo between CPUs.
+
+    Where a rank dies or fails inside the block the others of its machine end too, with its name:
+    by UserError, or by the end of the process where they cannot be reached (see peers.py).
+    """
     rank, world_size, local_rank = rank_from_environment()
     group = Group(rank, world_size, local_rank, device)
     if world_size == 1 or torch_dist.is_initialized():
@@ -126,7 +131,27 @@ def process_group(device: torch.device) -> Iterator[Group]:
     torch_dist.init_process_group(
         backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if device.type == "cuda" else None
     )
+    watch = _watch(group)
     try:
         yield group
-    finally:
+        watch.left()
         torch_dist.destroy_process_group()
+    except BaseException as error:
+        reason = watch.failed(error)
+        # It wakes the peers; NCCL's would wait for them, and the end of the process wakes them too.
+        if backend == "gloo" and torch_dist.is_initialized():
+            torch_dist.destroy_process_group()
+        if reason is not None:
+            raise reason from error
+        raise
+    finally:
+        watch.close()
+
+
+def _watch(group: Group) -> Watch:
+    """Every rank watches its peers from here on."""
+    mark = Mark()
+    addresses = [group.share(mark.address, source) for source in range(group.world_size)]
+    watch = Watch(group.rank, mark, addresses)
+    group.barrier()  # each mark stays until all have opened it
+    return watch

@@ -174,7 +174,9 @@ def _first_failure(ranks: list[subprocess.Popen[bytes]], stops: _Stops) -> int |
         expected |= {128 + stops.signum, -stops.signum}
     if stops.killed:
         expected.add(-signal.SIGKILL)
-    return next((index for index, rank in enumerate(ranks) if rank.poll() not in expected), None)
+    failed = [index for index, rank in enumerate(ranks) if rank.poll() not in expected]
+    # Several at one look: a rank that was killed is why the others have ended.
+    return min(failed, key=lambda index: (ranks[index].returncode >= 0, index), default=None)
 
 
 def _send(ranks: list[subprocess.Popen[bytes]], signum: int) -> None:

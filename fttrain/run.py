@@ -16,6 +16,7 @@ from fttrain.errors import UserError
 from fttrain.evaluation import Evaluation
 from fttrain.loop import SpikeGuard
 from fttrain.model.attention_op import kernel_name
+from fttrain.peers import uncut
 from fttrain.strategy.build import build_strategy, silent
 from fttrain.strategy.protocol import Strategy
 from fttrain.strategy.recipe import Recipe, StepSize
@@ -171,7 +172,8 @@ def save(run: Run) -> None:
             run.config.model.revision,
         )
         try:
-            save_snapshot(run.output / "checkpoints", snapshot, run.config.checkpoint.keep_last)
+            with uncut:
+                save_snapshot(run.output / "checkpoints", snapshot, run.config.checkpoint.keep_last)
         except UserError as error:
             problem = str(error)
     run.group.refuse_together(problem)
@@ -186,7 +188,6 @@ def _identity(run: Run) -> dict[str, Any]:
         "loop.seed": config.loop.seed,
         "model.name": config.model.name,
         "model.dtype": config.model.dtype,
-        "frozen base": run.base_digest,
         "quant.kind": config.quant.kind,
         "quant.blocksize": config.quant.blocksize,
         "quant.double_quant": config.quant.double_quant,
@@ -195,6 +196,7 @@ def _identity(run: Run) -> dict[str, Any]:
         "lora.use_rslora": config.lora.use_rslora,
         "lora.lora_dropout": config.lora.lora_dropout,
         "lora.target_modules": _as_json(config.lora.target_modules),
+        "frozen base": run.base_digest,
     }
 
 

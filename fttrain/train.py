@@ -28,6 +28,7 @@ from fttrain.errors import UserError
 from fttrain.evaluation import Evaluation
 from fttrain.loop import StopSignals
 from fttrain.optim.factory import learning_rate
+from fttrain.peers import uncut
 from fttrain.rig.probe import peak_device_bytes, peak_host_bytes, set_up
 from fttrain.run import Run, adapter_info, build, describe, resume, save, wanted_snapshot
 from fttrain.strategy.protocol import StepStats
@@ -188,9 +189,8 @@ def _finish(run: Run, source: Source) -> None:
 
 
 def _holdout(run: Run) -> list[MicroBatch]:
-    return evaluation_batches(
-        run.dataset.holdout, run.config.loop.micro_batch_size, run.group.rank, run.group.world_size
-    )
+    rows, size = run.dataset.holdout, run.config.loop.micro_batch_size
+    return evaluation_batches(rows, size, *run.strategy.data_parallel)
 
 
 def _samples(run: Run) -> list[Sample]:
@@ -212,4 +212,5 @@ def _trackers(run: Run) -> Iterator[Trackers]:
     try:
         yield trackers
     finally:
-        trackers.finish()
+        with uncut:  # they limit their own time
+            trackers.finish()

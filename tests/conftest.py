@@ -1,12 +1,20 @@
 """Shared by all tests."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before torch is imported, here and in every process a test starts: on tensors this small a second
 # thread only waits for the first, and for long when other programs use the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Caches of the tests, not of the user: nothing that an earlier run left makes a test pass.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fttrain-tests-")
+
 import pytest
+
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

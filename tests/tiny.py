@@ -134,9 +134,9 @@ def verified(store: Store, flats: list[Tensor], every: int = 1) -> VerifiedStore
 
 
 def randomise(decoder: Decoder, seed: int = 1) -> None:
-    """Adapters as after some training."""
-    generator = torch.Generator().manual_seed(seed)
+    """Adapters as after some training, on whatever rank a layer is."""
     for layer in decoder.layers:
+        generator = torch.Generator().manual_seed(100 * seed + layer.index)
         flat = layer.adapters.flat.data
         flat.copy_(torch.randn(flat.shape, generator=generator) * 0.05)
         layer.adapters.refresh()
@@ -189,9 +189,13 @@ def gradients(decoder: Decoder) -> dict[str, Tensor]:
     """Copies of the adapter gradients, by the names of the masters."""
     found = {}
     for layer in decoder.layers:
+        flat = layer.adapters.flat
+        assert flat.grad is not None
         for name, master in layer.adapters.named_masters():
-            place = (master.shape, master.stride(), master.storage_offset())
-            found[name] = layer.adapters.grad.as_strided(*place).clone()
+            start = master.storage_offset() - flat.storage_offset()
+            found[name] = flat.grad.as_strided(
+                master.shape, master.stride(), flat.grad.storage_offset() + start
+            ).clone()
     return found
 
 

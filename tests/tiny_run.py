@@ -32,6 +32,7 @@ def arguments(folder: Path, output: Path, *more: str) -> list[str]:
         f"data.path={folder / 'data.jsonl'}",
         "data.seq_len=96",
         f"data.cache_dir={folder / 'cache'}",
+        f"frozen.cache_dir={folder / 'frozen-cache'}",
         "lora.r=4",
         "lora.lora_dropout=0.1",
         "optim.lr=5e-3",

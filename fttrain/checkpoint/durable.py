@@ -152,6 +152,8 @@ def read_sealed(path: Path, form: Mapping[str, Any]) -> dict[str, Any]:
         data = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path.name} is missing") from None
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read ({error.strerror})") from None
     try:
         body = json.loads(data)
         del body["sha256"]

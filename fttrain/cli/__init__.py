@@ -21,6 +21,7 @@ from fttrain.secrets import redact
 COMMANDS = {
     "train": "fine-tune a model with QLoRA",
     "evaluate": "held-out loss and answers of the base and of the tuned model of a run",
+    "quantize": "quantise a model into the cache that runs start from, or verify the cache",
     "data": "show a few examples as the model sees them, and their lengths",
     "report": "write report.md and the loss plot of a run",
 }

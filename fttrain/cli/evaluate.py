@@ -69,9 +69,8 @@ def _evaluate(config: RunConfig) -> int:
     claim = claim_output(output, "auto") if rank == 0 else nullcontext()
     with claim, process_group(device) as group:
         strategy, _ = build_strategy(recipe(config), resolve(config.model), group)
-        batches = evaluation_batches(
-            dataset.holdout, config.loop.micro_batch_size, group.rank, group.world_size
-        )
+        size = config.loop.micro_batch_size
+        batches = evaluation_batches(dataset.holdout, size, *strategy.data_parallel)
         samples = holdout_samples(config.data, dataset, tokenizer, config.loop.samples)
         figures = Evaluation.read(output)
         figures.base = held_out_loss(strategy, batches)

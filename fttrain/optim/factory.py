@@ -15,7 +15,6 @@ class OptimConfig:
     """The optimizer and its learning rate."""
 
     kind: str = "adamw"  # adamw: fp32 masters and moments
-    offload: bool = False  # masters, moments and gradients in host memory, updated by the CPU
     lr: float = 2e-4  # learning rate after warm-up
     # decay of the first and second moment, each in [0, 1)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -25,6 +24,7 @@ class OptimConfig:
     lr_schedule: str = "cosine"  # after warm-up: constant | linear | cosine
     warmup_ratio: float = 0.03  # fraction of all steps, in [0, 1)
     min_lr_ratio: float = 0.0  # lr at the end, as a fraction of lr, in [0, 1]
+    offload: bool = False  # masters, moments and gradients in host memory, updated by the CPU
 
     def __post_init__(self) -> None:
         if self.kind != "adamw":

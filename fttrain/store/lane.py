@@ -47,18 +47,20 @@ class HostLane:
     """A lane on the CPU: the compute is always up to date there, so marks mean nothing."""
 
     def __init__(self) -> None:
-        self._last: Handle = Handles(())
+        self._under_way: list[_Timed] = []  # not waited for so far
         self._wait_s = 0.0
 
     def mark(self) -> Mark:
         return None
 
     def run(self, work: Work, after: Mark | None = None) -> Handle:
-        self._last = _Timed(self._start(work), self._waited)
-        return self._last
+        started = _Timed(self._start(work), self._waited)
+        self._under_way = [ticket for ticket in self._under_way if not ticket.over] + [started]
+        return started
 
     def synchronize(self) -> None:
-        self._last.wait()
+        for ticket in self._under_way:
+            ticket.wait()
 
     def take_wait_s(self) -> float:
         wait_s, self._wait_s = self._wait_s, 0.0
@@ -130,14 +132,14 @@ class _Timed:
 
     def __init__(self, wait: Callable[[], Any], waited: Callable[[float], None]) -> None:
         self._wait, self._waited = wait, waited
-        self._over = False
+        self.over = False
 
     def wait(self) -> None:
-        if self._over:
+        if self.over:
             return
         started = time.perf_counter()
         self._wait()
-        self._over = True
+        self.over = True
         self._waited(time.perf_counter() - started)
 
 

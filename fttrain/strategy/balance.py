@@ -1,5 +1,6 @@
 """Which contiguous layers each stage of a pipeline gets."""
 
+import math
 from collections.abc import Sequence
 
 from fttrain.errors import UserError
@@ -27,7 +28,9 @@ def balance(
         )
 
     def fill(stage: int, count: int) -> float:
-        return (fixed_bytes[stage] + count * layer_bytes[stage]) / free_bytes[stage]
+        needed, free = fixed_bytes[stage] + count * layer_bytes[stage], free_bytes[stage]
+        # An allocator that holds more than it may leaves less than nothing.
+        return needed / free if free > 0 else math.inf
 
     counts = [1] * stages
     for _ in range(layers - stages):
@@ -38,7 +41,7 @@ def balance(
             needed = fixed_bytes[stage] + count * layer_bytes[stage]
             raise UserError(
                 f"strategy=pipeline: stage {stage} would need {gib(needed)} for {count} of "
-                f"{layers} layers, {gib(free_bytes[stage])} are free there; head=streamed, "
+                f"{layers} layers, {gib(max(0, free_bytes[stage]))} are free there; head=streamed, "
                 "embedding=host, boundaries=host, optim.offload=true or strategy=stream help"
             )
     ends = [sum(counts[: stage + 1]) for stage in range(stages)]

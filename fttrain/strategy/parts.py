@@ -109,7 +109,8 @@ def decoder(plan: Plan, base: FrozenBase, share: Share) -> Decoder:
     if share.has_embedding or placement.embedding == "host":  # reading a shared one takes all
         embedding = _table(plan, base, EMBEDDING, on_host=placement.embedding == "host")
     if share.has_head or placement.head == "streamed":
-        tied_here = base.tied and embedding is not None and share.has_embedding
+        # A shared table is made by all ranks together: each must come to the same answer.
+        tied_here = base.tied and embedding is not None
         alike = (placement.embedding == "host") == (placement.head == "streamed")
         streamed = placement.head == "streamed"
         head = embedding if tied_here and alike else _table(plan, base, HEAD, on_host=streamed)

@@ -30,6 +30,7 @@ READS_ONLY = {
     "sha256",
     "flaw",
     "read_manifest",
+    "read_sealed",
     "_seal",
     "tensor_bytes",
     "free",

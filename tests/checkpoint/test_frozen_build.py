@@ -1,0 +1,286 @@
+"""The frozen cache: made by all ranks, continued after a kill, refused where the source is bad."""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_files
+import torch
+from ranks import run_ranks
+
+from fttrain.checkpoint import durable
+from fttrain.checkpoint.frozen import load_layer
+from fttrain.checkpoint.frozen_build import open_or_build
+from fttrain.checkpoint.frozen_cache import FrozenCache, FrozenConfig
+from fttrain.checkpoint.readers import open_checkpoint
+from fttrain.checkpoint.source import ModelConfig, resolve
+from fttrain.cli import main
+from fttrain.dist import Group
+from fttrain.errors import UserError
+from fttrain.quant.checksum import checksum
+from fttrain.quant.scheme import QuantConfig
+from fttrain.strategy.build import frozen_base
+
+ALONE = Group(0, 1, 0, tiny.CPU)
+LAYERS = 6
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A checkpoint of six layers in several shards."""
+    source = tiny.model(num_hidden_layers=LAYERS)
+    return tiny_files.save(source, tmp_path / "model", max_shard_size="300KB")
+
+
+def build(
+    model: Path,
+    root: Path,
+    group: Group = ALONE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    verify: bool = False,
+    quant: QuantConfig | None = None,
+) -> FrozenCache:
+    base = frozen_base(resolve(ModelConfig("tiny", str(model))), quant or QuantConfig(), "float32")
+    return open_or_build(base, FrozenConfig(str(root)), group, progress, verify)
+
+
+def content(cache: FrozenCache, layer: int) -> torch.Tensor:
+    flat = torch.empty(cache.path(layer).stat().st_size, dtype=torch.uint8)
+    cache.read(layer, flat)
+    return flat
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+@pytest.mark.parametrize("quant", [QuantConfig(), tiny.PLAIN], ids=["nf4", "none"])
+def test_it_holds_what_was_quantised(name: str, quant: QuantConfig, tmp_path: Path) -> None:
+    source = tiny.model(name)
+    folder = tiny_files.save(source, tmp_path / "model")
+    base = frozen_base(resolve(ModelConfig("tiny", str(folder))), quant, "float32")
+    cache = build(folder, tmp_path, quant=quant)
+    reader = open_checkpoint(base.source, source.config)
+    assert len(cache) == base.architecture.layers
+    for layer in range(len(cache)):
+        flat = load_layer(reader, base.architecture, base.frozen_format, layer, tiny.CPU)
+        assert torch.equal(content(cache, layer), flat)
+        assert cache.checksum(layer) == int(checksum(flat))
+        part = torch.empty(840, dtype=torch.uint8)
+        cache.read(layer, part, 1680)
+        assert torch.equal(part, flat[1680:2520])
+    tensors = source.state_dict()
+    for end, tensor in (
+        ("embedding", "model.embed_tokens.weight"),
+        ("final_norm", "model.norm.weight"),
+        ("head", "lm_head.weight"),
+    ):
+        into = torch.empty_like(tensors[tensor])
+        cache.read_end(end, into)
+        assert torch.equal(into, tensors[tensor])
+    assert cache.tied is (name == "llama_tied")
+    assert {path.suffix for path in cache.folder.iterdir() if path.suffix} == {".bin", ".json"}
+    assert [path.name for path in cache.folder.glob("*.json")] == ["manifest.json"]
+    assert cache.size_bytes == sum(path.stat().st_size for path in cache.folder.glob("*.bin"))
+
+
+def test_it_is_reused_and_another_source_gets_its_own(model: Path, tmp_path: Path) -> None:
+    made: list[int] = []
+    first = build(model, tmp_path, progress=lambda done, total: made.append(done))
+    assert made == list(range(1, LAYERS + 4))
+    again = build(model, tmp_path, progress=lambda done, total: made.append(done))
+    assert (again.folder, again.digest, len(made)) == (first.folder, first.digest, LAYERS + 3)
+    others = [build(model, tmp_path, quant=QuantConfig("fp4"))]
+    tiny.model(num_hidden_layers=LAYERS, seed=1).save_pretrained(model, max_shard_size="300KB")
+    others.append(build(model, tmp_path))  # same names, same sizes
+    assert len({cache.digest for cache in (first, *others)}) == 3
+    assert len({cache.folder for cache in (first, *others)}) == 3
+
+
+def killed_build(model: Path, root: Path, moment: str) -> None:
+    """A build that a SIGKILL ends: after the third file, or while it writes layer 2."""
+
+    def kill(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment == "writing":
+        sync = durable.sync
+        durable.sync = lambda path: kill() if path.name == "layer_002.bin" else sync(path)
+    build(model, root, progress=lambda done, _: kill() if done == 3 else None)
+
+
+@pytest.mark.parametrize("moment", ["between", "writing"])
+def test_a_killed_build_is_never_used_and_goes_on(moment: str, model: Path, tmp_path: Path) -> None:
+    child = multiprocessing.get_context("fork").Process(
+        target=killed_build, args=(model, tmp_path, moment)
+    )
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    (folder,) = (tmp_path / "frozen").iterdir()
+    assert not (folder / "manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
+    assert {path.stem for path in kept} == {"embedding", "layer_000", "layer_001"}
+    made: list[int] = []
+    cache = build(model, tmp_path, progress=lambda done, total: made.append(total))
+    assert made[-1] == LAYERS + 3 - len(kept)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert not list(folder.glob(".*part"))
+    assert cache.digest == build(model, tmp_path / "other").digest
+
+
+def on_two_ranks(model: Path, root: Path) -> tuple[str, int]:
+    """This rank's digest, and how many files it wrote."""
+    rank = torch.distributed.get_rank()
+    wrote = []
+    replace = durable.replace
+
+    def counted(path: Path, write: Callable[[Path], None]) -> None:
+        wrote.append(path)
+        replace(path, write)
+
+    durable.replace = counted
+    try:
+        return build(model, root, Group(rank, 2, rank, tiny.CPU)).digest, len(wrote)
+    except UserError as error:
+        return str(error), len(wrote)
+
+
+def test_ranks_divide_the_work_and_fail_together(model: Path, tmp_path: Path) -> None:
+    found = run_ranks(on_two_ranks, 2, model, tmp_path / "two")
+    digest = build(model, tmp_path / "one").digest
+    assert found == [(digest, 5), (digest, 4)]
+    shard = sorted(model.glob("*.safetensors"))[3]
+    shard.write_bytes(shard.read_bytes()[:-8])
+    (first, _), (second, _) = run_ranks(on_two_ranks, 2, model, tmp_path / "broken")
+    assert first == second
+    assert f"{shard.name}: not a whole safetensors file" in first
+
+
+def overlap(shard: Path) -> None:
+    """The second tensor claims bytes of the first one."""
+    data = shard.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    names = sorted(
+        (n for n in header if n != "__metadata__"), key=lambda n: header[n]["data_offsets"]
+    )
+    begin, end = header[names[1]]["data_offsets"]
+    header[names[1]]["data_offsets"] = [begin - 64, end - 64]
+    text = json.dumps(header).encode()
+    shard.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def truncate(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("fault", [overlap, truncate])
+def test_a_broken_shard_is_refused_by_name(
+    fault: Callable[[Path], None], model: Path, tmp_path: Path
+) -> None:
+    shard = sorted(model.glob("*.safetensors"))[2]
+    fault(shard)
+    with pytest.raises(UserError, match=f"{shard.name}: not a whole safetensors file"):
+        build(model, tmp_path)
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_500_000))
+    with pytest.raises(UserError, match=r"frozen cache .*bytes needed, 1,500,000 free.*cache_dir"):
+        build(model, tmp_path)
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_a_place_that_cannot_be_written_is_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "frozen").write_text("a file")
+    with pytest.raises(UserError, match=r"frozen cache .*cannot be made.*frozen.cache_dir"):
+        build(model, tmp_path)
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_sizes_are_compared_at_each_start_and_contents_on_request(
+    model: Path, tmp_path: Path
+) -> None:
+    cache = build(model, tmp_path)
+    digest = cache.digest
+    truncate(cache.path(1))
+    made: list[int] = []
+    assert build(model, tmp_path, progress=lambda _, total: made.append(total)).digest == digest
+    damage(cache.path(4))
+    damage(cache.folder / "embedding.bin")
+    build(model, tmp_path)  # sizes are right
+    assert made == [1]
+    with pytest.raises(UserError, match=r"embedding.bin: its bytes are not those"):
+        cache.read_end("embedding", torch.empty(tiny.VOCABULARY, 64))
+    build(model, tmp_path, progress=lambda _, total: made.append(total), verify=True)
+    assert made == [1, 2, 2]
+    assert int(checksum(content(cache, 4))) == cache.checksum(4)
+    damage(cache.folder / "manifest.json")
+    assert build(model, tmp_path).digest == digest
+
+
+def test_a_file_that_ends_early_is_named(model: Path, tmp_path: Path) -> None:
+    cache = build(model, tmp_path)
+    truncate(cache.path(0))
+    with pytest.raises(UserError, match=r"layer_000.bin: it ends too early"):
+        cache.read(0, torch.empty(cache.path(1).stat().st_size, dtype=torch.uint8))
+
+
+def grown_bytes(model: Path, root: Path) -> int:
+    """How far building a cache of ``model`` raises this process's peak memory."""
+    build(model.parent / "small", root)  # libraries are loaded, kernels have run
+    status = Path("/proc/self/status")
+
+    def kib(name: str) -> int:
+        found = re.search(rf"{name}:\s*(\d+) kB", status.read_text())
+        assert found is not None
+        return int(found[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM falls to the present RSS
+    before = kib("VmRSS")
+    build(model, root)
+    return (kib("VmHWM") - before) * 1024
+
+
+def test_no_more_than_a_layer_is_in_memory(tmp_path: Path) -> None:
+    tiny_files.save(tiny.model(), tmp_path / "small")
+    source = tiny.model(hidden_size=512, intermediate_size=2048, num_hidden_layers=16)
+    tiny_files.save(source, tmp_path / "large")
+    layer_bytes = sum(p.nbytes for n, p in source.named_parameters() if ".layers.0." in n)
+    (grown,) = run_ranks(grown_bytes, 1, tmp_path / "large", tmp_path)
+    # its tensors as they are read, one of them in the compute dtype, and the quantised copies
+    assert grown < 5 * layer_bytes
+
+
+def test_the_command_makes_and_verifies(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", "model=local", f"model.path={model}", f"frozen.cache_dir={tmp_path}"]
+    command += ["model.dtype=float32", "rig.device=cpu"]
+    assert main(command) == 0
+    assert f"{LAYERS} layers" in capsys.readouterr().out
+    cache = build(model, tmp_path)
+    damage(cache.path(2))
+    assert main(command) == 0
+    assert "1 file(s) made" in capsys.readouterr().out
+    assert int(checksum(content(cache, 2))) == cache.checksum(2)
+    shutil.rmtree(cache.folder)
+    truncate(sorted(model.glob("*.safetensors"))[0])
+    assert main(command) == 2
+    assert "not a whole safetensors file" in capsys.readouterr().err

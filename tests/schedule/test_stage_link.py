@@ -1,0 +1,78 @@
+"""Stages talk in both directions at once: everything arrives, in order, and is counted."""
+
+import functools
+import random
+import time
+from typing import Any
+
+import pytest
+import tiny_strategy
+import torch
+from ranks import run_ranks
+from torch import Tensor
+
+from fttrain.schedule.stage_link import DOWN, UP, StageLink
+
+WIDTH = 6
+DTYPES = [torch.float32, torch.bfloat16]
+ROWS = [random.Random(3).randint(1, 40) for _ in range(50)]
+
+
+def message(number: int, step: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(2 * number + (step == UP))
+    return torch.randn(ROWS[number], WIDTH, generator=generator).to(dtype)
+
+
+def talk(dtype: torch.dtype) -> dict[str, Any]:
+    """The first stage sends up and receives what comes down, a few behind; the last one answers."""
+    group = tiny_strategy.this_group()
+    link, chance = StageLink(group, WIDTH, dtype), random.Random(group.rank)
+    found: list[Tensor] = []
+    inbox = link.inbox(ROWS, DOWN if link.is_last else UP)
+    ahead = 0 if link.is_last else 2
+    for number in range(len(ROWS) + ahead):
+        time.sleep(2e-3 * chance.random())
+        if link.is_last:
+            found.append(inbox.next())
+            link.send(message(number, DOWN, dtype), DOWN)
+            continue
+        if number < len(ROWS):
+            sent = message(number, UP, dtype)
+            link.send(sent.t().contiguous().t(), UP)  # not contiguous
+        if number >= ahead:
+            found.append(inbox.next())
+    return {
+        "found": found,
+        "bytes": [link.flush(), link.flush()],
+        "place": (link.is_first, link.is_last),
+    }
+
+
+def talk_all() -> list[dict[str, Any]]:
+    return [talk(dtype) for dtype in DTYPES]
+
+
+@functools.cache
+def conversations() -> list[list[dict[str, Any]]]:
+    """Of each rank, one for each of ``DTYPES``."""
+    return run_ranks(talk_all, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_messages_cross_in_both_directions(dtype: torch.dtype) -> None:
+    first, last = (rank[DTYPES.index(dtype)] for rank in conversations())
+    assert (first["place"], last["place"]) == ((True, False), (False, True))
+    for found, travelled in ((last["found"], UP), (first["found"], DOWN)):
+        assert len(found) == len(ROWS)
+        for number, tensor in enumerate(found):
+            assert tensor.dtype == dtype
+            assert torch.equal(tensor, message(number, travelled, dtype)), number
+    for rank in (first, last):
+        assert rank["bytes"] == [sum(ROWS) * WIDTH * dtype.itemsize, 0]
+
+
+def test_a_single_stage_is_first_and_last() -> None:
+    link = StageLink(tiny_strategy.this_group(), WIDTH, torch.float32)
+    assert link.is_first
+    assert link.is_last
+    assert link.flush() == 0

@@ -1,0 +1,95 @@
+"""Boundaries in host memory come back as they went, in any order and from reused places."""
+
+import random
+
+import pytest
+import tiny_store
+import torch
+from torch import Tensor
+
+from fttrain.store.boundary import UNDER_WAY, DeviceBoundaries, HostBoundaries, boundary_bytes
+
+ROWS, WIDTH = 7, 4
+
+
+def boundaries(places: int, dtype: torch.dtype = torch.float32) -> HostBoundaries:
+    shape = (places, ROWS, WIDTH)
+    buffer = torch.zeros(boundary_bytes(shape, dtype), dtype=torch.uint8)
+    return HostBoundaries(buffer, shape, dtype, tiny_store.CPU)
+
+
+def test_bytes() -> None:
+    assert boundary_bytes((3, 5, 8), torch.bfloat16) == 240
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("late_lanes")
+def test_uneven_rows_come_back(dtype: torch.dtype) -> None:
+    kept = boundaries(5, dtype)
+    given = [torch.randn(rows, WIDTH).to(dtype) for rows in (7, 1, 4, 0, 6)]
+    handles = [kept.save(boundary) for boundary in given]
+    for boundary, handle in reversed(list(zip(given, handles, strict=True))):
+        found = kept.load(handle)
+        assert found is not boundary
+        assert found.dtype == dtype
+        assert torch.equal(found, boundary)
+
+
+@pytest.mark.usefixtures("late_lanes")
+def test_places_are_used_again() -> None:
+    """Many more boundaries than places, in a random order of saves, prefetches and loads."""
+    chance, kept = random.Random(0), boundaries(4)
+    alive: list[tuple[Tensor, object]] = []
+    loaded = 0
+    for _ in range(300):
+        if len(alive) < 4 and (not alive or chance.random() < 0.5):
+            boundary = torch.randn(chance.randint(1, ROWS), WIDTH)
+            alive.append((boundary, kept.save(boundary)))
+        elif chance.random() < 0.3:
+            kept.prefetch(chance.choice(alive)[1])
+        else:
+            expected, handle = alive.pop(chance.randrange(len(alive)))
+            assert torch.equal(kept.load(handle), expected)
+            loaded += 1
+    assert loaded > 80
+
+
+class Counting(tiny_store.ThreadLane):
+    """Counts what is under way, and was at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = 0
+
+    def run(self, work, after=None):  # type: ignore[no-untyped-def]
+        self.started += 1
+        return super().run(work, after)
+
+
+def test_a_prefetch_brings_once() -> None:
+    shape = (3, ROWS, WIDTH)
+    back = Counting()
+    buffer = torch.zeros(boundary_bytes(shape, torch.float32), dtype=torch.uint8)
+    kept = HostBoundaries(buffer, shape, torch.float32, tiny_store.CPU, back=back)
+    handle = kept.save(torch.ones(2, WIDTH))
+    assert back.started == 0
+    kept.prefetch(handle)
+    kept.prefetch(handle)
+    assert back.started == 1
+    assert torch.equal(kept.load(handle), torch.ones(2, WIDTH))
+    assert back.started == 1
+
+
+def test_a_few_copies_are_under_way_at_most() -> None:
+    """The next one waits for the oldest: device memory of no more is held."""
+    kept = boundaries(6)
+    for _ in range(6):
+        kept.save(torch.ones(ROWS, WIDTH))
+        assert len(kept._leaving) <= UNDER_WAY
+
+
+def test_on_the_device_nothing_is_copied() -> None:
+    kept, boundary = DeviceBoundaries(), torch.ones(2, WIDTH)
+    handle = kept.save(boundary)
+    kept.prefetch(handle)
+    assert kept.load(handle) is boundary

@@ -1,0 +1,90 @@
+"""Big host buffers: refused with figures before anything is loaded; shared where that is said."""
+
+from typing import Any
+
+import pytest
+import tiny_strategy
+import torch
+import torch.distributed
+from ranks import run_ranks
+
+import fttrain.store.hostpool
+from fttrain.errors import UserError
+from fttrain.store.hostpool import HostPool
+from fttrain.units import GIB
+
+SIZE = 1000
+
+
+def test_what_does_not_fit_is_refused_with_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fttrain.store.hostpool, "available_host_bytes", lambda: 3 * GIB)
+    pool = HostPool(tiny_strategy.this_group())
+    pool.book("frozen layers", 2 * GIB, shared=True)
+    pool.book("boundaries", GIB)
+    pool.check()  # to the byte
+    pool.book("head", 1)
+    expected = (
+        r"3\.00 GiB are needed \(frozen layers 2\.00 GiB, boundaries 1\.00 GiB, head 0\.00 GiB\), "
+        r"3\.00 GiB are available; a smaller schedule\.group, boundaries=device"
+    )
+    with pytest.raises(UserError, match=expected):
+        pool.check()
+
+
+def test_what_is_booked_anew_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fttrain.store.hostpool, "available_host_bytes", lambda: 3 * GIB)
+    pool = HostPool(tiny_strategy.this_group())
+    for _ in range(4):
+        pool.book("boundaries", GIB)
+    pool.check()
+
+
+def test_more_than_this_machine_has_is_refused() -> None:
+    pool = HostPool(tiny_strategy.this_group())
+    pool.book("boundaries", 1 << 60)
+    with pytest.raises(UserError, match=r"boundaries 1073741824\.00 GiB"):
+        pool.check()
+    with pytest.raises(UserError, match=r"boundaries: the system refused"):
+        pool.allocate("boundaries")
+
+
+def test_buffers_are_zero_and_apart() -> None:
+    pool = HostPool(tiny_strategy.this_group())
+    pool.book("a", SIZE)
+    pool.book("b", SIZE, shared=True)
+    a, b = pool.allocate("a"), pool.allocate("b")
+    for buffer in (a, b):
+        assert (buffer.dtype, len(buffer)) == (torch.uint8, SIZE)
+        assert not buffer.any()
+    a.fill_(7)
+    assert not b.any()
+
+
+def on_rank() -> dict[str, Any]:
+    """Buffers of two ranks that need different amounts, and what a check says of too much."""
+    group = tiny_strategy.this_group()
+    pool = HostPool(group)
+    pool.book("shared", SIZE, shared=True)
+    pool.book("own", SIZE * (1 + group.rank))
+    pool.check()
+    shared, own = pool.allocate("shared"), pool.allocate("own")
+    shared[group.rank] = own[:] = 1 + group.rank
+    group.barrier()
+    available = 3 * GIB + group.rank * GIB
+    fttrain.store.hostpool.available_host_bytes = lambda: available
+    pool.book("shared", GIB, shared=True)
+    pool.book("own", (1 + group.rank) * GIB)
+    try:
+        pool.check()
+    except UserError as error:
+        return {"shared": shared.clone(), "own": own.clone(), "error": str(error)}
+    raise AssertionError("4 GiB do not fit into 3")
+
+
+def test_ranks_of_a_machine_share_what_is_shared() -> None:
+    for rank, found in enumerate(run_ranks(on_rank, 2)):
+        assert found["shared"].tolist() == [1, 2] + [0] * (SIZE - 2)
+        assert found["own"].tolist() == [1 + rank] * (SIZE * (1 + rank))
+        # Shared once, own twice as different; the least that any rank sees available.
+        assert "4.00 GiB are needed (shared 1.00 GiB in all, own" in found["error"]
+        assert "on each of 2 ranks), 3.00 GiB are available" in found["error"]

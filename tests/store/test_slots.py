@@ -1,0 +1,118 @@
+"""Slots: order of need, nothing brought twice, nothing overwritten while it is used."""
+
+from typing import Any
+
+import pytest
+import tiny_store
+from torch import Tensor
+
+from fttrain.collectives import Handle
+from fttrain.store.lane import ThreadLane, Work
+from fttrain.store.slots import Slots
+
+
+class Marked(ThreadLane):
+    """Numbers the marks and writes down what each piece of work is ordered after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks, self.after = 0, list[Any]()
+
+    def mark(self) -> int:
+        self.marks += 1
+        return self.marks
+
+    def run(self, work: Work, after: Any = None) -> Handle:
+        self.after.append(after)
+        return super().run(work, after)
+
+
+class Brought:
+    """Fills a slot with the number of its layer; writes down what was brought."""
+
+    def __init__(self, count: int) -> None:
+        self.log: list[int] = []
+        self.lane = Marked()
+        self.slots = Slots(count, 4, tiny_store.CPU, self.lane, self.bring)
+
+    def bring(self, layer: int, slot: Tensor) -> None:
+        self.log.append(layer)
+        slot.fill_(layer)
+
+    def walk(self, order: list[int]) -> None:
+        """A pass, each layer checked as it is used."""
+        for place, layer in enumerate(order):
+            self.slots.want(order[place:])
+            assert self.slots.take(layer).tolist() == [layer] * 4
+            self.slots.release(layer)
+
+
+def test_the_first_ones_needed_are_brought_in_their_order() -> None:
+    brought = Brought(2)
+    assert brought.slots.want([3, 1, 0, 2]) == [3, 1]
+    assert brought.slots.want([3, 1, 0, 2]) == []  # on their way
+    brought.lane.synchronize()
+    assert brought.log == [3, 1]
+
+
+def test_a_slot_in_use_is_not_filled() -> None:
+    brought = Brought(2)
+    brought.slots.want([0, 1])
+    held = brought.slots.take(0)
+    assert brought.slots.want([1, 2, 3]) == []
+    brought.slots.take(1)
+    assert brought.slots.want([2, 3]) == []
+    assert held.tolist() == [0] * 4
+    brought.slots.release(1)
+    assert brought.slots.want([2, 3]) == [2]
+    brought.lane.synchronize()
+    assert held.tolist() == [0] * 4
+    brought.slots.release(0)
+    assert brought.slots.want([2, 3]) == [3]
+    brought.lane.synchronize()
+    assert held.tolist() == [3] * 4  # its slot, and not the one that 2 waits in
+
+
+def test_a_slot_is_filled_after_its_own_release() -> None:
+    """What work is ordered after is the mark that the release of that slot left, no other."""
+    brought = Brought(2)
+    brought.slots.want([0, 1])
+    start, lane = brought.lane.marks, brought.lane
+    brought.slots.take(0)
+    brought.slots.take(1)
+    brought.slots.release(1)  # mark start + 1
+    brought.slots.release(0)  # mark start + 2
+    brought.slots.want([0, 2])
+    brought.slots.want([2, 3])
+    assert lane.after == [start, start, start + 1, start + 2]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("layers", [1, 2, 3, 5, 8])
+def test_what_lies_there_at_a_turn_is_not_brought_again(count: int, layers: int) -> None:
+    """A pass brings each layer once, less those that the turn found."""
+    brought = Brought(count)
+    up = list(range(layers))
+    brought.walk(up)
+    assert brought.log == up
+    for order in (up[::-1], up, up[::-1], up):
+        brought.log.clear()
+        brought.walk(order)
+        assert brought.log == order[count:]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_order_of_passes_finds_its_layers(count: int) -> None:
+    brought = Brought(count)
+    for order in tiny_store.walks(7, 60, seed=count):
+        brought.walk(order)
+
+
+def test_an_error_while_bringing_reaches_whoever_takes() -> None:
+    def fail(layer: int, slot: Tensor) -> None:
+        raise OSError("disk gone")
+
+    slots = Slots(2, 4, tiny_store.CPU, ThreadLane(), fail)
+    slots.want([0])
+    with pytest.raises(OSError, match="disk gone"):
+        slots.take(0)

@@ -1,0 +1,61 @@
+"""Two hundred steps in which every copy and gather is late by a random time: the same bits."""
+
+from dataclasses import replace
+
+import tiny
+import tiny_store
+import tiny_strategy
+import torch
+from ranks import run_ranks
+from torch import Tensor
+
+from fttrain.data.batch import collate
+from fttrain.model.lora import LoraConfig
+from fttrain.strategy.recipe import Recipe
+
+STEPS = 200
+SHAPE = {
+    "num_hidden_layers": 4,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+EVERYTHING_MOVES = {"boundaries": "host", "head": "streamed", "offload": True}
+RECIPES = {
+    "replicate": tiny_strategy.variant(),
+    "shard": tiny_strategy.variant("shard", **EVERYTHING_MOVES),
+    "stream": tiny_strategy.variant("stream", **EVERYTHING_MOVES),
+}
+
+
+def train(recipe: Recipe) -> tuple[dict[str, Tensor], list[tuple[float, float]]]:
+    """Adapters after all steps, and the figures of each."""
+    recipe = replace(recipe, quant=tiny.PLAIN, lora=LoraConfig(r=2))
+    strategy = tiny_strategy.build(recipe, tiny_strategy.base(quant=tiny.PLAIN, **SHAPE))
+    rank, world_size = strategy.data_parallel
+    figures = []
+    for step in range(STEPS):
+        batches = [
+            collate(tiny.documents((9, 3 + index), seed=index), index)
+            for index in range(rank, 4, world_size)
+        ]
+        stats = strategy.train_step(batches, step, 1e-2, lambda loss, norm: True)
+        figures.append((stats.loss, stats.grad_norm))
+    return tiny_strategy.adapters(strategy), figures
+
+
+def on_rank() -> dict[str, tuple[dict[str, Tensor], list[tuple[float, float]]]]:
+    found = {"replicate": train(RECIPES["replicate"])}
+    tiny_store.delay_lanes(seed=torch.distributed.get_rank())
+    return found | {name: train(recipe) for name, recipe in RECIPES.items() if name not in found}
+
+
+def test_late_lanes_change_nothing() -> None:
+    for found in run_ranks(on_rank, 2):
+        adapters, figures = found["replicate"]
+        assert figures[-1][0] < figures[0][0] - 0.1  # it has learnt something all the while
+        for name in RECIPES:
+            assert found[name][1] == figures, name
+            other = found[name][0]
+            assert all(torch.equal(other[key], master) for key, master in adapters.items()), name

@@ -1,0 +1,121 @@
+"""Deaths and failures of a rank in whole programs: under the launcher, and in a training run."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_files
+from tiny_run import WAIT_S, Fault, arguments, exit_codes, rank_main
+
+from fttrain import launch
+from fttrain.peers import DIED_EXIT_CODE
+
+# A rank with the real command line: argv[1] is what rank 1 does while rank 0 waits for it.
+RANK = """
+import os, signal, sys
+import torch
+from fttrain import cli
+from fttrain.dist import process_group
+from fttrain.errors import UserError
+def command(_arguments):
+    with process_group(torch.device("cpu")) as group:
+        group.barrier()
+        if group.rank == 1:
+            exec(sys.argv[1])
+        group.barrier()
+    return 0
+cli._dispatch = command
+sys.exit(cli.main([]))
+"""
+LAUNCHER = """
+import os, sys
+from fttrain import launch
+port = str(launch.free_port())
+fixed = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+fixed[launch.PARENT_PID] = str(os.getpid())
+command = [sys.executable, *sys.argv[1:]]
+sys.exit(launch.supervise([(command, {**fixed, "RANK": rank}) for rank in "01"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("deed", "code", "messages"),
+    [
+        ("raise UserError('the disk is full', 7)", 7, ["rank 1: the disk is full"]),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, ["rank 1 (pid", "rank 1 was killed by SIG"]),
+    ],
+    ids=["fails", "dies"],
+)
+def test_under_the_launcher(deed: str, code: int, messages: list[str], tmp_path: Path) -> None:
+    """The code is that of the rank that was to blame, and each line comes once."""
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    command = [sys.executable, str(tmp_path / "launcher.py"), str(tmp_path / "rank.py"), deed]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, env=environment)
+    assert done.returncode == code, done.stderr
+    lines = sorted(line for line in done.stderr.splitlines() if "error" in line)
+    starts = [f"fttrain: error: {message}" for message in messages]
+    assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
+
+
+def test_a_killed_rank_is_to_blame_before_one_that_ended_with_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both are found at one look."""
+    monkeypatch.setattr(launch, "POLL_S", 2.0)
+    programs = (f"raise SystemExit({DIED_EXIT_CODE})", "import os; os.kill(os.getpid(), 9)")
+    ranks = [([sys.executable, "-c", program], dict(os.environ)) for program in programs]
+    assert launch.supervise(ranks) == 137
+    assert "rank 1 was killed by SIGKILL" in capfd.readouterr().err
+
+
+def rank_with_a_file(
+    argv: list[str], rank: int, port: int, fault: Fault | None, stderr: Path
+) -> None:
+    os.dup2(os.open(stderr, os.O_CREAT | os.O_WRONLY), 2)
+    rank_main(argv, rank, port, fault)
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Iterator[Callable[..., list[int | None]]]:
+    """Trains on two ranks that no launcher watches, until both have ended; their exit codes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fttrain.train", "fttrain.cli.train"])
+    started: list[BaseProcess] = []
+
+    def train(argv: list[str], fault: Fault | None = None) -> list[int | None]:
+        port = launch.free_port()
+        for rank in range(2):
+            parameters = (argv, rank, port, fault, tmp_path / f"stderr{rank}")
+            started.append(context.Process(target=rank_with_a_file, args=parameters))
+            started[-1].start()
+        return exit_codes(started[-2:])
+
+    yield train
+    for process in started:
+        process.kill()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_training_run_ends_with_the_name_of_the_dead_rank_and_goes_on(
+    victim: int, tmp_path: Path, train: Callable[..., list[int | None]]
+) -> None:
+    tiny_files.save(tiny.model(num_hidden_layers=2), tmp_path / "model")
+    tiny_files.write_data(tmp_path / "data.jsonl")
+    argv = arguments(tmp_path, tmp_path / "run", "loop.max_steps=6", "checkpoint.every=2")
+    codes = train(argv, Fault(victim, 3, signal.SIGKILL))
+    other = 1 - victim
+    said = (tmp_path / f"stderr{other}").read_text()
+    assert (codes[victim], codes[other]) == (-signal.SIGKILL, DIED_EXIT_CODE), said
+    where = f"rank {other}: " if other else ""
+    assert f"fttrain: error: {where}rank {victim} (pid " in said
+    assert "Traceback" not in said
+    assert train(argv) == [0, 0]

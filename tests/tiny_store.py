@@ -1,0 +1,81 @@
+"""Layers of random bytes for the stores."""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fttrain.quant.frozen_layer import FrozenFormat
+from fttrain.quant.scheme import QuantConfig
+from fttrain.store import Store, Traffic
+from fttrain.store.lane import CollectiveLane, HostLane, ThreadLane, Work
+
+CPU = torch.device("cpu")
+FORMAT = FrozenFormat(
+    (), {"norm.weight": (500,)}, QuantConfig(kind="none", double_quant=False), torch.float32
+)
+LAYER_BYTES = FORMAT.layout.size_bytes
+
+
+def flats(layers: int, seed: int = 0) -> list[Tensor]:
+    """uint8 (LAYER_BYTES,) of each layer."""
+    generator = torch.Generator().manual_seed(seed)
+    return list(
+        torch.randint(256, (layers, LAYER_BYTES), dtype=torch.uint8, generator=generator).unbind(0)
+    )
+
+
+def walks(layers: int, passes: int, seed: int = 0) -> list[list[int]]:
+    """Up and down as steps go, with passes up alone (evaluation) in between."""
+    chance = random.Random(seed)
+    up = list(range(layers))
+    return [up if chance.random() < 0.5 else up[::-1] for _ in range(passes)]
+
+
+def read(store: Store, orders: Sequence[Sequence[int]]) -> list[tuple[int, Tensor]]:
+    """(layer, its bytes as they were given out) of passes over ``store``, used as schedules do."""
+    found = []
+    for order in orders:
+        for place, layer in enumerate(order):
+            store.prefetch(order[place:])
+            found.append((layer, store.get(layer).flat.clone()))
+            store.release(layer)
+    return found
+
+
+def steady(store: Store) -> Traffic:
+    """What a pass up and down moves that begins with the first layers in the slots, as each step
+    but the first one does.
+    """
+    up = list(range(len(store)))
+    read(store, [up, up[::-1]])
+    store.take_traffic()
+    read(store, [up, up[::-1]])
+    return store.take_traffic()
+
+
+def delay_lanes(seed: int, most_s: float = 3e-3) -> None:
+    """From now on the lanes of this process start each piece of work late, by a random time:
+    mostly short, at most ``most_s``.
+    """
+    chance = random.Random(seed)
+    for kind in (ThreadLane, CollectiveLane):
+        kind._start = _late(kind._start, chance, most_s)  # type: ignore[method-assign]
+
+
+def _late(
+    start: Callable[[Any, Work], Any], chance: random.Random, most_s: float
+) -> Callable[[HostLane, Work], Any]:
+    def start_late(lane: HostLane, work: Work) -> Any:
+        delay_s = most_s * chance.random() ** 3
+
+        def late() -> Any:
+            time.sleep(delay_s)
+            return work()
+
+        return start(lane, late)
+
+    return start_late
