@@ -50,7 +50,7 @@ format: setup ## put the code into the format that lint asks for
 bench: setup ## run the benchmarks; figures go to outputs/bench/*.json
 	@mkdir -p outputs/bench
 	@found=0; for script in benchmarks/*.py; do \
-	  case "$$script" in *'*'*|*/gpu_*) continue;; esac; \
+	  case "$$script" in *'*'*|*/gpu_*|*/common.py) continue;; esac; \
 	  found=1; echo "== $$script"; \
 	  $(BIN)/python "$$script" --json "outputs/bench/$$(basename "$$script" .py).json" || exit 1; \
 	done; test $$found = 1 || { echo "no benchmarks in benchmarks/"; exit 1; }

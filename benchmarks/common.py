@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import psutil
 from rich.console import Console
@@ -75,35 +75,71 @@ class HostMemory:
         return int(found[1]) * 1024
 
 
-def loopback_bytes() -> int:
-    """Bytes sent over the loopback interface since boot, headers and everybody's included."""
-    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
+class Link(Protocol):
+    """What joins the ranks."""
+
+    @property
+    def interface(self) -> str:
+        """The network interface that a rank sends on."""
+        ...
+
+    @property
+    def address(self) -> str:
+        """Of rank 0."""
+        ...
+
+    def command(self, rank: int) -> list[str]:
+        """What goes before a rank's own command."""
+        ...
+
+
+class Loopback:
+    """All ranks send on the machine's loopback interface."""
+
+    interface, address = "lo", "127.0.0.1"
+
+    def command(self, rank: int) -> list[str]:
+        return []
+
+
+def sent_bytes() -> float:
+    """Bytes that this rank's interface sent since boot, headers and everybody's included.
+
+    Loopback counts what all ranks send: there it is an equal part of that for each of them.
+    """
+    interface = os.environ["GLOO_SOCKET_IFNAME"]
+    sent = int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text())
+    return sent / int(os.environ["WORLD_SIZE"]) if interface == Loopback.interface else sent
 
 
 def run_ranks(
-    script: str, job: dict[str, Any], folder: Path, world_size: int, threads: int
+    script: str, job: dict[str, Any], folder: Path, link: Link | None = None
 ) -> list[dict[str, Any]]:
-    """Runs ``python script --rank JOB`` on ``world_size`` gloo ranks; what each reported, by rank.
+    """Runs ``python script --rank JOB`` on the job's ``ranks`` over gloo, with its ``threads``
+    each; what they reported, by rank. ``link``: None for loopback.
 
     The script's rank reads its work with ``read_job`` and ends with ``report``. Raises SystemExit
     with the rank's code when one fails; its traceback is on stderr by then.
     """
+    link, world_size = link or Loopback(), job["ranks"]
     job_file = folder / "job.json"
     job_file.write_text(json.dumps(job))
     variables = os.environ | {
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": link.address,
         "MASTER_PORT": str(free_port()),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": str(threads),
+        "GLOO_SOCKET_IFNAME": link.interface,
+        "OMP_NUM_THREADS": str(job["threads"]),
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # as launch/cpu_demo.env; for both sides
         PARENT_PID: str(os.getpid()),
-        "PYTHONWARNINGS": "ignore::FutureWarning",  # of the peers' own libraries
+        # Of the peers' own libraries; FSDP1 also warns of each layer that some of it is frozen.
+        "PYTHONWARNINGS": "ignore::FutureWarning,"
+        "ignore::UserWarning:torch.distributed.fsdp._wrap_utils",
     }
     commands = [
         (
-            [sys.executable, script, "--rank", str(job_file)],
+            [*link.command(rank), sys.executable, script, "--rank", str(job_file)],
             variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(world_size)

@@ -5,6 +5,7 @@ from typing import Any
 from peers.work import Row
 from safetensors.torch import load_file
 
+from fttrain.checkpoint.frozen_cache import FrozenConfig
 from fttrain.checkpoint.source import ModelConfig, resolve
 from fttrain.data.batch import MicroBatch, collate
 from fttrain.dist import Group
@@ -12,8 +13,9 @@ from fttrain.model.lora import LoraConfig
 from fttrain.optim.factory import OptimConfig
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule import ScheduleConfig
-from fttrain.strategy.build import Recipe, build_strategy
+from fttrain.strategy.build import build_strategy
 from fttrain.strategy.protocol import StrategyConfig
+from fttrain.strategy.recipe import Placement, Recipe, StepSize
 
 
 class Native:
@@ -21,28 +23,31 @@ class Native:
 
     def __init__(self, job: dict[str, Any], group: Group) -> None:
         recipe = Recipe(
-            StrategyConfig(),
+            StrategyConfig(**job["strategy"]),
             QuantConfig(**job["quant"]),
             LoraConfig(**job["lora"]),
             OptimConfig(**job["optim"]),
-            ScheduleConfig(job["group"]),
-            job["activations"],
+            ScheduleConfig(**job["schedule"]),
+            Placement(job["activations"]),
+            FrozenConfig(job["cache_dir"]),
+            StepSize(job["micro_batch_size"], job["seq_len"], job["gradient_accumulation_steps"]),
             "bfloat16",
             job["seed"],
         )
         source = resolve(ModelConfig("benchmark", job["model"]))
-        self._strategy = build_strategy(recipe, source, group)
+        self._strategy, _ = build_strategy(recipe, source, group)
         self._strategy.load_adapter_state(load_file(job["adapter"]))
-        self._group, self._lr = group, job["optim"]["lr"]
+        self._lr = job["optim"]["lr"]
 
-    def prepare(self, micro_batches: list[list[Row]]) -> list[MicroBatch]:
-        """The tensors of this rank's micro-batches of one step. Nothing is padded."""
+    def prepare(self, ranks: list[list[list[Row]]]) -> list[MicroBatch]:
+        """The tensors of this rank's micro-batches of one step, of those of all ``ranks``. Nothing
+        is padded. A stage of a pipeline has a part in all of them.
+        """
+        place, places = self._strategy.data_parallel
+        in_order = [rows for same_turn in zip(*ranks, strict=True) for rows in same_turn]
         return [
-            collate(
-                [document for row in rows for document in row],
-                accumulated * self._group.world_size + self._group.rank,
-            )
-            for accumulated, rows in enumerate(micro_batches)
+            collate([document for row in in_order[index] for document in row], index)
+            for index in range(place, len(in_order), places)
         ]
 
     def step(self, batches: list[MicroBatch], number: int) -> float:

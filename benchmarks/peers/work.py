@@ -23,7 +23,7 @@ class Size:
 class Work:
     """What a rank is told, and the rows that it trains on."""
 
-    job: dict[str, Any]  # model, adapter, seed, quant, lora, optim and sizes
+    job: dict[str, Any]  # model, adapter, cache, seed, quant, lora, optim and sizes
     steps: dict[str, list[Any]]  # padded | packed -> by step, rank, micro-batch: its rows
 
     def tokens(self, kind: str) -> list[int]:
@@ -35,7 +35,9 @@ class Work:
 
 
 def demo_work(size: Size, kinds: list[str], folder: Path) -> Work:
-    """Writes checkpoint and adapter into ``folder`` where needed. ``kinds``: padded, packed."""
+    """Writes checkpoint, adapter and fttrain's cache of the quantised base into ``folder``, so that
+    fttrain starts as a run does whose base was used before. ``kinds``: padded, packed.
+    """
     from fttrain.checkpoint.source import load_tokenizer, resolve
     from fttrain.config import compose
     from fttrain.data.dataset import prepare
@@ -57,7 +59,9 @@ def demo_work(size: Size, kinds: list[str], folder: Path) -> Work:
         "gradient_accumulation_steps": size.gradient_accumulation_steps
         or loop.gradient_accumulation_steps,
         "seq_len": config.data.seq_len,
+        "cache_dir": str(folder / "cache"),
     }
+    _fill_cache(job, config)
     steps = {}
     for kind in kinds:
         data = dataclasses.replace(config.data, packing=kind == "packed")
@@ -101,6 +105,21 @@ def _initial_adapter(source: Any, config: Any, folder: Path) -> Path:
         adapter |= {name: master.clone() for name, master in layer.named_masters()}
     save_file(adapter, folder / "adapter.safetensors")
     return folder / "adapter.safetensors"
+
+
+def _fill_cache(job: dict[str, Any], config: Any) -> None:
+    import torch
+
+    from fttrain.checkpoint.frozen_build import open_or_build
+    from fttrain.checkpoint.frozen_cache import FrozenConfig
+    from fttrain.checkpoint.source import ModelConfig, resolve
+    from fttrain.dist import Group
+    from fttrain.strategy.build import frozen_base
+
+    source = resolve(ModelConfig("benchmark", job["model"]))
+    base = frozen_base(source, config.quant, config.model.dtype)
+    alone = Group(0, 1, 0, torch.device("cpu"))
+    open_or_build(base, FrozenConfig(job["cache_dir"]), alone, lambda done, total: None)
 
 
 def _steps(rows: Any, job: dict[str, Any], count: int) -> list[Any]:
