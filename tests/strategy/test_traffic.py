@@ -1,0 +1,104 @@
+"""Bytes that a step moves: what the formulas say, no more and no fewer."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import tiny_strategy
+from ranks import run_ranks
+
+from fttrain.strategy.protocol import StepStats
+
+RANKS, HIDDEN, TABLE_BYTES = 2, 64, 4 * 300 * 64
+LAYER_BYTES = tiny_strategy.base().frozen_format.layout.size_bytes
+
+
+@dataclass(frozen=True)
+class Case:
+    """A strategy, and how many of its layers move through how many slots."""
+
+    strategy: str
+    moving: int = 0
+    slots: int = 2
+    resident_layers: Any = 0
+    head: str = "resident"
+
+
+CASES = [
+    Case("replicate"),
+    Case("replicate", head="streamed"),
+    Case("shard", 5),
+    Case("stream", 5),
+    Case("stream", 3, resident_layers=2),
+    Case("stream", 4, 3, resident_layers=1),
+    Case("stream", 2, resident_layers=3),
+    Case("stream", 1, 3, resident_layers=4),
+    Case("stream", 0, resident_layers="all", head="streamed"),
+    Case("stream", 3, resident_layers=(2, 2), head="streamed"),
+]
+SPLITS = [(1, "all"), (3, "all"), (3, 1), (3, 2)]  # accumulation, G
+
+
+def steps(case: Case, split: tuple[int, int | str]) -> list[StepStats]:
+    accumulation, group = split
+    recipe = tiny_strategy.variant(
+        case.strategy,
+        group,
+        resident_layers=case.resident_layers,
+        slots=case.slots,
+        head=case.head,
+    )
+    strategy = tiny_strategy.build(recipe, tiny_strategy.base())
+    batches = tiny_strategy.micro_batches(strategy)[:accumulation]
+    return [strategy.train_step(batches, step, 1e-2, lambda *_: True) for step in range(2)]
+
+
+def on_rank() -> tuple[dict[Any, list[StepStats]], dict[str, list[StepStats]]]:
+    grouped = {(case, split): steps(case, split) for case in CASES for split in SPLITS}
+    pipelines = {}
+    for dtype in ("float32", "bfloat16"):
+        recipe = tiny_strategy.variant("pipeline", dtype=dtype, head="streamed")
+        strategy = tiny_strategy.build(recipe, tiny_strategy.base(dtype=dtype))
+        pipelines[dtype] = [tiny_strategy.apply(strategy, step) for step in range(2)]
+    return grouped, pipelines
+
+
+@functools.cache
+def found() -> list[tuple[dict[Any, list[StepStats]], dict[str, list[StepStats]]]]:
+    return run_ranks(on_rank, RANKS)
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_layers_are_brought_once_a_pass(case: Case, split: tuple[int, int | str]) -> None:
+    """Up and down for each group of micro-batches; the layers that lie in the slots at a turn are
+    there already, from the very first pass on. Ranks receive the others' parts of a layer.
+    """
+    accumulation, group = split
+    groups = -(-accumulation // (accumulation if group == "all" else int(group)))
+    of_a_layer = LAYER_BYTES * (RANKS - 1) // RANKS if case.strategy == "shard" else LAYER_BYTES
+    for rank, _ in found():
+        for number, stats in enumerate(rank[case, split]):
+            brought = 2 * groups * max(0, case.moving - case.slots)
+            brought += min(case.moving, case.slots) * (number == 0)
+            moved = of_a_layer * brought
+            head = TABLE_BYTES * groups * (case.head == "streamed")
+            gathered = moved if case.strategy == "shard" else 0
+            assert stats.traffic.gather_bytes == gathered
+            assert stats.traffic.h2d_bytes == moved - gathered + head
+            assert stats.stage_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_pipeline_moves_boundaries_alone(dtype: str) -> None:
+    """The activations of each micro-batch that has tokens, up; their gradients, down."""
+    rows = sum(-(-sum(lengths) // 64) * 64 for lengths in tiny_strategy.LENGTHS)
+    itemsize = {"float32": 4, "bfloat16": 2}[dtype]
+    micro_batches = sum(map(bool, tiny_strategy.LENGTHS))
+    for rank, (_, pipelines) in enumerate(found()):
+        for stats in pipelines[dtype]:
+            assert stats.stage_bytes == rows * HIDDEN * itemsize
+            assert stats.traffic.gather_bytes == stats.sync.sync_bytes == 0
+            head = TABLE_BYTES * itemsize // 4 * micro_batches
+            assert stats.traffic.h2d_bytes == head * (rank == RANKS - 1)
