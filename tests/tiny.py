@@ -23,12 +23,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fttrain.checkpoint.frozen import load_ends, load_layer
+from fttrain.checkpoint.frozen import is_tied, load_end, load_layer
+from fttrain.checkpoint.readers import Reader
 from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture, Decoder
 from fttrain.model.lora import LoraConfig
 from fttrain.quant.checksum import checksum
+from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule import grouped
 from fttrain.schedule.layer_pass import Saving
@@ -104,6 +106,37 @@ class StateDict:
             raise UserError(f"memory: tensor {name} is missing from the checkpoint")
         return self.tensors[name]
 
+    def rest(self) -> None:
+        """Nothing is mapped."""
+
+
+def load_ends(
+    reader: Reader, architecture: Architecture, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Embedding, final norm and head in ``dtype`` on ``device``."""
+    embedding, norm = (
+        load_end(reader, architecture, end).to(device, dtype) for end in ("embedding", "final_norm")
+    )
+    tied = is_tied(reader, architecture)
+    return (
+        embedding,
+        norm,
+        embedding if tied else load_end(reader, architecture, "head").to(device, dtype),
+    )
+
+
+def load_layers(
+    reader: Reader,
+    architecture: Architecture,
+    frozen_format: FrozenFormat,
+    device: torch.device,
+) -> list[Tensor]:
+    """The flat buffer of each layer."""
+    return [
+        load_layer(reader, architecture, frozen_format, layer, device)
+        for layer in range(architecture.layers)
+    ]
+
 
 def build(
     source: PreTrainedModel,
@@ -116,14 +149,9 @@ def build(
     architecture, reader = Architecture(source.config), StateDict(source.state_dict())
     frozen_format = architecture.frozen_format(quant, dtype)
     ends = load_ends(reader, architecture, device, dtype)
-    flats = [
-        load_layer(reader, architecture, frozen_format, layer, device)
-        for layer in range(architecture.layers)
-    ]
+    flats = load_layers(reader, architecture, frozen_format, device)
     store = verified(ResidentStore(flats, frozen_format), flats)
-    decoder = Decoder(
-        architecture, ends.embedding, ends.final_norm, ends.head, lora or LoraConfig(r=4)
-    )
+    decoder = Decoder(architecture, *ends, lora or LoraConfig(r=4))
     randomise(decoder)
     return decoder, store
 

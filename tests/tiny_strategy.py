@@ -10,7 +10,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from fttrain.checkpoint.frozen import load_ends, load_layer
+from fttrain.checkpoint.frozen import ENDS
 from fttrain.checkpoint.frozen_cache import FrozenConfig
 from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.dist import Group
@@ -60,16 +60,9 @@ class MemoryBase:
         dtype, reader = getattr(torch, dtype_name), tiny.StateDict(weights)
         self.architecture = architecture
         self.frozen_format = architecture.frozen_format(quant, dtype)
-        self.flats = [
-            load_layer(reader, architecture, self.frozen_format, layer, tiny.CPU)
-            for layer in range(architecture.layers)
-        ]
-        ends = load_ends(reader, architecture, tiny.CPU, dtype)
-        self._ends = {
-            "embedding": ends.embedding,
-            "final_norm": ends.final_norm,
-            "head": ends.head,
-        }
+        self.flats = tiny.load_layers(reader, architecture, self.frozen_format, tiny.CPU)
+        ends = tiny.load_ends(reader, architecture, tiny.CPU, dtype)
+        self._ends = dict(zip(ENDS, ends, strict=True))
         self.read_into: dict[int, Tensor] = {}
 
     def __len__(self) -> int:

@@ -4,8 +4,6 @@ Host memory while loading: one unquantised layer at most, beside what is kept.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,16 +21,6 @@ from fttrain.quant.scheme import (
     quantise,
 )
 
-
-@dataclass(frozen=True)
-class FrozenEnds:
-    """What is frozen outside the layers."""
-
-    embedding: Tensor  # (V, C)
-    final_norm: Tensor  # (C,)
-    head: Tensor  # (V, C): the embedding's own tensor where they are tied
-
-
 ENDS = {  # what is frozen outside the layers -> its tensor in the checkpoint
     "embedding": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
@@ -49,34 +37,6 @@ def load_end(reader: Reader, architecture: Architecture, end: str) -> Tensor:
 def is_tied(reader: Reader, architecture: Architecture) -> bool:
     """Whether the head is the embedding."""
     return architecture.tied or not reader.has(ENDS["head"])
-
-
-def load_ends(
-    reader: Reader, architecture: Architecture, device: torch.device, dtype: torch.dtype
-) -> FrozenEnds:
-    """Embedding, final norm and head in ``dtype`` on ``device``."""
-
-    def load(end: str) -> Tensor:
-        return load_end(reader, architecture, end).to(device=device, dtype=dtype)
-
-    embedding = load("embedding")
-    head = embedding if is_tied(reader, architecture) else load("head")
-    return FrozenEnds(embedding, load("final_norm"), head)
-
-
-def load_layers(
-    reader: Reader,
-    architecture: Architecture,
-    frozen_format: FrozenFormat,
-    device: torch.device,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Tensor]:
-    """One flat uint8 buffer (layout.size_bytes,) a layer, on ``device``."""
-    flats = []
-    for layer in range(architecture.layers):
-        flats.append(load_layer(reader, architecture, frozen_format, layer, device))
-        progress(layer + 1, architecture.layers)
-    return flats
 
 
 def load_layer(

@@ -71,32 +71,38 @@ class HostPool:
         Raises UserError where the system refuses it.
         """
         booking = self._bookings[what]
-        descriptor = self._descriptor(what, booking)
-        try:
-            memory = mmap.mmap(descriptor, booking.size_bytes)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"host memory: {what}: the system refused {gib(booking.size_bytes)} ({error})"
-            ) from error
-        finally:
-            if booking.shared:
-                self._group.barrier()  # rank 0's descriptor stays until all have opened it
-            os.close(descriptor)
-        buffer = torch.frombuffer(memory, dtype=torch.uint8)
+        map_ = self._map_shared if booking.shared else self._map_own
+        buffer = torch.frombuffer(map_(what, booking.size_bytes), dtype=torch.uint8)
         if self._group.device.type == "cuda":
             _page_lock(buffer, what, speak=self._group.is_main)
         return buffer
 
-    def _descriptor(self, what: str, booking: _Booking) -> int:
-        """Of an anonymous file in memory; of rank 0's where it is shared."""
-        if self._group.is_main or not booking.shared:
+    def _map_own(self, what: str, size_bytes: int) -> mmap.mmap:
+        try:
+            return mmap.mmap(-1, size_bytes)
+        except (OSError, ValueError) as error:
+            raise UserError(_refused(what, size_bytes, error)) from error
+
+    def _map_shared(self, what: str, size_bytes: int) -> mmap.mmap:
+        """An anonymous file of rank 0, which all ranks map, or none."""
+        problem, descriptor = "", -1
+        if self._group.is_main:
             descriptor = os.memfd_create(f"fttrain {what}", os.MFD_CLOEXEC)
-            os.ftruncate(descriptor, booking.size_bytes)
-        if not booking.shared:
-            return descriptor
-        mine = f"/proc/{os.getpid()}/fd/{descriptor}" if self._group.is_main else ""
-        place = self._group.share(mine)
-        return descriptor if self._group.is_main else os.open(place, os.O_RDWR | os.O_CLOEXEC)
+            os.ftruncate(descriptor, size_bytes)
+        place = self._group.share(f"/proc/{os.getpid()}/fd/{descriptor}")
+        try:
+            if not self._group.is_main:
+                descriptor = os.open(place, os.O_RDWR | os.O_CLOEXEC)
+            memory = mmap.mmap(descriptor, size_bytes)
+        except (OSError, ValueError) as error:
+            problem = _refused(what, size_bytes, error)
+        self._group.refuse_together(problem)  # rank 0's descriptor stays until all have opened it
+        os.close(descriptor)
+        return memory
+
+
+def _refused(what: str, size_bytes: int, error: Exception) -> str:
+    return f"host memory: {what}: the system refused {gib(size_bytes)} ({error})"
 
 
 def _page_lock(buffer: Tensor, what: str, speak: bool) -> None:

@@ -48,7 +48,9 @@ def book(plan: Plan, share: Share, micro_batches: int) -> None:
         pool.book(EMBEDDING, plan.table_bytes, shared=True)
     elif on_cpu and share.has_embedding:
         pool.book(EMBEDDING, plan.table_bytes)
-    if placement.head == "streamed":
+    # Where they are tied and both on the host the head is the embedding's table.
+    is_embedding = plan.architecture.tied and placement.embedding == "host"
+    if placement.head == "streamed" and not is_embedding:
         pool.book(HEAD, plan.table_bytes, shared=True)
     if plan.recipe.optim.offload:
         values = adapter_values(plan)

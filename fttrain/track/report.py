@@ -100,6 +100,27 @@ def _nll(evaluation: dict[str, Any], name: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
+MOVED = {  # metric -> its row; rank 0's, median over the steps
+    "gather_bytes": "frozen base gathered from other ranks, a step",
+    "h2d_bytes": "frozen base copied from host memory, a step",
+    "stage_bytes": "sent to other stages, a step",
+    "sync_bytes": "adapter gradients summed over ranks, a step",
+}
+
+
+def _moved(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What travelled, and how long the compute stood still for it; nothing where nothing did."""
+    rows = []
+    for key, label in MOVED.items():
+        values = [value for _, value in _series(lines, key)]
+        if any(values):
+            rows.append((label, f"{statistics.median(values) / 1e6:,.1f} MB"))
+    waits = [value for _, value in _series(lines, "wait_s")]
+    if any(waits):
+        rows.append(("waited for layers, a step", f"{statistics.median(waits):.3f} s"))
+    return rows
+
+
 def _summary(
     folder: Path, lines: list[dict[str, Any]], evaluation: dict[str, Any]
 ) -> list[tuple[str, str]]:
@@ -120,6 +141,7 @@ def _summary(
         peak = max((value for _, value in _series(lines, key)), default=0)
         if peak:
             rows.append((label, gib(peak)))
+    rows += _moved(lines)
     if steps:
         rows.append(("time in steps", duration(sum(steps))))
     losses = _series(lines, "loss")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from fttrain.checkpoint.frozen import check_quantisation, load_ends, load_layer, load_layers
+from fttrain.checkpoint.frozen import check_quantisation, is_tied, load_layer
 from fttrain.checkpoint.readers import SafetensorsReader, open_checkpoint
 from fttrain.checkpoint.source import Source, load_config, quantisation_of
 from fttrain.data.batch import collate
@@ -52,7 +52,7 @@ def test_a_prequantised_checkpoint_is_taken_unchanged(
     architecture = Architecture(load_config(source))
     frozen_format = architecture.frozen_format(quant, torch.float32)
     reader = SafetensorsReader(tmp_path)
-    for index, flat in enumerate(load_layers(reader, architecture, frozen_format, tiny.CPU)):
+    for index, flat in enumerate(tiny.load_layers(reader, architecture, frozen_format, tiny.CPU)):
         views, layer = frozen_format.layout.views(flat), FrozenLayer(flat, frozen_format)
         for group in architecture.groups:
             name = group.shape.name
@@ -72,9 +72,9 @@ def test_a_prequantised_checkpoint_has_transformers_logits(tmp_path: Path) -> No
     architecture = Architecture(load_config(source))
     frozen_format = architecture.frozen_format(quant, torch.float32)
     reader = SafetensorsReader(tmp_path)
-    ends = load_ends(reader, architecture, tiny.CPU, torch.float32)
-    flats = load_layers(reader, architecture, frozen_format, tiny.CPU)
-    decoder = Decoder(architecture, ends.embedding, ends.final_norm, ends.head, LORA)
+    ends = tiny.load_ends(reader, architecture, tiny.CPU, torch.float32)
+    flats = tiny.load_layers(reader, architecture, frozen_format, tiny.CPU)
+    decoder = Decoder(architecture, *ends, LORA)
     for layer in decoder.layers:
         layer.adapters.reset(0)
     document = tiny.documents((23,))
@@ -146,8 +146,8 @@ def test_a_missing_or_misshapen_tensor_is_named(name: str, quant: QuantConfig) -
 
     def load(tensors: dict[str, Tensor]) -> None:
         reader = tiny.StateDict(tensors)
-        load_ends(reader, architecture, tiny.CPU, torch.float32)
-        load_layers(reader, architecture, frozen_format, tiny.CPU)
+        tiny.load_ends(reader, architecture, tiny.CPU, torch.float32)
+        tiny.load_layers(reader, architecture, frozen_format, tiny.CPU)
 
     state = source.state_dict()
     load(state)
@@ -166,12 +166,13 @@ def test_rows_that_are_no_whole_number_of_blocks_are_refused_by_name() -> None:
         tiny.build(source, QuantConfig())
 
 
-def test_the_head_is_the_embeddings_own_tensor_where_they_are_tied() -> None:
-    for name, tied in (("llama_tied", True), ("llama", False)):
-        source = tiny.model(name)
-        reader = tiny.StateDict(source.state_dict())
-        ends = load_ends(reader, Architecture(source.config), tiny.CPU, torch.bfloat16)
-        assert (ends.head is ends.embedding) is tied
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_the_head_is_the_embedding_where_there_is_no_other(name: str) -> None:
+    source = tiny.model(name)
+    architecture, tensors = Architecture(source.config), source.state_dict()
+    assert is_tied(tiny.StateDict(tensors), architecture) is (name == "llama_tied")
+    del tensors["lm_head.weight"]
+    assert is_tied(tiny.StateDict(tensors), architecture)
 
 
 class Counting:
@@ -191,6 +192,9 @@ class Counting:
         weakref.finalize(handed_out, self._gone, size_bytes)
         return handed_out
 
+    def rest(self) -> None:
+        """Nothing is mapped."""
+
     def _gone(self, size_bytes: int) -> None:
         self.alive_bytes -= size_bytes
 
@@ -201,24 +205,11 @@ def test_no_more_than_one_unquantised_layer_is_alive(quant: QuantConfig) -> None
     reader = Counting(source.state_dict())
     architecture = Architecture(source.config)
     frozen_format = architecture.frozen_format(quant, torch.float32)
-    flats = load_layers(reader, architecture, frozen_format, tiny.CPU)
+    flats = tiny.load_layers(reader, architecture, frozen_format, tiny.CPU)
     layer_bytes = sum(p.nbytes for n, p in reader.tensors.items() if ".layers.0." in n)
     assert len(flats) == 8
     assert 0 < reader.peak_bytes <= layer_bytes
     assert reader.alive_bytes == 0
-
-
-def test_progress_counts_layers() -> None:
-    source, seen = tiny.model(), []
-    architecture = Architecture(source.config)
-    load_layers(
-        tiny.StateDict(source.state_dict()),
-        architecture,
-        architecture.frozen_format(QuantConfig(), torch.float32),
-        tiny.CPU,
-        lambda done, total: seen.append((done, total)),
-    )
-    assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_gguf_and_safetensors_make_the_same_base(tmp_path: Path) -> None:
@@ -228,9 +219,9 @@ def test_gguf_and_safetensors_make_the_same_base(tmp_path: Path) -> None:
     reader = open_checkpoint(Source(tmp_path, file.name), source.config)
     architecture = Architecture(source.config)
     frozen_format = architecture.frozen_format(tiny.PLAIN, torch.float32)
-    ends = load_ends(reader, architecture, tiny.CPU, torch.float32)
-    flats = load_layers(reader, architecture, frozen_format, tiny.CPU)
-    decoder = Decoder(architecture, ends.embedding, ends.final_norm, ends.head, LORA)
+    ends = tiny.load_ends(reader, architecture, tiny.CPU, torch.float32)
+    flats = tiny.load_layers(reader, architecture, frozen_format, tiny.CPU)
+    decoder = Decoder(architecture, *ends, LORA)
     for layer in decoder.layers:
         layer.adapters.reset(0)
     reference = AutoModelForCausalLM.from_pretrained(

@@ -28,6 +28,9 @@ def whole_run(folder: Path) -> None:
             "tokens": 1000,
             "tokens_per_s": 100 + step,
             "step_s": 2.0,
+            "gather_bytes": 54_000_000 + step,
+            "h2d_bytes": 0,
+            "wait_s": 0.25,
             "peak_device_bytes": 0,
             "peak_host_bytes": step * 2**20,
         }
