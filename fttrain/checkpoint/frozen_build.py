@@ -126,10 +126,8 @@ class _Build:
         self._group.barrier()
 
     def _open(self) -> Reader:
-        source, fetch = self._base.source, None
-        if self._hub is not None:
-            fetch = self._hub.fetch
-        return open_checkpoint(source, self._base.architecture.config, fetch)
+        fetch = None if self._hub is None else self._hub.fetch
+        return open_checkpoint(self._base.source, self._base.architecture.config, fetch)
 
     def _names(self, reader: Reader) -> list[str]:
         """All files, in the order in which checkpoints have them."""
@@ -143,10 +141,12 @@ class _Build:
         return False
 
     def _record(self, name: str) -> Record:
-        """Raises ValueError where there is none that is whole."""
+        """Raises ValueError where there is none that is whole. One that lies beside the file is newer
+        than the manifest: the file was made again.
+        """
         with contextlib.suppress(ValueError):
-            return read_records(self._folder)[name]
-        return Record.read(durable.read_sealed(self._folder / f"{name}.json", FORM)["file"])
+            return Record.read(durable.read_sealed(self._folder / f"{name}.json", FORM)["file"])
+        return read_records(self._folder)[name]
 
     def _damaged(self) -> set[str]:
         """Files whose SHA-256 is not their record's; each rank reads a part of them."""

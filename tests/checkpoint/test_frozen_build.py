@@ -284,3 +284,19 @@ def test_the_command_makes_and_verifies(
     truncate(sorted(model.glob("*.safetensors"))[0])
     assert main(command) == 2
     assert "not a whole safetensors file" in capsys.readouterr().err
+
+
+def test_a_file_that_is_made_again_gets_a_record_of_its_own(model: Path, tmp_path: Path) -> None:
+    """The manifest speaks of other bytes than those that quantising makes here."""
+    cache = build(model, tmp_path)
+    manifest = cache.folder / "manifest.json"
+    body = json.loads(manifest.read_text())
+    del body["sha256"]
+    body["files"]["layer_002"].update(sha256="0" * 64, checksum=1)
+    durable.write_sealed(manifest, body)
+    made: list[int] = []
+    for _ in range(2):  # the second time there is nothing to make
+        again = build(model, tmp_path, progress=lambda _, total: made.append(total), verify=True)
+        assert again.digest == cache.digest
+        assert again.checksum(2) == int(checksum(content(again, 2)))
+    assert made == [1]
