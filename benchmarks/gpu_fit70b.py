@@ -140,7 +140,7 @@ def run_rank(job_file: str) -> None:
         figures = _steps(job, group)
         figures |= {
             "peak_host_bytes": memory.peak_bytes(),
-            "reserved_bytes": torch.cuda.max_memory_reserved(device) if device.index else 0,
+            "reserved_bytes": 0,
             "nvml_bytes": 0,
             "device_name": "CPU",
         }

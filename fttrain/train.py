@@ -5,7 +5,6 @@ the steps, judging each loss before it becomes an update and saving on the way; 
 the adapter and a report.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,7 +28,7 @@ from fttrain.evaluation import Evaluation
 from fttrain.loop import StopSignals
 from fttrain.optim.factory import learning_rate
 from fttrain.peers import uncut
-from fttrain.rig.probe import peak_device_bytes, peak_host_bytes, set_up
+from fttrain.rig.probe import peak_device_bytes, peak_host_bytes, set_up_rank
 from fttrain.run import Run, adapter_info, build, describe, resume, save, wanted_snapshot
 from fttrain.strategy.protocol import StepStats
 from fttrain.track import Trackers, open_trackers
@@ -44,14 +43,14 @@ def train(config: RunConfig) -> int:
     Raises UserError, before anything is loaded where possible, and with exit code 3 when the loss
     runs away.
     """
-    rank, world_size, local_rank = rank_from_environment()
-    device = set_up(config.rig, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    device = set_up_rank(config.rig)
     source = resolve(config.model)
     tokenizer, tokenizer_id = load_tokenizer(config.model)
     check_vocabulary(tokenizer, load_config(source))
     dataset = prepare(config.data, tokenizer, tokenizer_id)
     output = Path(config.output)
-    claim = claim_output(output, config.resume) if rank == 0 else nullcontext()
+    is_main = rank_from_environment()[0] == 0
+    claim = claim_output(output, config.resume) if is_main else nullcontext()
     with claim, StopSignals() as signals, process_group(device) as group:
         run = build(config, group, output, source, tokenizer, dataset)
         _start(run)

@@ -57,6 +57,19 @@ def run_ranks(
                 process.join()
 
 
+def become_rank(rank: int, world_size: int, port: int) -> None:
+    """Set what a launcher sets in a rank's environment."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+    )
+
+
 def _collect(connections: list[Connection], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(connections):
@@ -87,15 +100,7 @@ def _rank_main(
     process_group: bool,
 ) -> None:
     die_with_parent(parent)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        GLOO_SOCKET_IFNAME="lo",
-    )
+    become_rank(rank, world_size, port)
     try:
         import torch
         import torch.distributed

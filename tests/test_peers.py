@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as torch_dist
+from ranks import become_rank
 
 from fttrain import cli, launch, peers
 from fttrain.collectives import all_gather
@@ -28,14 +29,7 @@ def rank_main(
     work: Work, rank: int, world_size: int, port: int, folder: Path, grace_s: float
 ) -> None:
     """A rank with the real command line around ``work``; its stderr goes into a file."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        GLOO_SOCKET_IFNAME="lo",
-    )
+    become_rank(rank, world_size, port)
     os.dup2(os.open(folder / f"stderr{rank}", os.O_CREAT | os.O_WRONLY), 2)
     peers.POLL_S, peers.GRACE_S, cli._LATER_S = 0.05, grace_s, 0.0
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import become_rank
 from safetensors.torch import load_file
 
 from fttrain.cli import main
@@ -75,15 +76,7 @@ def rank_main(
 ) -> None:
     if stderr is not None:
         os.dup2(os.open(stderr / f"stderr{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        GLOO_SOCKET_IFNAME="lo",
-    )
+    become_rank(rank, 2, port)
     if fault is not None and fault.rank == rank:
         inject(fault)
     sys.exit(main(argv))

@@ -141,8 +141,9 @@ class _Build:
         return False
 
     def _record(self, name: str) -> Record:
-        """Raises ValueError where there is none that is whole. One that lies beside the file is newer
-        than the manifest: the file was made again.
+        """One that lies beside the file is newer than the manifest: the file was made again.
+
+        Raises ValueError where there is none that is whole.
         """
         with contextlib.suppress(ValueError):
             return Record.read(durable.read_sealed(self._folder / f"{name}.json", FORM)["file"])

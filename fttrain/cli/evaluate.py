@@ -1,7 +1,6 @@
 """``fttrain evaluate output=DIR``: held-out loss and answers of the base and of the tuned model."""
 
 import dataclasses
-import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -53,20 +52,19 @@ def _evaluate(config: RunConfig) -> int:
     from fttrain.data.samples import holdout_samples
     from fttrain.dist import process_group, rank_from_environment
     from fttrain.evaluation import Answer, Evaluation, answer, held_out_loss
-    from fttrain.rig.probe import set_up
+    from fttrain.rig.probe import set_up_rank
     from fttrain.run import recipe
     from fttrain.strategy.build import build_strategy
 
-    rank, world_size, local_rank = rank_from_environment()
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    device = set_up(config.rig, local_rank, local_world_size)
+    device = set_up_rank(config.rig)
     output = Path(config.output)
     adapter, _ = load_adapter(_adapter_folder(output))
     tokenizer, tokenizer_id = load_tokenizer(config.model)
     dataset = prepare(config.data, tokenizer, tokenizer_id)
     if not len(dataset.holdout):
         raise UserError(f"data.holdout={config.data.holdout}: nothing is held out to evaluate on")
-    claim = claim_output(output, "auto") if rank == 0 else nullcontext()
+    is_main = rank_from_environment()[0] == 0
+    claim = claim_output(output, "auto") if is_main else nullcontext()
     with claim, process_group(device) as group:
         strategy, _ = build_strategy(recipe(config), resolve(config.model), group)
         size = config.loop.micro_batch_size

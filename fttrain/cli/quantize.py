@@ -1,6 +1,5 @@
 """``fttrain quantize``: make the frozen base of a model, or verify the one that is there."""
 
-import os
 import time
 
 from fttrain import launch
@@ -17,15 +16,13 @@ def run(config: RunConfig, argv: list[str]) -> int:
     # Late: these load torch and transformers, and a launcher does without.
     from fttrain.checkpoint.frozen_build import open_or_build
     from fttrain.checkpoint.source import resolve
-    from fttrain.dist import process_group, rank_from_environment
-    from fttrain.rig.probe import set_up
+    from fttrain.dist import process_group
+    from fttrain.rig.probe import set_up_rank
     from fttrain.strategy.build import frozen_base, silent
     from fttrain.track import counting
     from fttrain.units import duration, gib
 
-    _, world_size, local_rank = rank_from_environment()
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    device = set_up(config.rig, local_rank, local_world_size)
+    device = set_up_rank(config.rig)
     base = frozen_base(resolve(config.model), config.quant, config.model.dtype)
     started = time.monotonic()
     with process_group(device) as group:

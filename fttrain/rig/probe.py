@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from fttrain.dist import rank_from_environment
 from fttrain.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
@@ -27,6 +28,12 @@ class RigConfig:
             raise UserError(f"rig.device={self.device}: auto, cpu or cuda")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"rig.threads={self.threads}: a whole number of 1 or more, or null")
+
+
+def set_up_rank(config: RigConfig) -> torch.device:
+    """``set_up`` for this process, as its launcher placed it."""
+    _, world_size, local_rank = rank_from_environment()
+    return set_up(config, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
 
 
 def set_up(config: RigConfig, local_rank: int, local_world_size: int) -> torch.device:

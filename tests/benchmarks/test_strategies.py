@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -70,11 +71,16 @@ def result(
     }
 
 
-def test_ratios_are_to_the_fastest_peer_and_to_replicate_turn_by_turn(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def strategies(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    strategies = importlib.import_module("strategies")
+    return importlib.import_module("strategies")
+
+
+def test_ratios_are_to_the_fastest_peer_and_to_replicate_turn_by_turn(
+    strategies: ModuleType,
+) -> None:
     results = strategies.with_ratios(
         [
             result("FSDP2", [100.0]),
@@ -93,10 +99,8 @@ def test_ratios_are_to_the_fastest_peer_and_to_replicate_turn_by_turn(
 
 
 def test_what_a_side_keeps_is_its_own_speed_without_the_limit(
-    monkeypatch: pytest.MonkeyPatch,
+    strategies: ModuleType,
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    strategies = importlib.import_module("strategies")
     results = strategies.with_ratios(
         [
             result("FSDP2", [100.0], mbit=None),
