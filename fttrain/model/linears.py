@@ -1,7 +1,7 @@
 """A group of frozen linears with LoRA: one autograd function for prologue, linears and adapters.
 
     x ── prologue ── x̂ (N, in) ──┬── frozen W (out, in), dequantised now ──┐
-                                 └── A (R, in) ── scaling * B (out, R) ────┴── y (N, out)
+                                 └── A (R, in) ── scaling * B (out, r) ────┴── y (N, out)
 
 A prologue is none, rmsnorm or swiglu.
 
@@ -103,7 +103,7 @@ class LinearGroup(nn.Module):
             inputs, self.frozen.weight(self.shape.name), self.frozen.bias(self.shape.name)
         )
         if self.adapter is not None and down is not None:
-            y.addmm_(down, self.adapter.b.t())
+            self.adapter.add_to_(y, down)
         return y
 
     def input_gradient(
@@ -112,9 +112,9 @@ class LinearGroup(nn.Module):
         """``grad`` of y (N, out) -> that of x̂ (N, in). Adds the adapter's to the layer's."""
         grad_inputs = grad @ self.frozen.weight(self.shape.name)
         if self.adapter is not None and down is not None:
-            grad_down = grad @ self.adapter.b  # (N, R)
+            grad_down = self.adapter.down_gradient(grad)
             grad_a = _down_projection_backward(self, grad_down, inputs, grad_inputs, dropout)
-            self.adapter.accumulate(grad_a, down.t() @ grad)
+            self.adapter.accumulate(grad_a, down, grad)
         return grad_inputs
 
 

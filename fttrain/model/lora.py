@@ -6,9 +6,10 @@ and B (out, r) zero:
     x (N, in) ──── frozen W (out, in) ────────────┐
         └── A (r, in) ── B (out, r) ── * scaling ─┴── y (N, out)
 
-The linears of a group share their input, so their adapters are one: the A's stacked (R, in) with
-R = members * r, and the B's on the diagonal blocks of (sum of out, R). Each layer's fp32 masters
-are one flat parameter and its gradient one flat tensor: one all_reduce, one optimizer call.
+The linears of a group share their input, so their A's are one, stacked (R, in) with
+R = members * r; each B reads its own r columns of A x and adds to its own part of y. Each layer's
+fp32 masters are one flat parameter and its gradient one flat tensor: one all_reduce, one optimizer
+call.
 """
 
 import math
@@ -108,8 +109,8 @@ class GroupAdapter:
         self.a_master, self.b_master = self._halves(masters)
         # (R, in)
         self.a = torch.empty(self.a_master.shape, dtype=dtype, device=device)
-        # (sum of out, R): scaling * B of member i at (rows of i, columns of i), zero elsewhere
-        self.b = torch.zeros(self.group.shape.shape[0], self.rank, dtype=dtype, device=device)
+        # scaling * B of all members (their rows, r)
+        self.b = torch.empty(self.b_master.shape, dtype=dtype, device=device)
 
     def bind_gradient(self, grad: Tensor) -> None:
         """Take this adapter's part of a flat fp32 ``grad`` of the layer."""
@@ -123,14 +124,24 @@ class GroupAdapter:
     def refresh(self) -> None:
         """Copy the fp32 masters into the compute copies. Called after each optimizer step."""
         self.a.copy_(self.a_master)
-        for rows, block, master in self._member_parts(self.b_master):
-            self.b[rows, block] = (master * self.scaling).to(self.b.dtype)
+        self.b.copy_(self.b_master * self.scaling)
 
-    def accumulate(self, grad_a: Tensor, grad_b: Tensor) -> None:
-        """Add the gradients of ``a`` (R, in) and ``b`` (sum of out, R) to the fp32 gradient."""
+    def add_to_(self, y: Tensor, down: Tensor) -> None:
+        """``y`` (N, out) += scaling * B of ``down`` = A x (N, R)."""
+        for rows, block, b in self._member_parts(self.b):
+            y[:, rows].addmm_(down[:, block], b.t())
+
+    def down_gradient(self, grad: Tensor) -> Tensor:
+        """``grad`` of y (N, out) -> that of A x (N, R)."""
+        parts = [grad[:, rows] @ b for rows, _, b in self._member_parts(self.b)]
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
+    def accumulate(self, grad_a: Tensor, down: Tensor, grad: Tensor) -> None:
+        """Add to the fp32 gradient: A's (R, in), and B's from A x (N, R) and y's (N, out)."""
         self.a_grad.add_(grad_a)
-        for rows, block, grad in self._member_parts(self.b_grad):
-            grad.add_(grad_b[block, rows].t(), alpha=self.scaling)
+        for rows, block, b_grad in self._member_parts(self.b_grad):
+            # (r, out) and then transposed: the GEMM is faster that way round on a CPU
+            b_grad.add_((down[:, block].t() @ grad[:, rows]).t(), alpha=self.scaling)
 
     def named_masters(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         """(name, fp32 master) of each A (r, in) and B (out, r)."""

@@ -125,13 +125,40 @@ def test_compute_copies_follow_the_masters(dtype: torch.dtype) -> None:
     layer.refresh()
     masters = dict(layer.named_masters())
     qkv = layer.groups["qkv"]
-    prefix = "model.layers.0.a"
-    a = torch.cat([masters[f"{prefix}.q_proj.lora_A"], masters[f"{prefix}.v_proj.lora_A"]])
-    b = torch.zeros(16, 4)
-    b[0:8, 0:2] = masters[f"{prefix}.q_proj.lora_B"] * 3
-    b[12:16, 2:4] = masters[f"{prefix}.v_proj.lora_B"] * 3
+    a, b = (
+        torch.cat(
+            [masters[f"model.layers.0.a.{name}.lora_{half}"] for name in ("q_proj", "v_proj")]
+        )
+        for half in ("A", "B")
+    )
     assert torch.equal(qkv.a, a.to(dtype))
-    assert torch.equal(qkv.b, b.to(dtype))
+    assert torch.equal(qkv.b, (b * 3).to(dtype))
+
+
+def test_each_member_of_a_group_has_its_own_part() -> None:
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=("q_proj", "v_proj"))
+    layer = LayerAdapters(0, GROUPS, config, tiny.CPU, torch.float32)
+    layer.flat.data.normal_()
+    layer.refresh()
+    layer.bind_gradient(torch.zeros_like(layer.flat))
+    qkv = layer.groups["qkv"]
+    dense = torch.zeros(16, 4, requires_grad=True)  # 3 * B: q in the first rows, v in the last
+    with torch.no_grad():
+        dense[0:8, 0:2], dense[12:16, 2:4] = 3 * qkv.b_master[:8], 3 * qkv.b_master[8:]
+    down, grad = torch.randn(5, 4, requires_grad=True), torch.randn(5, 16)
+    start, product = torch.randn(5, 16), down @ dense.t()
+    product.backward(grad)
+    assert dense.grad is not None
+
+    y = start.clone()
+    qkv.add_to_(y, down.detach())
+    qkv.accumulate(torch.ones_like(qkv.a), down.detach(), grad)
+
+    torch.testing.assert_close(y, start + product.detach())
+    torch.testing.assert_close(qkv.down_gradient(grad), down.grad)
+    wanted = torch.cat([dense.grad[0:8, 0:2], dense.grad[12:16, 2:4]]) * 3
+    torch.testing.assert_close(qkv.b_grad, wanted)
+    assert torch.equal(qkv.a_grad, torch.ones_like(qkv.a))
 
 
 def test_masters_and_gradients_are_views_of_one_flat_tensor() -> None:
@@ -145,5 +172,9 @@ def test_masters_and_gradients_are_views_of_one_flat_tensor() -> None:
     assert len(layer.flat) == sum(m.numel() for _, m in layer.named_masters()) == 112
     layer.bind_gradient(torch.zeros_like(layer.flat))
     for group in layer.groups.values():
-        group.accumulate(torch.ones_like(group.a), torch.ones_like(group.b.t()))
+        group.accumulate(
+            torch.ones_like(group.a),
+            torch.ones(3, group.rank),
+            torch.ones(3, group.group.shape.shape[0]),
+        )
     assert bool((layer.grad != 0).all())
