@@ -28,15 +28,24 @@ class MicroBatch:
     position_ids: Tensor  # int64 (N,): restarts at 0 in each document
     lengths: tuple[int, ...]  # tokens of each document; they sum to N
     index: int  # place in the optimizer step over all ranks: what dropout is seeded by
-    valid_tokens: int  # targets that are not IGNORE
+    # int64 (M,): places of the tokens that have a target; known on the host, so that no device has
+    # to be asked how many there are
+    trained: Tensor
 
-    def to(self, device: torch.device | str) -> "MicroBatch":
-        """The same micro-batch with its tensors on ``device``."""
-        ids, targets, positions = (
-            tensor.to(device, non_blocking=True)
-            for tensor in (self.input_ids, self.targets, self.position_ids)
+    @property
+    def valid_tokens(self) -> int:
+        """M: targets that are not IGNORE."""
+        return len(self.trained)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same micro-batch with its tensors on ``device``; the host does not wait for it."""
+        return replace(
+            self,
+            input_ids=_to(self.input_ids, device),
+            targets=_to(self.targets, device),
+            position_ids=_to(self.position_ids, device),
+            trained=_to(self.trained, device),
         )
-        return MicroBatch(ids, targets, positions, self.lengths, self.index, self.valid_tokens)
 
     def padded(self, multiple: int = ROW_MULTIPLE) -> "MicroBatch":
         """The same micro-batch with N a multiple of ``multiple``.
@@ -53,6 +62,12 @@ class MicroBatch:
             position_ids=torch.nn.functional.pad(self.position_ids, (0, count)),
             lengths=(*self.lengths, count),
         )
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":  # a copy out of other memory may make the host wait
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def collate(documents: list[tuple[list[int], list[int]]], index: int) -> MicroBatch:
@@ -73,5 +88,5 @@ def collate(documents: list[tuple[list[int], list[int]]], index: int) -> MicroBa
         position_ids=torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64),
         lengths=lengths,
         index=index,
-        valid_tokens=int((targets != IGNORE).sum()),
+        trained=(targets != IGNORE).nonzero().squeeze(-1),
     )

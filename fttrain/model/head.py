@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fttrain.data.batch import IGNORE, ROW_MULTIPLE
+from fttrain.data.batch import ROW_MULTIPLE
 from fttrain.model.functions import rms_norm, rms_norm_backward
 from fttrain.units import round_up
 
@@ -39,7 +39,7 @@ class Embedding:
         rows = self.weight.new_empty(
             (len(input_ids), self.weight.shape[1]), pin_memory=home != device
         )
-        torch.index_select(self.weight, 0, input_ids.to(home, non_blocking=True), out=rows)
+        torch.index_select(self.weight, 0, input_ids.to(home), out=rows)
         hidden = rows.to(device, non_blocking=True)
         return hidden if self.scale == 1.0 else hidden * self.scale
 
@@ -92,19 +92,22 @@ class Head:
         """(N, C) -> (N, V) in the compute dtype: for a few tokens, in generation."""
         return rms_norm(hidden, self.norm, self.eps) @ self.weight.t() * self.logit_scale
 
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, hidden: Tensor, targets: Tensor, trained: Tensor) -> Tensor:
         """Sum of -log p(target) over the tokens that have one, fp64 scalar. ``hidden`` (N, C),
-        ``targets`` (N,).
+        ``targets`` int64 (N,); ``trained`` int64 (M,): the places of those tokens.
         """
-        return self._loss(hidden, targets, want_gradient=False)[0]
+        return self._loss(hidden, targets, trained, want_gradient=False)[0]
 
-    def loss_and_gradient(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(
+        self, hidden: Tensor, targets: Tensor, trained: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """``loss`` and its gradient with respect to ``hidden`` (N, C)."""
-        return self._loss(hidden, targets, want_gradient=True)
+        return self._loss(hidden, targets, trained, want_gradient=True)
 
     @torch.no_grad()
-    def _loss(self, hidden: Tensor, targets: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor]:
-        trained = (targets != IGNORE).nonzero().squeeze(-1)  # int64 (M,)
+    def _loss(
+        self, hidden: Tensor, targets: Tensor, trained: Tensor, want_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
         grad = torch.zeros_like(hidden) if want_gradient else hidden
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for tokens in trained.split(self._chunk_rows()):

@@ -20,7 +20,10 @@ def checksum(flat: Tensor) -> Tensor:
     """uint8 (n,) -> int64 () on the same device, without waiting for it. A last word that is not
     full counts as if zeros followed.
     """
-    words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
+    missing = -flat.numel() % 8
+    if missing:  # only then: padding copies, and a layer is large
+        flat = torch.nn.functional.pad(flat, (0, missing))
+    words = flat.view(torch.int64)
     weights = _odd_numbers(flat.device)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for begin in range(0, len(words), PIECE_WORDS):

@@ -42,8 +42,9 @@ def forward_backward(
                 layer_pass.forward(decoder.layers[layer], work, saving)
         with decoder.head.brought():
             for work in works:
+                batch = work.micro_batch
                 loss, work.hidden = decoder.head.loss_and_gradient(
-                    work.hidden, work.micro_batch.targets
+                    work.hidden, batch.targets, batch.trained
                 )
                 total += loss
         _backward(decoder, store, works, saving, gradients, number == len(groups) - 1)
@@ -79,7 +80,8 @@ def evaluate(
                 layer_pass.forward_only(decoder.layers[layer], work)
         with decoder.head.brought():
             for work in works:
-                total += decoder.head.loss(work.hidden, work.micro_batch.targets)
+                batch = work.micro_batch
+                total += decoder.head.loss(work.hidden, batch.targets, batch.trained)
     return total
 
 

@@ -47,9 +47,9 @@ class StagePass:
         if not self._link.is_last:
             self._link.send(work.hidden, UP)
             return
-        head = self._decoder.head
+        head, batch = self._decoder.head, work.micro_batch
         with head.brought():
-            loss, work.hidden = head.loss_and_gradient(work.hidden, work.micro_batch.targets)
+            loss, work.hidden = head.loss_and_gradient(work.hidden, batch.targets, batch.trained)
         self.loss_sum += loss
 
     def backward(self, number: int) -> None:
@@ -73,8 +73,9 @@ class StagePass:
         if not self._link.is_last:
             self._link.send(work.hidden, UP)
             return
-        with self._decoder.head.brought():
-            self.loss_sum += self._decoder.head.loss(work.hidden, work.micro_batch.targets)
+        head, batch = self._decoder.head, work.micro_batch
+        with head.brought():
+            self.loss_sum += head.loss(work.hidden, batch.targets, batch.trained)
 
     def _enter(self, number: int) -> Work:
         batch = self._micro_batches[number]

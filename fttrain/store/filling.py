@@ -7,24 +7,34 @@ import torch
 from torch import Tensor
 
 from fttrain.store import FrozenBase
+from fttrain.store.hostpool import HostPool
 from fttrain.store.lane import copy, copy_lane
 
 Progress = Callable[[int, int], None]  # (done, total)
+LAYERS, STAGING = "frozen layers", "layers being loaded"  # what the host pool knows them by
+
+
+def book_layers(pool: HostPool, count: int, size_bytes: int) -> None:
+    """Host memory that ``to_device`` needs for ``count`` buffers of ``size_bytes``."""
+    if pool.device.type == "cuda":
+        pool.book(STAGING, 2 * size_bytes)
+    else:
+        pool.book(LAYERS, count * size_bytes)
 
 
 def to_device(
     base: FrozenBase,
     layers: Iterable[int],
     size_bytes: int,
-    device: torch.device,
+    pool: HostPool,
     progress: Progress,
     offset_bytes: int = 0,
 ) -> list[Tensor]:
-    """uint8 (size_bytes,) of each of ``layers`` from ``offset_bytes`` on, on ``device``.
+    """uint8 (size_bytes,) of each of ``layers`` from ``offset_bytes`` on, on the pool's device.
 
     On CUDA a layer is read into one of two page-locked buffers while the one before it is copied.
     """
-    layers = list(layers)
+    layers, device = list(layers), pool.device
     if device.type != "cuda":
         flats = []
         for done, layer in enumerate(layers, start=1):
@@ -32,8 +42,10 @@ def to_device(
             base.read(layer, flats[-1], offset_bytes)
             progress(done, len(layers))
         return flats
+    if not layers:
+        return []
     lane = copy_lane(device)
-    staging = torch.empty(2, size_bytes, dtype=torch.uint8, pin_memory=True)
+    staging = pool.allocate(STAGING).view(2, size_bytes)
     flats = []
     for done, layer in enumerate(layers, start=1):
         on_host = staging[done % 2]

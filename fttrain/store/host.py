@@ -42,7 +42,7 @@ class HostStore:
     ) -> None:
         self._layers, self._resident, self._on_host = layers, resident, on_host
         self._format = frozen_format
-        self._lane = lane or copy_lane(device)
+        self._lane = lane or copy_lane(device, timed=True)
         self._layer_bytes = frozen_format.layout.size_bytes
         count = slots if len(resident) < layers else 0
         self._slots = Slots(count, self._layer_bytes, device, self._lane, self._copy)

@@ -5,9 +5,11 @@
 Booking comes before anything is loaded, so a run that does not fit ends at once, with figures. A
 shared buffer exists once for all ranks of a machine: an anonymous file in memory (memfd; /dev/shm
 is half of the RAM, and 64 MB in containers) that every rank maps. On CUDA all buffers are
-page-locked, so that copies run beside the compute.
+page-locked, so that copies run beside the compute: each one whole and in one piece, since a copy
+across two registrations may be refused, and one that is page-locked in part is.
 """
 
+import contextlib
 import mmap
 import os
 import sys
@@ -21,10 +23,10 @@ from torch import Tensor
 from fttrain.dist import Group
 from fttrain.errors import UserError
 from fttrain.rig.probe import available_host_bytes
-from fttrain.units import MIB, duration, gib
+from fttrain.units import GIB, MIB, gib
 
-REGISTER_BYTES = 256 * MIB  # page-locked in pieces of this size: progress, and a limit that holds
-REGISTER_LIMIT_S = 600.0  # 1 GiB takes about 0.3 s; a machine that swaps takes forever
+PROBE_BYTES = 256 * MIB  # copied to say how fast memory is that is not page-locked
+TELL_BYTES = 4 * GIB  # page-locking that much takes seconds: say what is going on
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,20 @@ class HostPool:
         self._group = group
         self._bookings: dict[str, _Booking] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """Which computes with what the buffers hold."""
+        return self._group.device
+
     def book(self, what: str, size_bytes: int, shared: bool = False) -> None:
         """Say that ``what`` will take so many bytes; ``shared``: once for all ranks."""
         self._bookings[what] = _Booking(size_bytes, shared)
 
     def check(self) -> None:
-        """Raises UserError, on all ranks alike, where the machine has too little memory free."""
+        """Raises UserError, on all ranks alike, where the machine has too little memory free, and
+        for a shared buffer whose ranks are not all on one machine.
+        """
+        self._check_one_machine()
         own = sum(b.size_bytes for b in self._bookings.values() if not b.shared)
         # The ranks share this machine, but maybe not their settings: each may keep other layers.
         all_own = self._group.sum(own)
@@ -65,6 +75,16 @@ class HostPool:
             "or closing other programs helps"
         )
 
+    def _check_one_machine(self) -> None:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self._group.world_size))
+        shared = [what for what, booking in self._bookings.items() if booking.shared]
+        if shared and here != self._group.world_size:
+            raise UserError(
+                f"host memory: {shared[0]} lie in one copy that all ranks map, but {here} of "
+                f"{self._group.world_size} ranks are on this machine; strategy=replicate, shard or "
+                "pipeline with embedding=device and head=resident need no such copy"
+            )
+
     def allocate(self, what: str) -> Tensor:
         """The buffer that was booked as ``what``: uint8 (size_bytes,), zero; page-locked on CUDA.
 
@@ -72,30 +92,34 @@ class HostPool:
         """
         booking = self._bookings[what]
         map_ = self._map_shared if booking.shared else self._map_own
-        buffer = torch.frombuffer(map_(what, booking.size_bytes), dtype=torch.uint8)
+        memory = map_(what, booking.size_bytes)
+        buffer = torch.frombuffer(memory, dtype=torch.uint8)
         if self._group.device.type == "cuda":
-            _page_lock(buffer, what, speak=self._group.is_main)
+            memory.page_lock(buffer, what, speak=self._group.is_main)
         return buffer
 
-    def _map_own(self, what: str, size_bytes: int) -> mmap.mmap:
+    def _map_own(self, what: str, size_bytes: int) -> "_Memory":
         try:
-            return mmap.mmap(-1, size_bytes)
+            return _Memory(-1, size_bytes)
         except (OSError, ValueError) as error:
             raise UserError(_refused(what, size_bytes, error)) from error
 
-    def _map_shared(self, what: str, size_bytes: int) -> mmap.mmap:
+    def _map_shared(self, what: str, size_bytes: int) -> "_Memory":
         """An anonymous file of rank 0, which all ranks map, or none."""
         problem, descriptor = "", -1
-        if self._group.is_main:
-            descriptor = os.memfd_create(f"fttrain {what}", os.MFD_CLOEXEC)
-            os.ftruncate(descriptor, size_bytes)
+        try:
+            if self._group.is_main:
+                descriptor = os.memfd_create(f"fttrain {what}", os.MFD_CLOEXEC)
+                os.ftruncate(descriptor, size_bytes)
+        except OSError as error:
+            problem = _refused(what, size_bytes, error)
         place = self._group.share(f"/proc/{os.getpid()}/fd/{descriptor}")
         try:
             if not self._group.is_main:
                 descriptor = os.open(place, os.O_RDWR | os.O_CLOEXEC)
-            memory = mmap.mmap(descriptor, size_bytes)
+            memory = _Memory(descriptor, size_bytes)
         except (OSError, ValueError) as error:
-            problem = _refused(what, size_bytes, error)
+            problem = problem or _refused(what, size_bytes, error)
         self._group.refuse_together(problem)  # rank 0's descriptor stays until all have opened it
         os.close(descriptor)
         return memory
@@ -105,31 +129,36 @@ def _refused(what: str, size_bytes: int, error: Exception) -> str:
     return f"host memory: {what}: the system refused {gib(size_bytes)} ({error})"
 
 
-def _page_lock(buffer: Tensor, what: str, speak: bool) -> None:
-    """Register ``buffer`` with CUDA, piece by piece. Where that fails copies still work, slower."""
-    runtime, started, told = torch.cuda.cudart(), time.monotonic(), time.monotonic()
-    for begin in range(0, buffer.numel(), REGISTER_BYTES):
-        piece = buffer[begin : begin + REGISTER_BYTES]
-        code = int(runtime.cudaHostRegister(piece.data_ptr(), piece.numel(), 0))
-        now = time.monotonic()
-        if code or now - started > REGISTER_LIMIT_S:
-            reason = f"cudaHostRegister answered {code}" if code else "it took too long"
-            warnings.warn(
-                f"{what}: only {gib(begin)} of {gib(buffer.numel())} could be page-locked "
-                f"({reason}); copies of the rest go through the driver's own bounce buffer, at "
-                f"{_copy_rate(piece) / 1e9:.1f} GB/s",
-                stacklevel=2,
-            )
+class _Memory(mmap.mmap):
+    """Memory that is no longer page-locked before the system takes it back: what comes to lie at
+    its addresses later would pass for page-locked and be copied from where it is not.
+    """
+
+    _address = 0  # where it is page-locked
+
+    def page_lock(self, buffer: Tensor, what: str, speak: bool) -> None:
+        """Register all of it (``buffer``) with CUDA. Where that fails copies still work, slower."""
+        size_bytes = len(buffer)
+        if speak and size_bytes >= TELL_BYTES:
+            print(f"page-locking {what}: {gib(size_bytes)}", file=sys.stderr, flush=True)
+        code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size_bytes, 0))
+        if not code:
+            self._address = buffer.data_ptr()
             return
-        if speak and now - told > 5:
-            told = now
-            left_s = (now - started) / (begin + piece.numel()) * (buffer.numel() - begin)
-            print(
-                f"page-locking {what}: {gib(begin)} of {gib(buffer.numel())}, "
-                f"{duration(left_s)} left",
-                file=sys.stderr,
-                flush=True,
-            )
+        # The runtime remembers the failure and would blame the next kernel for it.
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device="cuda").add_(1)
+        warnings.warn(
+            f"{what}: {gib(size_bytes)} could not be page-locked (cudaHostRegister answered "
+            f"{code}); copies go through the driver's own bounce buffer, at "
+            f"{_copy_rate(buffer[:PROBE_BYTES]) / 1e9:.1f} GB/s, and the compute waits for them",
+            stacklevel=2,
+        )
+
+    def __del__(self) -> None:
+        if self._address and not sys.is_finalizing():
+            torch.cuda.synchronize()  # copies may be under way
+            torch.cuda.cudart().cudaHostUnregister(self._address)
 
 
 def _copy_rate(piece: Tensor) -> float:

@@ -17,6 +17,7 @@ from fttrain.collectives import Handle, Handles
 
 Work = Callable[[], Handle | None]  # issues copies or collectives; a handle if it does not wait
 Mark = Any  # a CUDA event; None on the CPU, where the compute is always up to date
+_Wait = tuple[torch.cuda.Event, torch.cuda.Event]  # before and after a wait of the compute stream
 
 
 class Lane(Protocol):
@@ -99,11 +100,11 @@ class StreamLane:
     ``synchronize``.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, timed: bool) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        # Around each wait of the compute stream; read once they are over.
-        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        # Around each wait of the compute stream; read once they are over. None: not timed.
+        self._waits: list[_Wait] | None = [] if timed else None
 
     def mark(self) -> Mark:
         event = torch.cuda.Event()
@@ -122,9 +123,11 @@ class StreamLane:
         self._stream.synchronize()
 
     def take_wait_s(self) -> float:
-        over = [pair for pair in self._waits if pair[1].query()]
-        self._waits[:] = [pair for pair in self._waits if pair not in over]
-        return sum(begin.elapsed_time(end) for begin, end in over) / 1e3
+        waits = self._waits or []
+        over = next((i for i, (_, end) in enumerate(waits) if not end.query()), len(waits))
+        wait_s = sum(begin.elapsed_time(end) for begin, end in waits[:over]) / 1e3
+        del waits[:over]
+        return wait_s
 
 
 class _Timed:
@@ -150,12 +153,15 @@ class _StreamTicket:
         self,
         done: torch.cuda.Event,
         device: torch.device,
-        waits: list[tuple[torch.cuda.Event, torch.cuda.Event]],
+        waits: list[_Wait] | None,
     ) -> None:
         self._done, self._device, self._waits = done, device, waits
 
     def wait(self) -> None:
         stream = torch.cuda.current_stream(self._device)
+        if self._waits is None:
+            stream.wait_event(self._done)
+            return
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record(stream)
         stream.wait_event(self._done)
@@ -163,14 +169,16 @@ class _StreamTicket:
         self._waits.append((begin, end))
 
 
-def copy_lane(device: torch.device) -> Lane:
-    """A lane for copies between the host and ``device``."""
-    return StreamLane(device) if device.type == "cuda" else ThreadLane()
+def copy_lane(device: torch.device, timed: bool = False) -> Lane:
+    """A lane for copies between the host and ``device``. ``timed``: someone asks it for
+    ``take_wait_s`` after every pass; without that its events would only pile up.
+    """
+    return StreamLane(device, timed) if device.type == "cuda" else ThreadLane()
 
 
-def collective_lane(device: torch.device) -> Lane:
-    """A lane for collectives of tensors on ``device``."""
-    return StreamLane(device) if device.type == "cuda" else CollectiveLane()
+def collective_lane(device: torch.device, timed: bool = False) -> Lane:
+    """A lane for collectives of tensors on ``device``; ``timed`` as in ``copy_lane``."""
+    return StreamLane(device, timed) if device.type == "cuda" else CollectiveLane()
 
 
 def _finish(work: Work) -> None:

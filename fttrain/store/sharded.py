@@ -46,7 +46,7 @@ class ShardedStore:
         lane: Lane | None = None,
     ) -> None:
         self._shards, self._format = shards, frozen_format
-        self._lane = lane or collective_lane(group.device)
+        self._lane = lane or collective_lane(group.device, timed=True)
         layer_bytes = frozen_format.layout.size_bytes
         self._received_bytes = layer_bytes - shard_bytes(layer_bytes, group.world_size)
         self._slots = Slots(SLOTS, layer_bytes, group.device, self._lane, self._gather)

@@ -2,7 +2,8 @@
 
 On the device: one flat fp32 tensor a layer. In host memory (``optim.offload``): two device tensors
 serve all layers in turn; a layer's gradient leaves as soon as its backward ends, double-buffered,
-and comes back where another group of micro-batches adds to it.
+and comes back where another group of micro-batches adds to it. Each direction has a lane of its
+own: a gradient on its way in does not queue behind the sum that one on its way out waits for.
 """
 
 from functools import partial
@@ -76,15 +77,17 @@ class HostGradients:
         sync: GradientSync,
         device: torch.device,
         on_host: list[Tensor],
-        lane: Lane | None = None,
+        out: Lane | None = None,
+        back: Lane | None = None,
     ) -> None:
         self._layers, self._sync, self._on_host = layers, sync, on_host
         for layer, grad in zip(layers, on_host, strict=True):
             layer.flat.grad = grad
-        self._lane = lane or copy_lane(device)
+        self._out, self._back = out or copy_lane(device), back or copy_lane(device)
         # All layers of a model have adapters of the same size.
         self._buffers = [torch.zeros_like(on_host[0], device=device) for _ in range(BUFFERS)]
-        self._leaving: list[Handle | None] = [None] * BUFFERS
+        self._leaving: list[Handle | None] = [None] * BUFFERS  # out of each buffer
+        self._left: dict[int, Handle] = {}  # of each layer, where it last went out
         self._turn = 0
         self._empty: set[int] = set()  # layers to which this step has not added yet
         self._norms = torch.zeros(len(layers), dtype=torch.float32, device=device)
@@ -102,20 +105,22 @@ class HostGradients:
             self._empty.remove(layer)
             buffer.zero_()
         else:
-            self._lane.run(partial(copy, buffer, self._on_host[layer])).wait()
+            self._left[layer].wait()
+            self._back.run(partial(copy, buffer, self._on_host[layer])).wait()
         self._layers[layer].bind_gradient(buffer)
 
     def close(self, layer: int, last: bool) -> None:
         buffer = self._buffers[self._turn]
         summed = self._sync.launch(buffer) if last else None
-        self._leaving[self._turn] = self._lane.run(partial(self._leave, layer, buffer, summed))
+        leaving = self._out.run(partial(self._leave, layer, buffer, summed))
+        self._leaving[self._turn] = self._left[layer] = leaving
 
     def finish(self) -> tuple[Tensor, SyncStats]:
         stats = self._sync.wait()
         for leaving in self._leaving:
             if leaving is not None:
                 leaving.wait()  # the norms are the compute's
-        self._lane.synchronize()  # the optimizer reads the gradients on the host
+        self._out.synchronize()  # the optimizer reads the gradients on the host
         return self._norms, stats
 
     @torch.no_grad()

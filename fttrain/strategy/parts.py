@@ -23,7 +23,8 @@ from fttrain.strategy.sync import GradientSync
 from fttrain.units import round_up
 
 # What the host pool knows the buffers by.
-LAYERS, BOUNDARIES = "frozen layers", "boundaries"
+SLOTS, BOUNDARIES, ADAPTERS = "layers in use", "boundaries", "adapters"
+LOADING = "a table being loaded"
 EMBEDDING, HEAD = "embedding", "head"
 MASTERS, MOMENTS, GRADIENTS = "adapter masters", "optimizer moments", "adapter gradients"
 
@@ -41,17 +42,26 @@ def book(plan: Plan, share: Share, micro_batches: int) -> None:
     """Host memory of what every strategy has. ``micro_batches``: kept for backward at once."""
     pool, placement = plan.pool, plan.recipe.placement
     on_cpu = plan.group.device.type == "cpu"
-    if placement.boundaries == "host" or on_cpu:
+    if placement.boundaries == "host":
         shape = _boundary_shape(plan, share, micro_batches)
         pool.book(BOUNDARIES, boundary_bytes(shape, plan.dtype))
+    elif on_cpu:
+        pool.book(BOUNDARIES, micro_batches * len(share.layers) * saved_bytes(plan))
     if placement.embedding == "host":
         pool.book(EMBEDDING, plan.table_bytes, shared=True)
     elif on_cpu and share.has_embedding:
         pool.book(EMBEDDING, plan.table_bytes)
-    # Where they are tied and both on the host the head is the embedding's table.
-    is_embedding = plan.architecture.tied and placement.embedding == "host"
+    # Where they are tied and in one place the head is the embedding's table.
+    alike = (placement.embedding == "host") == (placement.head == "streamed")
+    is_embedding = plan.architecture.tied and alike
     if placement.head == "streamed" and not is_embedding:
         pool.book(HEAD, plan.table_bytes, shared=True)
+    elif on_cpu and share.has_head and not (is_embedding and share.has_embedding):
+        pool.book(HEAD, plan.table_bytes)
+    if on_cpu:
+        pool.book(ADAPTERS, adapter_bytes(plan) * len(share.layers))
+    elif placement.embedding == "device" or placement.head == "resident":
+        pool.book(LOADING, plan.table_bytes)
     if plan.recipe.optim.offload:
         values = adapter_values(plan)
         for what, copies in ((MASTERS, 1), (GRADIENTS, 1), (MOMENTS, 2)):
@@ -142,7 +152,10 @@ def _table(plan: Plan, base: FrozenBase, name: str, on_host: bool) -> Tensor:
     """
     shape = (plan.architecture.config.vocab_size, plan.architecture.hidden)
     if not on_host:
-        table = torch.empty(shape, dtype=plan.dtype)
+        if plan.group.device.type == "cpu":
+            table = torch.empty(shape, dtype=plan.dtype)
+        else:
+            table = plan.pool.allocate(LOADING).view(plan.dtype).view(shape)
         base.read_end(name, table)
         return table.to(plan.group.device)
     table = plan.pool.allocate(name).view(plan.dtype).view(shape)

@@ -5,7 +5,7 @@ activations and their gradients travel; each adapter has one home, so there is n
 from fttrain.rig.probe import free_device_bytes
 from fttrain.schedule.one_f_one_b import in_flight
 from fttrain.store import FrozenBase
-from fttrain.store.filling import Progress, to_device
+from fttrain.store.filling import Progress, book_layers, to_device
 from fttrain.store.resident import ResidentStore
 from fttrain.strategy import parts
 from fttrain.strategy.balance import balance
@@ -23,14 +23,13 @@ def book(plan: Plan) -> Share:
     group = plan.group
     share = _shares(plan)[group.rank]
     parts.book(plan, share, _kept(plan))
-    if group.device.type == "cpu":
-        plan.pool.book(parts.LAYERS, len(share.layers) * plan.layer_bytes)
+    book_layers(plan.pool, len(share.layers), plan.layer_bytes)
     return share
 
 
 def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> PipelineStage:
     """Load this stage's layers onto its device and join the parts."""
-    flats = to_device(base, share.layers, plan.layer_bytes, plan.group.device, progress)
+    flats = to_device(base, share.layers, plan.layer_bytes, plan.pool, progress)
     store = ResidentStore(flats, plan.frozen_format)
     built = parts.decoder(plan, base, share)
     return PipelineStage(

@@ -1,9 +1,8 @@
 """replicate: ResidentStore x grouped(G) x all_reduce. Only gradients travel between ranks."""
 
 from fttrain.store import FrozenBase
-from fttrain.store.filling import Progress, to_device
+from fttrain.store.filling import Progress, book_layers, to_device
 from fttrain.store.resident import ResidentStore
-from fttrain.strategy import parts
 from fttrain.strategy.data_parallel import DataParallel, assemble_data_parallel, book_data_parallel
 from fttrain.strategy.parts import Share
 from fttrain.strategy.recipe import Plan
@@ -12,12 +11,11 @@ from fttrain.strategy.recipe import Plan
 def book(plan: Plan) -> Share:
     """Host memory that it needs."""
     share = book_data_parallel(plan)
-    if plan.group.device.type == "cpu":
-        plan.pool.book(parts.LAYERS, plan.architecture.layers * plan.layer_bytes)
+    book_layers(plan.pool, plan.architecture.layers, plan.layer_bytes)
     return share
 
 
 def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> DataParallel:
     """Load all layers onto the device and join the parts."""
-    flats = to_device(base, range(len(base)), plan.layer_bytes, plan.group.device, progress)
+    flats = to_device(base, range(len(base)), plan.layer_bytes, plan.pool, progress)
     return assemble_data_parallel(plan, base, share, ResidentStore(flats, plan.frozen_format))

@@ -3,7 +3,7 @@ parts arrive while the layer before computes.
 """
 
 from fttrain.store import FrozenBase
-from fttrain.store.filling import Progress, to_device
+from fttrain.store.filling import Progress, book_layers, to_device
 from fttrain.store.sharded import SLOTS, ShardedStore, shard_bytes
 from fttrain.strategy import parts
 from fttrain.strategy.data_parallel import DataParallel, assemble_data_parallel, book_data_parallel
@@ -15,9 +15,9 @@ def book(plan: Plan) -> Share:
     """Host memory that it needs. Raises UserError for ranks that a layer does not divide among."""
     own_bytes = shard_bytes(plan.layer_bytes, plan.group.world_size)
     share = book_data_parallel(plan)
+    book_layers(plan.pool, plan.architecture.layers, own_bytes)
     if plan.group.device.type == "cpu":
-        own_bytes = own_bytes * plan.architecture.layers + SLOTS * plan.layer_bytes
-        plan.pool.book(parts.LAYERS, own_bytes)
+        plan.pool.book(parts.SLOTS, SLOTS * plan.layer_bytes)
     return share
 
 
@@ -26,7 +26,7 @@ def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> Dat
     group = plan.group
     own_bytes = shard_bytes(plan.layer_bytes, group.world_size)
     shards = to_device(
-        base, range(len(base)), own_bytes, group.device, progress, group.rank * own_bytes
+        base, range(len(base)), own_bytes, plan.pool, progress, group.rank * own_bytes
     )
     store = ShardedStore(shards, plan.frozen_format, group)
     return assemble_data_parallel(plan, base, share, store)

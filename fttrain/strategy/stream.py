@@ -3,12 +3,14 @@ of the machine; no rank needs another one for them, and one rank is enough.
 """
 
 from fttrain.store import FrozenBase
-from fttrain.store.filling import Progress, to_device
+from fttrain.store.filling import Progress, book_layers, to_device
 from fttrain.store.host import HostStore, resident_set
 from fttrain.strategy import parts
 from fttrain.strategy.data_parallel import DataParallel, assemble_data_parallel, book_data_parallel
 from fttrain.strategy.parts import Share
 from fttrain.strategy.recipe import Plan
+
+HOST_COPY = "frozen layers in host memory"  # what the host pool knows them by
 
 
 def book(plan: Plan) -> Share:
@@ -16,11 +18,10 @@ def book(plan: Plan) -> Share:
     share = book_data_parallel(plan)
     on_host = _on_host(plan)
     if on_host:
-        plan.pool.book(parts.LAYERS, len(on_host) * plan.layer_bytes, shared=True)
-    if plan.group.device.type == "cpu":
-        slots = plan.recipe.strategy.slots if on_host else 0
-        own = len(_resident(plan, plan.group.rank)) + slots
-        plan.pool.book("resident layers", own * plan.layer_bytes)
+        plan.pool.book(HOST_COPY, len(on_host) * plan.layer_bytes, shared=True)
+    book_layers(plan.pool, len(_resident(plan, plan.group.rank)), plan.layer_bytes)
+    if plan.group.device.type == "cpu" and on_host:
+        plan.pool.book(parts.SLOTS, plan.recipe.strategy.slots * plan.layer_bytes)
     return share
 
 
@@ -30,7 +31,7 @@ def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> Dat
     on_host = _on_host(plan)
     shared = {}
     if on_host:
-        buffer = plan.pool.allocate(parts.LAYERS).view(-1, layer_bytes)
+        buffer = plan.pool.allocate(HOST_COPY).view(-1, layer_bytes)
         shared = dict(zip(on_host, buffer.unbind(0), strict=True))
     own = on_host[group.rank :: group.world_size]
     resident = sorted(_resident(plan, group.rank))
@@ -39,7 +40,7 @@ def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> Dat
         base.read(layer, shared[layer])
         progress(done, total)
     flats = to_device(
-        base, resident, layer_bytes, group.device, lambda done, _: progress(len(own) + done, total)
+        base, resident, layer_bytes, plan.pool, lambda done, _: progress(len(own) + done, total)
     )
     group.barrier()  # the others' layers are there as well
     store = HostStore(

@@ -11,14 +11,16 @@ from torch import Tensor
 from fttrain.collectives import Handle, Handles
 from fttrain.dist import Group
 
+_Span = tuple[torch.cuda.Event, torch.cuda.Event]  # begin, end
+
 
 @dataclass
 class SyncStats:
     """One step's gradient traffic of this rank."""
 
     sync_bytes: int = 0  # payload handed to all_reduce
-    sync_s: float = 0.0  # time the link was busy with it
-    wait_s: float = 0.0  # time the rank waited for what had not come yet
+    sync_s: float = 0.0  # time the link was busy with it; on CUDA in the step before
+    wait_s: float = 0.0  # time the compute waited for what had not come yet; on CUDA likewise
 
     @property
     def sync_gb_per_s(self) -> float:
@@ -60,9 +62,7 @@ class AllReduceSync:
         return self._timer.launch(gradient)
 
     def wait(self) -> SyncStats:
-        started = time.perf_counter()
-        busy_s = self._timer.wait()
-        stats = SyncStats(self._sync_bytes, busy_s, time.perf_counter() - started)
+        stats = SyncStats(self._sync_bytes, *self._timer.wait())
         self._sync_bytes = 0
         return stats
 
@@ -85,49 +85,63 @@ class _HostTimer:
         self._launched.append((time.perf_counter(), work, done))
         return work
 
-    def wait(self) -> float:
-        """Seconds in which at least one collective was under way."""
-        busy_s, busy_until = 0.0, 0.0
+    def wait(self) -> tuple[float, float]:
+        """Seconds in which at least one collective was under way, and seconds of this wait."""
+        called, busy_s, busy_until = time.perf_counter(), 0.0, 0.0
         for started, work, done in self._launched:
             work.wait()
             ended = done.wait()
             busy_s += max(0.0, ended - max(started, busy_until))
             busy_until = max(busy_until, ended)
         self._launched = []
-        return busy_s
+        return busy_s, time.perf_counter() - called
 
 
 class _CudaTimer:
     """NCCL: events on a side stream around each collective. The compute stream waits for the last;
     the host never does.
 
-    Busy time is that of the step before: reading this step's events would wait for the device.
+    Times are those of the step before: reading this step's events would wait for the device.
     """
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._last: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        # Around each collective; around the compute's wait for all of them
+        self._busy: tuple[list[_Span], list[_Span]] = [], []  # of this step and the one before
+        self._waits: tuple[list[_Span], list[_Span]] = [], []
 
     def launch(self, gradient: Tensor) -> Handle:
         if self._stream is None:
             self._stream = torch.cuda.Stream(gradient.device)
         self._stream.wait_stream(torch.cuda.current_stream(gradient.device))
         with torch.cuda.stream(self._stream):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin, end = _span()
             begin.record()
             torch_dist.all_reduce(gradient)
             end.record()
-        self._events.append((begin, end))
+        self._busy[0].append((begin, end))
         return _Ordered(end)
 
-    def wait(self) -> float:
-        """Seconds the collectives of the step before took."""
+    def wait(self) -> tuple[float, float]:
+        """Seconds that the collectives of the step before took, and the compute's wait for them."""
         if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-        busy_s = sum(begin.elapsed_time(end) for begin, end in self._last if end.query()) / 1e3
-        self._last, self._events = self._events, []
-        return busy_s
+            compute, (begin, end) = torch.cuda.current_stream(self._stream.device), _span()
+            begin.record(compute)
+            compute.wait_stream(self._stream)
+            end.record(compute)
+            self._waits[0].append((begin, end))
+        taken = _seconds(self._busy[1]), _seconds(self._waits[1])
+        self._busy, self._waits = ([], self._busy[0]), ([], self._waits[0])
+        return taken
+
+
+def _span() -> _Span:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+
+def _seconds(spans: list[_Span]) -> float:
+    """Of those that are over."""
+    return sum(begin.elapsed_time(end) for begin, end in spans if end.query()) / 1e3
 
 
 class _Ordered:

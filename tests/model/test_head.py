@@ -27,6 +27,10 @@ def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), targets
 
 
+def trained(targets: Tensor) -> Tensor:
+    return (targets != IGNORE).nonzero().squeeze(-1)
+
+
 def reference(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Loss sum and gradient of ``hidden`` in fp64 by autograd over all logits at once."""
     x = hidden.detach().double().requires_grad_()
@@ -55,12 +59,14 @@ def test_equals_full_logits(
     monkeypatch.setattr(head_module, "ROW_MULTIPLE", 2)
     ours, (hidden, targets) = head(dtype, logit_scale), batch(dtype)
     before = hidden.clone()
-    loss, grad = ours.loss_and_gradient(hidden, targets)
+    loss, grad = ours.loss_and_gradient(hidden, targets, trained(targets))
     expected_loss, expected_grad = reference(ours, hidden, targets)
     assert float(loss) == pytest.approx(float(expected_loss), rel=limit)
     assert float((grad.double() - expected_grad).norm() / expected_grad.norm()) < limit
     assert not grad[::3].any()
-    assert float(ours.loss(hidden, targets)) == pytest.approx(float(loss), rel=1e-6)
+    assert float(ours.loss(hidden, targets, trained(targets))) == pytest.approx(
+        float(loss), rel=1e-6
+    )
     assert torch.equal(hidden, before)
 
 
@@ -83,7 +89,8 @@ def test_never_more_than_a_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(head_module, "CHUNK_BYTES", chunk_rows * VOCABULARY * 8)
     monkeypatch.setattr(head_module, "ROW_MULTIPLE", 2)
     with Watch():
-        head().loss_and_gradient(*batch())
+        hidden, targets = batch()
+        head().loss_and_gradient(hidden, targets, trained(targets))
     assert rows
     assert max(rows) <= chunk_rows
 
@@ -91,22 +98,22 @@ def test_never_more_than_a_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_without_targets_nothing_is_lost_and_nothing_is_nan(tokens: int) -> None:
     hidden, targets = torch.randn(tokens, WIDTH), torch.full((tokens,), IGNORE)
-    loss, grad = head().loss_and_gradient(hidden, targets)
+    loss, grad = head().loss_and_gradient(hidden, targets, trained(targets))
     assert float(loss) == 0
     assert grad.shape == hidden.shape
     assert not grad.any()
-    assert float(head().loss(hidden, targets)) == 0
+    assert float(head().loss(hidden, targets, trained(targets))) == 0
 
 
 def test_a_hopeless_target_has_a_finite_loss_and_a_nan_shows() -> None:
     ours = head()
     hidden, targets = batch()
     sure = Head(ours.norm, ours.weight * 1000, EPS)
-    loss, grad = sure.loss_and_gradient(hidden, targets)
+    loss, grad = sure.loss_and_gradient(hidden, targets, trained(targets))
     assert bool(loss.isfinite())
     assert bool(grad.isfinite().all())
     hidden[1, 0] = torch.nan
-    loss, grad = ours.loss_and_gradient(hidden, targets)
+    loss, grad = ours.loss_and_gradient(hidden, targets, trained(targets))
     assert bool(loss.isnan())
     assert bool(grad[1].isnan().any())
 
