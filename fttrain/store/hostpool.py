@@ -98,13 +98,13 @@ class HostPool:
             memory.page_lock(buffer, what, speak=self._group.is_main)
         return buffer
 
-    def _map_own(self, what: str, size_bytes: int) -> "_Memory":
+    def _map_own(self, what: str, size_bytes: int) -> "Memory":
         try:
-            return _Memory(-1, size_bytes)
+            return Memory(-1, size_bytes)
         except (OSError, ValueError) as error:
             raise UserError(_refused(what, size_bytes, error)) from error
 
-    def _map_shared(self, what: str, size_bytes: int) -> "_Memory":
+    def _map_shared(self, what: str, size_bytes: int) -> "Memory":
         """An anonymous file of rank 0, which all ranks map, or none."""
         problem, descriptor = "", -1
         try:
@@ -117,7 +117,7 @@ class HostPool:
         try:
             if not self._group.is_main:
                 descriptor = os.open(place, os.O_RDWR | os.O_CLOEXEC)
-            memory = _Memory(descriptor, size_bytes)
+            memory = Memory(descriptor, size_bytes)
         except (OSError, ValueError) as error:
             problem = problem or _refused(what, size_bytes, error)
         self._group.refuse_together(problem)  # rank 0's descriptor stays until all have opened it
@@ -129,7 +129,7 @@ def _refused(what: str, size_bytes: int, error: Exception) -> str:
     return f"host memory: {what}: the system refused {gib(size_bytes)} ({error})"
 
 
-class _Memory(mmap.mmap):
+class Memory(mmap.mmap):
     """Memory that is no longer page-locked before the system takes it back: what comes to lie at
     its addresses later would pass for page-locked and be copied from where it is not.
     """

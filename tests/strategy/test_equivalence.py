@@ -2,7 +2,8 @@
 
 On as many ranks a strategy of the data-parallel kind differs from replicate in nothing that is
 computed, nor in the order of a sum; a pipeline computes what one rank would. Other rank counts sum
-in another order. Not the full product of settings is run, but every pair of two of them.
+in another order. Run are: every strategy with every G, rank count and place of the boundaries, and
+of all other settings every pair of two of them.
 """
 
 import functools
@@ -67,6 +68,11 @@ class Case:
         return set(itertools.combinations([(name, getattr(self, name)) for name in FACTORS], 2))
 
     @property
+    def cell(self) -> tuple[Any, ...]:
+        strategy = STORES[self.store].get("strategy", "replicate")
+        return strategy, self.group, self.world_size, self.saving[1]
+
+    @property
     def recipe(self) -> Recipe:
         strategy = dict(STORES[self.store])
         if self.store == "stream, by rank":
@@ -93,12 +99,12 @@ MODELS = list(itertools.product(FACTORS["model"], FACTORS["dtype"]))
 
 @functools.cache
 def cases() -> list[Case]:
-    """Every pair of settings occurs, in greedily few cases."""
+    """Every cell and every pair of settings occurs, in greedily few cases."""
     everything = [Case(*values) for values in itertools.product(*FACTORS.values())]
-    candidates = [(case, case.pairs) for case in everything if case.legal]
+    candidates = [(case, case.pairs | {case.cell}) for case in everything if case.legal]
     # A shared embedding that is also the head, on two stages: three settings that meet.
     chosen = [Case(2, "pipeline", ("host", "streamed"), model="llama_tied")]
-    missing = set().union(*(pairs for _, pairs in candidates)) - chosen[0].pairs
+    missing = set().union(*(wanted for _, wanted in candidates)) - chosen[0].pairs
     while missing:
         case, covered = max(candidates, key=lambda candidate: len(candidate[1] & missing))
         chosen.append(case)
@@ -159,7 +165,9 @@ def same_bits(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def test_every_pair_of_settings_is_among_the_cases() -> None:
+def test_every_cell_and_every_pair_of_settings_is_among_the_cases() -> None:
+    grouped = 3 * len(FACTORS["group"]) * len(FACTORS["world_size"]) * 2
+    assert len({case.cell for case in cases()}) == grouped + len(FACTORS["world_size"]) * 2
     seen = set().union(*(case.pairs for case in cases()))
     counts = {name: len(values) for name, values in FACTORS.items()}
     every = sum(a * b for a, b in itertools.combinations(counts.values(), 2))
