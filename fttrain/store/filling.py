@@ -1,6 +1,6 @@
 """Layers on their way from the disk to where a store keeps them, at the speed of the disk."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -20,6 +20,14 @@ def book_layers(pool: HostPool, count: int, size_bytes: int) -> None:
         pool.book(STAGING, 2 * size_bytes)
     else:
         pool.book(LAYERS, count * size_bytes)
+
+
+def in_turn(layers: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """``layers`` in the order in which ``rank`` reads them where every rank reads all: each begins
+    elsewhere, and finds in the page cache later what another one has read (docs/lab-log.md).
+    """
+    first = rank * len(layers) // world_size
+    return [*layers[first:], *layers[:first]]
 
 
 def to_device(

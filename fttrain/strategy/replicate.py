@@ -1,7 +1,7 @@
 """replicate: ResidentStore x grouped(G) x all_reduce. Only gradients travel between ranks."""
 
 from fttrain.store import FrozenBase
-from fttrain.store.filling import Progress, book_layers, to_device
+from fttrain.store.filling import Progress, book_layers, in_turn, to_device
 from fttrain.store.resident import ResidentStore
 from fttrain.strategy.data_parallel import DataParallel, assemble_data_parallel, book_data_parallel
 from fttrain.strategy.parts import Share
@@ -17,5 +17,9 @@ def book(plan: Plan) -> Share:
 
 def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> DataParallel:
     """Load all layers onto the device and join the parts."""
-    flats = to_device(base, range(len(base)), plan.layer_bytes, plan.pool, progress)
-    return assemble_data_parallel(plan, base, share, ResidentStore(flats, plan.frozen_format))
+    order = in_turn(share.layers, plan.group.rank, plan.group.world_size)
+    flats = dict(
+        zip(order, to_device(base, order, plan.layer_bytes, plan.pool, progress), strict=True)
+    )
+    store = ResidentStore([flats[layer] for layer in share.layers], plan.frozen_format)
+    return assemble_data_parallel(plan, base, share, store)
