@@ -52,6 +52,10 @@ STRATEGIES = (
     native("stream", {"name": "stream", "resident_layers": 0}, {"group": "all"}),
     native("pipeline", {"name": "pipeline"}, {"kind": "one_f_one_b"}),
 )
+KEPT = tuple(  # as peers without checkpointing do; in groups of 1, as they do
+    native(f"{name}, kept activations", {"name": name}, {"group": 1}, "keep")
+    for name in ("replicate", "shard", "stream")
+)
 FSDP2 = tuple(
     fsdp(2, reshard, checkpointing) for checkpointing in (True, False) for reshard in (True, False)
 )
@@ -101,7 +105,8 @@ def chosen_sides(arguments: argparse.Namespace) -> list[Side]:
     if arguments.mbit is not None:
         peers = FSDP2[:1] if arguments.quick else FSDP2[:2]
     words = arguments.only or [""]
-    sides = [side for side in (*peers, *STRATEGIES) if any(word in side.name for word in words)]
+    own = STRATEGIES if arguments.quick else (*STRATEGIES, *KEPT)
+    sides = [side for side in (*peers, *own) if any(word in side.name for word in words)]
     if arguments.mbit is None:
         return sides
     return [
