@@ -4,6 +4,7 @@ import functools
 import random
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import tiny_strategy
@@ -14,7 +15,7 @@ from torch import Tensor
 from fttrain.schedule.stage_link import DOWN, UP, StageLink
 
 WIDTH = 6
-DTYPES = [torch.float32, torch.bfloat16]
+CASES = [(torch.float32, "gloo"), (torch.bfloat16, "gloo"), (torch.float32, "nccl")]
 ROWS = [random.Random(3).randint(1, 40) for _ in range(50)]
 
 
@@ -23,10 +24,14 @@ def message(number: int, step: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(ROWS[number], WIDTH, generator=generator).to(dtype)
 
 
-def talk(dtype: torch.dtype) -> dict[str, Any]:
-    """The first stage sends up and receives what comes down, a few behind; the last one answers."""
+def talk(dtype: torch.dtype, backend: str) -> dict[str, Any]:
+    """The first stage sends up and receives what comes down, a few behind; the last one answers.
+
+    ``backend="nccl"``: over a communicator for each direction, as between GPUs.
+    """
     group = tiny_strategy.this_group()
-    link, chance = StageLink(group, WIDTH, dtype), random.Random(group.rank)
+    with mock.patch.object(torch.distributed, "get_backend", return_value=backend):
+        link, chance = StageLink(group, WIDTH, dtype), random.Random(group.rank)
     found: list[Tensor] = []
     inbox = link.inbox(ROWS, DOWN if link.is_last else UP)
     ahead = 0 if link.is_last else 2
@@ -49,18 +54,19 @@ def talk(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def talk_all() -> list[dict[str, Any]]:
-    return [talk(dtype) for dtype in DTYPES]
+    return [talk(*case) for case in CASES]
 
 
 @functools.cache
 def conversations() -> list[list[dict[str, Any]]]:
-    """Of each rank, one for each of ``DTYPES``."""
+    """Of each rank, one for each of ``CASES``."""
     return run_ranks(talk_all, 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_many_messages_cross_in_both_directions(dtype: torch.dtype) -> None:
-    first, last = (rank[DTYPES.index(dtype)] for rank in conversations())
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_many_messages_cross_in_both_directions(case: tuple[torch.dtype, str]) -> None:
+    first, last = (rank[CASES.index(case)] for rank in conversations())
+    dtype, _ = case
     assert (first["place"], last["place"]) == ((True, False), (False, True))
     for found, travelled in ((last["found"], UP), (first["found"], DOWN)):
         assert len(found) == len(ROWS)
