@@ -46,14 +46,14 @@ class NoLayers:
         return torch.zeros(())
 
 
-Act = Callable[[StagePass, StageLink, int, int], None]  # on (stage) of (stages)
+Act = Callable[[StagePass, int, int], None]  # on (stage) of (stages)
 
 
-def train(stage: StagePass, link: StageLink, rank: int, stages: int) -> None:
+def train(stage: StagePass, rank: int, stages: int) -> None:
     one_f_one_b(rank, stages, len(stage), stage.forward, stage.backward)
 
 
-def evaluate(stage: StagePass, link: StageLink, rank: int, stages: int) -> None:
+def evaluate(stage: StagePass, rank: int, stages: int) -> None:
     for number in range(len(stage)):
         stage.evaluate(number)
 
@@ -69,7 +69,7 @@ def record(
         for _ in range(2):
             model: Any = NoLayers()
             stage = StagePass(model, (), link, Saving(), None, batches, lambda batch: None)  # type: ignore[arg-type]
-            act(stage, link, rank, stages)
+            act(stage, rank, stages)
             link.flush()
     return wires
 
