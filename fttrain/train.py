@@ -51,7 +51,7 @@ def train(config: RunConfig) -> int:
     output = Path(config.output)
     is_main = rank_from_environment()[0] == 0
     claim = claim_output(output, config.resume) if is_main else nullcontext()
-    with claim, StopSignals() as signals, process_group(device) as group:
+    with claim, StopSignals() as signals, process_group(device, config.rig.backend) as group:
         run = build(config, group, output, source, tokenizer, dataset)
         _start(run)
         with _trackers(run) as trackers:

@@ -65,7 +65,7 @@ def _evaluate(config: RunConfig) -> int:
         raise UserError(f"data.holdout={config.data.holdout}: nothing is held out to evaluate on")
     is_main = rank_from_environment()[0] == 0
     claim = claim_output(output, "auto") if is_main else nullcontext()
-    with claim, process_group(device) as group:
+    with claim, process_group(device, config.rig.backend) as group:
         strategy, _ = build_strategy(recipe(config), resolve(config.model), group)
         size = config.loop.micro_batch_size
         batches = evaluation_batches(dataset.holdout, size, *strategy.data_parallel)

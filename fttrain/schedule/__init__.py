@@ -11,7 +11,7 @@ KINDS = ("grouped", "one_f_one_b")
 class ScheduleConfig:
     """In which order layers and micro-batches run."""
 
-    # micro-batches that pass a layer together: 1 | N | "all" (those of the step); 1 and N: of grouped
+    # grouped: micro-batches that pass a layer together: 1 | N | "all" (those of the step)
     group: str | int = "all"
     kind: str = "grouped"  # grouped | one_f_one_b (strategy=pipeline)
 

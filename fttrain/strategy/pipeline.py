@@ -2,6 +2,7 @@
 activations and their gradients travel; each adapter has one home, so there is nothing to sum.
 """
 
+from fttrain.dist import local_world_size
 from fttrain.rig.probe import free_device_bytes
 from fttrain.schedule.one_f_one_b import in_flight
 from fttrain.store import FrozenBase
@@ -60,7 +61,7 @@ def _shares(plan: Plan) -> list[Share]:
     own = [
         plan.layer_bytes + parts.adapter_bytes(plan) + _kept(plan) * parts.saved_bytes(plan),
         ends * plan.table_bytes,
-        free_device_bytes(group.device, group.world_size),
+        free_device_bytes(group.device, local_world_size()),
     ]
     layer_bytes, fixed_bytes, free_bytes = (
         [int(value) for value in column]
