@@ -10,12 +10,15 @@ Legend: N tokens, M tokens that have a target, C hidden width, V vocabulary.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fttrain.data.batch import IGNORE, ROW_MULTIPLE
 from fttrain.model.functions import rms_norm, rms_norm_backward
+from fttrain.store import Traffic
+from fttrain.store.lane import copy, copy_lane
 from fttrain.units import round_up
 
 CHUNK_BYTES = (
@@ -64,6 +67,7 @@ class Head:
         self.eps = eps
         self.logit_scale = logit_scale
         self.streamed = streamed
+        self._lane = copy_lane(norm.device) if streamed else None
         self._h2d_bytes = 0
         # One chunk's logits (m, V) in the compute dtype and probabilities fp32 (m, V). They are the
         # largest tensors of a step: making them anew each time pages in and scatters memory.
@@ -72,21 +76,25 @@ class Head:
     @contextmanager
     def brought(self) -> Iterator[None]:
         """Have the projection on the device. ``loss`` and ``logits`` are only called inside."""
-        if not self.streamed:
+        if self._lane is None:
             yield
             return
         on_host = self.weight
-        self.weight = on_host.to(self.norm.device, non_blocking=True, copy=True)
+        self.weight = torch.empty_like(on_host, device=self.norm.device)
+        # The compute has nothing else to do meanwhile: the lane is there to time the wait.
+        self._lane.run(partial(copy, self.weight, on_host)).wait()
         self._h2d_bytes += on_host.numel() * on_host.element_size()
         try:
             yield
         finally:
             self.weight = on_host
 
-    def take_h2d_bytes(self) -> int:
-        """Bytes that came to the device since the last call."""
+    def take_traffic(self) -> Traffic:
+        """Of a streamed projection, since the last call."""
+        if self._lane is None:
+            return Traffic()
         moved, self._h2d_bytes = self._h2d_bytes, 0
-        return moved
+        return Traffic(h2d_bytes=moved, wait_s=self._lane.take_wait_s())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, C) -> (N, V) in the compute dtype: for a few tokens, in generation."""

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fttrain.collectives import Handle, Handles
 from fttrain.dist import COLLECTIVE_TIMEOUT, Group
+from fttrain.store import Traffic
+from fttrain.store.lane import collective_lane
 
 UP, DOWN = 1, -1  # to the stage after this one, to the one before
 TAGS = {UP: 1, DOWN: 2}
@@ -40,6 +42,9 @@ class StageLink:
         self._sender = ThreadPoolExecutor(1, "stage-link") if self._staged else None
         # Handle and tensor of each send that may be under way
         self._sending: deque[tuple[Handle, Tensor]] = deque()
+        # By where tensors travel to; they time how long the compute waits for one.
+        where = torch.device("cpu") if self._staged else group.device
+        self._receiving = {step: collective_lane(where) for step in (UP, DOWN)}
         self._stage_bytes = 0
 
     @property
@@ -76,15 +81,22 @@ class StageLink:
             rows, self._width, dtype=self._dtype, device=device, pin_memory=self._staged
         )
         source, travels = self._group.rank + step, -step
-        work = torch_dist.irecv(buffer, source, group=self._way(source, travels), tag=TAGS[travels])
-        return Arriving(work, buffer, self._group.device)
+        way = self._way(source, travels)
+        ticket = self._receiving[travels].run(
+            lambda: torch_dist.irecv(buffer, source, group=way, tag=TAGS[travels])
+        )
+        return Arriving(ticket, buffer, self._group.device)
 
-    def flush(self) -> int:
-        """Wait until all that was sent has left; bytes sent since the last call."""
+    def flush(self) -> None:
+        """Wait until all that was sent has left."""
         while self._sending:
             self._sending.popleft()[0].wait()
+
+    def take_traffic(self) -> Traffic:
+        """Bytes sent since the last call, and seconds for which the compute waited to receive."""
         sent, self._stage_bytes = self._stage_bytes, 0
-        return sent
+        wait_s = sum(lane.take_wait_s() for lane in self._receiving.values())
+        return Traffic(stage_bytes=sent, wait_s=wait_s)
 
     def _way(self, neighbour: int, travels: int) -> Any:
         """What carries tensors that travel UP or DOWN between this stage and ``neighbour``."""
@@ -123,13 +135,13 @@ class Inbox:
 class Arriving:
     """A tensor under way to this rank."""
 
-    work: Any
+    ticket: Handle
     buffer: Tensor  # (N, C)
     device: torch.device
 
     def tensor(self) -> Tensor:
         """(N, C) on the device, once it is here."""
-        self.work.wait()
+        self.ticket.wait()
         return self.buffer.to(self.device, non_blocking=True)
 
 

@@ -10,6 +10,7 @@ from fttrain.store.filling import Progress, to_device
 from fttrain.store.resident import ResidentStore
 from fttrain.strategy import parts
 from fttrain.strategy.balance import balance
+from fttrain.strategy.native import join
 from fttrain.strategy.parts import Share
 from fttrain.strategy.pipeline_stage import PipelineStage
 from fttrain.strategy.recipe import Plan
@@ -33,17 +34,7 @@ def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> Pip
     """Load this stage's layers onto its device and join the parts."""
     flats = to_device(base, share.layers, plan.layer_bytes, plan.group.device, progress)
     store = ResidentStore(flats, plan.frozen_format)
-    built = parts.decoder(plan, base, share)
-    return PipelineStage(
-        built,
-        parts.verified(plan, base, store, share.layers),
-        plan.group,
-        plan.recipe.optim,
-        parts.saving(plan, share, _kept(plan)),
-        plan.recipe.seed,
-        parts.gradients(plan, built, NoSync()),
-        parts.files(base),
-    )
+    return PipelineStage(join(plan, base, share, store, _kept(plan), NoSync()))
 
 
 def _kept(plan: Plan) -> int:

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from fttrain.schedule.stage_link import DOWN, UP, StageLink
+from fttrain.store import Traffic
 
 WIDTH = 6
 CASES = [(torch.float32, "gloo"), (torch.bfloat16, "gloo"), (torch.float32, "nccl")]
@@ -46,9 +47,10 @@ def talk(dtype: torch.dtype, backend: str) -> dict[str, Any]:
             link.send(sent.t().contiguous().t(), UP)  # not contiguous
         if number >= ahead:
             found.append(inbox.next())
+    link.flush()
     return {
         "found": found,
-        "bytes": [link.flush(), link.flush()],
+        "bytes": [link.take_traffic().stage_bytes for _ in range(2)],
         "place": (link.is_first, link.is_last),
     }
 
@@ -77,8 +79,33 @@ def test_many_messages_cross_in_both_directions(case: tuple[torch.dtype, str]) -
         assert rank["bytes"] == [sum(ROWS) * WIDTH * dtype.itemsize, 0]
 
 
+LATE_S = 0.3
+
+
+def wait() -> float:
+    """Seconds for which this rank waited by its own account; the first one sends late."""
+    group = tiny_strategy.this_group()
+    link = StageLink(group, WIDTH, torch.float32)
+    group.barrier()
+    if link.is_first:
+        time.sleep(LATE_S)
+        link.send(torch.zeros(1, WIDTH), UP)
+    else:
+        link.receive(1, DOWN).tensor()
+    link.flush()
+    waited = [link.take_traffic().wait_s for _ in range(2)]
+    assert waited[1] == 0
+    return waited[0]
+
+
+def test_the_wait_for_another_stage_is_timed() -> None:
+    first, last = run_ranks(wait, 2)
+    assert first == 0
+    assert LATE_S / 2 < last < 100 * LATE_S
+
+
 def test_a_single_stage_is_first_and_last() -> None:
     link = StageLink(tiny_strategy.this_group(), WIDTH, torch.float32)
     assert link.is_first
     assert link.is_last
-    assert link.flush() == 0
+    assert link.take_traffic() == Traffic()
