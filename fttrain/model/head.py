@@ -115,7 +115,7 @@ class Head:
         trained = (targets != IGNORE).nonzero().squeeze(-1)  # int64 (M,)
         grad = torch.zeros_like(hidden) if want_gradient else hidden
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        for tokens in trained.split(self._chunk_rows()):
+        for tokens in trained.split(_chunk_rows(len(self.weight), self.weight.dtype)):
             x = hidden[tokens]
             normed = rms_norm(x, self.norm, self.eps)
             loss, grad_normed = self._chunk(normed, targets[tokens], want_gradient)
@@ -144,18 +144,31 @@ class Head:
             probabilities *= self.logit_scale
         return loss, (logits.copy_(probabilities) @ self.weight)[: len(targets)]
 
-    def _chunk_rows(self) -> int:
-        """Tokens of a chunk, a multiple of ROW_MULTIPLE."""
-        row_bytes = self.weight.shape[0] * (4 + self.weight.element_size())
-        return round_up(CHUNK_BYTES // row_bytes + 1 - ROW_MULTIPLE, ROW_MULTIPLE) or ROW_MULTIPLE
-
     def _buffers(self, rows: int) -> tuple[Tensor, Tensor]:
         """Scratch tensors of ``rows`` rows, rounded up."""
         rows = round_up(rows, ROW_MULTIPLE)
         if self._scratch is None or len(self._scratch[0]) < rows:
-            logits = self.weight.new_empty(max(rows, self._chunk_rows()), self.weight.shape[0])
+            logits = self.weight.new_empty(
+                max(rows, _chunk_rows(len(self.weight), self.weight.dtype)), self.weight.shape[0]
+            )
             self._scratch = logits, torch.empty_like(logits, dtype=torch.float32)
         return self._scratch[0][:rows], self._scratch[1][:rows]
+
+
+def chunk_bytes(vocabulary: int, dtype: torch.dtype) -> int:
+    """What logits and probabilities of one chunk take on the device."""
+    return _chunk_rows(vocabulary, dtype) * _row_bytes(vocabulary, dtype)
+
+
+def _chunk_rows(vocabulary: int, dtype: torch.dtype) -> int:
+    """Tokens of a chunk, a multiple of ROW_MULTIPLE."""
+    rows = CHUNK_BYTES // _row_bytes(vocabulary, dtype)
+    return round_up(rows + 1 - ROW_MULTIPLE, ROW_MULTIPLE) or ROW_MULTIPLE
+
+
+def _row_bytes(vocabulary: int, dtype: torch.dtype) -> int:
+    """Of one token: logits in ``dtype`` and fp32 probabilities."""
+    return vocabulary * (dtype.itemsize + 4)
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
