@@ -215,7 +215,7 @@ def _steps(job: dict[str, Any], group: Any) -> dict[str, Any]:
                 "wait_s": traffic.wait_s,
                 "gather_bytes": traffic.gather_bytes,
                 "h2d_bytes": traffic.h2d_bytes,
-                "stage_bytes": stats.stage_bytes,
+                "stage_bytes": traffic.stage_bytes,
                 "sync_bytes": stats.sync.sync_bytes,
             }
         )

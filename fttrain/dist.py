@@ -115,9 +115,15 @@ def rank_from_environment() -> tuple[int, int, int]:
     )
 
 
+def local_world_size() -> int:
+    """Ranks on this machine, as the launcher says; all there are where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+
+
 @contextmanager
-def process_group(device: torch.device) -> Iterator[Group]:
-    """Joins the ranks for the length of the block: NCCL between GPUs, gloo between CPUs.
+def process_group(device: torch.device, backend: str = "auto") -> Iterator[Group]:
+    """Joins the ranks for the length of the block, over ``backend``: nccl, gloo, or auto for NCCL
+    between GPUs and gloo between CPUs. gloo between GPUs goes through host memory.
 
     Where a rank dies or fails inside the block the others of its machine end too, with its name:
     by UserError, or by the end of the process where they cannot be reached (see peers.py).
@@ -127,9 +133,10 @@ def process_group(device: torch.device) -> Iterator[Group]:
     if world_size == 1 or torch_dist.is_initialized():
         yield group
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
     torch_dist.init_process_group(
-        backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if device.type == "cuda" else None
+        backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if backend == "nccl" else None
     )
     watch = _watch(group)
     try:

@@ -16,7 +16,6 @@ from fttrain.units import duration
 
 FILE = "evaluation.json"
 ANSWER_TOKENS = 64  # of a sample answer
-TELL_S = 10.0  # answers that may take longer than this are announced
 
 
 @dataclass
@@ -86,10 +85,10 @@ def answer(
     strategy: Strategy,
     samples: list[Sample],
     tokenizer: Any,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None],
 ) -> list[str]:
-    """Greedy answers to all prompts in one batch. Every rank calls it. ``say``: tells the user how
-    long it may take.
+    """Greedy answers to all prompts in one batch. Every rank calls it. ``say`` tells the user
+    first how long it may take.
 
     Each token is a pass over all layers, so where they have to be moved the time of a pass is what
     counts; the one that was just measured, of held-out rows, is more than that of a few tokens.
@@ -97,11 +96,9 @@ def answer(
     if not samples:
         return []
     longest_s = ANSWER_TOKENS * strategy.pass_s
-    if longest_s > TELL_S:
-        say(
-            f"answering {len(samples)} prompts: up to {ANSWER_TOKENS} passes over the layers, at "
-            f"most {duration(longest_s)}"
-        )
+    estimate = f"at most {duration(max(1, longest_s))}" if longest_s else "none was timed yet"
+    passes = f"up to {ANSWER_TOKENS} passes over the layers"
+    say(f"answering {len(samples)} prompt(s): {passes}, {estimate}")
     answers = strategy.generate(
         [sample.ids for sample in samples], ANSWER_TOKENS, stop_tokens(tokenizer)
     )

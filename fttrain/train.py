@@ -8,6 +8,7 @@ the adapter and a report.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def train(config: RunConfig) -> int:
     output = Path(config.output)
     is_main = rank_from_environment()[0] == 0
     claim = claim_output(output, config.resume) if is_main else nullcontext()
-    with claim, StopSignals() as signals, process_group(device) as group:
+    with claim, StopSignals() as signals, process_group(device, config.rig.backend) as group:
         run = build(config, group, output, source, tokenizer, dataset)
         _start(run)
         with _trackers(run) as trackers:
@@ -118,6 +119,7 @@ def _judge(run: Run, loss: float, grad_norm: float) -> bool:
 
 
 def _metrics(run: Run, stats: StepStats, lr: float, step_s: float) -> dict[str, Any]:
+    """A line of metrics.jsonl. Every rank calls it."""
     return {
         "loss": stats.loss,
         "lr": lr,
@@ -128,16 +130,31 @@ def _metrics(run: Run, stats: StepStats, lr: float, step_s: float) -> dict[str, 
         "targets": stats.targets,
         "tokens_per_s": stats.tokens / step_s,
         "step_s": step_s,
-        "gather_bytes": stats.traffic.gather_bytes,
-        "h2d_bytes": stats.traffic.h2d_bytes,
-        "stage_bytes": stats.stage_bytes,
-        "wait_s": stats.traffic.wait_s,
         "sync_bytes": stats.sync.sync_bytes,
         "sync_s": stats.sync.sync_s,
         "sync_gb_per_s": stats.sync.sync_gb_per_s,
+        **_over_ranks(run, stats),
+    }
+
+
+def _over_ranks(run: Run, stats: StepStats) -> dict[str, float]:
+    """What differs from rank to rank: bytes moved by all ranks together; seconds waited and peaks
+    of the rank that has most of them.
+    """
+    moved = asdict(stats.traffic)
+    wait_s = moved.pop("wait_s")
+    most = {
+        "wait_s": wait_s,
         "sync_wait_s": stats.sync.wait_s,
         "peak_device_bytes": peak_device_bytes(run.group.device),
         "peak_host_bytes": peak_host_bytes(),
+    }
+    ranks = run.group.gather([float(value) for value in [*moved.values(), *most.values()]])
+    columns = zip(*ranks, strict=True)  # moved comes first
+    folded = {name: sum(next(columns)) for name in moved}
+    folded |= {name: max(next(columns)) for name in most}
+    return {
+        name: int(value) if name.endswith("_bytes") else value for name, value in folded.items()
     }
 
 

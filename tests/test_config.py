@@ -146,6 +146,7 @@ WRONG = {
     "data.holdout=1": "data.holdout=1",
     "loop.micro_batch_size=0": "loop.micro_batch_size=0",
     "schedule.group=two": "schedule.group=two",
+    "strategy=pipeline schedule.group=2": "schedule.group=2: one_f_one_b passes micro-batches one",
     "schedule.group=8": "schedule.group=8: more than loop.gradient_accumulation_steps=4",
     "launch.processes=0": "launch.processes=0",
     "activations=all": "activations=all: recompute or keep",
@@ -187,7 +188,7 @@ WRONG = {
 @pytest.mark.parametrize("override", WRONG)
 def test_what_is_wrong_is_said_in_one_line(override: str) -> None:
     with pytest.raises(UserError) as caught:
-        compose([override])
+        compose(override.split())
     assert WRONG[override] in str(caught.value)
     assert "\n" not in str(caught.value)
 

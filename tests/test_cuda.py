@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+import tiny_strategy
 import torch
 
 from fttrain.data.batch import collate
@@ -10,8 +11,6 @@ from fttrain.model.linears import DropoutKey
 from fttrain.model.lora import LoraConfig
 from fttrain.optim.factory import OptimConfig
 from fttrain.quant.scheme import QuantConfig
-from fttrain.schedule import ScheduleConfig
-from fttrain.schedule.layer_pass import Saving
 from fttrain.strategy.data_parallel import DataParallel
 
 pytestmark = pytest.mark.cuda
@@ -46,8 +45,7 @@ def test_steps_lower_the_loss_and_their_state_comes_back() -> None:
         )
         for layer in decoder.layers:
             layer.adapters.reset(0)
-        optim, schedule = OptimConfig(lr=1e-2), ScheduleConfig("all")
-        return DataParallel(decoder, store, group, optim, schedule, Saving(), seed=7)
+        return tiny_strategy.data_parallel(decoder, store, group, OptimConfig(lr=1e-2))
 
     trained, batches = build(), [collate(tiny.documents(LENGTHS), 0)]
     losses = [

@@ -55,6 +55,35 @@ def test_one_rank_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) -> Non
     assert heard["share"] == TEXTS
 
 
+@pytest.mark.parametrize(
+    ("device", "backend", "expected", "device_id"),
+    [
+        ("cpu", "auto", "gloo", None),
+        ("cuda:1", "auto", "nccl", torch.device("cuda:1")),
+        ("cuda:1", "nccl", "nccl", torch.device("cuda:1")),
+        ("cuda:1", "gloo", "gloo", None),
+    ],
+)
+def test_ranks_join_over_the_backend_that_was_chosen(
+    device: str,
+    backend: str,
+    expected: str,
+    device_id: torch.device | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Joined(Exception):
+        """As far as it goes here."""
+
+    def join(backend: str, timeout: object, device_id: torch.device | None) -> None:
+        raise Joined(backend, device_id)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch_dist, "init_process_group", join)
+    with pytest.raises(Joined) as joined, process_group(torch.device(device), backend):
+        pass
+    assert joined.value.args == (expected, device_id)
+
+
 def test_rank_as_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
         monkeypatch.setitem(os.environ, name, value)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -145,7 +146,10 @@ def test_evaluating_a_run_gives_the_figures_of_its_end(
     shutil.copytree(finished, output)
     at_the_end = json.loads((output / "evaluation.json").read_text())
     (output / "evaluation.json").unlink()
+    capsys.readouterr()
     assert main(["evaluate", f"output={output}"]) == 0
+    estimates = re.findall(r"answering 1 prompt\(s\): .*, at most \d+ s\n", capsys.readouterr().out)
+    assert len(estimates) == 2  # of the base and of the tuned model
     again = json.loads((output / "evaluation.json").read_text())
     for part in ("base", "tuned", "samples"):
         assert again[part] == at_the_end[part]

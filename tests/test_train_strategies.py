@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,15 +71,34 @@ def test_it_trains_and_answers_as_replicate_does(strategy: str, runs: dict[str, 
     assert figures["tuned"]["nll"] == pytest.approx(reference["tuned"]["nll"], rel=1e-5)
 
 
-def test_what_moved_stands_in_the_metrics(runs: dict[str, Path]) -> None:
-    kinds = {"shard": "gather_bytes", "stream": "h2d_bytes", "pipeline": "stage_bytes"}
-    for strategy, output in runs.items():
-        last = [line for line in read_metrics(output / "metrics.jsonl") if "loss" in line][-1]
-        moved = {kind for kind in kinds.values() if last[kind]}
-        # on the CPU the streamed head of a pipeline comes from host memory, too, on its last stage
-        assert moved == ({kinds[strategy]} if strategy in kinds else set()), strategy
-        assert last["wait_s"] >= 0
-        assert bool(last["sync_bytes"]) is (strategy != "pipeline")
+def test_what_moved_on_all_ranks_stands_in_the_metrics(runs: dict[str, Path], folder: Path) -> None:
+    (cache,) = (folder / "frozen-cache" / "frozen").iterdir()
+    layer_bytes = (cache / "layer_000.bin").stat().st_size
+    head_bytes = 4 * math.prod(tiny.model("llama_tied").lm_head.weight.shape)
+    last = {
+        strategy: [line for line in read_metrics(output / "metrics.jsonl") if "loss" in line][-1]
+        for strategy, output in runs.items()
+    }
+    rows = {
+        strategy: {kind: line[f"{kind}_bytes"] for kind in ("gather", "h2d", "stage")}
+        for strategy, line in last.items()
+    }
+    none = {"gather": 0, "h2d": 0, "stage": 0}
+    assert rows["replicate"] == none
+    # Of 4 layers and 2 slots 2 x 4 - 4 are brought a step: half of each to either of two ranks.
+    assert rows["shard"] == none | {"gather": 4 * layer_bytes}
+    # One of the 4 is resident: 2 x 3 - 4 are copied on both.
+    assert rows["stream"] == none | {"h2d": 2 * 2 * layer_bytes}
+    # The head, for each of 4 micro-batches, on the last rank alone.
+    assert rows["pipeline"] == none | {
+        "h2d": 4 * head_bytes,
+        "stage": rows["pipeline"]["stage"],
+    }
+    assert rows["pipeline"]["stage"] > 0
+    for strategy, line in last.items():
+        assert isinstance(line["peak_host_bytes"], int)
+        assert line["wait_s"] > 0 or strategy == "replicate"
+        assert bool(line["sync_bytes"]) is (strategy != "pipeline")
 
 
 @pytest.mark.parametrize(

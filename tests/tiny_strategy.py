@@ -14,16 +14,22 @@ from fttrain.checkpoint.frozen import ENDS
 from fttrain.checkpoint.frozen_cache import FrozenConfig
 from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.dist import Group
-from fttrain.model.decoder import Architecture
+from fttrain.model.decoder import Architecture, Decoder
 from fttrain.model.lora import LoraConfig
 from fttrain.optim.factory import OptimConfig
 from fttrain.quant.checksum import checksum
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.layer_pass import Saving
 from fttrain.store.hostpool import HostPool
+from fttrain.store.verify import VerifiedStore
 from fttrain.strategy.build import PAGES
+from fttrain.strategy.data_parallel import DataParallel
+from fttrain.strategy.gradients import DeviceGradients
+from fttrain.strategy.native import Joined
 from fttrain.strategy.protocol import SCHEDULES, Judge, StepStats, StrategyConfig
 from fttrain.strategy.recipe import Placement, Plan, Recipe, StepSize
+from fttrain.strategy.sync import gradient_sync
 
 LAYERS = 5
 # Tokens of the documents of each of a step's micro-batches; one has no target, one is empty.
@@ -139,6 +145,16 @@ def build(recipe: Recipe, frozen: MemoryBase, group: Group | None = None) -> Any
     strategy = page.build(plan, frozen, share, lambda done, total: None)
     tiny.randomise(strategy.decoder)
     return strategy
+
+
+def data_parallel(
+    decoder: Decoder, store: VerifiedStore, group: Group, optim: OptimConfig
+) -> DataParallel:
+    """All of a step's micro-batches pass a layer together; everything is on the device."""
+    adapters = [layer.adapters for layer in decoder.layers]
+    gradients = DeviceGradients(adapters, gradient_sync(group))
+    joined = Joined(decoder, store, group, optim, Saving(), gradients, RECIPE.seed)
+    return DataParallel(joined, ScheduleConfig("all"))
 
 
 def micro_batches(strategy: Any, step: int = 0) -> list[MicroBatch]:

@@ -1,6 +1,7 @@
 """``fttrain evaluate output=DIR``: held-out loss and answers of the base and of the tuned model."""
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -65,17 +66,18 @@ def _evaluate(config: RunConfig) -> int:
         raise UserError(f"data.holdout={config.data.holdout}: nothing is held out to evaluate on")
     is_main = rank_from_environment()[0] == 0
     claim = claim_output(output, "auto") if is_main else nullcontext()
-    with claim, process_group(device) as group:
+    with claim, process_group(device, config.rig.backend) as group:
         strategy, _ = build_strategy(recipe(config), resolve(config.model), group)
         size = config.loop.micro_batch_size
         batches = evaluation_batches(dataset.holdout, size, *strategy.data_parallel)
         samples = holdout_samples(config.data, dataset, tokenizer, config.loop.samples)
         figures = Evaluation.read(output)
+        say: Callable[[str], None] = print if group.is_main else lambda text: None
         figures.base = held_out_loss(strategy, batches)
-        before = answer(strategy, samples, tokenizer)
+        before = answer(strategy, samples, tokenizer, say)
         strategy.load_adapter_state(adapter)
         figures.tuned = held_out_loss(strategy, batches)
-        after = answer(strategy, samples, tokenizer)
+        after = answer(strategy, samples, tokenizer, say)
         figures.samples = [
             Answer(sample.prompt, sample.reference, *texts)
             for sample, *texts in zip(samples, before, after, strict=True)

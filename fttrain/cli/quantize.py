@@ -25,7 +25,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
     device = set_up_rank(config.rig)
     base = frozen_base(resolve(config.model), config.quant, config.model.dtype)
     started = time.monotonic()
-    with process_group(device) as group:
+    with process_group(device, config.rig.backend) as group:
         show = counting if group.is_main else silent
         made = 0
 

@@ -10,12 +10,15 @@ Legend: N tokens, M tokens that have a target, C hidden width, V vocabulary.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fttrain.data.batch import ROW_MULTIPLE
 from fttrain.model.functions import rms_norm, rms_norm_backward
+from fttrain.store import Traffic
+from fttrain.store.lane import copy, copy_lane
 from fttrain.units import round_up
 
 CHUNK_BYTES = (
@@ -64,6 +67,7 @@ class Head:
         self.eps = eps
         self.logit_scale = logit_scale
         self.streamed = streamed
+        self._lane = copy_lane(norm.device) if streamed else None
         self._h2d_bytes = 0
         # One chunk's logits (m, V) in the compute dtype and probabilities fp32 (m, V). They are the
         # largest tensors of a step: making them anew each time pages in and scatters memory.
@@ -72,21 +76,25 @@ class Head:
     @contextmanager
     def brought(self) -> Iterator[None]:
         """Have the projection on the device. ``loss`` and ``logits`` are only called inside."""
-        if not self.streamed:
+        if self._lane is None:
             yield
             return
         on_host = self.weight
-        self.weight = on_host.to(self.norm.device, non_blocking=True, copy=True)
+        self.weight = torch.empty_like(on_host, device=self.norm.device)
+        # The compute has nothing else to do meanwhile: the lane is there to time the wait.
+        self._lane.run(partial(copy, self.weight, on_host)).wait()
         self._h2d_bytes += on_host.numel() * on_host.element_size()
         try:
             yield
         finally:
             self.weight = on_host
 
-    def take_h2d_bytes(self) -> int:
-        """Bytes that came to the device since the last call."""
+    def take_traffic(self) -> Traffic:
+        """Of a streamed projection, since the last call."""
+        if self._lane is None:
+            return Traffic()
         moved, self._h2d_bytes = self._h2d_bytes, 0
-        return moved
+        return Traffic(h2d_bytes=moved, wait_s=self._lane.take_wait_s())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, C) -> (N, V) in the compute dtype: for a few tokens, in generation."""
@@ -110,7 +118,7 @@ class Head:
     ) -> tuple[Tensor, Tensor]:
         grad = torch.zeros_like(hidden) if want_gradient else hidden
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        for tokens in trained.split(self._chunk_rows()):
+        for tokens in trained.split(_chunk_rows(len(self.weight), self.weight.dtype)):
             x = hidden[tokens]
             normed = rms_norm(x, self.norm, self.eps)
             loss, grad_normed = self._chunk(normed, targets[tokens], want_gradient)
@@ -139,18 +147,31 @@ class Head:
             probabilities *= self.logit_scale
         return loss, (logits.copy_(probabilities) @ self.weight)[: len(targets)]
 
-    def _chunk_rows(self) -> int:
-        """Tokens of a chunk, a multiple of ROW_MULTIPLE."""
-        row_bytes = self.weight.shape[0] * (4 + self.weight.element_size())
-        return round_up(CHUNK_BYTES // row_bytes + 1 - ROW_MULTIPLE, ROW_MULTIPLE) or ROW_MULTIPLE
-
     def _buffers(self, rows: int) -> tuple[Tensor, Tensor]:
         """Scratch tensors of ``rows`` rows, rounded up."""
         rows = round_up(rows, ROW_MULTIPLE)
         if self._scratch is None or len(self._scratch[0]) < rows:
-            logits = self.weight.new_empty(max(rows, self._chunk_rows()), self.weight.shape[0])
+            logits = self.weight.new_empty(
+                max(rows, _chunk_rows(len(self.weight), self.weight.dtype)), self.weight.shape[0]
+            )
             self._scratch = logits, torch.empty_like(logits, dtype=torch.float32)
         return self._scratch[0][:rows], self._scratch[1][:rows]
+
+
+def chunk_bytes(vocabulary: int, dtype: torch.dtype) -> int:
+    """What logits and probabilities of one chunk take on the device."""
+    return _chunk_rows(vocabulary, dtype) * _row_bytes(vocabulary, dtype)
+
+
+def _chunk_rows(vocabulary: int, dtype: torch.dtype) -> int:
+    """Tokens of a chunk, a multiple of ROW_MULTIPLE."""
+    rows = CHUNK_BYTES // _row_bytes(vocabulary, dtype)
+    return round_up(rows + 1 - ROW_MULTIPLE, ROW_MULTIPLE) or ROW_MULTIPLE
+
+
+def _row_bytes(vocabulary: int, dtype: torch.dtype) -> int:
+    """Of one token: logits in ``dtype`` and fp32 probabilities."""
+    return vocabulary * (dtype.itemsize + 4)
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

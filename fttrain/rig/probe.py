@@ -10,9 +10,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from fttrain.dist import rank_from_environment
+from fttrain.dist import local_world_size, rank_from_environment
 from fttrain.errors import UserError
 
+BACKENDS = ("auto", "nccl", "gloo")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
@@ -22,18 +23,25 @@ class RigConfig:
 
     device: str = "auto"  # auto (a GPU a rank if there is one) | cpu | cuda
     threads: int | None = None  # CPU threads of a rank; None: cores / ranks of this machine
+    # how ranks talk: auto (nccl between GPUs, gloo between CPUs) | nccl | gloo (also between GPUs,
+    # through host memory; ranks may share a GPU)
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"rig.device={self.device}: auto, cpu or cuda")
+        if self.backend not in BACKENDS:
+            raise UserError(f"rig.backend={self.backend}: {', '.join(BACKENDS)}")
+        if (self.device, self.backend) == ("cpu", "nccl"):
+            raise UserError("rig.backend=nccl: it needs a GPU; rig.device=cpu goes with gloo")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"rig.threads={self.threads}: a whole number of 1 or more, or null")
 
 
 def set_up_rank(config: RigConfig) -> torch.device:
     """``set_up`` for this process, as its launcher placed it."""
-    _, world_size, local_rank = rank_from_environment()
-    return set_up(config, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    _, _, local_rank = rank_from_environment()
+    return set_up(config, local_rank, local_world_size())
 
 
 def set_up(config: RigConfig, local_rank: int, local_world_size: int) -> torch.device:
@@ -42,16 +50,21 @@ def set_up(config: RigConfig, local_rank: int, local_world_size: int) -> torch.d
     Raises UserError where the device that was asked for is not there.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.backend == "nccl" and not gpus:
+        raise UserError("rig.backend=nccl: this machine has no GPU; rig.backend=auto takes gloo")
+    shared = config.backend == "gloo"  # NCCL refuses two ranks on one GPU
+    if shared and gpus:
+        local_rank %= gpus
     if config.device == "cuda" and gpus <= local_rank:
         raise UserError(
             f"rig.device=cuda: rank {local_rank} of this machine needs GPU {local_rank}, there are "
             f"{gpus}; "
             "rig.device=cpu or fewer launch.processes help"
         )
-    if config.device != "cpu" and 0 < gpus < local_world_size:
+    if config.device != "cpu" and not shared and 0 < gpus < local_world_size:
         raise UserError(
             f"launch.processes={local_world_size}: this machine has {gpus} GPU; a rank needs one "
-            "of its own"
+            "of its own, but for rig.backend=gloo, which lets them share"
         )
     threads = (
         config.threads
@@ -81,12 +94,13 @@ def available_host_bytes() -> int:
 
 
 def free_device_bytes(device: torch.device, local_world_size: int) -> int:
-    """Memory that this rank can still have on ``device``; on the CPU its share of the machine's."""
+    """Memory that this rank can still have on ``device``: its share, where ranks share it."""
     if device.type != "cuda":
         return available_host_bytes() // local_world_size
     free, total = torch.cuda.mem_get_info(device)
     capped = torch.cuda.get_per_process_memory_fraction(device) * total
-    return int(min(free, capped - torch.cuda.memory_reserved(device)))
+    ranks = -(-local_world_size // torch.cuda.device_count())  # on this GPU
+    return int(min(free / ranks, capped - torch.cuda.memory_reserved(device)))
 
 
 def _cgroup_rooms() -> list[int]:

@@ -20,6 +20,11 @@ class ScheduleConfig:
             raise UserError(f"schedule.kind={self.kind}: {' or '.join(KINDS)}")
         if self.group != "all" and (isinstance(self.group, str) or self.group < 1):
             raise UserError(f"schedule.group={self.group}: all, or a whole number of 1 or more")
+        if self.kind != "grouped" and self.group != "all":
+            raise UserError(
+                f"schedule.group={self.group}: {self.kind} passes micro-batches one by one and has "
+                "no groups; leave it out, or choose a strategy with schedule=grouped"
+            )
 
     def size(self, micro_batches: int) -> int:
         """G for a step of so many micro-batches on this rank."""

@@ -15,7 +15,9 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from fttrain.collectives import Handle, Handles
-from fttrain.dist import Group
+from fttrain.dist import COLLECTIVE_TIMEOUT, Group
+from fttrain.store import Traffic
+from fttrain.store.lane import collective_lane
 
 UP, DOWN = 1, -1  # to the stage after this one, to the one before
 TAGS = {UP: 1, DOWN: 2}
@@ -26,22 +28,23 @@ class StageLink:
     """Sends to and receives from the stages beside this one.
 
     Between GPUs over NCCL the tensors cross as they are. Where the backend sends no CUDA tensors
-    (gloo) they go through page-locked host memory. Sends never make the compute wait; what was sent
-    must not be overwritten.
+    (gloo) they go through page-locked host memory. The compute waits for no send but the last but
+    ``AHEAD``; what was sent must not be overwritten.
     """
 
     def __init__(self, group: Group, width: int, dtype: torch.dtype) -> None:
+        """Every rank makes one at the same time."""
         self._group, self._width, self._dtype = group, width, dtype
         over_nccl = group.world_size > 1 and torch_dist.get_backend() == "nccl"
         self._staged = group.device.type == "cuda" and not over_nccl
-        # NCCL works off what one communicator is given in order: a send up that waits for its
-        # receive must not hold up a gradient on its way down, so each direction has one of its own.
-        self._groups: dict[int, Any] = {
-            step: torch_dist.new_group() if over_nccl else None for step in (UP, DOWN)
-        }
+        # (the lower stage of two neighbours, UP or DOWN) -> what carries that; None: the world's
+        self._ways: dict[tuple[int, int], Any] = _ways(group.world_size) if over_nccl else {}
         self._sender = ThreadPoolExecutor(1, "stage-link") if self._staged else None
         # Handle and tensor of each send that may be under way
         self._sending: deque[tuple[Handle, Tensor]] = deque()
+        # By where tensors travel to; they time how long the compute waits for one.
+        where = torch.device("cpu") if self._staged else group.device
+        self._receiving = {step: collective_lane(where) for step in (UP, DOWN)}
         self._stage_bytes = 0
 
     @property
@@ -63,7 +66,7 @@ class StageLink:
         if self._sender is not None:
             handle: Handle = _StagedSend(self._sender, tensor, to, TAGS[step])
         else:
-            work = torch_dist.isend(tensor, to, group=self._groups[step], tag=TAGS[step])
+            work = torch_dist.isend(tensor, to, group=self._way(to, step), tag=TAGS[step])
             handle = Handles([work])
         self._sending.append((handle, tensor))
 
@@ -78,15 +81,40 @@ class StageLink:
             rows, self._width, dtype=self._dtype, device=device, pin_memory=self._staged
         )
         source, travels = self._group.rank + step, -step
-        work = torch_dist.irecv(buffer, source, group=self._groups[travels], tag=TAGS[travels])
-        return Arriving(work, buffer, self._group.device)
+        way = self._way(source, travels)
+        ticket = self._receiving[travels].run(
+            lambda: torch_dist.irecv(buffer, source, group=way, tag=TAGS[travels])
+        )
+        return Arriving(ticket, buffer, self._group.device)
 
-    def flush(self) -> int:
-        """Wait until all that was sent has left; bytes sent since the last call."""
+    def flush(self) -> None:
+        """Wait until all that was sent has left."""
         while self._sending:
             self._sending.popleft()[0].wait()
+
+    def take_traffic(self) -> Traffic:
+        """Bytes sent since the last call, and seconds for which the compute waited to receive."""
         sent, self._stage_bytes = self._stage_bytes, 0
-        return sent
+        wait_s = sum(lane.take_wait_s() for lane in self._receiving.values())
+        return Traffic(stage_bytes=sent, wait_s=wait_s)
+
+    def _way(self, neighbour: int, travels: int) -> Any:
+        """What carries tensors that travel UP or DOWN between this stage and ``neighbour``."""
+        return self._ways.get((min(neighbour, self._group.rank), travels))
+
+
+def _ways(stages: int) -> dict[tuple[int, int], Any]:
+    """A communicator for each two neighbours and direction.
+
+    NCCL works off what one communicator is given in order, and a send only together with its
+    receive. A middle stage that opens its receives ahead would hold up its own sends by them, the
+    stages around it would wait for those, and from four stages on nothing would ever move again.
+    """
+    ways = [(lower, step) for lower in range(stages - 1) for step in (UP, DOWN)]
+    return {  # all ranks make all of them, in the same order
+        (lower, step): torch_dist.new_group([lower, lower + 1], timeout=COLLECTIVE_TIMEOUT)
+        for lower, step in ways
+    }
 
 
 class Inbox:
@@ -107,13 +135,13 @@ class Inbox:
 class Arriving:
     """A tensor under way to this rank."""
 
-    work: Any
+    ticket: Handle
     buffer: Tensor  # (N, C)
     device: torch.device
 
     def tensor(self) -> Tensor:
         """(N, C) on the device, once it is here."""
-        self.work.wait()
+        self.ticket.wait()
         return self.buffer.to(self.device, non_blocking=True)
 
 

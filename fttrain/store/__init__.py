@@ -5,7 +5,8 @@ A store brings layers before they are needed and hands them out for as long as t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add
 from pathlib import Path
 from typing import Protocol
 
@@ -14,13 +15,25 @@ from torch import Tensor
 from fttrain.quant.frozen_layer import FrozenLayer
 
 
-@dataclass
+@dataclass(frozen=True)
 class Traffic:
-    """What a store moved and how long the compute stood still for it, since the last ``take``."""
+    """What this rank moved so that its layers could run, and how long the compute stood still for
+    it, since the last ``take_traffic``.
 
-    gather_bytes: int = 0  # received from other ranks
-    h2d_bytes: int = 0  # copied from host memory into a slot
-    wait_s: float = 0.0  # seconds in which the compute waited for a layer
+    Not in it: what ``boundaries=host``, ``embedding=host`` and ``optim.offload`` move between host
+    and device, nor gradients that are summed over ranks.
+    """
+
+    gather_bytes: int = 0  # parts of frozen layers, received from other ranks
+    h2d_bytes: int = 0  # frozen layers and a streamed head, copied from host memory to the device
+    stage_bytes: int = 0  # boundaries and their gradients, sent to other stages of a pipeline
+    # seconds in which the compute waited for a frozen layer, a streamed head, or the boundary or
+    # gradient of another stage; on CUDA those of waits that were over when it was asked
+    wait_s: float = 0.0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        """Of two parts of a rank, one after the other."""
+        return Traffic(*map(add, astuple(self), astuple(other)))
 
 
 class Store(Protocol):

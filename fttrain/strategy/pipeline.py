@@ -2,6 +2,10 @@
 activations and their gradients travel; each adapter has one home, so there is nothing to sum.
 """
 
+import math
+
+from fttrain.dist import local_world_size
+from fttrain.model.head import chunk_bytes
 from fttrain.rig.probe import free_device_bytes
 from fttrain.schedule.one_f_one_b import in_flight
 from fttrain.store import FrozenBase
@@ -9,6 +13,7 @@ from fttrain.store.filling import Progress, book_layers, to_device
 from fttrain.store.resident import ResidentStore
 from fttrain.strategy import parts
 from fttrain.strategy.balance import balance
+from fttrain.strategy.native import join
 from fttrain.strategy.parts import Share
 from fttrain.strategy.pipeline_stage import PipelineStage
 from fttrain.strategy.recipe import Plan
@@ -31,17 +36,25 @@ def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> Pip
     """Load this stage's layers onto its device and join the parts."""
     flats = to_device(base, share.layers, plan.layer_bytes, plan.pool, progress)
     store = ResidentStore(flats, plan.frozen_format)
-    built = parts.decoder(plan, base, share)
-    return PipelineStage(
-        built,
-        parts.verified(plan, base, store, share.layers),
-        plan.group,
-        plan.recipe.optim,
-        parts.saving(plan, share, _kept(plan)),
-        plan.recipe.seed,
-        parts.gradients(plan, built, NoSync()),
-        parts.files(base),
-    )
+    return PipelineStage(join(plan, base, share, store, _kept(plan), NoSync()))
+
+
+def fixed_bytes(plan: Plan) -> int:
+    """What this stage takes on its device whatever its layers are: the dequantised weights of the
+    one that computes, and its ends. A streamed head is there, too, while it is used.
+    """
+    group, placement, quant = plan.group, plan.recipe.placement, plan.recipe.quant
+    taken = 0
+    if quant.is_quantised:
+        weights = [math.prod(shape.shape) for shape in plan.frozen_format.groups.values()]
+        values = sum(weights) if quant.dequant == "layer" else max(weights)
+        taken += values * plan.dtype.itemsize
+    if group.rank == 0 and placement.embedding == "device":
+        taken += plan.table_bytes
+    if group.rank == group.world_size - 1:
+        taken += plan.table_bytes
+        taken += chunk_bytes(plan.architecture.config.vocab_size, plan.dtype)
+    return taken
 
 
 def _kept(plan: Plan) -> int:
@@ -53,19 +66,17 @@ def _kept(plan: Plan) -> int:
 
 def _shares(plan: Plan) -> list[Share]:
     """Each stage's part, balanced by the memory that its device has free."""
-    group, placement = plan.group, plan.recipe.placement
-    first, last = group.rank == 0, group.rank == group.world_size - 1
-    ends = (first and placement.embedding == "device") + (last and placement.head == "resident")
+    group = plan.group
     own = [
         plan.layer_bytes + parts.adapter_bytes(plan) + _kept(plan) * parts.saved_bytes(plan),
-        ends * plan.table_bytes,
-        free_device_bytes(group.device, group.world_size),
+        fixed_bytes(plan),
+        free_device_bytes(group.device, local_world_size()),
     ]
-    layer_bytes, fixed_bytes, free_bytes = (
+    layer_bytes, fixed, free_bytes = (
         [int(value) for value in column]
         for column in zip(*group.gather([float(value) for value in own]), strict=True)
     )
-    layers = balance(plan.architecture.layers, layer_bytes, fixed_bytes, free_bytes)
+    layers = balance(plan.architecture.layers, layer_bytes, fixed, free_bytes)
     return [
         Share(part, stage == 0, stage == group.world_size - 1) for stage, part in enumerate(layers)
     ]

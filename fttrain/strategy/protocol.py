@@ -84,8 +84,7 @@ class StepStats:
     grad_norm: float  # of the mean loss, before clipping
     updated: bool  # False: no target, a gradient that is not finite, or the judge said no
     sync: SyncStats = field(default_factory=SyncStats)  # this rank's gradient traffic
-    traffic: Traffic = field(default_factory=Traffic)  # this rank's traffic of the frozen base
-    stage_bytes: int = 0  # sent by this rank to other stages of a pipeline
+    traffic: Traffic = field(default_factory=Traffic)  # what this rank's layers made it move
 
 
 Judge = Callable[[float, float], bool]  # (loss, grad_norm) -> whether the update is made

@@ -100,10 +100,10 @@ def _nll(evaluation: dict[str, Any], name: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-MOVED = {  # metric -> its row; rank 0's, median over the steps
-    "gather_bytes": "frozen base gathered from other ranks, a step",
-    "h2d_bytes": "frozen base copied from host memory, a step",
-    "stage_bytes": "sent to other stages, a step",
+MOVED = {  # metric -> its row; median over the steps, all ranks together
+    "gather_bytes": "frozen base gathered from other ranks, a step of all ranks",
+    "h2d_bytes": "frozen base copied from host memory, a step of all ranks",
+    "stage_bytes": "sent to other stages, a step of all ranks",
     "sync_bytes": "adapter gradients summed over ranks, a step",
 }
 
@@ -117,7 +117,12 @@ def _moved(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
             rows.append((label, f"{statistics.median(values) / 1e6:,.1f} MB"))
     waits = [value for _, value in _series(lines, "wait_s")]
     if any(waits):
-        rows.append(("waited for layers, a step", f"{statistics.median(waits):.3f} s"))
+        rows.append(
+            (
+                "waited for layers or stages, a step of the rank that waited most",
+                f"{statistics.median(waits):.3f} s",
+            )
+        )
     return rows
 
 

@@ -6,12 +6,23 @@ import pytest
 import torch
 
 from fttrain.errors import UserError
-from fttrain.rig.probe import RigConfig, peak_device_bytes, peak_host_bytes, set_up
+from fttrain.rig.probe import (
+    RigConfig,
+    free_device_bytes,
+    peak_device_bytes,
+    peak_host_bytes,
+    set_up,
+)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"device": "tpu"}, "rig.device=tpu: auto, cpu or cuda"), ({"threads": 0}, "rig.threads=0")],
+    [
+        ({"device": "tpu"}, "rig.device=tpu: auto, cpu or cuda"),
+        ({"threads": 0}, "rig.threads=0"),
+        ({"backend": "mpi"}, "rig.backend=mpi: auto, nccl, gloo"),
+        ({"backend": "nccl", "device": "cpu"}, "rig.backend=nccl: it needs a GPU"),
+    ],
 )
 def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -37,6 +48,30 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
             set_up(RigConfig("cuda"), processes - 1, processes)
     with pytest.raises(UserError, match=r"launch.processes=2: this machine has 1 GPU"):
         set_up(RigConfig("auto"), 0, 2)
+
+
+def test_nccl_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"rig.backend=nccl: this machine has no GPU"):
+        set_up(RigConfig(backend="nccl"), 0, 1)
+
+
+def test_over_gloo_ranks_share_a_gpu_and_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    for name, found in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "set_device": chosen.append,
+        "mem_get_info": lambda device: (600, 1000),
+        "get_per_process_memory_fraction": lambda device: 1.0,
+        "memory_reserved": lambda device: 0,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, found)
+    threads = torch.get_num_threads()
+    for local_rank in range(3):
+        set_up(RigConfig("cuda", threads, backend="gloo"), local_rank, 3)
+    assert [device.index for device in chosen] == [0, 1, 0]
+    assert [free_device_bytes(chosen[0], ranks) for ranks in (1, 2, 3, 4)] == [600, 600, 300, 300]
 
 
 def test_peak_memory_grows_with_what_is_touched() -> None:

@@ -4,6 +4,7 @@ import functools
 import random
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import tiny_strategy
@@ -12,9 +13,10 @@ from ranks import run_ranks
 from torch import Tensor
 
 from fttrain.schedule.stage_link import DOWN, UP, StageLink
+from fttrain.store import Traffic
 
 WIDTH = 6
-DTYPES = [torch.float32, torch.bfloat16]
+CASES = [(torch.float32, "gloo"), (torch.bfloat16, "gloo"), (torch.float32, "nccl")]
 ROWS = [random.Random(3).randint(1, 40) for _ in range(50)]
 
 
@@ -23,10 +25,14 @@ def message(number: int, step: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(ROWS[number], WIDTH, generator=generator).to(dtype)
 
 
-def talk(dtype: torch.dtype) -> dict[str, Any]:
-    """The first stage sends up and receives what comes down, a few behind; the last one answers."""
+def talk(dtype: torch.dtype, backend: str) -> dict[str, Any]:
+    """The first stage sends up and receives what comes down, a few behind; the last one answers.
+
+    ``backend="nccl"``: over a communicator for each direction, as between GPUs.
+    """
     group = tiny_strategy.this_group()
-    link, chance = StageLink(group, WIDTH, dtype), random.Random(group.rank)
+    with mock.patch.object(torch.distributed, "get_backend", return_value=backend):
+        link, chance = StageLink(group, WIDTH, dtype), random.Random(group.rank)
     found: list[Tensor] = []
     inbox = link.inbox(ROWS, DOWN if link.is_last else UP)
     ahead = 0 if link.is_last else 2
@@ -41,26 +47,28 @@ def talk(dtype: torch.dtype) -> dict[str, Any]:
             link.send(sent.t().contiguous().t(), UP)  # not contiguous
         if number >= ahead:
             found.append(inbox.next())
+    link.flush()
     return {
         "found": found,
-        "bytes": [link.flush(), link.flush()],
+        "bytes": [link.take_traffic().stage_bytes for _ in range(2)],
         "place": (link.is_first, link.is_last),
     }
 
 
 def talk_all() -> list[dict[str, Any]]:
-    return [talk(dtype) for dtype in DTYPES]
+    return [talk(*case) for case in CASES]
 
 
 @functools.cache
 def conversations() -> list[list[dict[str, Any]]]:
-    """Of each rank, one for each of ``DTYPES``."""
+    """Of each rank, one for each of ``CASES``."""
     return run_ranks(talk_all, 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_many_messages_cross_in_both_directions(dtype: torch.dtype) -> None:
-    first, last = (rank[DTYPES.index(dtype)] for rank in conversations())
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_many_messages_cross_in_both_directions(case: tuple[torch.dtype, str]) -> None:
+    first, last = (rank[CASES.index(case)] for rank in conversations())
+    dtype, _ = case
     assert (first["place"], last["place"]) == ((True, False), (False, True))
     for found, travelled in ((last["found"], UP), (first["found"], DOWN)):
         assert len(found) == len(ROWS)
@@ -71,8 +79,33 @@ def test_many_messages_cross_in_both_directions(dtype: torch.dtype) -> None:
         assert rank["bytes"] == [sum(ROWS) * WIDTH * dtype.itemsize, 0]
 
 
+LATE_S = 0.3
+
+
+def wait() -> float:
+    """Seconds for which this rank waited by its own account; the first one sends late."""
+    group = tiny_strategy.this_group()
+    link = StageLink(group, WIDTH, torch.float32)
+    group.barrier()
+    if link.is_first:
+        time.sleep(LATE_S)
+        link.send(torch.zeros(1, WIDTH), UP)
+    else:
+        link.receive(1, DOWN).tensor()
+    link.flush()
+    waited = [link.take_traffic().wait_s for _ in range(2)]
+    assert waited[1] == 0
+    return waited[0]
+
+
+def test_the_wait_for_another_stage_is_timed() -> None:
+    first, last = run_ranks(wait, 2)
+    assert first == 0
+    assert LATE_S / 2 < last < 100 * LATE_S
+
+
 def test_a_single_stage_is_first_and_last() -> None:
     link = StageLink(tiny_strategy.this_group(), WIDTH, torch.float32)
     assert link.is_first
     assert link.is_last
-    assert link.flush() == 0
+    assert link.take_traffic() == Traffic()

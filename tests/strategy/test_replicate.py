@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_strategy
 import torch
 from ranks import run_ranks
 from torch import Tensor
@@ -16,8 +17,6 @@ from fttrain.dist import Group
 from fttrain.model.lora import LoraConfig
 from fttrain.optim.factory import OptimConfig
 from fttrain.quant.scheme import QuantConfig
-from fttrain.schedule import ScheduleConfig
-from fttrain.schedule.layer_pass import Saving
 from fttrain.strategy.data_parallel import DataParallel
 from fttrain.strategy.protocol import StepStats
 
@@ -46,7 +45,7 @@ def strategy(
 ) -> DataParallel:
     decoder, store = tiny.build(tiny.model(), QuantConfig(), lora)
     group = Group(rank, world_size, rank, tiny.CPU)
-    return DataParallel(decoder, store, group, optim, ScheduleConfig("all"), Saving(), seed=7)
+    return tiny_strategy.data_parallel(decoder, store, group, optim)
 
 
 def micro_batches(

@@ -1,0 +1,154 @@
+"""What all native strategies share: the course of a step, of an evaluation and of an answer.
+
+A kind of strategy (``data_parallel``, ``pipeline_stage``) says who computes what in it.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from fttrain.data.batch import MicroBatch
+from fttrain.dist import Group
+from fttrain.model.decoder import Decoder
+from fttrain.model.linears import DropoutKey
+from fttrain.optim.factory import OptimConfig, Optimizer
+from fttrain.schedule import generate
+from fttrain.schedule.generate import Fresh, KeyValueCache
+from fttrain.schedule.layer_pass import Saving
+from fttrain.store import FrozenBase, Store, Traffic
+from fttrain.store.verify import VerifiedStore
+from fttrain.strategy import parts
+from fttrain.strategy.adapters import adapter_state, load_adapter_state, part_of
+from fttrain.strategy.ending import Ending
+from fttrain.strategy.gradients import GradientHome
+from fttrain.strategy.parts import Share
+from fttrain.strategy.protocol import Judge, StepStats
+from fttrain.strategy.recipe import Plan
+from fttrain.strategy.sync import GradientSync
+
+Dropout = Callable[[MicroBatch], DropoutKey | None]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The parts of one rank's strategy."""
+
+    decoder: Decoder
+    store: VerifiedStore
+    group: Group
+    optim: OptimConfig
+    saving: Saving
+    gradients: GradientHome
+    seed: int  # of the run
+    files: Sequence[str] = ()  # where each layer of the whole model lies on disk
+
+
+def join(
+    plan: Plan, base: FrozenBase, share: Share, store: Store, micro_batches: int, sync: GradientSync
+) -> Joined:
+    """Load the ends and make what surrounds ``store``. ``micro_batches``: kept for backward."""
+    built = parts.decoder(plan, base, share)
+    return Joined(
+        built,
+        parts.verified(plan, base, store, share.layers),
+        plan.group,
+        plan.recipe.optim,
+        parts.saving(plan, share, micro_batches),
+        parts.gradients(plan, built, sync),
+        plan.recipe.seed,
+        parts.files(base),
+    )
+
+
+class NativeStrategy(ABC):
+    """A strategy whose schedule calls the layers itself. Methods of ``Strategy`` are said there."""
+
+    def __init__(self, joined: Joined) -> None:
+        self.decoder = joined.decoder
+        self.pass_s = 0.0
+        self._store, self._group, self._saving = joined.store, joined.group, joined.saving
+        self._gradients, self._seed = joined.gradients, joined.seed
+        layers = self.decoder.layers
+        self._optimizer = Optimizer(self.decoder.parameters(), joined.optim, layers[0].index)
+        self._ending = Ending(
+            [layer.adapters for layer in layers],
+            self._optimizer,
+            joined.optim.max_grad_norm,
+            joined.store,
+            joined.files,
+            joined.group,
+        )
+
+    @abstractmethod
+    def _forward_backward(self, micro_batches: list[MicroBatch], dropout: Dropout) -> Tensor:
+        """Add a step's gradients; this rank's part of the loss sum, fp64."""
+
+    @abstractmethod
+    def _forward(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, int]:
+        """This rank's part of the loss sum, fp64, and the passes over the layers it took."""
+
+    @abstractmethod
+    def _next_tokens(self, cache: KeyValueCache, fresh: Fresh) -> list[int]:
+        """The most likely next token of each prompt, the same on every rank."""
+
+    def _counted(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """Those whose tokens this rank counts: over all ranks each one once."""
+        return micro_batches
+
+    def _of_all_layers(self, norms: Tensor) -> Tensor:
+        """Gradient norms fp32 (layers of this rank,) -> (layers of the whole model,)."""
+        return norms
+
+    def _take_traffic(self) -> Traffic:
+        """What this rank moved since the last call."""
+        return self._store.take_traffic()
+
+    def train_step(
+        self, micro_batches: list[MicroBatch], step: int, lr: float, accept: Judge
+    ) -> StepStats:
+        self._store.start_step(step)
+        self._gradients.start()
+        loss_sum = self._forward_backward(
+            micro_batches, lambda batch: DropoutKey(self._seed, step, batch.index)
+        )
+        norms, sync = self._gradients.finish()
+        totals, norms = self._totals(loss_sum, micro_batches), self._of_all_layers(norms)
+        stats = self._ending.finish(totals, norms, sync, lr, accept)
+        return replace(stats, traffic=self._take_traffic())
+
+    def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
+        started = time.perf_counter()
+        loss_sum, passes = self._forward(micro_batches)
+        loss, targets, _ = self._totals(loss_sum, micro_batches)
+        self.pass_s = (time.perf_counter() - started) / max(1, passes)
+        self._take_traffic()  # it belongs to no step
+        return loss, targets
+
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, stop: set[int]
+    ) -> list[list[int]]:
+        answers = generate.greedy(prompts, max_new_tokens, stop, self._next_tokens)
+        self._ending.check()
+        self._take_traffic()
+        return answers
+
+    def _totals(self, loss_sum: Tensor, micro_batches: list[MicroBatch]) -> tuple[float, int, int]:
+        counted = self._counted(micro_batches)
+        targets = sum(batch.valid_tokens for batch in counted)
+        tokens = sum(sum(batch.lengths) for batch in counted)
+        return self._ending.totals(loss_sum, targets, tokens)
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        return adapter_state(self.decoder)
+
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        load_adapter_state(self.decoder, part_of(state, self.decoder))
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        return self._optimizer.state()
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        self._optimizer.restore(state)
