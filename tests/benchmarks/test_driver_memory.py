@@ -1,4 +1,4 @@
-"""Card memory as the driver counts it: the peak while a block runs, and nothing where it is mute."""
+"""Card memory as the driver counts it: the peak while a block runs; nothing where it is mute."""
 
 import importlib
 import os
