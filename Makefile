@@ -50,7 +50,7 @@ format: setup ## put the code into the format that lint asks for
 bench: setup ## run the benchmarks; figures go to outputs/bench/*.json
 	@mkdir -p outputs/bench
 	@found=0; for script in benchmarks/*.py; do \
-	  case "$$script" in *'*'*|*/gpu_*|*/common.py) continue;; esac; \
+	  case "$$script" in *'*'*|*/gpu_*|*/fit70b.py|*/common.py) continue;; esac; \
 	  found=1; echo "== $$script"; \
 	  $(BIN)/python "$$script" --json "outputs/bench/$$(basename "$$script" .py).json" || exit 1; \
 	done; test $$found = 1 || { echo "no benchmarks in benchmarks/"; exit 1; }
@@ -63,6 +63,8 @@ gpu-check: setup ## run the tests and benchmarks that need a GPU; fails, and say
 	@mkdir -p outputs/bench
 	@for script in benchmarks/gpu_*.py; do test -e "$$script" || continue; echo "== $$script"; \
 	  $(BIN)/python "$$script" --json "outputs/bench/$$(basename "$$script" .py).json" || exit 1; done
+	@echo "== benchmarks/fit70b.py"; \
+	  $(BIN)/python benchmarks/fit70b.py --longest --json outputs/bench/fit70b.json
 
 clean: ## delete .venv, caches and built files (outputs/ stays)
 	rm -rf $(VENV) dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

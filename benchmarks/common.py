@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fttrain.launch import PARENT_PID, die_with_parent, free_port, supervise
-from fttrain.units import gib
+from fttrain.units import duration, gib
 
 STACK = ("torch", "transformers", "bitsandbytes")  # what every side needs: not held against any
 VERSIONS = (*STACK, "peft", "fttrain")
@@ -66,6 +67,19 @@ class HostMemory:
     def recent_peak_bytes(self) -> int:
         """The most since ``restart_peak``, above the interpreter."""
         return self._high_water_bytes() - self.interpreter_bytes
+
+    @staticmethod
+    def shared_bytes() -> dict[str, int]:
+        """What of this process's memory is the machine's one host copy of something, by its name
+        (``store/hostpool.py``): the same pages in every rank that maps it.
+        """
+        # A mapping's first line says what it maps, below it is `Rss: N kB`; page-locking splits it.
+        smaps = Path("/proc/self/smaps").read_text()
+        found = re.findall(r"/memfd:fttrain (.*) \(deleted\)\n(?:.*\n)*?Rss: +(\d+) kB", smaps)
+        sizes: dict[str, int] = {}
+        for name, kilobytes in found:
+            sizes[name] = sizes.get(name, 0) + int(kilobytes) * 1024
+        return sizes
 
     @staticmethod
     def _high_water_bytes() -> int:
@@ -195,6 +209,21 @@ def show(
         f"start; Python {environment['python']}, {versions}",
         highlight=False,
     )
+
+
+def show_goals(reached: Iterable[dict[str, Any]]) -> None:
+    """Print what was aimed at and what came out: ``goal``, ``values`` by side, ``met`` or None."""
+    for goal in reached:
+        values = ", ".join(f"{side} {value:.3f}" for side, value in goal["values"].items())
+        met = {True: "met", False: "missed", None: "not measured"}[goal["met"]]
+        print(f"{met}: {goal['goal']}{': ' if values else ''}{values}")
+
+
+def say(started_s: float, text: str) -> None:
+    """Print a line of progress. ``started_s``: when the benchmark began, as ``time.time`` has it:
+    ranks, which begin later, take it from their job.
+    """
+    print(f"[{duration(time.time() - started_s)}] {text}", flush=True)
 
 
 def write_json(path: str | None, figures: dict[str, Any]) -> None:

@@ -217,10 +217,7 @@ def _show(
         "`to replicate`: median over turns"
     )
     common.show(title, columns, rows, environment)
-    for goal in reached:
-        values = ", ".join(f"{side} {value:.3f}" for side, value in goal["values"].items())
-        met = {True: "met", False: "missed", None: "not measured"}[goal["met"]]
-        print(f"{met}: {goal['goal']}{': ' if values else ''}{values}")
+    common.show_goals(reached)
 
 
 def _arguments() -> argparse.Namespace:

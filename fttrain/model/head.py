@@ -67,7 +67,7 @@ class Head:
         self.eps = eps
         self.logit_scale = logit_scale
         self.streamed = streamed
-        self._lane = copy_lane(norm.device) if streamed else None
+        self._lane = copy_lane(norm.device, timed=True) if streamed else None
         self._h2d_bytes = 0
         # One chunk's logits (m, V) in the compute dtype and probabilities fp32 (m, V). They are the
         # largest tensors of a step: making them anew each time pages in and scatters memory.

@@ -1,0 +1,138 @@
+"""What ``fit70b.py`` says of its results: the table and the goals."""
+
+from typing import Any
+
+import common
+from harness.fit_rank import CONTEXT_GIB
+
+GIB = 2**30
+GOAL = {"shape": "llama3_70b", "device": "cuda", "seq_len": 2048}  # for which goals are set
+CARD_GIB = 23.4  # of 24 GB, what a driver leaves
+STREAM_GIB = 8
+COLUMNS = (
+    "strategy",
+    "fits",
+    "peak GiB allocator",
+    "GiB NVML",
+    "GiB NVML, whole card",
+    "host GiB, all",
+    "tokens/s",
+    "s a step",
+    "s waited",
+    "GB moved a step",
+    "longest T",
+)
+
+
+def show(
+    results: list[dict[str, Any]], settings: dict[str, Any], environment: dict[str, Any]
+) -> None:
+    """Print the table, and below it why rows are empty."""
+    ranks = [rank for result in results for rank in result["ranks"]]
+    shared = any(rank["shared_device"] for rank in ranks)
+    names = ", ".join(sorted({rank["device_name"] for rank in ranks})) or settings["device"]
+    title = (
+        f"{settings['shape']} on {settings['ranks']} x {names}, capped at "
+        f"{settings['cap_gib']} GiB a rank: T={settings['seq_len']}, {settings['steps']} steps, of "
+        "which the first is left out of the times; the higher of the ranks' figures; host memory "
+        "over all ranks, what they share once"
+    )
+    columns = list(COLUMNS)
+    if shared:
+        columns[columns.index("s waited")] = "s waited, not representative"
+        title += (
+            ".\nTHE RANKS SHARE A CARD: NCCL over its socket transport, computing in turns. Memory "
+            "is what it would be; waits, steps and tokens/s are not representative"
+        )
+    common.show(title, columns, map(row, results), environment)
+    for result in results:
+        if result["reason"]:
+            print(f"{result['outcome']}: {result['side']}: {result['reason']}")
+
+
+def row(result: dict[str, Any]) -> list[str]:
+    """The cells of a side."""
+    ranks = result["ranks"]
+    if not ranks:
+        topic = result["reason"].split(":")[0]
+        outcome = f"refused: {topic}" if result["outcome"] == "refused" else result["outcome"]
+        return [result["side"], outcome, *["-"] * (len(COLUMNS) - 2)]
+    timed = [rank["steps"][1:] or rank["steps"] for rank in ranks]
+    step_s = max(sum(step["step_s"] for step in steps) / len(steps) for steps in timed)
+    wait_s = max(sum(step["wait_s"] for step in steps) / len(steps) for steps in timed)
+    last = [steps[-1] for steps in timed]
+    moved = max(s["gather_bytes"] + s["h2d_bytes"] + s["stage_bytes"] for s in last)
+    return [
+        result["side"],
+        "yes",
+        _gib(_highest(ranks, "reserved_bytes")),
+        _gib(_highest(ranks, "nvml_bytes")),
+        _gib(_highest(ranks, "nvml_card_bytes")),
+        _gib(host_bytes(ranks)),
+        f"{last[0]['tokens'] / step_s:.0f}",
+        f"{step_s:.2f}",
+        f"{wait_s:.2f}",
+        f"{moved / 1e9:.2f}",
+        str(longest(result)) if "tries" in result else "-",
+    ]
+
+
+def host_bytes(ranks: list[dict[str, Any]]) -> int:
+    """Of all ranks together: what each has for itself, and once what several map."""
+    shared: dict[str, int] = {}
+    own = 0
+    for rank in ranks:
+        own += rank["peak_host_bytes"] - sum(rank["shared_host_bytes"].values())
+        for name, size_bytes in rank["shared_host_bytes"].items():
+            shared[name] = max(shared.get(name, 0), size_bytes)
+    return own + sum(shared.values())
+
+
+def longest(result: dict[str, Any]) -> int:
+    """The longest row that a step was seen to fit with."""
+    fitted = [run["seq_len"] for run in (result, *result["tries"]) if run["outcome"] == "fits"]
+    return int(max(fitted))
+
+
+def goals(
+    results: list[dict[str, Any]], settings: dict[str, Any], names: list[str]
+) -> list[dict[str, Any]]:
+    """What was aimed at with the sides ``names``, and what came out; None where this run does not
+    say.
+    """
+    if any(settings[name] != value for name, value in GOAL.items()):
+        results = []
+    of_side = {name: [r for r in results if r["name"] == name] for name in names}
+    fits = f"T={GOAL['seq_len']} fits in {CARD_GIB} GiB of each card"
+    return [
+        *(_goal(f"{name}: {fits}", own, CARD_GIB) for name, own in of_side.items()),
+        _goal(f"stream k=0: {STREAM_GIB} GiB or less", of_side["stream k=0"], STREAM_GIB),
+    ]
+
+
+def _goal(what: str, results: list[dict[str, Any]], most_gib: float) -> dict[str, Any]:
+    """At every accumulation. Values: GiB of a card, with what lies outside torch's allocator."""
+    values = {r["side"]: _card_gib(r["ranks"]) for r in results if r["ranks"]}
+    does_not_fit = any(r["outcome"] in ("refused", "out of memory") for r in results)
+    met: bool | None = None
+    if does_not_fit or any(value > most_gib for value in values.values()):
+        met = False
+    elif results and len(values) == len(results):
+        met = True
+    return {"goal": what, "values": values, "met": met}
+
+
+def _card_gib(ranks: list[dict[str, Any]]) -> float:
+    nvml_bytes = _highest(ranks, "nvml_bytes")
+    if nvml_bytes is not None:
+        return nvml_bytes / GIB
+    return (_highest(ranks, "reserved_bytes") or 0) / GIB + CONTEXT_GIB
+
+
+def _highest(ranks: list[dict[str, Any]], name: str) -> int | None:
+    values = [rank[name] for rank in ranks if rank[name] is not None]
+    return max(values, default=None)
+
+
+def _gib(size_bytes: int | None) -> str:
+    return "-" if size_bytes is None else f"{size_bytes / GIB:.2f}"

@@ -1,0 +1,99 @@
+"""What a rank of ``fit70b.py`` trains: a strategy on random bytes, for some optimizer steps."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from harness.random_base import RandomBase
+from transformers import LlamaConfig
+
+from fttrain.checkpoint.frozen_cache import FrozenConfig
+from fttrain.data.batch import MicroBatch, collate
+from fttrain.dist import Group
+from fttrain.model.decoder import Architecture
+from fttrain.model.lora import LoraConfig
+from fttrain.optim.factory import OptimConfig
+from fttrain.quant.scheme import QuantConfig
+from fttrain.schedule import ScheduleConfig
+from fttrain.strategy.build import Blueprint
+from fttrain.strategy.protocol import SCHEDULES, StepStats, Strategy, StrategyConfig
+from fttrain.strategy.recipe import Placement, Recipe, StepSize
+
+Say = Callable[[str], None]
+TOLD_LAYERS = 20  # layers between two lines of progress
+
+
+def build(job: dict[str, Any], group: Group, say: Say) -> Strategy:
+    """The job's strategy, adapters at their start.
+
+    Raises UserError for a machine that is too small.
+    """
+    recipe = _recipe(job)
+    # Where a row is longer than the model was made for, only the rotary angles are extrapolated.
+    architecture = Architecture(LlamaConfig(**job["shape"], max_position_embeddings=1 << 20))
+    frozen_format = architecture.frozen_format(recipe.quant, torch.bfloat16)
+    blueprint = Blueprint(recipe, architecture, frozen_format, group)
+
+    def progress(done: int, total: int) -> None:
+        if done % TOLD_LAYERS == 0 or done == total:
+            say(f"loaded {done} of {total} layers")
+
+    return blueprint.build(RandomBase(architecture.layers, frozen_format), progress)
+
+
+def _recipe(job: dict[str, Any]) -> Recipe:
+    """What is not frozen layers is where 24 GB need it to be."""
+    strategy = StrategyConfig(**job["strategy"])
+    return Recipe(
+        strategy,
+        QuantConfig(),
+        LoraConfig(r=16),
+        OptimConfig(offload=True),
+        ScheduleConfig(kind=SCHEDULES[strategy.name]),
+        Placement("recompute", boundaries="host", embedding="host", head="streamed"),
+        FrozenConfig(),
+        StepSize(1, job["seq_len"], job["accumulation"]),
+        "bfloat16",
+        seed=0,
+    )
+
+
+def train(job: dict[str, Any], group: Group, trained: Strategy, say: Say) -> list[dict[str, Any]]:
+    """The figures of each step."""
+    batches = _batches(job, *trained.data_parallel)
+    steps = []
+    for number in range(job["steps"]):
+        group.barrier()
+        started = time.perf_counter()
+        stats = trained.train_step(batches, number, 1e-4, lambda loss, norm: True)
+        if group.device.type == "cuda":
+            torch.cuda.synchronize()
+        step_s = time.perf_counter() - started
+        say(f"step {number + 1} of {job['steps']}: {step_s:.1f} s, loss {stats.loss:.3f}")
+        steps.append({"step_s": step_s, **_figures(stats)})
+    return steps
+
+
+def _batches(job: dict[str, Any], place: int, places: int) -> list[MicroBatch]:
+    """This rank's micro-batches, a document each; over all ranks the same under any strategy."""
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = job["shape"]["vocab_size"]
+    batches = []
+    for index in range(job["accumulation"] * job["ranks"]):
+        ids = torch.randint(vocabulary, (job["seq_len"],), generator=generator).tolist()
+        if index % places == place:
+            batches.append(collate([(ids, ids)], index))
+    return batches
+
+
+def _figures(stats: StepStats) -> dict[str, Any]:
+    return {
+        "loss": stats.loss,
+        "tokens": stats.tokens,
+        "wait_s": stats.traffic.wait_s,
+        "gather_bytes": stats.traffic.gather_bytes,
+        "h2d_bytes": stats.traffic.h2d_bytes,
+        "stage_bytes": stats.stage_bytes,
+        "sync_bytes": stats.sync.sync_bytes,
+    }
