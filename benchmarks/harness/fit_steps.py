@@ -94,6 +94,6 @@ def _figures(stats: StepStats) -> dict[str, Any]:
         "wait_s": stats.traffic.wait_s,
         "gather_bytes": stats.traffic.gather_bytes,
         "h2d_bytes": stats.traffic.h2d_bytes,
-        "stage_bytes": stats.stage_bytes,
+        "stage_bytes": stats.traffic.stage_bytes,
         "sync_bytes": stats.sync.sync_bytes,
     }
