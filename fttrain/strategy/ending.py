@@ -64,7 +64,9 @@ class Ending:
         """
         loss, targets, tokens = totals
         scale = 1 / max(1, targets)
-        norm = float(torch.linalg.vector_norm(norms)) * scale
+        # Rank 0's for all: cards of two models may differ in its last bit, and ranks that clip or
+        # judge differently drift apart.
+        norm = float(self._group.broadcast(torch.linalg.vector_norm(norms))) * scale
         # A step without any target has no loss to judge, and nothing to learn from. A gradient that
         # is not finite would destroy the adapter, whatever the judge thinks of it.
         updated = targets > 0 and accept(loss * scale, norm) and math.isfinite(norm)
