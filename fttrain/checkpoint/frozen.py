@@ -1,6 +1,7 @@
 """Checkpoint -> frozen base: one layer at a time, quantised into its flat buffer.
 
-Host memory while loading: one unquantised layer at most, beside what is kept.
+Host memory while loading: the layer as it is stored (pages of its file, which the system may take
+back), one of its tensors in the compute dtype, the layer in 4 bits, and about 64 MiB.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 A file counts once its record lies beside it (written after the file is durable), the cache once its
 manifest is there. So a build that is killed is continued by the next one, and never taken for
-whole. Peak host memory of a rank: one unquantised layer, or the embedding.
+whole. Host memory of a rank: as ``frozen`` says of a layer, or the embedding.
 """
 
 import contextlib

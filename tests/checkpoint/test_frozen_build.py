@@ -29,6 +29,7 @@ from fttrain.errors import UserError
 from fttrain.quant.checksum import checksum
 from fttrain.quant.scheme import QuantConfig
 from fttrain.strategy.build import frozen_base
+from fttrain.units import MIB
 
 
 @pytest.fixture
@@ -225,12 +226,12 @@ def grown_bytes(model: Path, root: Path) -> int:
 
 def test_no_more_than_a_layer_is_in_memory(tmp_path: Path) -> None:
     tiny_files.save(tiny.model(), tmp_path / "small")
-    source = tiny.model(hidden_size=512, intermediate_size=2048, num_hidden_layers=16)
+    source = tiny.model(hidden_size=1024, intermediate_size=4096, num_hidden_layers=6)
     tiny_files.save(source, tmp_path / "large")
-    layer_bytes = sum(p.nbytes for n, p in source.named_parameters() if ".layers.0." in n)
+    tensor_bytes = [p.nbytes for n, p in source.named_parameters() if ".layers.0." in n]
     (grown,) = run_ranks(grown_bytes, 1, tmp_path / "large", tmp_path)
-    # its tensors as they are read, one of them in the compute dtype, and the quantised copies
-    assert grown < 5 * layer_bytes
+    # a layer as it is stored, one tensor in the compute dtype, the layer in 4 bits, and slack
+    assert grown < sum(tensor_bytes) + max(tensor_bytes) + sum(tensor_bytes) // 7 + 64 * MIB
 
 
 def test_the_command_makes_and_verifies(
