@@ -91,11 +91,14 @@ def test_a_disk_that_fills_up_is_one_line_and_the_build_goes_on(
 def test_a_full_disk_while_verifying_leaves_the_cache_whole(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digest, sync = build(model, tmp_path).digest, durable.sync
+    digest, write = build(model, tmp_path).digest, durable.write_bytes
+
+    def half(path: Path, data: bytes) -> None:
+        write(path, data[: len(data) // 2])
+        full(path)
+
     with monkeypatch.context() as patched:
-        patched.setattr(
-            durable, "sync", lambda path: full(path) if path.name == "manifest.json" else sync(path)
-        )
+        patched.setattr(durable, "write_bytes", half)
         with pytest.raises(UserError, match="No space left"):
             build(model, tmp_path, verify=True)
     made: list[int] = []
