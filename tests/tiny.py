@@ -23,7 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fttrain.checkpoint.frozen import is_tied, load_end, load_layer
+from fttrain.checkpoint.frozen import load_end, load_layer
 from fttrain.checkpoint.readers import Reader
 from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.errors import UserError
@@ -117,12 +117,9 @@ def load_ends(
     embedding, norm = (
         load_end(reader, architecture, end).to(device, dtype) for end in ("embedding", "final_norm")
     )
-    tied = is_tied(reader, architecture)
-    return (
-        embedding,
-        norm,
-        embedding if tied else load_end(reader, architecture, "head").to(device, dtype),
-    )
+    if architecture.tied:
+        return embedding, norm, embedding
+    return embedding, norm, load_end(reader, architecture, "head").to(device, dtype)
 
 
 def load_layers(

@@ -111,7 +111,6 @@ def _fill_cache(job: dict[str, Any], config: Any) -> None:
     import torch
 
     from fttrain.checkpoint.frozen_build import open_or_build
-    from fttrain.checkpoint.frozen_cache import FrozenConfig
     from fttrain.checkpoint.source import ModelConfig, resolve
     from fttrain.dist import Group
     from fttrain.strategy.build import frozen_base
@@ -119,7 +118,7 @@ def _fill_cache(job: dict[str, Any], config: Any) -> None:
     source = resolve(ModelConfig("benchmark", job["model"]))
     base = frozen_base(source, config.quant, config.model.dtype)
     alone = Group(0, 1, 0, torch.device("cpu"))
-    open_or_build(base, FrozenConfig(job["cache_dir"]), alone, lambda done, total: None)
+    open_or_build(base, job["cache_dir"], alone, lambda done, total: None)
 
 
 def _steps(rows: Any, job: dict[str, Any], count: int) -> list[Any]:

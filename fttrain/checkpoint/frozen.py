@@ -1,9 +1,11 @@
 """Checkpoint -> frozen base: one layer at a time, quantised into its flat buffer.
 
-Host memory while loading: one unquantised layer at most, beside what is kept.
+Host memory while loading: the layer as it is stored (pages of its file, which the system may take
+back), one of its tensors in the compute dtype, the layer in 4 bits, and about 64 MiB.
 """
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -34,9 +36,13 @@ def load_end(reader: Reader, architecture: Architecture, end: str) -> Tensor:
     return _checked(reader.tensor(name), name, shape[1:] if end == "final_norm" else shape)
 
 
-def is_tied(reader: Reader, architecture: Architecture) -> bool:
-    """Whether the head is the embedding."""
-    return architecture.tied or not reader.has(ENDS["head"])
+def check_head(reader: Reader, architecture: Architecture, checkpoint: str) -> None:
+    """Refuse a checkpoint that lacks the head which its configuration speaks of."""
+    if not architecture.tied and not reader.has(ENDS["head"]):
+        raise UserError(
+            f"{checkpoint}: tensor {ENDS['head']} is missing, and config.json says that it is not "
+            "the embedding (tie_word_embeddings=false); take a whole checkpoint"
+        )
 
 
 def load_layer(
@@ -112,32 +118,57 @@ def _prequantised(
     reader: Reader, name: str, shape: tuple[int, int], quant: QuantConfig, device: torch.device
 ) -> QuantisedWeight:
     """A weight that bitsandbytes quantised earlier: its bytes are taken as they are."""
-    state_name = f"{name}.quant_state.bitsandbytes__{quant.kind}"
-    state = json.loads(bytes(reader.tensor(state_name).tolist()))
-    if tuple(state["shape"]) != shape:
-        raise UserError(
-            f"{name}: shape {tuple(state['shape'])} in the checkpoint, {shape} expected"
-        )
+    state = _quant_state(reader, f"{name}.quant_state.bitsandbytes__{quant.kind}", quant)
+    if state["shape"] != shape:
+        raise UserError(f"{name}: shape {state['shape']} in the checkpoint, {shape} expected")
     if state["blocksize"] != quant.blocksize:
         raise UserError(
             f"{name}: quantised with quant.blocksize={state['blocksize']}, not {quant.blocksize}"
         )
-    packed = reader.tensor(name).view(-1).to(device)
-    absmax = reader.tensor(f"{name}.absmax").to(device)
+    if shape[1] % quant.blocksize:  # bitsandbytes' CPU kernel dequantises such shapes wrongly
+        raise UserError(
+            f"{name}: quantised in blocks of {quant.blocksize} that do not divide its rows of "
+            f"{shape[1]}; take the checkpoint that is not quantised"
+        )
+    weights, scales = math.prod(shape), math.prod(shape) // quant.blocksize
+    # The codes are the same bytes under any dtype (bitsandbytes' quant_storage).
+    packed = reader.tensor(name).reshape(-1).view(torch.uint8)
+    packed = _checked(packed, name, (weights // 2,)).to(device)
     if not quant.double_quant:
-        return QuantisedWeight(packed, absmax, None, None)
-    code = reader.tensor(f"{name}.nested_quant_map")
-    if state["nested_blocksize"] != NESTED_BLOCKSIZE or not torch.equal(
-        code, dynamic_code(code.device)
-    ):
+        absmax = _stored(reader, f"{name}.absmax", scales, torch.float32)
+        return QuantisedWeight(packed, absmax.to(device), None, None)
+    absmax = _stored(reader, f"{name}.absmax", scales, torch.uint8)
+    nested_scales = -(-scales // NESTED_BLOCKSIZE)
+    nested = _stored(reader, f"{name}.nested_absmax", nested_scales, torch.float32)
+    code = _stored(reader, f"{name}.nested_quant_map", 256, torch.float32)
+    own = torch.equal(code, dynamic_code(code.device))
+    if not own or state["nested_blocksize"] != NESTED_BLOCKSIZE:
         raise UserError(
             f"{name}: its scales are quantised with a code or block size other than bitsandbytes' "
             "own"
         )
     offset = torch.tensor([state["nested_offset"]], dtype=torch.float32)
-    return QuantisedWeight(
-        packed, absmax, reader.tensor(f"{name}.nested_absmax").to(device), offset
-    )
+    return QuantisedWeight(packed, absmax.to(device), nested.to(device), offset)
+
+
+def _quant_state(reader: Reader, name: str, quant: QuantConfig) -> dict[str, Any]:
+    """What bitsandbytes says of a weight that it quantised: JSON, as the bytes of a tensor."""
+    try:
+        stored = json.loads(bytes(reader.tensor(name).tolist()))
+        state = {"shape": tuple(stored["shape"]), "blocksize": stored["blocksize"]}
+        if quant.double_quant:
+            state["nested_blocksize"] = stored["nested_blocksize"]
+            state["nested_offset"] = float(stored["nested_offset"])
+        return state
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{name}: not what bitsandbytes writes ({error!r})") from error
+
+
+def _stored(reader: Reader, name: str, length: int, dtype: torch.dtype) -> Tensor:
+    tensor = reader.tensor(name)
+    if tensor.dtype != dtype:
+        raise UserError(f"{name}: {tensor.dtype} in the checkpoint, {dtype} expected")
+    return _checked(tensor, name, (length,))
 
 
 def _checked(tensor: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:

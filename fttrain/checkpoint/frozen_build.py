@@ -2,7 +2,7 @@
 
 A file counts once its record lies beside it (written after the file is durable), the cache once its
 manifest is there. So a build that is killed is continued by the next one, and never taken for
-whole. Peak host memory of a rank: one unquantised layer, or the embedding.
+whole. Host memory of a rank: as ``frozen`` says of a layer, or the embedding.
 """
 
 import contextlib
@@ -10,23 +10,24 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fttrain.checkpoint import durable
-from fttrain.checkpoint.fingerprint import fingerprint
-from fttrain.checkpoint.frozen import ENDS, is_tied, load_end, load_layer
+from fttrain.checkpoint.base import Base
+from fttrain.checkpoint.frozen import ENDS, check_head, load_end, load_layer
 from fttrain.checkpoint.frozen_cache import (
     FORM,
+    HELP,
     FrozenCache,
-    FrozenConfig,
     Record,
     file_of,
     has_size,
@@ -34,61 +35,41 @@ from fttrain.checkpoint.frozen_cache import (
     read_records,
 )
 from fttrain.checkpoint.hub import HubFiles
-from fttrain.checkpoint.readers import Reader, SafetensorsReader, open_checkpoint
-from fttrain.checkpoint.source import Source
-from fttrain.data.cache import cache_root
+from fttrain.checkpoint.readers import (
+    SINGLE,
+    Reader,
+    SafetensorsReader,
+    open_checkpoint,
+    read_index,
+)
 from fttrain.dist import Group
 from fttrain.errors import UserError
-from fttrain.model.decoder import Architecture
 from fttrain.quant.checksum import checksum
-from fttrain.quant.frozen_layer import FrozenFormat
-from fttrain.units import GIB
+from fttrain.store.filling import Progress
 
-Progress = Callable[[int, int], None]  # (done, total) files
-HELP = "free some space, or set frozen.cache_dir to a folder with room that you may write to"
-HUB_FILES_BYTES = 10 * GIB  # two shards of the usual size: a layer may lie in both
 POLL_S = 1.0
 
 
-@dataclass(frozen=True)
-class Base:
-    """Which frozen base is wanted, of which checkpoint."""
-
-    source: Source
-    architecture: Architecture
-    frozen_format: FrozenFormat
-
-    def folder(self, config: FrozenConfig) -> Path:
-        """Where its cache is: named by all that its bytes depend on."""
-        quant, dtype = self.frozen_format.quant, self.frozen_format.dtype
-        layout = {name: asdict(slot) for name, slot in self.frozen_format.layout.slots.items()}
-        meaning = {
-            **FORM,
-            "source": fingerprint(self.source),
-            "quant": [quant.kind, quant.blocksize, quant.double_quant],
-            "dtype": str(dtype),
-            "layout": layout,
-        }
-        key = hashlib.sha256(json.dumps(meaning, default=str).encode()).hexdigest()[:16]
-        name = self.source.gguf_file or self.source.name.rpartition("/")[2]
-        readable = re.sub(r"[^\w.-]+", "-", name.lower().removesuffix(".gguf"))[:60]
-        return cache_root(config.cache_dir) / "frozen" / f"{readable}-{quant.kind}-{key}"
-
-
 def open_or_build(
-    base: Base, config: FrozenConfig, group: Group, progress: Progress, verify: bool = False
+    base: Base, cache_dir: str | None, group: Group, progress: Progress, verify: bool = False
 ) -> FrozenCache:
     """The cache of ``base``, whole; what is missing of it is made. Every rank calls it.
 
-    ``verify``: compare every file with its SHA-256 first; damaged ones are made again. Raises
-    UserError, on all ranks, for a checkpoint that cannot be used and a disk that is too small.
+    ``cache_dir``: as ``frozen.cache_dir``. ``progress`` counts files. ``verify``: compare every
+    file with its SHA-256 first; damaged ones are made again. Raises UserError, on all ranks, for a
+    checkpoint that cannot be used, a disk that is too small, and a cache of another base.
     """
-    folder = base.folder(config)
-    if not verify and group.all(not group.is_main or _is_whole(folder)):
-        return FrozenCache(folder, read_records(folder))
-    with _alone(folder, group):
-        _Build(base, folder, group).run(progress, verify)
-    return FrozenCache(folder, read_records(folder))
+    folder, whole, problem = base.folder(cache_dir), True, ""
+    if group.is_main:
+        try:
+            whole = _is_whole(folder, base.meaning)
+        except UserError as error:
+            problem = str(error)
+    group.refuse_together(problem)
+    if verify or not group.all(whole):
+        with _alone(folder, group):
+            _Build(base, folder, group).run(progress, verify)
+    return FrozenCache(folder, read_records(folder, base.meaning))
 
 
 class _Build:
@@ -104,35 +85,41 @@ class _Build:
 
     def run(self, progress: Progress, verify: bool) -> None:
         damaged = self._damaged() if verify else set()
-        problem, names = "", []
-        try:
-            reader = self._open()
-            names = self._names(reader)
-            missing = [name for name in names if name in damaged or not self._has(name)]
-            if self._group.is_main:
-                self._check_room(missing)
-        except UserError as error:
-            problem, missing = str(error), []
-        self._group.refuse_together(problem)
-        ranks = self._group.world_size
+        names = self._names()
+        missing = [name for name in names if name in damaged or not self._has(name)]
+        if missing:
+            self._make_all(missing, progress)
+        self._main_does(lambda: self._seal(names))
+
+    def _make_all(self, missing: list[str], progress: Progress) -> None:
+        self._main_does(lambda: self._check_room(missing))
+        reader, ranks = self._open(), self._group.world_size
         for begin in range(0, len(missing), ranks):
             own = missing[begin + self._group.rank :][:1]
-            self._group.refuse_together(self._try_make(reader, own))
+            self._group.refuse_together(_problem(partial(self._make, reader, own)))
             progress(min(begin + ranks, len(missing)), len(missing))
             if self._group.is_main:
                 self._drop_files(reader, missing[begin + ranks :])
-        if self._group.is_main:
-            self._seal(names)
-        self._group.barrier()
+
+    def _main_does(self, work: Callable[[], None]) -> None:
+        """Rank 0 works, the others wait and share its UserError."""
+        self._group.refuse_together(_problem(work) if self._group.is_main else "")
 
     def _open(self) -> Reader:
-        fetch = None if self._hub is None else self._hub.fetch
-        return open_checkpoint(self._base.source, self._base.architecture.config, fetch)
+        """The checkpoint; of a hub id without an index this is where the weights come in."""
+        problem, fetch = "", None if self._hub is None else self._hub.fetch
+        try:
+            reader = open_checkpoint(self._base.source, self._base.architecture.config, fetch)
+            check_head(reader, self._base.architecture, self._base.source.name)
+        except UserError as error:
+            problem = str(error)
+        self._group.refuse_together(problem)
+        return reader
 
-    def _names(self, reader: Reader) -> list[str]:
+    def _names(self) -> list[str]:
         """All files, in the order in which checkpoints have them."""
         layers = [layer_name(layer) for layer in range(self._base.architecture.layers)]
-        head = [] if is_tied(reader, self._base.architecture) else ["head"]
+        head = [] if self._base.architecture.tied else ["head"]
         return ["embedding", *layers, "final_norm", *head]
 
     def _has(self, name: str) -> bool:
@@ -145,17 +132,20 @@ class _Build:
 
         Raises ValueError where there is none that is whole.
         """
+        form = {**FORM, **self._base.meaning}
         with contextlib.suppress(ValueError):
-            return Record.read(durable.read_sealed(self._folder / f"{name}.json", FORM)["file"])
-        return read_records(self._folder)[name]
+            return Record.read(durable.read_sealed(self._folder / f"{name}.json", form)["file"])
+        return read_records(self._folder, self._base.meaning)[name]
 
     def _damaged(self) -> set[str]:
-        """Files whose SHA-256 is not their record's; each rank reads a part of them."""
+        """Files whose SHA-256 is not their record's, or which the disk does not deliver; each rank
+        reads a part of them.
+        """
         mine: list[str] = []
         files = sorted(self._folder.glob("*.bin"))
         for file in files[self._group.rank :: self._group.world_size]:
-            with contextlib.suppress(ValueError, KeyError):
-                if durable.sha256(file) != self._record(file.stem).sha256:
+            with contextlib.suppress(ValueError, KeyError):  # one without a record is missing
+                if _sha256(file) != self._record(file.stem).sha256:
                     mine.append(file.stem)
         ranks = range(self._group.world_size)
         found = [json.loads(self._group.share(json.dumps(mine), rank)) for rank in ranks]
@@ -163,8 +153,10 @@ class _Build:
 
     def _check_room(self, missing: list[str]) -> None:
         needed = sum(self._size_bytes(name) for name in missing)
-        if self._hub is not None and missing:
-            needed += HUB_FILES_BYTES
+        if self._hub is not None:
+            # The layers of a round are neighbours: they lie in one file more than there are ranks.
+            weights = set(read_index(self._base.source.folder).values()) or {SINGLE}
+            needed += self._hub.needed_bytes(weights, self._group.world_size + 1)
         with durable.room_for(self._folder, needed, f"frozen cache {self._folder}", HELP):
             pass
 
@@ -175,16 +167,13 @@ class _Build:
         rows = 1 if name == "final_norm" else architecture.config.vocab_size
         return rows * architecture.hidden * frozen_format.dtype.itemsize
 
-    def _try_make(self, reader: Reader, names: list[str]) -> str:
-        """Make this rank's file of a round; what prevented it, or nothing."""
+    def _make(self, reader: Reader, names: list[str]) -> None:
+        """This rank's file of a round, if any."""
         try:
             for name in names:
                 self._write(name, self._content(reader, name))
-        except UserError as error:
-            return str(error)
         finally:
             reader.rest()
-        return ""
 
     def _content(self, reader: Reader, name: str) -> Tensor:
         """uint8 (n,) in host memory."""
@@ -206,7 +195,12 @@ class _Build:
 
         with durable.room_for(self._folder, len(data), f"frozen cache {self._folder}", HELP):
             durable.replace(file_of(self._folder, name), write)
-            durable.write_sealed(self._folder / f"{name}.json", {**FORM, "file": asdict(record)})
+            self._write_sealed(f"{name}.json", {"file": asdict(record)})
+
+    def _write_sealed(self, name: str, body: dict[str, Any]) -> None:
+        """At once: a whole manifest is never given up for a part of one."""
+        meant = {**FORM, **self._base.meaning, **body}
+        durable.replace(self._folder / name, lambda path: durable.write_sealed(path, meant))
 
     def _drop_files(self, reader: Reader, still_missing: list[str]) -> None:
         """Downloads that no file waits for any more."""
@@ -217,7 +211,7 @@ class _Build:
     def _seal(self, names: list[str]) -> None:
         records = {name: asdict(self._record(name)) for name in names}
         with durable.room_for(self._folder, 0, f"frozen cache {self._folder}", HELP):
-            durable.write_sealed(self._folder / durable.MANIFEST, {**FORM, "files": records})
+            self._write_sealed(durable.MANIFEST, {"files": records})
             durable.sync(self._folder)
             for name in names:
                 (self._folder / f"{name}.json").unlink(missing_ok=True)
@@ -230,10 +224,27 @@ def _prefix(name: str) -> str:
     return ENDS.get(name) or f"model.layers.{int(name.removeprefix('layer_'))}."
 
 
-def _is_whole(folder: Path) -> bool:
-    """All files are there, as large as they were written."""
+def _problem(work: Callable[[], None]) -> str:
+    """The UserError that ended ``work``, or nothing."""
     try:
-        records = read_records(folder)
+        work()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _sha256(file: Path) -> str:
+    """As hex; of a file that cannot be read, something that no record has."""
+    try:
+        return durable.sha256(file)
+    except OSError as error:
+        return str(error)
+
+
+def _is_whole(folder: Path, meaning: Mapping[str, Any]) -> bool:
+    """All files are there, as large as they were written. Raises UserError: of another base."""
+    try:
+        records = read_records(folder, meaning)
     except ValueError:
         return False
     return all(has_size(folder, name, record) for name, record in records.items())

@@ -4,7 +4,8 @@
                                       layer_000.bin ...     a layer's flat buffer, byte for byte
                                       embedding.bin  final_norm.bin  head.bin (unless tied)
 
-The manifest has each file's size, SHA-256 and checksum. Opening compares sizes; the checksums are
+The manifest says what the bytes depend on (source, quantisation, dtype, layout), and each file's
+size, SHA-256 and checksum. Opening compares what they depend on and the sizes; the checksums are
 compared where the bytes are used, the SHA-256 by ``fttrain quantize``.
 """
 
@@ -24,7 +25,8 @@ from fttrain.checkpoint.durable import MANIFEST, read_sealed
 from fttrain.errors import UserError
 from fttrain.quant.checksum import checksum
 
-FORM = {"format": "fttrain-frozen-base", "version": 1}
+FORM = {"format": "fttrain-frozen-base", "version": 2}
+HELP = "free some space, or set frozen.cache_dir to a folder with room that you may write to"
 READ_BYTES = 1 << 30  # Linux reads 2 GiB at most at once
 
 
@@ -63,19 +65,28 @@ def file_of(folder: Path, name: str) -> Path:
     return folder / f"{name}.bin"
 
 
-def read_records(folder: Path) -> dict[str, Record]:
-    """The manifest of ``folder``: name -> record.
+def read_records(folder: Path, meaning: Mapping[str, Any]) -> dict[str, Record]:
+    """The manifest of ``folder``: name -> record. ``meaning``: what its bytes should depend on.
 
-    Raises ValueError where it is missing or damaged; the text says which.
+    Raises ValueError where it is missing or damaged (the text says which), UserError where it
+    speaks of another base.
     """
-    files = read_sealed(folder / MANIFEST, FORM)["files"]
-    return {name: Record.read(entry) for name, entry in files.items()}
+    body = read_sealed(folder / MANIFEST, FORM)
+    others = [key for key, value in meaning.items() if body.get(key) != value]
+    if others:
+        raise UserError(
+            f"{folder / MANIFEST}: of another frozen base than the one that this run wants (other "
+            f"{', '.join(others)}); move that folder away, and it is made anew"
+        )
+    return {name: Record.read(entry) for name, entry in body["files"].items()}
 
 
 def has_size(folder: Path, name: str, record: Record) -> bool:
     """Whether the file is there, as large as it was written."""
-    path = file_of(folder, name)
-    return path.is_file() and path.stat().st_size == record.size_bytes
+    try:
+        return file_of(folder, name).stat().st_size == record.size_bytes
+    except OSError:
+        return False
 
 
 class FrozenCache:

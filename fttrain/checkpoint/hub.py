@@ -5,7 +5,7 @@ names, and deleted once nothing more is wanted of it: a 70B model passes through
 not hold it.
 """
 
-import fcntl
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fttrain.checkpoint.durable import sha256
-from fttrain.errors import UserError
+from fttrain.checkpoint.durable import room_for, sha256
+from fttrain.checkpoint.frozen_cache import HELP
+from fttrain.data.cache import locked
+from fttrain.errors import UserError, first_line
 
 CONFIGURATION = ["*.json", "*.model", "*.jinja", "*.txt"]  # everything but the weights
 
@@ -39,22 +41,39 @@ class HubFiles:
     def fetch(self, name: str) -> Path:
         """The file, whole and verified; an interrupted download goes on where it stopped.
 
-        Raises UserError where the hub does not deliver it, or delivers other bytes than it says.
+        Raises UserError where the hub does not deliver it, or delivers other bytes than it says,
+        and where ``folder`` cannot be written.
         """
         path = self._folder / name
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with open(self._folder / f".{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one rank downloads, the others wait for it
-            if not path.is_file():
-                with _errors_of(f"{self._repository}/{name}"):
-                    os.replace(self._download(name), path)
+        with room_for(self._folder, 0, f"{self._repository}/{name}", HELP):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with locked(self._folder / f".{name}.lock"):  # one rank downloads, the others wait
+                if not path.is_file():
+                    with _errors_of(f"{self._repository}/{name}"):
+                        os.replace(self._download(name), path)
         return path
+
+    def needed_bytes(self, names: set[str], count: int) -> int:
+        """What the ``count`` largest of the files ``names`` take that are not here yet.
+
+        Raises UserError where the hub does not say it.
+        """
+        from huggingface_hub import HfApi
+
+        absent = {name for name in names if not (self._folder / name).is_file()}
+        if not absent:
+            return 0
+        with _errors_of(self._repository):
+            info = HfApi().model_info(self._repository, revision=self._commit, files_metadata=True)
+        sizes = [file.size or 0 for file in info.siblings or [] if file.rfilename in absent]
+        return sum(sorted(sizes)[-count:])
 
     def keep_only(self, names: set[str]) -> None:
         """Delete what was fetched and is not among ``names``."""
         for path in self._folder.glob("*"):
             if path.is_file() and not path.name.startswith(".") and path.name not in names:
-                path.unlink()
+                with contextlib.suppress(OSError):  # what stays costs room, nothing else
+                    path.unlink()
 
     def clear(self) -> None:
         """Delete everything."""
@@ -85,8 +104,8 @@ def _errors_of(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"model.path={what}: not a folder here, and the hub did not deliver it ({reason}); "
-            "check the id, the network, the disk and HF_TOKEN, or download it and give the folder"
+            f"model.path={what}: not a folder here, and the hub did not deliver it "
+            f"({first_line(error)}); check the id, the network, the disk and HF_TOKEN, or download "
+            "it and give the folder"
         ) from error

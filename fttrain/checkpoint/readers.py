@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import gguf
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fttrain.checkpoint.source import Source
 from fttrain.errors import UserError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Reader(Protocol):
@@ -43,6 +46,25 @@ def open_checkpoint(
     return SafetensorsReader(source.folder, fetch)
 
 
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor -> name of the file that holds it, by the index of shards; empty where there is none.
+
+    Raises UserError for an index that cannot be read or leaves the folder.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return {}
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        shards = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise UserError(f"{index}: not an index of shards ({error!r})") from error
+    for file in shards.values():
+        if Path(file).name != file:
+            raise UserError(f"{index}: {file} is not a file in this folder")
+    return shards
+
+
 class SafetensorsReader:
     """A folder with model.safetensors, or shards and their index.
 
@@ -59,28 +81,17 @@ class SafetensorsReader:
         return {file for name, file in self._files.items() if name.startswith(prefix)}
 
     def _read_index(self) -> dict[str, str]:
-        index = self._folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-                return {name: self._inside(str(file)) for name, file in weight_map.items()}
-            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-                raise UserError(f"{index}: not an index of shards ({error!r})") from error
-        file = "model.safetensors"
-        if self._fetch is None and not (self._folder / file).is_file():
+        shards = read_index(self._folder)
+        for file in sorted(set(shards.values())):
+            if self._fetch is None and not (self._folder / file).is_file():
+                raise UserError(f"{self._folder / INDEX}: {file} is not a file in this folder")
+        if shards:
+            return shards
+        if self._fetch is None and not (self._folder / SINGLE).is_file():
             raise UserError(
-                f"model.path={self._folder}: neither model.safetensors nor an index of shards is "
-                "there"
+                f"model.path={self._folder}: neither {SINGLE} nor an index of shards is there"
             )
-        return dict.fromkeys(self._handle(file).keys(), file)
-
-    def _inside(self, file: str) -> str:
-        there = self._fetch is not None or (self._folder / file).is_file()
-        if Path(file).name != file or not there:
-            raise UserError(
-                f"{self._folder}/model.safetensors.index.json: {file} is not a file in this folder"
-            )
-        return file
+        return dict.fromkeys(self._handle(SINGLE).keys(), SINGLE)
 
     def _path(self, file: str) -> Path:
         path = self._folder / file
@@ -179,7 +190,14 @@ class GgufReader:
         stored = self._tensors.get(self._gguf_name(name))
         if stored is None:
             raise UserError(f"{self._file}: tensor {name} is missing from the checkpoint")
-        values = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
+        try:
+            dequantised = gguf.quants.dequantize(stored.data, stored.tensor_type)
+        except NotImplementedError as error:
+            raise UserError(
+                f"{self._file}: tensor {name} is stored as {stored.tensor_type.name}, which cannot "
+                "be read; take a file of another type, or the safetensors checkpoint"
+            ) from error
+        values = torch.from_numpy(np.require(dequantised, requirements="W"))  # a copy if mapped
         if self._config.model_type in self._INTERLEAVED and "self_attn" in name:
             if "q_proj" in name:
                 return _separate_halves(values, self._config.num_attention_heads)

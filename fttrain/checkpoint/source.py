@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from fttrain.checkpoint.hub import configuration
 from fttrain.data.cache import cache_root, load_or_build
-from fttrain.errors import UserError
+from fttrain.errors import UserError, first_line
 
 PACKAGE_PREFIX = "pypi:"
 
@@ -115,7 +115,8 @@ def _described(source: Source) -> Source:
         _read(AutoConfig.from_pretrained, source, "configuration").save_pretrained(folder)
         _read(AutoTokenizer.from_pretrained, source, "tokenizer").save_pretrained(folder)
 
-    return Source(load_or_build(cache_root(None), key, write, kind="gguf"), None)
+    folder = load_or_build(cache_root(None), key, write, kind="gguf", setting="XDG_CACHE_HOME")
+    return Source(folder, None)
 
 
 def _read(from_pretrained: Callable[..., Any], source: Source, what: str) -> Any:
@@ -125,9 +126,9 @@ def _read(from_pretrained: Callable[..., Any], source: Source, what: str) -> Any
     try:
         # Of a hub id this is what is here already.
         return from_pretrained(**replace(source, hub_id=None, commit=None).pretrained_arguments)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a malformed file makes it raise a dozen kinds
         raise UserError(
-            f"model: {source.folder} has no {what} that can be read: {_first_line(error)}"
+            f"model: {source.folder} has no {what} that can be read: {first_line(error)}"
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -170,11 +171,17 @@ def _in_folder(folder: Path) -> Source:
 
 
 def quantisation_of(source: Source) -> dict[str, Any] | None:
-    """``quantization_config`` of the checkpoint's config.json, None where it is not quantised."""
+    """``quantization_config`` of the checkpoint's config.json, None where it is not quantised.
+
+    Raises UserError for a config.json that cannot be read.
+    """
     if source.gguf_file:
         return None
-    return json.loads((source.folder / "config.json").read_text()).get("quantization_config")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    file = source.folder / "config.json"
+    try:
+        stored = json.loads(file.read_bytes()).get("quantization_config")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read as JSON object ({first_line(error)})") from error
+    if stored is not None and not isinstance(stored, dict):
+        raise UserError(f"{file}: quantization_config is no JSON object")
+    return stored

@@ -35,7 +35,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
             shown(done, total)
 
         shown = show(f"quantising {config.model.name}")
-        cache = open_or_build(base, config.frozen, group, progress, verify=True)
+        cache = open_or_build(base, config.frozen.cache_dir, group, progress, verify=True)
         if group.is_main:
             print(
                 f"{cache.folder}: {len(cache)} layers, {gib(cache.size_bytes)}, verified; "

@@ -23,19 +23,26 @@ def cache_root(cache_dir: str | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fttrain"
 
 
-def load_or_build(root: Path, key: str, build: Callable[[Path], None], kind: str = "data") -> Path:
+def load_or_build(
+    root: Path,
+    key: str,
+    build: Callable[[Path], None],
+    kind: str = "data",
+    setting: str = "data.cache_dir",
+) -> Path:
     """The folder ``root/kind/key``, whole; ``build(folder)`` fills it when it is missing or
     damaged.
 
     Any number of processes may call this at once: one builds, the others wait. A build that dies
-    leaves nothing that is taken for whole. Raises UserError when the place cannot be written.
+    leaves nothing that is taken for whole. Raises UserError when the place cannot be written;
+    ``setting`` is what puts ``root`` elsewhere.
     """
     folder = root / kind / key
     if fault(folder) is None:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f"{key}.lock")):
+        with locked(folder.with_name(f"{key}.lock")):
             found = fault(folder)
             if found is None:
                 return folder
@@ -55,8 +62,8 @@ def load_or_build(root: Path, key: str, build: Callable[[Path], None], kind: str
     except OSError as error:
         where = error.filename or folder
         raise UserError(
-            f"data.cache_dir={root}: cannot write {where} ({error.strerror or error}); set "
-            "data.cache_dir to a folder with room that you may write to"
+            f"cache {root}: cannot write {where} ({error.strerror or error}); set {setting} to a "
+            "folder with room that you may write to"
         ) from None
     return folder
 
@@ -94,8 +101,10 @@ def _digest(file: Path) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock that the system lets go of when the process dies."""
+def locked(path: Path) -> Iterator[None]:
+    """Waits for the lock of the file ``path`` and holds it; the system lets go of it when the
+    process dies.
+    """
     with open(path, "w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield

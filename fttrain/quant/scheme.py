@@ -16,6 +16,8 @@ from fttrain.errors import UserError
 KINDS = ("nf4", "fp4", "none")
 # From 2048 on bitsandbytes' CPU kernel falls back to a slow path.
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024)
+# At once: bitsandbytes' CPU kernel takes 12 to 16 bytes of memory a weight while it quantises.
+PIECE_WEIGHTS = 1 << 20
 NESTED_BLOCKSIZE = 256  # absmax codes that share one nested_absmax; fixed by bitsandbytes
 
 
@@ -67,15 +69,25 @@ def quantise(weight: Tensor, config: QuantConfig, name: str) -> QuantisedWeight:
             f"quant.blocksize={config.blocksize}; "
             "a smaller block size or quant=none helps"
         )
-    packed, state = _bnb().quantize_4bit(
-        weight.contiguous(),
-        blocksize=config.blocksize,
-        compress_statistics=config.double_quant,
-        quant_type=config.kind,
-    )
-    nested = state.state2.absmax if config.double_quant else None
-    offset = state.offset.reshape(1).float() if config.double_quant else None
-    return QuantisedWeight(packed.view(-1), state.absmax.view(-1), nested, offset)
+    packed = torch.empty(weight.numel() // 2, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(weight.numel() // config.blocksize, device=weight.device)
+    rows = max(1, PIECE_WEIGHTS // weight.shape[-1])
+    for piece, codes, scales in zip(
+        weight.split(rows),
+        packed.split(rows * weight.shape[-1] // 2),
+        absmax.split(rows * weight.shape[-1] // config.blocksize),
+        strict=True,
+    ):
+        done, state = _bnb().quantize_4bit(
+            piece.contiguous(), blocksize=config.blocksize, quant_type=config.kind
+        )
+        codes.copy_(done.view(-1))
+        scales.copy_(state.absmax)
+    if not config.double_quant:
+        return QuantisedWeight(packed, absmax, None, None)
+    offset = absmax.mean()
+    codes, nested = _bnb().quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+    return QuantisedWeight(packed, codes, nested.absmax, offset.reshape(1))
 
 
 def dequantise_scales(absmax: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:

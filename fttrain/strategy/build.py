@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from fttrain.checkpoint.base import Base
 from fttrain.checkpoint.frozen import check_quantisation
-from fttrain.checkpoint.frozen_build import Base, open_or_build
+from fttrain.checkpoint.frozen_build import open_or_build
 from fttrain.checkpoint.frozen_cache import FrozenCache
 from fttrain.checkpoint.source import Source, load_config, quantisation_of
 from fttrain.dist import Group
@@ -82,5 +83,6 @@ def build_strategy(
     """
     base = frozen_base(source, recipe.quant, recipe.dtype)
     blueprint = Blueprint(recipe, base.architecture, base.frozen_format, group)
-    cache = open_or_build(base, recipe.frozen, group, show("quantising the frozen base"))
+    quantising = show("quantising the frozen base")
+    cache = open_or_build(base, recipe.frozen.cache_dir, group, quantising)
     return blueprint.build(cache, show("loading the frozen base")), cache

@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from fttrain.checkpoint.frozen import check_quantisation, is_tied, load_layer
+from fttrain.checkpoint.frozen import check_head, check_quantisation, load_layer
 from fttrain.checkpoint.readers import SafetensorsReader, open_checkpoint
 from fttrain.checkpoint.source import Source, load_config, quantisation_of
 from fttrain.data.batch import collate
@@ -137,6 +138,59 @@ def test_another_block_size_or_scale_code_is_refused(tmp_path: Path) -> None:
         load(QuantConfig())
 
 
+def said(state: dict[str, Any]) -> Tensor:
+    """As bitsandbytes stores what it says of a weight."""
+    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+STATE = "quant_state.bitsandbytes__nf4"
+FAULTS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
+    "no JSON": (STATE, lambda t: t[:-3], f"{STATE}: not what bitsandbytes writes"),
+    "no bytes": (STATE, lambda t: t.float(), f"{STATE}: not what bitsandbytes writes"),
+    "no shape": (STATE, lambda t: said({"blocksize": 64}), f"{STATE}: not what .*'shape'"),
+    "no number": (STATE, lambda t: said({"shape": 7}), f"{STATE}: not what bitsandbytes writes"),
+    "packed short": ("", lambda t: t[:-1], r": shape \(2047,\).*\(2048,\) expected"),
+    "absmax short": ("absmax", lambda t: t[:-1], r"absmax: shape \(63,\).*\(64,\) expected"),
+    "absmax fp32": ("absmax", lambda t: t.float(), r"absmax: torch.float32 .*uint8 expected"),
+    "nested long": ("nested_absmax", lambda t: t.repeat(2), r"nested_absmax: shape \(2,\)"),
+    "code short": ("nested_quant_map", lambda t: t[:9], r"nested_quant_map: shape \(9,\)"),
+    "code half": ("nested_quant_map", lambda t: t.half(), r"nested_quant_map: torch.float16"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bytes_of_bitsandbytes_that_do_not_fit_are_refused_by_name(
+    fault: str, tmp_path: Path
+) -> None:
+    prequantised(tmp_path)
+    part, break_it, message = FAULTS[fault]
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = ".".join(filter(None, ("model.layers.1.self_attn.q_proj.weight", part)))
+    tensors[name] = break_it(tensors[name]).clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    architecture = Architecture(load_config(Source(tmp_path, None)))
+    frozen_format = architecture.frozen_format(QuantConfig(), torch.float32)
+    reader = SafetensorsReader(tmp_path)
+    load_layer(reader, architecture, frozen_format, 0, tiny.CPU)
+    with pytest.raises(UserError, match=rf"model.layers.1.self_attn.q_proj.weight\.?{message}"):
+        load_layer(reader, architecture, frozen_format, 1, tiny.CPU)
+
+
+def test_packed_codes_are_the_same_bytes_under_any_dtype(tmp_path: Path) -> None:
+    """bitsandbytes' quant_storage: FSDP wants them as bf16."""
+    prequantised(tmp_path)
+    architecture = Architecture(load_config(Source(tmp_path, None)))
+    frozen_format = architecture.frozen_format(QuantConfig(), torch.float32)
+    usual = load_layer(SafetensorsReader(tmp_path), architecture, frozen_format, 0, tiny.CPU)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("proj.weight"):
+            tensors[name] = tensor.view(-1).view(torch.bfloat16).view(-1, 1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    other = load_layer(SafetensorsReader(tmp_path), architecture, frozen_format, 0, tiny.CPU)
+    assert torch.equal(usual, other)
+
+
 @pytest.mark.parametrize("quant", [QuantConfig(), tiny.PLAIN], ids=["nf4", "none"])
 @pytest.mark.parametrize("name", ["llama_bias", "qwen3"])
 def test_a_missing_or_misshapen_tensor_is_named(name: str, quant: QuantConfig) -> None:
@@ -152,9 +206,8 @@ def test_a_missing_or_misshapen_tensor_is_named(name: str, quant: QuantConfig) -
     state = source.state_dict()
     load(state)
     for tensor_name, tensor in state.items():
-        if tensor_name != "lm_head.weight":  # without it the head is the embedding
-            with pytest.raises(UserError, match=f"{tensor_name} is missing"):
-                load({n: t for n, t in state.items() if n != tensor_name})
+        with pytest.raises(UserError, match=f"{tensor_name} is missing"):
+            load({n: t for n, t in state.items() if n != tensor_name})
         wrong = torch.zeros(tensor.shape[0] + 1, *tensor.shape[1:])
         with pytest.raises(UserError, match=rf"{tensor_name}: shape .*in the checkpoint, .*expec"):
             load({**state, tensor_name: wrong})
@@ -167,12 +220,16 @@ def test_rows_that_are_no_whole_number_of_blocks_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied"])
-def test_the_head_is_the_embedding_where_there_is_no_other(name: str) -> None:
+def test_a_head_that_the_configuration_speaks_of_must_be_there(name: str) -> None:
     source = tiny.model(name)
     architecture, tensors = Architecture(source.config), source.state_dict()
-    assert is_tied(tiny.StateDict(tensors), architecture) is (name == "llama_tied")
+    check_head(tiny.StateDict(tensors), architecture, "here")
     del tensors["lm_head.weight"]
-    assert is_tied(tiny.StateDict(tensors), architecture)
+    if name == "llama_tied":
+        check_head(tiny.StateDict(tensors), architecture, "here")
+    else:
+        with pytest.raises(UserError, match=r"here: tensor lm_head.weight is missing.*tie_word"):
+            check_head(tiny.StateDict(tensors), architecture, "here")
 
 
 class Counting:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ import pytest
 import tiny
 import tiny_files
 
+from fttrain.checkpoint import durable
 from fttrain.checkpoint.frozen_build import open_or_build
-from fttrain.checkpoint.frozen_cache import FrozenCache, FrozenConfig
+from fttrain.checkpoint.frozen_cache import FrozenCache
 from fttrain.checkpoint.source import ModelConfig, load_config, load_tokenizer, resolve
 from fttrain.dist import Group
 from fttrain.errors import UserError
@@ -73,7 +75,10 @@ class Handler(BaseHTTPRequestHandler):
         self.file(name, with_content)
 
     def repository(self) -> dict[str, object]:
-        siblings = [{"rfilename": path.name} for path in sorted(self.hub.folder.iterdir())]
+        siblings = [
+            {"rfilename": path.name, "size": path.stat().st_size}
+            for path in sorted(self.hub.folder.iterdir())
+        ]
         return {"id": ID, "sha": COMMIT, "siblings": siblings}
 
     def tree(self) -> list[dict[str, object]]:
@@ -138,7 +143,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def build(path: str, cache: Path, verify: bool = False) -> FrozenCache:
     base = frozen_base(resolve(ModelConfig("tiny", path)), QuantConfig(), "float32")
-    return open_or_build(base, FrozenConfig(str(cache)), ALONE, lambda done, total: None, verify)
+    return open_or_build(base, str(cache), ALONE, lambda done, total: None, verify)
 
 
 def test_weights_pass_through_and_leave_nothing_but_the_cache(hub: Hub, tmp_path: Path) -> None:
@@ -163,6 +168,63 @@ def test_the_cache_serves_without_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPa
         huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}"
     )
     assert build(ID, hub.watched).digest == digest
+
+
+@pytest.mark.parametrize("shard", ["200KB", "10GB"])
+def test_verifying_needs_no_weights(shard: str, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of a repository with an index nor of one with a single file."""
+    for path in hub.folder.glob("*.safetensors*"):
+        path.unlink()
+    tiny_files.save(tiny.model(num_hidden_layers=8), hub.folder, max_shard_size=shard)
+    digest, sent = build(ID, hub.watched).digest, dict(hub.sent)
+    assert build(ID, hub.watched, verify=True).digest == digest
+    assert {n: c for n, c in hub.sent.items() if "safetensors" in n} == {
+        n: c for n, c in sent.items() if "safetensors" in n
+    }
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}"
+    )
+    assert build(ID, hub.watched, verify=True).digest == digest
+
+
+@pytest.mark.parametrize("shard", ["200KB", "10GB"])
+def test_the_room_that_is_asked_for_is_what_is_needed(
+    shard: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in hub.folder.glob("*.safetensors*"):
+        path.unlink()
+    tiny_files.save(tiny.model(num_hidden_layers=8), hub.folder, max_shard_size=shard)
+    (hub.folder / "consolidated.safetensors").write_bytes(bytes(5_000_000))  # never fetched
+    weights = sorted(path.stat().st_size for path in hub.folder.glob("model*.safetensors"))
+    cache_bytes = build(str(hub.folder), tmp_path / "local").size_bytes
+    needed = cache_bytes + sum(weights[-2:]) + durable.SLACK_BYTES
+    usage, free = shutil.disk_usage(tmp_path), needed - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+    with pytest.raises(UserError, match=rf"{needed:,} bytes needed, {free:,} free"):
+        build(ID, hub.watched)
+    assert not [name for name in hub.sent if name.endswith("safetensors")]
+    free = needed
+    build(ID, hub.watched)
+
+
+@pytest.mark.parametrize("in_the_way", [".downloads", ".downloads/.model.safetensors.lock"])
+def test_downloads_that_cannot_be_written_are_one_line(in_the_way: str, hub: Hub) -> None:
+    for path in hub.folder.glob("*.safetensors*"):
+        path.unlink()
+    tiny_files.save(tiny.model(num_hidden_layers=8), hub.folder)
+    source = resolve(ModelConfig("tiny", ID))
+    place = frozen_base(source, QuantConfig(), "float32").folder(str(hub.watched)) / in_the_way
+    if place.suffix == ".lock":
+        place.mkdir(parents=True)
+    else:
+        place.parent.mkdir(parents=True)
+        place.write_text("a file")
+    with pytest.raises(
+        UserError, match=r"owner/tiny/model.safetensors: the system refused"
+    ) as told:
+        build(ID, hub.watched)
+    assert "frozen.cache_dir" in str(told.value)
 
 
 def test_an_interrupted_download_goes_on(hub: Hub) -> None:

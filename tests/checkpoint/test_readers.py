@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import tiny
@@ -132,6 +133,21 @@ def _write_index(folder: Path, index: Any) -> None:
 def _truncate(file: Path, keep: float) -> None:
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * keep)])
+
+
+@pytest.mark.parametrize("storage", ["F64", "I8", "I32"])
+def test_a_storage_type_that_cannot_be_read_is_named(storage: str, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    kind = {"F64": np.float64, "I8": np.int8, "I32": np.int32}[storage]
+    writer.add_tensor("output_norm.weight", np.ones(64, dtype=kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    reader = GgufReader(file, tiny.model().config)
+    with pytest.raises(UserError, match=rf"tiny.gguf: tensor model.norm.weight .*as {storage}, "):
+        reader.tensor("model.norm.weight")
 
 
 def test_a_gguf_whose_rope_scaling_would_get_lost_is_refused(tmp_path: Path) -> None:

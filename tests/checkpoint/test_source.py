@@ -14,8 +14,10 @@ from fttrain.checkpoint.source import (
     check_vocabulary,
     load_config,
     load_tokenizer,
+    quantisation_of,
     resolve,
 )
+from fttrain.cli import main
 from fttrain.errors import UserError
 
 
@@ -69,11 +71,53 @@ def test_a_folder_without_configuration(tmp_path: Path) -> None:
         resolve(config(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "no_such_model"}', "{}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"model_type": "no_such_model"}',
+        "{}",
+        '{"model_type": ["llama"]}',
+        '{"model_type": "llama", "hidden_size": "many"}',
+        '{"model_type": "llama", "num_attention_heads": 0}',
+        "[" * 100_000,
+    ],
+    ids=lambda text: text[:60],
+)
 def test_a_configuration_that_cannot_be_read(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match="has no configuration that can be read"):
+    with pytest.raises(UserError, match=r"^model: .* has no configuration that can be") as told:
         load_config(resolve(config(tmp_path)))
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"quantization_config": "nf4"}']
+)
+def test_the_quantisation_of_a_malformed_configuration(
+    text: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(UserError, match=r"config.json: (cannot be read|quantization_config is no)"):
+        quantisation_of(Source(tmp_path, None))
+    assert main(["quantize", "model=local", f"model.path={tmp_path}", "rig.device=cpu"]) == 2
+    told = capsys.readouterr().err
+    assert "config.json" in told
+    assert "Traceback" not in told
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_the_setting_that_moves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What transformers reads of a GGUF file is kept where no key of a run says."""
+    file = tiny_files.write_gguf(tiny.model(), tmp_path / "tiny.gguf")
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"cannot write .*set XDG_CACHE_HOME to a folder") as told:
+        load_config(resolve(config(file)))
+    assert "data.cache_dir" not in str(told.value)
 
 
 def test_no_code_of_a_checkpoint_is_run(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fttrain.errors import UserError
+from fttrain.quant import scheme
 from fttrain.quant.scheme import (
     BLOCKSIZES,
     QuantConfig,
@@ -24,9 +25,16 @@ def weight(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("piece_weights", [scheme.PIECE_WEIGHTS, 6144, 1])
 def test_equals_bitsandbytes_bit_for_bit(
-    kind: str, double_quant: bool, blocksize: int, dtype: torch.dtype
+    piece_weights: int,
+    kind: str,
+    double_quant: bool,
+    blocksize: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(scheme, "PIECE_WEIGHTS", piece_weights)  # all rows, a few, one by one
     config = QuantConfig(kind, blocksize, double_quant)
     values = weight(5, 3 * blocksize if blocksize > 256 else 1024, dtype)
     packed, state = bnb.quantize_4bit(

@@ -1,0 +1,49 @@
+"""Which frozen base a run wants: of which checkpoint, how quantised, and so where it lies."""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fttrain.checkpoint.fingerprint import fingerprint
+from fttrain.checkpoint.frozen_cache import FORM
+from fttrain.checkpoint.source import Source
+from fttrain.data.cache import cache_root
+from fttrain.model.decoder import Architecture
+from fttrain.quant.frozen_layer import FrozenFormat
+
+
+@dataclass(frozen=True)
+class Base:
+    """Which frozen base is wanted, of which checkpoint."""
+
+    source: Source
+    architecture: Architecture
+    frozen_format: FrozenFormat
+
+    @cached_property
+    def meaning(self) -> dict[str, Any]:
+        """All that the bytes of its cache depend on, as JSON has it.
+
+        Raises UserError for a file of the checkpoint that cannot be read.
+        """
+        quant = self.frozen_format.quant
+        meaning = {
+            "source": fingerprint(self.source),
+            "quant": [quant.kind, quant.blocksize, quant.double_quant],
+            "dtype": str(self.frozen_format.dtype),
+            "layout": {k: asdict(slot) for k, slot in self.frozen_format.layout.slots.items()},
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(meaning, default=str))
+        return plain
+
+    def folder(self, cache_dir: str | None) -> Path:
+        """Where its cache is: named by its meaning."""
+        key = hashlib.sha256(json.dumps({**FORM, **self.meaning}).encode()).hexdigest()[:16]
+        name = self.source.gguf_file or self.source.name.rpartition("/")[2]
+        readable = re.sub(r"[^\w.-]+", "-", name.lower().removesuffix(".gguf"))[:60]
+        kind = self.frozen_format.quant.kind
+        return cache_root(cache_dir) / "frozen" / f"{readable}-{kind}-{key}"
