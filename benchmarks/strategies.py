@@ -105,7 +105,7 @@ def chosen_sides(arguments: argparse.Namespace) -> list[Side]:
     if arguments.mbit is not None:
         peers = FSDP2[:1] if arguments.quick else FSDP2[:2]
     words = arguments.only or [""]
-    own = STRATEGIES if arguments.quick else (*STRATEGIES, *KEPT)
+    own = (*STRATEGIES, *KEPT) if arguments.mbit is None and not arguments.quick else STRATEGIES
     sides = [side for side in (*peers, *own) if any(word in side.name for word in words)]
     if arguments.mbit is None:
         return sides
