@@ -28,7 +28,7 @@ from fttrain.errors import UserError
 from fttrain.launch import LaunchConfig
 from fttrain.loop import LoopConfig
 from fttrain.model.lora import LoraConfig
-from fttrain.optim.factory import OptimConfig
+from fttrain.optim.config import OptimConfig
 from fttrain.paths import conf_folder
 from fttrain.quant.scheme import QuantConfig
 from fttrain.rig.probe import RigConfig
@@ -56,7 +56,8 @@ class RunConfig:
     rig: RigConfig
     launch: LaunchConfig
     track: TrackConfig
-    activations: str  # recompute (only the layer boundary is saved) | keep
+    # recompute (only a layer's input is saved) | keep | offload (to the host), or a list by layer
+    activations: str | tuple[str, ...]
     boundaries: str  # inputs of layers until their backward: device | host
     embedding: str  # the embedding table: device | host
     head: str  # the output projection: resident (on the device) | streamed (from host memory)

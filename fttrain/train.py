@@ -27,7 +27,7 @@ from fttrain.dist import process_group, rank_from_environment
 from fttrain.errors import UserError
 from fttrain.evaluation import Evaluation
 from fttrain.loop import StopSignals
-from fttrain.optim.factory import learning_rate
+from fttrain.optim.config import learning_rate
 from fttrain.peers import uncut
 from fttrain.rig.probe import peak_device_bytes, peak_host_bytes, set_up_rank
 from fttrain.run import Run, adapter_info, build, describe, resume, save, wanted_snapshot

@@ -9,7 +9,7 @@ from fttrain.data.batch import collate
 from fttrain.dist import Group
 from fttrain.model.linears import DropoutKey
 from fttrain.model.lora import LoraConfig
-from fttrain.optim.factory import OptimConfig
+from fttrain.optim.config import OptimConfig
 from fttrain.quant.scheme import QuantConfig
 from fttrain.strategy.data_parallel import DataParallel
 

@@ -33,7 +33,7 @@ from fttrain.quant.checksum import checksum
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule import grouped
-from fttrain.schedule.layer_pass import Saving
+from fttrain.schedule.activations import Keep, Recompute
 from fttrain.store import Store
 from fttrain.store.resident import ResidentStore
 from fttrain.store.verify import VerifiedStore
@@ -280,7 +280,7 @@ def run(
         store,
         micro_batches,
         group_size,
-        Saving(activations),
+        [{"keep": Keep, "recompute": Recompute}[activations]()] * len(store),
         dropout,
         gradient_home(decoder),
     )

@@ -16,11 +16,11 @@ from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.dist import Group
 from fttrain.model.decoder import Architecture, Decoder
 from fttrain.model.lora import LoraConfig
-from fttrain.optim.factory import OptimConfig
+from fttrain.optim.config import OptimConfig
 from fttrain.quant.checksum import checksum
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule import ScheduleConfig
-from fttrain.schedule.layer_pass import Saving
+from fttrain.schedule.activations import Recompute
 from fttrain.store.hostpool import HostPool
 from fttrain.store.verify import VerifiedStore
 from fttrain.strategy.build import PAGES
@@ -112,7 +112,7 @@ def variant(
     slots: int = 2,
     dtype: str = "float32",
     verify_every: int = 1,
-    **placement: str,
+    **placement: Any,
 ) -> Recipe:
     """``RECIPE`` with these changes."""
     return replace(
@@ -153,7 +153,9 @@ def data_parallel(
     """All of a step's micro-batches pass a layer together; everything is on the device."""
     adapters = [layer.adapters for layer in decoder.layers]
     gradients = DeviceGradients(adapters, gradient_sync(group))
-    joined = Joined(decoder, store, group, optim, Saving(), gradients, RECIPE.seed)
+    joined = Joined(
+        decoder, store, group, optim, [Recompute()] * len(store), gradients, RECIPE.seed
+    )
     return DataParallel(joined, ScheduleConfig("all"))
 
 

@@ -13,7 +13,7 @@ from fttrain.data.batch import MicroBatch, collate
 from fttrain.dist import Group
 from fttrain.model.decoder import Architecture
 from fttrain.model.lora import LoraConfig
-from fttrain.optim.factory import OptimConfig
+from fttrain.optim.config import OptimConfig
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.build import Blueprint

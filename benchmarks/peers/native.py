@@ -10,7 +10,7 @@ from fttrain.checkpoint.source import ModelConfig, resolve
 from fttrain.data.batch import MicroBatch, collate
 from fttrain.dist import Group
 from fttrain.model.lora import LoraConfig
-from fttrain.optim.factory import OptimConfig
+from fttrain.optim.config import OptimConfig
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.build import build_strategy

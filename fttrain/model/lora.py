@@ -8,8 +8,8 @@ and B (out, r) zero:
 
 The linears of a group share their input, so their A's are one, stacked (R, in) with
 R = members * r; each B reads its own r columns of A x and adds to its own part of y. Each layer's
-fp32 masters are one flat parameter and its gradient one flat tensor: one all_reduce, one optimizer
-call.
+fp32 masters are one flat parameter, all A's before all B's, and its gradient one flat tensor: one
+all_reduce.
 """
 
 import math
@@ -104,22 +104,21 @@ class GroupAdapter:
         out = sum(self.group.shape.out_features[member] for member in self.members)
         return self.rank * self.group.shape.in_features, out * self.r
 
-    def bind(self, masters: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-        """Take this adapter's part of the flat fp32 ``masters``; make the compute copies."""
-        self.a_master, self.b_master = self._halves(masters)
+    def bind(self, a: Tensor, b: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+        """Take this adapter's parts of the flat fp32 masters; make the compute copies."""
+        self.a_master, self.b_master = self._shaped(a, b)
         # (R, in)
         self.a = torch.empty(self.a_master.shape, dtype=dtype, device=device)
         # scaling * B of all members (their rows, r)
         self.b = torch.empty(self.b_master.shape, dtype=dtype, device=device)
 
-    def bind_gradient(self, grad: Tensor) -> None:
-        """Take this adapter's part of a flat fp32 ``grad`` of the layer."""
-        self.a_grad, self.b_grad = self._halves(grad)
+    def bind_gradient(self, a: Tensor, b: Tensor) -> None:
+        """Take this adapter's parts of a flat fp32 gradient of the layer."""
+        self.a_grad, self.b_grad = self._shaped(a, b)
 
-    def _halves(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """All A's (R, in) and all B's (their rows, r), as views of ``flat``."""
-        split = self.sizes[0]
-        return flat[:split].view(self.rank, -1), flat[split:].view(-1, self.r)
+    def _shaped(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """All A's (R, in) and all B's (their rows, r), as views."""
+        return a.view(self.rank, -1), b.view(-1, self.r)
 
     def refresh(self) -> None:
         """Copy the fp32 masters into the compute copies. Called after each optimizer step."""
@@ -188,20 +187,27 @@ class LayerAdapters(nn.Module):
             for group in groups
             if targets[group.shape.name]
         }
-        self._sizes = [sum(adapter.sizes) for adapter in self.groups.values()]
+        a_sizes, b_sizes = zip(*(group.sizes for group in self.groups.values()), strict=True)
+        self._sizes = [*a_sizes, *b_sizes]
+        self.a_values = sum(a_sizes)  # of the flat masters, the first ones: those of all A's
         if masters is None:
             masters = torch.zeros(sum(self._sizes), dtype=torch.float32, device=device)
         self.flat = nn.Parameter(masters)
-        for adapter, part in zip(
-            self.groups.values(), self.flat.data.split(self._sizes), strict=True
-        ):
-            adapter.bind(part, device, dtype)
+        for adapter, a, b in self._parts(self.flat.data):
+            adapter.bind(a, b, device, dtype)
 
     def bind_gradient(self, grad: Tensor) -> None:
         """Backward adds to ``grad`` fp32 (values in the layer,) from here on."""
         self.grad = grad
-        for adapter, part in zip(self.groups.values(), grad.split(self._sizes), strict=True):
-            adapter.bind_gradient(part)
+        for adapter, a, b in self._parts(grad):
+            adapter.bind_gradient(a, b)
+
+    def _parts(self, flat: Tensor) -> Iterator[tuple[GroupAdapter, Tensor, Tensor]]:
+        """Each group's adapter with its A's and its B's in ``flat``."""
+        parts = flat.split(self._sizes)
+        return zip(
+            self.groups.values(), parts[: len(self.groups)], parts[len(self.groups) :], strict=True
+        )
 
     def reset(self, seed: int) -> None:
         """LoRA's start: A uniform as torch's Linear (so does PEFT), B zero; on any world_size."""

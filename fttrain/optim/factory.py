@@ -1,119 +1,150 @@
-"""Builds the optimizer and the learning-rate schedule."""
+"""The optimizer over the flat fp32 masters of the layers' adapters."""
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from typing import Any
 
+import bitsandbytes
 import torch
 from torch import Tensor, nn
 
 from fttrain.errors import UserError
+from fttrain.optim.config import OptimConfig
+
+HALVES = ("a", "b")  # all A's of a layer, then all B's
+BLOCK_VALUES = 256  # of 8-bit moments that share a scale
+# Names in bitsandbytes' state that are constants, not state.
+CONSTANTS = ("qmap1", "qmap2")
 
 
-@dataclass(frozen=True)
-class OptimConfig:
-    """The optimizer and its learning rate."""
-
-    kind: str = "adamw"  # adamw: fp32 masters and moments
-    lr: float = 2e-4  # learning rate after warm-up
-    # decay of the first and second moment, each in [0, 1)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8  # added to the root of the second moment
-    weight_decay: float = 0.0  # decoupled, per step, times lr
-    max_grad_norm: float = 1.0  # clip the global gradient norm; 0: no clipping
-    lr_schedule: str = "cosine"  # after warm-up: constant | linear | cosine
-    warmup_ratio: float = 0.03  # fraction of all steps, in [0, 1)
-    min_lr_ratio: float = 0.0  # lr at the end, as a fraction of lr, in [0, 1]
-    offload: bool = False  # masters, moments and gradients in host memory, updated by the CPU
-
-    def __post_init__(self) -> None:
-        if self.kind != "adamw":
-            raise UserError(f"optim.kind={self.kind}: adamw")
-        if not 0 < self.lr < float("inf"):
-            raise UserError(f"optim.lr={self.lr}: a number above 0, such as 2e-4")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"optim.betas={list(self.betas)}: two numbers in [0, 1)")
-        for key in ("eps", "weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, key) < float("inf"):
-                raise UserError(f"optim.{key}={getattr(self, key)}: a number of 0 or more")
-        if self.lr_schedule not in ("constant", "linear", "cosine"):
-            raise UserError(f"optim.lr_schedule={self.lr_schedule}: constant, linear or cosine")
-        if not 0 <= self.warmup_ratio < 1:
-            raise UserError(f"optim.warmup_ratio={self.warmup_ratio}: a fraction in [0, 1)")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise UserError(f"optim.min_lr_ratio={self.min_lr_ratio}: a fraction in [0, 1]")
-
-
-def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """The learning rate of optimizer step ``step`` (from 0) of ``total_steps``.
-
-    Linear warm-up over ``warmup_ratio`` of the steps (the first step already moves), then the
-    chosen decay, which reaches ``min_lr_ratio`` one step after the last.
-    """
-    warmup_steps = round(config.warmup_ratio * total_steps)
-    if step < warmup_steps:
-        return config.lr * (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    falling = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": (1 + math.cos(math.pi * progress)) / 2,
-    }
-    if config.lr_schedule == "constant":
-        return config.lr
-    return config.lr * (
-        config.min_lr_ratio + (1 - config.min_lr_ratio) * falling[config.lr_schedule]
-    )
+def moment_bytes(config: OptimConfig, values: int) -> int:
+    """What the optimizer keeps for so many values beside them and their gradients."""
+    if config.kind == "adamw":
+        return 8 * values
+    blocks = -(-values // BLOCK_VALUES)
+    return (1 if config.kind == "lion8bit" else 2) * (values + 4 * blocks)
 
 
 class Optimizer:
-    """torch's fused AdamW (Loshchilov and Hutter 2019) over one flat fp32 parameter a layer."""
+    """One flat fp32 parameter a layer, updated in place from its ``grad``.
+
+    adamw is torch's fused AdamW (Loshchilov and Hutter 2019), the others are bitsandbytes'
+    (Dettmers et al. 2022; Lion: Chen et al. 2023).
+    """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], config: OptimConfig, first_layer: int = 0
+        self, flats: Iterable[tuple[nn.Parameter, int]], config: OptimConfig, first_layer: int = 0
     ) -> None:
-        """``first_layer``: the place of the first parameter among the layers of the whole model."""
-        self._parameters = list(parameters)
+        """``flats``: each layer's parameter, and how many of its values, the first ones, are A's;
+        ``first_layer``: the place of the first one among the layers of the whole model.
+        """
+        flats = list(flats)
+        self._flats = [flat for flat, _ in flats]
         self._first_layer = first_layer
-        self._adamw = torch.optim.AdamW(
-            self._parameters,
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        # Views of the flat masters; autograd never sees them.
+        self._halves = [
+            tuple(nn.Parameter(part) for part in flat.data.split([count, flat.numel() - count]))
+            for flat, count in flats
+        ]
+        self._ratios = (1.0, config.loraplus_lr_ratio)
+        groups = [{"params": [halves[i] for halves in self._halves]} for i in range(len(HALVES))]
+        self._optimizer = _make(groups, config)
 
     def step(self, lr: float) -> None:
-        """Update every parameter from its ``grad``."""
-        for param_group in self._adamw.param_groups:
-            param_group["lr"] = lr
-        self._adamw.step()
+        """Update every parameter from its ``grad``; ``lr`` is that of the A's."""
+        for flat, halves in zip(self._flats, self._halves, strict=True):
+            assert flat.grad is not None
+            sizes = [half.numel() for half in halves]
+            for half, grad in zip(halves, flat.grad.split(sizes), strict=True):
+                half.grad = grad
+        for group, ratio in zip(self._optimizer.param_groups, self._ratios, strict=True):
+            group["lr"] = lr * ratio
+        self._optimizer.step()
 
     def state(self) -> dict[str, Tensor]:
-        """All a resumed run needs, by flat name: ``0.exp_avg``, fp32, is layer 0's first moment."""
+        """All a resumed run needs, by flat name: ``0.a.exp_avg`` is the first moment of layer 0's
+        A's.
+        """
         return {
-            f"{index}.{name}": value
-            for index, parameter in enumerate(self._parameters, self._first_layer)
-            for name, value in self._adamw.state[parameter].items()
+            f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+            for name, half in self._named()
+            for key, value in self._optimizer.state[half].items()
+            if key not in CONSTANTS
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Takes what ``state`` gave. Raises UserError where it belongs to other parameters."""
-        for index, parameter in enumerate(self._parameters, self._first_layer):
+        """Takes what ``state`` gave. Raises UserError where it is that of other parameters or of
+        another optimizer.
+        """
+        for place, (name, half) in enumerate(self._named()):
+            prefix = f"{name}."
             own = {
-                name.removeprefix(f"{index}."): value
-                for name, value in state.items()
-                if name.startswith(f"{index}.")
+                key.removeprefix(prefix): value
+                for key, value in state.items()
+                if key.startswith(prefix)
             }
-            if own and own["exp_avg"].shape != parameter.shape:
-                raise UserError(
-                    f"resume: the optimizer state of layer {index} has {own['exp_avg'].numel()} "
-                    "values, "
-                    f"the adapter {parameter.numel()}; the snapshot belongs to other lora settings"
-                )
             if own:
-                # The fused kernel wants the step count on the parameter's device, too.
-                self._adamw.state[parameter] = {
-                    name: value.to(parameter.device) for name, value in own.items()
-                }
+                self._restore(place, name, half, own)
+            elif state:
+                raise UserError(
+                    f"resume: the snapshot has no optimizer state of {name}; it belongs to another "
+                    "model or another version"
+                )
+
+    def _restore(self, place: int, name: str, half: nn.Parameter, own: dict[str, Tensor]) -> None:
+        blank = _blank(self._optimizer, half, place)
+        if blank.keys() != own.keys():
+            raise UserError(
+                f"resume: the optimizer state of {name} has {', '.join(sorted(own))}, wanted are "
+                f"{', '.join(sorted(blank))}; the snapshot belongs to another optim.kind"
+            )
+        for key, value in own.items():
+            wanted = blank[key]
+            if not isinstance(wanted, Tensor):
+                self._optimizer.state[half][key] = int(value)
+            elif wanted.shape == value.shape:
+                wanted.copy_(value)
+            else:
+                raise UserError(
+                    f"resume: the optimizer state of {name} has {value.numel()} values of {key}, "
+                    f"the adapter {wanted.numel()}; the snapshot belongs to other lora settings"
+                )
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for index, halves in enumerate(self._halves, self._first_layer):
+            for half_name, half in zip(HALVES, halves, strict=True):
+                yield f"{index}.{half_name}", half
+
+
+def _make(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "weight_decay": config.weight_decay,
+    }
+    if config.kind == "lion8bit":
+        return bitsandbytes.optim.Lion8bit(groups, **settings)
+    if config.kind == "adamw":
+        return torch.optim.AdamW(groups, eps=config.eps, fused=True, **settings)
+    paged = config.kind == "paged_adamw8bit"
+    kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
+    return kind(groups, eps=config.eps, **settings)
+
+
+def _blank(optimizer: torch.optim.Optimizer, half: nn.Parameter, place: int) -> dict[str, Any]:
+    """The state that ``half`` has before its first step, in the optimizer.
+
+    ``place``: among all halves, layer by layer.
+    """
+    state = optimizer.state[half]
+    if isinstance(optimizer, torch.optim.AdamW):
+        # The fused kernel wants the step count on the parameter's device, too.
+        step = torch.zeros((), dtype=torch.float32, device=half.device)
+        state |= {
+            "step": step,
+            "exp_avg": torch.zeros_like(half),
+            "exp_avg_sq": torch.zeros_like(half),
+        }
+    else:
+        layer, group = divmod(place, len(HALVES))
+        optimizer.init_state(optimizer.param_groups[group], half, group, layer)  # type: ignore[attr-defined]
+    return {key: value for key, value in state.items() if key not in CONSTANTS}

@@ -14,7 +14,8 @@ from fttrain.data.batch import MicroBatch
 from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
 from fttrain.schedule import layer_pass
-from fttrain.schedule.layer_pass import Gradients, Saving, Work
+from fttrain.schedule.activations import Policies
+from fttrain.schedule.layer_pass import Gradients, Work
 from fttrain.store import Store
 
 
@@ -23,7 +24,7 @@ def forward_backward(
     store: Store,
     micro_batches: list[MicroBatch],
     group_size: int,
-    saving: Saving,
+    policies: Policies,
     dropout: Callable[[MicroBatch], DropoutKey | None],
     gradients: Gradients,
 ) -> Tensor:
@@ -39,7 +40,7 @@ def forward_backward(
         works = _start(decoder, group, dropout)
         for layer in layer_pass.walk(decoder, store, range(len(store))):
             for work in works:
-                layer_pass.forward(decoder.layers[layer], work, saving)
+                layer_pass.forward(decoder.layers[layer], work, policies[layer])
         with decoder.head.brought():
             for work in works:
                 batch = work.micro_batch
@@ -47,7 +48,7 @@ def forward_backward(
                     work.hidden, batch.targets, batch.trained
                 )
                 total += loss
-        _backward(decoder, store, works, saving, gradients, number == len(groups) - 1)
+        _backward(decoder, store, works, gradients, number == len(groups) - 1)
     return total
 
 
@@ -55,7 +56,6 @@ def _backward(
     decoder: Decoder,
     store: Store,
     works: list[Work],
-    saving: Saving,
     gradients: Gradients,
     last: bool,
 ) -> None:
@@ -64,7 +64,7 @@ def _backward(
         gradients.open(layer)
         for number, work in enumerate(works):
             upcoming = works[(number + 1) % len(works)]
-            layer_pass.backward(decoder.layers[layer], work, saving, upcoming)
+            layer_pass.backward(decoder.layers[layer], work, upcoming)
         gradients.close(layer, last)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from fttrain.data.batch import MicroBatch
 from fttrain.model.decoder import Decoder, Layer
 from fttrain.model.linears import DropoutKey
+from fttrain.schedule.activations import Policy
 from fttrain.store import Store
-from fttrain.store.boundary import Boundaries, DeviceBoundaries
 
 
 class Gradients(Protocol):
@@ -29,14 +29,6 @@ class Gradients(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Saving:
-    """What a layer's pass leaves for its backward, and where."""
-
-    activations: str = "recompute"  # the layer's input only | keep: all that backward reads
-    boundaries: Boundaries = field(default_factory=DeviceBoundaries)
-
-
 @dataclass
 class Work:
     """A micro-batch on its way through the layers."""
@@ -45,16 +37,8 @@ class Work:
     rotary: tuple[Tensor, Tensor]  # cos and sin (N, D)
     dropout: DropoutKey | None
     hidden: Tensor  # (N, C): what the next layer reads; in backward its gradient
-    saved: list["Saved"] = field(default_factory=list)  # one for each layer passed
-
-
-@dataclass
-class Saved:
-    """What a layer's backward starts from."""
-
-    boundary: Any  # the layer's input (N, C), as the boundaries keep it
-    # (N, C) with its graph where activations are kept; None: recompute from the boundary
-    output: Tensor | None
+    # Of each layer passed its policy, and what that starts backward from
+    saved: list[tuple[Policy, Any]] = field(default_factory=list)
 
 
 def start(
@@ -91,46 +75,28 @@ def forward_only(layer: Layer, work: Work) -> None:
         work.hidden = layer(work.hidden, work.rotary)
 
 
-def forward(layer: Layer, work: Work, saving: Saving) -> None:
-    """Pass the layer and save what ``saving`` says."""
+def forward(layer: Layer, work: Work, policy: Policy) -> None:
+    """Pass the layer and save what ``policy`` says."""
     _enter(layer, work)
-    boundary = work.hidden
-    output = None
-    if saving.activations == "keep":
-        output = _with_graph(layer, boundary, work)
-        work.hidden = output.detach()
-    else:
-        with torch.no_grad():
-            work.hidden = layer(boundary, work.rotary)
-    work.saved.append(Saved(saving.boundaries.save(boundary), output))
+    work.hidden, saved = policy.forward(layer, work.hidden, work.rotary)
+    work.saved.append((policy, saved))
 
 
-def backward(layer: Layer, work: Work, saving: Saving, upcoming: Work) -> None:
+def backward(layer: Layer, work: Work, upcoming: Work) -> None:
     """``work.hidden``: gradient of the layer's output -> gradient of its input. Adds to the layer's
     adapter gradient.
 
-    ``upcoming``: the micro-batch whose backward follows; its boundary is brought meanwhile.
+    ``upcoming``: the micro-batch whose backward follows; what it starts from is brought meanwhile.
     """
     _enter(layer, work)
-    saved = work.saved.pop()
-    boundary, output = saving.boundaries.load(saved.boundary), saved.output
+    policy, saved = work.saved.pop()
+    policy.prefetch(saved)
     if upcoming.saved:
-        saving.boundaries.prefetch(upcoming.saved[-1].boundary)
-    if output is None:
-        layer.state.recomputing = True
-        output = _with_graph(layer, boundary, work)
-        layer.state.recomputing = False
-    output.backward(work.hidden)
-    gradient = boundary.grad
-    assert gradient is not None
-    work.hidden = gradient
+        next_policy, next_saved = upcoming.saved[-1]
+        next_policy.prefetch(next_saved)
+    work.hidden = policy.backward(layer, saved, work.hidden, work.rotary)
 
 
 def _enter(layer: Layer, work: Work) -> None:
     layer.state.lengths = work.micro_batch.lengths
     layer.state.dropout = work.dropout
-
-
-def _with_graph(layer: Layer, boundary: Tensor, work: Work) -> Tensor:
-    with torch.enable_grad():
-        return layer(boundary.requires_grad_(), work.rotary)

@@ -8,7 +8,8 @@ from fttrain.data.batch import MicroBatch
 from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
 from fttrain.schedule import layer_pass
-from fttrain.schedule.layer_pass import Gradients, Saving, Work
+from fttrain.schedule.activations import Policies
+from fttrain.schedule.layer_pass import Gradients, Work
 from fttrain.schedule.stage_link import DOWN, UP, StageLink
 from fttrain.store import Store
 
@@ -21,13 +22,13 @@ class StagePass:
         decoder: Decoder,
         store: Store,
         link: StageLink,
-        saving: Saving,
+        policies: Policies,
         gradients: Gradients,
         micro_batches: Sequence[MicroBatch],
         dropout: Callable[[MicroBatch], DropoutKey | None],
     ) -> None:
         self._decoder, self._store, self._link = decoder, store, link
-        self._saving, self._gradients = saving, gradients
+        self._policies, self._gradients = policies, gradients
         self._micro_batches, self._dropout = micro_batches, dropout
         # Loss sum of the last stage, fp64; zero elsewhere
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=decoder.device)
@@ -43,7 +44,7 @@ class StagePass:
         """Pass this stage's layers; keep what backward needs."""
         work = self._works[number] = self._enter(number)
         for layer in self._walk(range(len(self._store))):
-            layer_pass.forward(self._decoder.layers[layer], work, self._saving)
+            layer_pass.forward(self._decoder.layers[layer], work, self._policies[layer])
         if not self._link.is_last:
             self._link.send(work.hidden, UP)
             return
@@ -60,7 +61,7 @@ class StagePass:
         last = number == len(self) - 1
         for layer in self._walk(range(len(self._store) - 1, -1, -1)):
             self._gradients.open(layer)
-            layer_pass.backward(self._decoder.layers[layer], work, self._saving, work)
+            layer_pass.backward(self._decoder.layers[layer], work, work)
             self._gradients.close(layer, last)
         if not self._link.is_first:
             self._link.send(work.hidden, DOWN)

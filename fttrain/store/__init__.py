@@ -27,8 +27,10 @@ class Traffic:
     gather_bytes: int = 0  # parts of frozen layers, received from other ranks
     h2d_bytes: int = 0  # frozen layers and a streamed head, copied from host memory to the device
     stage_bytes: int = 0  # boundaries and their gradients, sent to other stages of a pipeline
-    # seconds in which the compute waited for a frozen layer, a streamed head, or the boundary or
-    # gradient of another stage; on CUDA those of waits that were over when it was asked
+    activation_bytes: int = 0  # offloaded activations that came back from host memory
+    # seconds in which the compute waited for a frozen layer, a streamed head, activations to come
+    # back, or the boundary or gradient of another stage; on CUDA those of waits that were over when
+    # it was asked
     wait_s: float = 0.0
 
     def __add__(self, other: "Traffic") -> "Traffic":

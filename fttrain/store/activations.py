@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from fttrain.collectives import Handle, Handles
+from fttrain.store import Traffic
 from fttrain.store.lane import Lane, copy, copy_lane
 from fttrain.units import round_up
 
@@ -73,9 +74,9 @@ class HostActivations:
         self._host = buffer.view(places, -1)
         self._device = device
         self._free = list(range(places))
-        self._out, self._back = out or copy_lane(device), back or copy_lane(device)
+        self._out, self._back = out or copy_lane(device), back or copy_lane(device, timed=True)
         self._leaving: deque[Kept] = deque()  # those whose tensors are still on the device
-        self._h2d_bytes = 0
+        self._back_bytes = 0
 
     @contextmanager
     def taking(self) -> Iterator[Kept]:
@@ -103,7 +104,7 @@ class HostActivations:
             copy(flat, on_host)
 
         kept.coming = self._back.run(work), flat
-        self._h2d_bytes += kept.used_bytes
+        self._back_bytes += kept.used_bytes
 
     def drop(self, kept: Kept) -> None:
         """Its backward is issued."""
@@ -112,10 +113,10 @@ class HostActivations:
         kept.tensors = kept.coming = None
         self._free.append(kept.place)
 
-    def take_h2d_bytes(self) -> int:
-        """Bytes that came back to the device since the last call."""
-        moved, self._h2d_bytes = self._h2d_bytes, 0
-        return moved
+    def take_traffic(self) -> Traffic:
+        """What came back to the device since the last call, and the waits for it."""
+        moved, self._back_bytes = self._back_bytes, 0
+        return Traffic(activation_bytes=moved, wait_s=self._back.take_wait_s())
 
     def _pack(self, kept: Kept, tensor: Tensor) -> tuple[int, torch.Size]:
         """Which tensor of ``kept`` it is, and its shape: two nodes may keep views of the same."""

@@ -37,7 +37,7 @@ class DataParallel(NativeStrategy):
             self._store,
             micro_batches,
             self._schedule.size(len(micro_batches)),
-            self._saving,
+            self._policies,
             dropout,
             self._gradients,
         )

@@ -14,10 +14,11 @@ from fttrain.data.batch import MicroBatch
 from fttrain.dist import Group
 from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
-from fttrain.optim.factory import OptimConfig, Optimizer
+from fttrain.optim.config import OptimConfig
+from fttrain.optim.factory import Optimizer
 from fttrain.schedule import generate
+from fttrain.schedule.activations import Policies
 from fttrain.schedule.generate import Fresh, KeyValueCache
-from fttrain.schedule.layer_pass import Saving
 from fttrain.store import FrozenBase, Store, Traffic
 from fttrain.store.verify import VerifiedStore
 from fttrain.strategy import parts
@@ -40,7 +41,7 @@ class Joined:
     store: VerifiedStore
     group: Group
     optim: OptimConfig
-    saving: Saving
+    policies: Policies
     gradients: GradientHome
     seed: int  # of the run
     files: Sequence[str] = ()  # where each layer of the whole model lies on disk
@@ -56,7 +57,7 @@ def join(
         parts.verified(plan, base, store, share.layers),
         plan.group,
         plan.recipe.optim,
-        parts.saving(plan, share, micro_batches),
+        parts.policies(plan, share, micro_batches),
         parts.gradients(plan, built, sync),
         plan.recipe.seed,
         parts.files(base),
@@ -69,10 +70,11 @@ class NativeStrategy(ABC):
     def __init__(self, joined: Joined) -> None:
         self.decoder = joined.decoder
         self.pass_s = 0.0
-        self._store, self._group, self._saving = joined.store, joined.group, joined.saving
+        self._store, self._group, self._policies = joined.store, joined.group, joined.policies
         self._gradients, self._seed = joined.gradients, joined.seed
         layers = self.decoder.layers
-        self._optimizer = Optimizer(self.decoder.parameters(), joined.optim, layers[0].index)
+        flats = [(layer.adapters.flat, layer.adapters.a_values) for layer in layers]
+        self._optimizer = Optimizer(flats, joined.optim, layers[0].index)
         self._ending = Ending(
             [layer.adapters for layer in layers],
             self._optimizer,
@@ -104,7 +106,8 @@ class NativeStrategy(ABC):
 
     def _take_traffic(self) -> Traffic:
         """What this rank moved since the last call."""
-        return self._store.take_traffic()
+        of_policies = [policy.take_traffic() for policy in dict.fromkeys(self._policies)]
+        return sum(of_policies, self._store.take_traffic())
 
     def train_step(
         self, micro_batches: list[MicroBatch], step: int, lr: float, accept: Judge

@@ -13,9 +13,11 @@ from torch import Tensor
 from fttrain.data.batch import ROW_MULTIPLE
 from fttrain.model.decoder import Decoder
 from fttrain.model.lora import LayerAdapters
-from fttrain.schedule.layer_pass import Saving
+from fttrain.optim.factory import moment_bytes
+from fttrain.schedule.activations import Keep, Offload, Policies, Policy, Recompute
 from fttrain.store import FrozenBase, Store
-from fttrain.store.boundary import HostBoundaries, boundary_bytes
+from fttrain.store.activations import ALIGN_BYTES, UNDER_WAY, HostActivations
+from fttrain.store.boundary import Boundaries, DeviceBoundaries, HostBoundaries, boundary_bytes
 from fttrain.store.verify import VerifiedStore
 from fttrain.strategy.gradients import DeviceGradients, GradientHome, HostGradients
 from fttrain.strategy.recipe import Plan
@@ -23,8 +25,8 @@ from fttrain.strategy.sync import GradientSync
 from fttrain.units import round_up
 
 # What the host pool knows the buffers by.
-SLOTS, BOUNDARIES, ADAPTERS = "layers in use", "boundaries", "adapters"
-LOADING = "a table being loaded"
+SLOTS, ADAPTERS, LOADING = "layers in use", "adapters", "a table being loaded"
+BOUNDARIES, ACTIVATIONS, SAVED = "boundaries", "activations on the host", "activations"
 EMBEDDING, HEAD = "embedding", "head"
 MASTERS, MOMENTS, GRADIENTS = "adapter masters", "optimizer moments", "adapter gradients"
 
@@ -42,11 +44,15 @@ def book(plan: Plan, share: Share, micro_batches: int) -> None:
     """Host memory of what every strategy has. ``micro_batches``: kept for backward at once."""
     pool, placement = plan.pool, plan.recipe.placement
     on_cpu = plan.group.device.type == "cpu"
-    if placement.boundaries == "host":
+    used = own_policies(plan, share)
+    if "offload" in used:
+        pool.book(ACTIVATIONS, micro_batches * used.count("offload") * activation_bytes(plan))
+    if placement.boundaries == "host" and "recompute" in used:
         shape = _boundary_shape(plan, share, micro_batches)
         pool.book(BOUNDARIES, boundary_bytes(shape, plan.dtype))
-    elif on_cpu:
-        pool.book(BOUNDARIES, micro_batches * len(share.layers) * saved_bytes(plan))
+    if on_cpu:
+        saved = sum(saved_bytes(plan, policy) for policy in used)
+        pool.book(SAVED, micro_batches * saved)
     if placement.embedding == "host":
         pool.book(EMBEDDING, plan.table_bytes, shared=True)
     elif on_cpu and share.has_embedding:
@@ -63,9 +69,10 @@ def book(plan: Plan, share: Share, micro_batches: int) -> None:
     elif placement.embedding == "device" or placement.head == "resident":
         pool.book(LOADING, plan.table_bytes)
     if plan.recipe.optim.offload:
-        values = adapter_values(plan)
-        for what, copies in ((MASTERS, 1), (GRADIENTS, 1), (MOMENTS, 2)):
-            pool.book(what, 4 * copies * values * len(share.layers))
+        layers, values = len(share.layers), adapter_values(plan)
+        pool.book(MASTERS, 4 * values * layers)
+        pool.book(GRADIENTS, 4 * values * layers)
+        pool.book(MOMENTS, moment_bytes(plan.recipe.optim, values) * layers)
 
 
 def adapter_values(plan: Plan) -> int:
@@ -75,22 +82,50 @@ def adapter_values(plan: Plan) -> int:
 
 def adapter_bytes(plan: Plan) -> int:
     """What one layer's adapters take on the device: compute copies, and unless they are offloaded
-    fp32 master, gradient and two moments.
+    fp32 master and gradient and the optimizer's moments.
     """
     copies = sum(a.a.numel() + a.b.numel() for a in _meta_adapters(plan).groups.values())
-    trained = 0 if plan.recipe.optim.offload else 16 * adapter_values(plan)
+    values, optim = adapter_values(plan), plan.recipe.optim
+    trained = 0 if optim.offload else 8 * values + moment_bytes(optim, values)
     return copies * plan.dtype.itemsize + trained
 
 
-def saved_bytes(plan: Plan) -> int:
-    """What one layer keeps on the device for one micro-batch's backward."""
-    a, placement = plan.architecture, plan.recipe.placement
-    width = 0 if placement.boundaries == "host" else a.hidden
-    if placement.activations == "keep":  # q, k, v; attention's output; second residual; gate, up
-        width += (2 * a.heads + 2 * a.kv_heads) * a.head_dim + a.hidden
-        width += 2 * a.config.intermediate_size
-    rows = round_up(plan.recipe.size.micro_batch_tokens, ROW_MULTIPLE)
-    return rows * width * plan.dtype.itemsize
+def saved_bytes(plan: Plan, policy: str) -> int:
+    """What a layer with ``policy`` keeps on the device for one micro-batch's backward."""
+    if policy == "recompute":
+        on_device = plan.recipe.placement.boundaries == "device"
+        return _rows(plan) * plan.architecture.hidden * plan.dtype.itemsize * on_device
+    return 0 if policy == "offload" else activation_bytes(plan)
+
+
+def moving_bytes(plan: Plan) -> int:
+    """What offloaded activations take on the device while they leave and come back."""
+    if "offload" not in plan.recipe.placement.policies(plan.architecture.layers):
+        return 0
+    return (UNDER_WAY + 2) * activation_bytes(plan)  # two come back: one is used, one is next
+
+
+def activation_bytes(plan: Plan) -> int:
+    """All that a layer's backward reads of one micro-batch: its input; q, k, v; attention's output
+    and fp32 log-sum-exp; the second residual; gate and up.
+    """
+    a, rows = plan.architecture, _rows(plan)
+    attention = a.heads * a.head_dim
+    qkv, gate_up = attention + 2 * a.kv_heads * a.head_dim, 2 * a.config.intermediate_size
+    widths = (a.hidden, qkv, attention, a.hidden, gate_up)
+    sizes = [rows * width * plan.dtype.itemsize for width in widths] + [rows * a.heads * 4]
+    return sum(round_up(size_bytes, ALIGN_BYTES) for size_bytes in sizes)
+
+
+def _rows(plan: Plan) -> int:
+    """The most tokens of a micro-batch, padding included."""
+    return round_up(plan.recipe.size.micro_batch_tokens, ROW_MULTIPLE)
+
+
+def own_policies(plan: Plan, share: Share) -> list[str]:
+    """Of this rank's layers."""
+    every = plan.recipe.placement.policies(plan.architecture.layers)
+    return [every[layer] for layer in share.layers]
 
 
 def _meta_adapters(plan: Plan) -> LayerAdapters:
@@ -99,19 +134,26 @@ def _meta_adapters(plan: Plan) -> LayerAdapters:
     return LayerAdapters(0, plan.architecture.groups, plan.recipe.lora, meta, plan.dtype)
 
 
-def saving(plan: Plan, share: Share, micro_batches: int) -> Saving:
-    """What layers leave for backward, and where."""
-    placement = plan.recipe.placement
-    if placement.boundaries == "device":
-        return Saving(placement.activations)
-    shape = _boundary_shape(plan, share, micro_batches)
-    buffer = plan.pool.allocate(BOUNDARIES)
-    return Saving("recompute", HostBoundaries(buffer, shape, plan.dtype, plan.group.device))
+def policies(plan: Plan, share: Share, micro_batches: int) -> Policies:
+    """What each of this rank's layers leaves for backward, and where."""
+    made: dict[str, Policy] = {"keep": Keep()}
+    used, device = own_policies(plan, share), plan.group.device
+    if "offload" in used:
+        places = micro_batches * used.count("offload")
+        host = HostActivations(plan.pool.allocate(ACTIVATIONS), places, device)
+        made["offload"] = Offload(host)
+    boundaries: Boundaries = DeviceBoundaries()
+    if "recompute" in used and plan.recipe.placement.boundaries == "host":
+        shape = _boundary_shape(plan, share, micro_batches)
+        buffer = plan.pool.allocate(BOUNDARIES)
+        boundaries = HostBoundaries(buffer, shape, plan.dtype, device)
+    made["recompute"] = Recompute(boundaries)
+    return [made[policy] for policy in used]
 
 
 def _boundary_shape(plan: Plan, share: Share, micro_batches: int) -> tuple[int, int, int]:
-    rows = round_up(plan.recipe.size.micro_batch_tokens, ROW_MULTIPLE)
-    return micro_batches * len(share.layers), rows, plan.architecture.hidden
+    layers = own_policies(plan, share).count("recompute")
+    return micro_batches * layers, _rows(plan), plan.architecture.hidden
 
 
 def decoder(plan: Plan, base: FrozenBase, share: Share) -> Decoder:

@@ -67,16 +67,20 @@ def _kept(plan: Plan) -> int:
 def _shares(plan: Plan) -> list[Share]:
     """Each stage's part, balanced by the memory that its device has free."""
     group = plan.group
+    layers = plan.architecture.layers
+    policies = plan.recipe.placement.policies(layers)
+    # Of a layer of the mean: which ones a stage gets is not known yet.
+    saved_bytes = -(-sum(parts.saved_bytes(plan, policy) for policy in policies) // layers)
     own = [
-        plan.layer_bytes + parts.adapter_bytes(plan) + _kept(plan) * parts.saved_bytes(plan),
-        fixed_bytes(plan),
+        plan.layer_bytes + parts.adapter_bytes(plan) + _kept(plan) * saved_bytes,
+        fixed_bytes(plan) + parts.moving_bytes(plan),
         free_device_bytes(group.device, local_world_size()),
     ]
     layer_bytes, fixed, free_bytes = (
         [int(value) for value in column]
         for column in zip(*group.gather([float(value) for value in own]), strict=True)
     )
-    layers = balance(plan.architecture.layers, layer_bytes, fixed, free_bytes)
+    ranges = balance(layers, layer_bytes, fixed, free_bytes)
     return [
-        Share(part, stage == 0, stage == group.world_size - 1) for stage, part in enumerate(layers)
+        Share(part, stage == 0, stage == group.world_size - 1) for stage, part in enumerate(ranges)
     ]

@@ -48,7 +48,7 @@ class PipelineStage(NativeStrategy):
         """What this stage does in a pass of those that have tokens."""
         some = [batch for batch in micro_batches if batch.lengths]
         return StagePass(
-            self.decoder, self._store, self._link, self._saving, self._gradients, some, dropout
+            self.decoder, self._store, self._link, self._policies, self._gradients, some, dropout
         )
 
     def _next_tokens(self, cache: KeyValueCache, fresh: Fresh) -> list[int]:

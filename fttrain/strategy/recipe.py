@@ -10,26 +10,29 @@ from fttrain.dist import Group
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.model.lora import LoraConfig
-from fttrain.optim.factory import OptimConfig
+from fttrain.optim.config import OptimConfig
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.store.hostpool import HostPool
 from fttrain.strategy.protocol import SCHEDULES, StrategyConfig
 
+POLICIES = ("recompute", "keep", "offload")
+
 
 @dataclass(frozen=True)
 class Placement:
     """Where a step keeps what is not the frozen layers."""
 
-    activations: str = "recompute"  # what a layer keeps for backward: its input only | keep: all
+    # What a layer leaves for backward: recompute (its input) | keep | offload (everything, on the
+    # device or the host), or a list by layer, such as (recompute*60, offload*20)
+    activations: str | tuple[str, ...] = "recompute"
     boundaries: str = "device"  # the inputs of layers until their backward: device | host
     embedding: str = "device"  # the table: device | host
     head: str = "resident"  # on the device: resident | streamed: brought for each use
 
     def __post_init__(self) -> None:
         for key, allowed in (
-            ("activations", ("recompute", "keep")),
             ("boundaries", ("device", "host")),
             ("embedding", ("device", "host")),
             ("head", ("resident", "streamed")),
@@ -37,11 +40,48 @@ class Placement:
             value = getattr(self, key)
             if value not in allowed:
                 raise UserError(f"{key}={value}: {' or '.join(allowed)}")
-        if self.boundaries == "host" and self.activations == "keep":
+        if not self.activations:
+            raise UserError(f"activations is empty: {', '.join(POLICIES)}, or a list by layer")
+        used = {policy for policy, _ in self._runs()}
+        if self.boundaries == "host" and "recompute" not in used:
             raise UserError(
-                "boundaries=host: with activations=keep backward reads them on the device; "
-                "activations=recompute goes with it"
+                f"boundaries=host: activations={self._written()} leaves none; layers with "
+                "activations=recompute do"
             )
+
+    def policies(self, layers: int) -> list[str]:
+        """What each of the model's ``layers`` does: recompute, keep or offload.
+
+        Raises UserError for a list that is longer or shorter.
+        """
+        if isinstance(self.activations, str):
+            return [self.activations] * layers
+        found = [policy for policy, count in self._runs() for _ in range(count)]
+        if len(found) != layers:
+            raise UserError(
+                f"activations={self._written()}: {len(found)} layers, the model has {layers}"
+            )
+        return found
+
+    def _runs(self) -> list[tuple[str, int]]:
+        """(policy, layers in a row that have it) as they are written; one for a single policy."""
+        written = self.activations
+        runs = []
+        for item in (written,) if isinstance(written, str) else written:
+            policy, star, count = item.partition("*")
+            if isinstance(written, str) or not star:
+                policy, count = item, "1"
+            if policy not in POLICIES or not count.isdecimal() or not int(count):
+                raise UserError(
+                    f"activations={self._written()}: {', '.join(POLICIES)}, or a list of them by "
+                    "layer such as [recompute*60,offload*20]"
+                )
+            runs.append((policy, int(count)))
+        return runs
+
+    def _written(self) -> str:
+        written = self.activations
+        return written if isinstance(written, str) else f"[{','.join(written)}]"
 
 
 @dataclass(frozen=True)

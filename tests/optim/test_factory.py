@@ -1,156 +1,120 @@
-"""The optimizer against torch's own and the learning rates against transformers' schedules."""
+"""Optimizers against torch's and bitsandbytes' own over plain parameters."""
 
 from collections.abc import Callable
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
-from torch import nn
-from transformers import (
-    get_constant_schedule_with_warmup,
-    get_cosine_schedule_with_warmup,
-    get_cosine_with_min_lr_schedule_with_warmup,
-    get_linear_schedule_with_warmup,
-)
+from torch import Tensor, nn
 
 from fttrain.errors import UserError
-from fttrain.optim.factory import OptimConfig, Optimizer, learning_rate
+from fttrain.optim.config import KINDS, OptimConfig
+from fttrain.optim.factory import Optimizer, moment_bytes
 
-TOTAL = 50
-
-
-def theirs(build: Callable[..., Any], warmup_steps: int, **options: Any) -> list[float]:
-    """A transformers schedule's rates by step."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
-    if build is not get_constant_schedule_with_warmup:
-        options["num_training_steps"] = TOTAL
-    scheduler = build(optimizer, num_warmup_steps=warmup_steps, **options)
-    rates = []
-    for _ in range(TOTAL):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    return rates
+SIZES = ((9000, 5000), (600, 40))  # values of each layer, and of its A's; 8 bits from 4096 on
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
+RATIO = 4.0
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
 
-@pytest.mark.parametrize("warmup_ratio", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize(
-    ("schedule", "reference", "options"),
-    [
-        ("constant", get_constant_schedule_with_warmup, {}),
-        ("linear", get_linear_schedule_with_warmup, {}),
-        ("cosine", get_cosine_schedule_with_warmup, {}),
-        ("cosine", get_cosine_with_min_lr_schedule_with_warmup, {"min_lr_rate": 0.1}),
-    ],
-)
-def test_rates_equal_transformers(
-    schedule: str, reference: Callable[..., Any], options: dict[str, float], warmup_ratio: float
-) -> None:
-    config = OptimConfig(
-        lr=0.5,
-        lr_schedule=schedule,
-        warmup_ratio=warmup_ratio,
-        min_lr_ratio=options.get("min_lr_rate", 0.0),
-    )
-    warmup_steps = round(warmup_ratio * TOTAL)
-    ours = [learning_rate(config, step, TOTAL) for step in range(TOTAL)]
-    assert ours[warmup_steps:] == pytest.approx(
-        theirs(reference, warmup_steps, **options)[warmup_steps:]
-    )
-    # transformers' first step has a rate of 0; ours moves at once and reaches lr a step later
-    rise = [0.5 * (step + 1) / (warmup_steps + 1) for step in range(warmup_steps)]
-    assert ours[:warmup_steps] == pytest.approx(rise)
+def config(kind: str, **settings: Any) -> OptimConfig:
+    return OptimConfig(kind=kind, eps=1e-7, **SETTINGS, **settings)
 
 
-def test_linear_falls_to_its_floor_after_the_last_step() -> None:
-    config = OptimConfig(lr=2.0, lr_schedule="linear", warmup_ratio=0, min_lr_ratio=0.25)
-    assert learning_rate(config, 0, 10) == 2.0
-    assert learning_rate(config, 5, 10) == pytest.approx(2 * (0.25 + 0.75 * 0.5))
-    assert learning_rate(config, 10, 10) == pytest.approx(0.5)
+def flats() -> list[tuple[nn.Parameter, int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(nn.Parameter(torch.randn(n, generator=generator)), a) for n, a in SIZES]
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("total", [1, 2, 3])
-def test_short_runs_have_positive_rates(schedule: str, total: int) -> None:
-    config = OptimConfig(lr=1.0, lr_schedule=schedule, warmup_ratio=0.5)
-    assert all(0 < learning_rate(config, step, total) <= 1 for step in range(total))
-
-
-def parameters() -> list[nn.Parameter]:
-    torch.manual_seed(0)
-    return [nn.Parameter(torch.randn(n)) for n in (30, 7)]
-
-
-def set_gradients(parameters: list[nn.Parameter], step: int) -> None:
+def gradients(step: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(step)
-    for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return [torch.randn(n, generator=generator) for n, _ in SIZES]
 
 
-CONFIG = OptimConfig(lr=1e-2, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.1)
+def apply(optimizer: Optimizer, layers: list[tuple[nn.Parameter, int]], steps: range) -> None:
+    for step in steps:
+        for (flat, _), grad in zip(layers, gradients(step), strict=True):
+            flat.grad = grad
+        optimizer.step(1e-2 / (step + 1))
 
 
-def test_steps_equal_torchs_adamw() -> None:
-    ours, reference = parameters(), parameters()
-    optimizer = Optimizer(ours, CONFIG)
-    adamw = torch.optim.AdamW(reference, 1e-2, (0.8, 0.95), 1e-7, 0.1, foreach=False)
+def reference(kind: str, groups: Any) -> Any:
+    made: dict[str, Callable[[], Any]] = {
+        "adamw": lambda: torch.optim.AdamW(groups, eps=1e-7, foreach=False, **SETTINGS),
+        "adamw8bit": lambda: bitsandbytes.optim.AdamW8bit(groups, eps=1e-7, **SETTINGS),
+        "paged_adamw8bit": lambda: bitsandbytes.optim.PagedAdamW8bit(groups, eps=1e-7, **SETTINGS),
+        "lion8bit": lambda: bitsandbytes.optim.Lion8bit(groups, **SETTINGS),
+    }
+    return made[kind]()
+
+
+@pytest.mark.parametrize("ratio", [1.0, RATIO])
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_equal_the_plain_optimizer(kind: str, ratio: float) -> None:
+    layers = flats()
+    apply(Optimizer(layers, config(kind, loraplus_lr_ratio=ratio)), layers, range(6))
+    a, b = (
+        [nn.Parameter(part.clone()) for part in halves]
+        for halves in zip(
+            *(flat.data.split([n, len(flat) - n]) for flat, n in flats()), strict=True
+        )
+    )
+    plain = reference(kind, [{"params": a}, {"params": b}])
     for step in range(6):
-        set_gradients(ours, step), set_gradients(reference, step)
-        lr = 1e-2 / (step + 1)
-        adamw.param_groups[0]["lr"] = lr
-        optimizer.step(lr)
-        adamw.step()
-    for mine, expected in zip(ours, reference, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)
+        for one, other, grad in zip(a, b, gradients(step), strict=True):
+            one.grad, other.grad = grad.split([len(one), len(other)])
+        for group, factor in zip(plain.param_groups, (1.0, ratio), strict=True):
+            group["lr"] = factor * 1e-2 / (step + 1)
+        plain.step()
+    for (flat, _), one, other in zip(layers, a, b, strict=True):
+        torch.testing.assert_close(
+            flat.detach(), torch.cat([one, other]).detach(), rtol=1e-6, atol=1e-7
+        )
 
 
-def test_a_restored_optimizer_goes_on_bit_for_bit() -> None:
-    ours = parameters()
-    optimizer = Optimizer(ours, CONFIG)
-    for step in range(3):
-        set_gradients(ours, step)
-        optimizer.step(1e-2)
-    assert Optimizer(parameters(), CONFIG).state() == {}
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_restored_optimizer_goes_on_bit_for_bit(kind: str) -> None:
+    layers = flats()
+    optimizer = Optimizer(layers, config(kind), first_layer=3)
+    assert optimizer.state() == {}
+    apply(optimizer, layers, range(3))
     state = {name: value.clone() for name, value in optimizer.state().items()}
-    resumed = [nn.Parameter(p.detach().clone()) for p in ours]
-    other = Optimizer(resumed, CONFIG)
+    assert {name.split(".", 2)[0] for name in state} == {"3", "4"}
+    resumed = [(nn.Parameter(flat.detach().clone()), a) for flat, a in layers]
+    other = Optimizer(resumed, config(kind), first_layer=3)
     other.restore(state)
-    for step in range(3, 6):
-        for one, both in ((optimizer, ours), (other, resumed)):
-            set_gradients(both, step)
-            one.step(1e-2)
-    for mine, expected in zip(resumed, ours, strict=True):
+    apply(optimizer, layers, range(3, 6))
+    apply(other, resumed, range(3, 6))
+    for (mine, _), (expected, _) in zip(resumed, layers, strict=True):
         assert torch.equal(mine, expected)
     assert all(torch.equal(value, other.state()[n]) for n, value in optimizer.state().items())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_take_what_is_booked(kind: str) -> None:
+    values = 256 * 40
+    layer = nn.Parameter(torch.zeros(values))
+    layer.grad = torch.ones(values)
+    optimizer = Optimizer([(layer, values // 2)], config(kind))
+    optimizer.step(1e-2)
+    kept = sum(value.nbytes for name, value in optimizer.state().items() if "step" not in name)
+    assert kept == moment_bytes(config(kind), values)
+
+
 def test_state_of_other_parameters_is_refused() -> None:
-    optimizer = Optimizer(parameters(), CONFIG)
-    foreign = [nn.Parameter(torch.zeros(9)), nn.Parameter(torch.zeros(7))]
-    theirs = Optimizer(foreign, CONFIG)
-    set_gradients(foreign, 0)
-    theirs.step(1e-2)
-    with pytest.raises(UserError, match=r"layer 0 has 9 values.*30.*other lora settings"):
-        optimizer.restore(theirs.state())
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"kind": "sgd"},
-        {"lr": 0.0},
-        {"lr": -1.0},
-        {"lr": float("nan")},
-        {"betas": (0.9, 1.0)},
-        {"eps": -1e-8},
-        {"weight_decay": float("inf")},
-        {"max_grad_norm": -1.0},
-        {"lr_schedule": "step"},
-        {"warmup_ratio": 1.0},
-        {"min_lr_ratio": 1.5},
-    ],
-    ids=str,
-)
-def test_wrong_settings_name_their_key(settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=f"optim.{next(iter(settings))}="):
-        OptimConfig(**settings)
+    theirs = flats()
+    optimizer = Optimizer(theirs, config("adamw"))
+    apply(optimizer, theirs, range(1))
+    state = optimizer.state()
+    fewer = [(nn.Parameter(torch.zeros(30)), 10), (nn.Parameter(torch.zeros(600)), 40)]
+    with pytest.raises(
+        UserError, match=r"0\.a has 5000 values of exp_avg.* 10;.*other lora settings"
+    ):
+        Optimizer(fewer, config("adamw")).restore(state)
+    with pytest.raises(
+        UserError, match=r"state of 0\.a has exp_avg, exp_avg_sq, step, wanted are .*state1"
+    ):
+        Optimizer(flats(), config("adamw8bit")).restore(state)
+    with pytest.raises(UserError, match=r"no optimizer state of 7\.a; it belongs to another model"):
+        Optimizer(flats(), config("adamw"), first_layer=7).restore(state)

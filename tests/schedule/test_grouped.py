@@ -15,7 +15,7 @@ from fttrain.model.linears import DropoutKey
 from fttrain.model.lora import LoraConfig
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule import ScheduleConfig, grouped, layer_pass
-from fttrain.schedule.layer_pass import Saving
+from fttrain.schedule.activations import Keep, Policy, Recompute
 
 LORA = LoraConfig(r=4, lora_alpha=10)
 DROPOUT = LoraConfig(r=4, lora_alpha=10, lora_dropout=0.25)
@@ -112,7 +112,13 @@ class Watched:
 def pass_all(decoder: Decoder, store: Any, group_size: int) -> Watched:
     watched = Watched(decoder)
     grouped.forward_backward(
-        decoder, store, micro_batches(), group_size, Saving(), lambda batch: None, watched
+        decoder,
+        store,
+        micro_batches(),
+        group_size,
+        [Recompute()] * len(store),
+        lambda batch: None,
+        watched,
     )
     return watched
 
@@ -170,8 +176,8 @@ def test_passes_over_the_store(group_size: int) -> None:
     assert log == expected * (4 // group_size)
 
 
-def autograd_nodes(output: Tensor) -> Iterator[Any]:
-    pending, seen = [output.grad_fn], set()
+def autograd_nodes(end: Any) -> Iterator[Any]:
+    pending, seen = [end], set()
     while pending:
         node = pending.pop()
         if node is not None and node not in seen:
@@ -202,12 +208,11 @@ def test_keep_holds_the_stated_tensors_and_no_others(name: str) -> None:
 
     for layer in layer_pass.walk(decoder, store, range(1)):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            layer_pass.forward(decoder.layers[layer], work, Saving("keep"))
+            layer_pass.forward(decoder.layers[layer], work, Keep())
     assert sorted(saved.values()) == stated
-    output = work.saved[0].output
-    assert output is not None
+    _, (edge, _) = work.saved[0]
     rotary = {tensor.data_ptr() for tensor in work.rotary}  # shared by all layers
-    for node in autograd_nodes(output):
+    for node in autograd_nodes(edge.node):
         for value in vars(node).values() if hasattr(node, "__dict__") else ():
             for tensor in value if isinstance(value, tuple) else (value,):
                 assert not isinstance(tensor, Tensor) or tensor.data_ptr() in rotary, node
@@ -216,11 +221,11 @@ def test_keep_holds_the_stated_tensors_and_no_others(name: str) -> None:
 def test_recompute_holds_the_boundary_only() -> None:
     decoder, store = tiny.build(tiny.model(), QuantConfig(), LORA)
     work = layer_pass.start(decoder, micro_batches(1)[0], None, None)
+    policy: Policy = Recompute()
     for layer in layer_pass.walk(decoder, store, range(len(store))):
         boundary = work.hidden
-        layer_pass.forward(decoder.layers[layer], work, Saving())
-        assert work.saved[-1].output is None
-        assert work.saved[-1].boundary is boundary
+        layer_pass.forward(decoder.layers[layer], work, policy)
+        assert work.saved[-1][1] is boundary
         assert work.hidden.grad_fn is None
 
 

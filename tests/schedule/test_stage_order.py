@@ -12,7 +12,6 @@ from torch import Tensor
 from fttrain.data.batch import MicroBatch, collate
 from fttrain.dist import Group
 from fttrain.schedule import stage_link
-from fttrain.schedule.layer_pass import Saving
 from fttrain.schedule.one_f_one_b import one_f_one_b
 from fttrain.schedule.stage_link import DOWN, UP, StageLink
 from fttrain.schedule.stage_pass import StagePass
@@ -39,10 +38,12 @@ class NoLayers:
     def rotary(self, position_ids: Tensor) -> None:
         return None
 
-    def loss_and_gradient(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(
+        self, hidden: Tensor, targets: Tensor, trained: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return torch.zeros(()), hidden
 
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, hidden: Tensor, targets: Tensor, trained: Tensor) -> Tensor:
         return torch.zeros(())
 
 
@@ -68,7 +69,7 @@ def record(
         link = StageLink(Group(rank, stages, rank, CPU), WIDTH, torch.float32)
         for _ in range(2):
             model: Any = NoLayers()
-            stage = StagePass(model, (), link, Saving(), None, batches, lambda batch: None)  # type: ignore[arg-type]
+            stage = StagePass(model, (), link, (), None, batches, lambda batch: None)  # type: ignore[arg-type]
             act(stage, rank, stages)
             link.flush()
     return wires

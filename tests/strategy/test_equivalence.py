@@ -33,12 +33,19 @@ STORES: dict[str, dict[str, Any]] = {
     "stream, by rank": {"strategy": "stream", "resident_layers": (3, 0, 1, 5)},
     "pipeline": {"strategy": "pipeline"},
 }
+MIXED = ("recompute*2", "offload", "keep", "offload")  # by layer
 FACTORS: dict[str, tuple[Any, ...]] = {
     "world_size": (2, 4, 1),
     "store": tuple(STORES),
     "ends": tuple(itertools.product(("device", "host"), ("resident", "streamed"))),
     "group": ("all", 1, 2),
-    "saving": (("recompute", "device"), ("recompute", "host"), ("keep", "device")),
+    "saving": (
+        ("recompute", "device"),
+        ("recompute", "host"),
+        ("keep", "device"),
+        ("offload", "device"),
+        (MIXED, "host"),
+    ),
     "offload": (False, True),
     "model": ("llama", "llama_tied"),
     "dtype": ("float32", "bfloat16"),
@@ -53,7 +60,7 @@ class Case:
     store: str = "replicate"
     ends: tuple[str, str] = ("device", "resident")  # embedding, head
     group: int | str = "all"
-    saving: tuple[str, str] = ("recompute", "device")  # activations, boundaries
+    saving: tuple[Any, str] = ("recompute", "device")  # activations, boundaries
     offload: bool = False
     model: str = "llama"
     dtype: str = "float32"

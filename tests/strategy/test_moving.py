@@ -129,6 +129,6 @@ def test_a_state_is_whole(source: Place) -> None:
     state = sources()[source]["state"]
     layers = range(tiny_strategy.LAYERS)
     assert {name.split(".")[2] for name in state["adapter"]} == {str(layer) for layer in layers}
-    parts = ("step", "exp_avg", "exp_avg_sq")
+    parts = [f"{half}.{part}" for half in "ab" for part in ("step", "exp_avg", "exp_avg_sq")]
     assert state["optimizer"].keys() == {f"{layer}.{part}" for layer in layers for part in parts}
-    assert all(float(state["optimizer"][f"{layer}.step"]) == STEPS for layer in layers)
+    assert all(float(state["optimizer"][f"{layer}.a.step"]) == STEPS for layer in layers)

@@ -1,13 +1,17 @@
 """Settings that do not go together, and what a plan derives from a recipe."""
 
 import itertools
+from typing import Any
 
 import pytest
+import tiny
 import tiny_strategy
 
+from fttrain.data.batch import collate
 from fttrain.errors import UserError
-from fttrain.schedule import KINDS, ScheduleConfig
+from fttrain.schedule import KINDS, ScheduleConfig, layer_pass
 from fttrain.store.hostpool import HostPool
+from fttrain.strategy import parts
 from fttrain.strategy.protocol import SCHEDULES, StrategyConfig
 from fttrain.strategy.recipe import Placement, Plan, check_pair
 
@@ -27,19 +31,37 @@ def test_a_strategy_and_its_schedule(strategy: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"activations": "offload"}, "activations=offload: recompute or keep"),
+        ({"activations": "all"}, "activations=all: recompute, keep, offload, or a list of them by"),
+        ({"activations": ("keep", "drop*2")}, r"activations=\[keep,drop\*2\]: recompute, keep, of"),
+        ({"activations": ("keep*0",)}, r"activations=\[keep\*0\]: recompute, keep, offload"),
+        ({"activations": ("keep*x",)}, r"activations=\[keep\*x\]: recompute, keep, offload"),
+        ({"activations": "keep*2"}, r"activations=keep\*2: recompute, keep, offload"),
         ({"boundaries": "disk"}, "boundaries=disk: device or host"),
         ({"embedding": "streamed"}, "embedding=streamed: device or host"),
         ({"head": "host"}, "head=host: resident or streamed"),
         (
             {"boundaries": "host", "activations": "keep"},
-            "boundaries=host: with activations=keep .* activations=recompute goes with it",
+            "boundaries=host: activations=keep leaves none; layers with activations=recompute do",
+        ),
+        (
+            {"boundaries": "host", "activations": ("keep*4", "offload")},
+            r"boundaries=host: activations=\[keep\*4,offload\] leaves none",
         ),
     ],
 )
-def test_refused_placements(settings: dict[str, str], message: str) -> None:
+def test_refused_placements(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Placement(**settings)
+
+
+def test_policies_by_layer() -> None:
+    assert Placement("offload").policies(3) == ["offload"] * 3
+    mixed = Placement(("recompute*2", "keep", "offload*1"))
+    assert mixed.policies(4) == ["recompute", "recompute", "keep", "offload"]
+    for layers in (3, 5):
+        message = rf"activations=\[recompute\*2,keep,offload\*1\]: 4 layers, the model has {layers}"
+        with pytest.raises(UserError, match=message):
+            mixed.policies(layers)
 
 
 def test_sizes_of_a_plan() -> None:
@@ -48,3 +70,17 @@ def test_sizes_of_a_plan() -> None:
     plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, HostPool(group))
     assert plan.layer_bytes == len(frozen.flats[0])
     assert plan.table_bytes == 2 * 300 * 64
+
+
+def test_host_memory_of_offloaded_activations_is_what_a_layer_leaves() -> None:
+    frozen, group = tiny_strategy.base(), tiny_strategy.this_group()
+    recipe = tiny_strategy.variant(dtype="bfloat16", activations="offload")
+    plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, HostPool(group))
+    strategy = tiny_strategy.build(recipe, tiny_strategy.base(dtype="bfloat16"))
+    rows = plan.recipe.size.micro_batch_tokens
+    batch = collate(tiny.documents((rows,)), 0)
+    work = layer_pass.start(strategy.decoder, batch, None, None)
+    for layer in layer_pass.walk(strategy.decoder, strategy._store, range(1)):
+        layer_pass.forward(strategy.decoder.layers[layer], work, strategy._policies[layer])
+    _, (kept, _) = work.saved[0]
+    assert kept.used_bytes == parts.activation_bytes(plan)

@@ -15,7 +15,7 @@ from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.data.loader import Loader
 from fttrain.dist import Group
 from fttrain.model.lora import LoraConfig
-from fttrain.optim.factory import OptimConfig
+from fttrain.optim.config import OptimConfig
 from fttrain.quant.scheme import QuantConfig
 from fttrain.strategy.data_parallel import DataParallel
 from fttrain.strategy.protocol import StepStats

@@ -1,0 +1,74 @@
+"""The optimizer's settings and the learning rate of each step."""
+
+import math
+from dataclasses import dataclass
+
+from fttrain.errors import UserError
+
+KINDS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and its learning rate."""
+
+    # Over fp32 masters. adamw: fp32 moments | adamw8bit, paged_adamw8bit, lion8bit: bitsandbytes'
+    # 8-bit moments; paged: the driver moves them to the host where the card is full
+    kind: str = "adamw"
+    lr: float = 2e-4  # learning rate after warm-up
+    # decay of the first and second moment, each in [0, 1)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.0  # decoupled, per step, times lr
+    loraplus_lr_ratio: float = 1.0  # lr of every B over that of every A (LoRA+, Hayou et al. 2024)
+    max_grad_norm: float = 1.0  # clip the global gradient norm; 0: no clipping
+    lr_schedule: str = "cosine"  # after warm-up: constant | linear | cosine
+    warmup_ratio: float = 0.03  # fraction of all steps, in [0, 1)
+    min_lr_ratio: float = 0.0  # lr at the end, as a fraction of lr, in [0, 1]
+    offload: bool = False  # masters, moments and gradients in host memory, updated by the CPU
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"optim.kind={self.kind}: {', '.join(KINDS)}")
+        if self.offload and self.kind.startswith("paged"):
+            raise UserError(
+                f"optim.kind={self.kind} with optim.offload=true: both take the moments off the "
+                "card; write adamw8bit, or offload=false"
+            )
+        if not 0 < self.loraplus_lr_ratio < float("inf"):
+            raise UserError(f"optim.loraplus_lr_ratio={self.loraplus_lr_ratio}: a number above 0")
+        if not 0 < self.lr < float("inf"):
+            raise UserError(f"optim.lr={self.lr}: a number above 0, such as 2e-4")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas={list(self.betas)}: two numbers in [0, 1)")
+        for key in ("eps", "weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, key) < float("inf"):
+                raise UserError(f"optim.{key}={getattr(self, key)}: a number of 0 or more")
+        if self.lr_schedule not in ("constant", "linear", "cosine"):
+            raise UserError(f"optim.lr_schedule={self.lr_schedule}: constant, linear or cosine")
+        if not 0 <= self.warmup_ratio < 1:
+            raise UserError(f"optim.warmup_ratio={self.warmup_ratio}: a fraction in [0, 1)")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise UserError(f"optim.min_lr_ratio={self.min_lr_ratio}: a fraction in [0, 1]")
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """The learning rate of optimizer step ``step`` (from 0) of ``total_steps``.
+
+    Linear warm-up over ``warmup_ratio`` of the steps (the first step already moves), then the
+    chosen decay, which reaches ``min_lr_ratio`` one step after the last.
+    """
+    warmup_steps = round(config.warmup_ratio * total_steps)
+    if step < warmup_steps:
+        return config.lr * (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    falling = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }
+    if config.lr_schedule == "constant":
+        return config.lr
+    return config.lr * (
+        config.min_lr_ratio + (1 - config.min_lr_ratio) * falling[config.lr_schedule]
+    )

@@ -1,0 +1,148 @@
+"""What a layer's pass leaves for its backward: a policy for each layer.
+
+    policy     leaves                                         backward
+    recompute  the layer's input                              runs the layer again first
+    keep       all that backward reads, on the device         reads it
+    offload    the same, in host memory (store/activations)   reads what has come back meanwhile
+
+Legend: N tokens, C hidden width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from fttrain.model.decoder import Layer
+from fttrain.store import Traffic
+from fttrain.store.activations import HostActivations, Kept
+from fttrain.store.boundary import Boundaries, DeviceBoundaries
+
+Rotary = tuple[Tensor, Tensor]  # cos and sin (N, D)
+
+
+class Policy(Protocol):
+    """How one layer passes a micro-batch; ``layer`` is bound to its bytes, lengths and dropout."""
+
+    def forward(self, layer: Layer, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Any]:
+        """``hidden`` (N, C) -> the layer's output (N, C), and what backward starts from."""
+        ...
+
+    def prefetch(self, saved: Any) -> None:
+        """Its backward is next."""
+        ...
+
+    def backward(self, layer: Layer, saved: Any, grad: Tensor, rotary: Rotary) -> Tensor:
+        """``grad`` of the output (N, C) -> that of the input (N, C). Adds to the adapters'."""
+        ...
+
+    def take_traffic(self) -> Traffic:
+        """What it moved since the last call."""
+        ...
+
+
+Policies = Sequence[Policy]  # by layer of the decoder
+
+
+class Recompute:
+    """Only the layer's input is kept, where ``boundaries`` says."""
+
+    def __init__(self, boundaries: Boundaries | None = None) -> None:
+        self._boundaries = boundaries or DeviceBoundaries()
+
+    def forward(self, layer: Layer, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Any]:
+        with torch.no_grad():
+            output = layer(hidden, rotary)
+        return output, self._boundaries.save(hidden)
+
+    def prefetch(self, saved: Any) -> None:
+        self._boundaries.prefetch(saved)
+
+    def backward(self, layer: Layer, saved: Any, grad: Tensor, rotary: Rotary) -> Tensor:
+        layer.state.recomputing = True
+        output, taken = _with_graph(layer, self._boundaries.load(saved), rotary)
+        layer.state.recomputing = False
+        return _through(get_gradient_edge(output), grad, taken)
+
+    def take_traffic(self) -> Traffic:
+        return Traffic()
+
+
+class Keep:
+    """The layer's graph is kept, with all that it saved."""
+
+    def forward(self, layer: Layer, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Any]:
+        output, taken = _with_graph(layer, hidden, rotary)
+        # The graph's end without the output, which need not live as long as it.
+        return output.detach(), (get_gradient_edge(output), taken)
+
+    def prefetch(self, saved: Any) -> None:
+        """Nothing to bring."""
+
+    def backward(self, layer: Layer, saved: Any, grad: Tensor, rotary: Rotary) -> Tensor:
+        edge, taken = saved
+        return _through(edge, grad, taken)
+
+    def take_traffic(self) -> Traffic:
+        return Traffic()
+
+
+class Offload:
+    """The layer's graph is kept, and what it saved goes to ``host``."""
+
+    def __init__(self, host: HostActivations) -> None:
+        self._host, self._keep = host, Keep()
+
+    def forward(self, layer: Layer, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Any]:
+        with self._host.taking() as kept:
+            output, graph = self._keep.forward(layer, hidden, rotary)
+        return output, (kept, graph)
+
+    def prefetch(self, saved: tuple[Kept, Any]) -> None:
+        self._host.bring(saved[0])
+
+    def backward(
+        self, layer: Layer, saved: tuple[Kept, Any], grad: Tensor, rotary: Rotary
+    ) -> Tensor:
+        kept, graph = saved
+        found = self._keep.backward(layer, graph, grad, rotary)
+        self._host.drop(kept)
+        return found
+
+    def take_traffic(self) -> Traffic:
+        return self._host.take_traffic()
+
+
+class _Entry(torch.autograd.Function):
+    """Where a layer's graph begins: takes the gradient out of it. A leaf would keep its value, the
+    layer's input, for as long as the graph lives.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, hidden: Tensor, taken: list[Tensor]) -> Tensor:
+        ctx.taken = taken
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        ctx.taken.append(grad)
+        return None, None, None
+
+
+_anchor = torch.empty(0, requires_grad=True)  # makes autograd record what follows it
+
+
+def _with_graph(layer: Layer, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, list[Tensor]]:
+    """The layer's output with its graph, and the list in which backward leaves the gradient of
+    ``hidden``.
+    """
+    taken: list[Tensor] = []
+    with torch.enable_grad():
+        return layer(_Entry.apply(_anchor, hidden, taken), rotary), taken
+
+
+def _through(edge: GradientEdge, grad: Tensor, taken: list[Tensor]) -> Tensor:
+    torch.autograd.backward(edge, grad)
+    return taken.pop()

@@ -1,0 +1,107 @@
+"""What each activation policy computes, in FLOPs: counted at Llama-3-70B's shape on fake tensors.
+
+GEMMs are counted by torch; attention, an operator of our own, by the formula: two GEMMs forward and
+five backward over half of a causal square.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
+
+from fttrain.model.decoder import Architecture, Layer
+from fttrain.model.lora import LoraConfig
+from fttrain.quant.frozen_layer import FrozenLayer
+from fttrain.quant.scheme import QuantConfig
+from fttrain.schedule.activations import Keep, Policy, Recompute
+
+CPU = torch.device("cpu")
+TOKENS, RANK = 2048, 16
+SHAPES: dict[str, dict[str, Any]] = {
+    "Llama-3-70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "SmolLM2-135M": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+}
+
+
+def gemm_flops(architecture: Architecture, policy: Policy, skip: bool) -> int:
+    """Of one layer's forward and backward over ``TOKENS`` tokens. ``skip``: leave out what backward
+    never reads when the layer is run again.
+    """
+    lora = LoraConfig(r=RANK)
+    frozen_format = architecture.frozen_format(QuantConfig("none", False), torch.bfloat16)
+    with FakeTensorMode():
+        layer = Layer(architecture, 0, lora, CPU, torch.bfloat16)
+        layer.adapters.bind_gradient(torch.zeros_like(layer.adapters.flat))
+        flat = torch.empty(frozen_format.layout.size_bytes, dtype=torch.uint8)
+        layer.state.frozen, layer.state.lengths = FrozenLayer(flat, frozen_format), (TOKENS,)
+        if not skip:
+            layer.shell.mlp.down.unread = False
+        hidden = torch.empty(TOKENS, architecture.hidden, dtype=torch.bfloat16)
+        rotary = (torch.empty(TOKENS, architecture.head_dim, dtype=torch.bfloat16),) * 2
+        with FlopCounterMode(display=False) as counter:
+            output, saved = policy.forward(layer, hidden, rotary)
+            policy.backward(layer, saved, torch.empty_like(output), rotary)
+    return int(counter.get_total_flops())
+
+
+def stated(a: Architecture) -> dict[str, int]:
+    """FLOPs of a token in the parts of a layer's forward."""
+    members = [
+        (group.shape.in_features, out) for group in a.groups for out in group.shape.out_features
+    ]
+    down_in = a.config.intermediate_size
+    return {
+        "frozen": sum(2 * i * o for i, o in members),
+        "down": 2 * down_in * a.hidden,
+        "lora_a": sum(2 * i * RANK for i, _ in members),
+        "lora_b": sum(2 * RANK * o for _, o in members),
+        "lora_a of down": 2 * down_in * RANK,
+        "lora_b of down": 2 * RANK * a.hidden,
+    }
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_policy_computes_what_it_says(shape: str) -> None:
+    a = Architecture(LlamaConfig(**SHAPES[shape]))
+    part = stated(a)
+    forward = part["frozen"] + part["lora_a"] + part["lora_b"]
+    # Backward: gradients of the inputs, and of A and B; no gradient of a frozen weight.
+    backward = part["frozen"] + 2 * (part["lora_a"] + part["lora_b"])
+    whole = forward + backward
+    # What keep saves are inputs of prologues: A's projections are made again, no frozen linear is.
+    assert gemm_flops(a, Keep(), True) == TOKENS * (whole + part["lora_a"])
+    assert gemm_flops(a, Recompute(), False) == TOKENS * (whole + forward)
+    # Skipped in the second forward: down_proj and its B; A's projection is part of its backward.
+    skipped = part["down"] + part["lora_b of down"]
+    assert gemm_flops(a, Recompute(), True) == TOKENS * (whole + forward - skipped)
+
+
+def test_the_ratios_of_a_70b_step_are_those_of_the_design() -> None:
+    a = Architecture(LlamaConfig(**SHAPES["Llama-3-70B"]))
+    attention = 2 * 2 * (TOKENS / 2) * a.heads * a.head_dim  # of a token's forward, causal
+    head = 2 * 2 * a.hidden * a.config.vocab_size  # logits, and the gradient of their input
+    for policy, skip, again, giga in (
+        (Recompute(), False, 1, 429),
+        (Recompute(), True, 1, 391),
+        (Keep(), True, 0, 289),
+    ):
+        gemms = gemm_flops(a, policy, skip) / TOKENS
+        step = a.layers * (gemms + attention * (1 + 2.5 + again)) + head
+        assert step / 1e9 == pytest.approx(giga, abs=1)
