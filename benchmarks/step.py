@@ -37,7 +37,7 @@ def peer(checkpointing: bool) -> Side:
 
 def replicate(activations: str, group: str | int) -> Side:
     name = f"{activations}, group={group}"
-    return native(name, {"name": "replicate"}, {"group": group}, activations)
+    return native(name, {"name": "replicate"}, {"group": group}, {"activations": activations})
 
 
 SIDES = (

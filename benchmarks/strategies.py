@@ -53,7 +53,7 @@ STRATEGIES = (
     native("pipeline", {"name": "pipeline"}, {"kind": "one_f_one_b"}),
 )
 KEPT = tuple(  # as peers without checkpointing do; in groups of 1, as they do
-    native(f"{name}, kept activations", {"name": name}, {"group": 1}, "keep")
+    native(f"{name}, kept activations", {"name": name}, {"group": 1}, {"activations": "keep"})
     for name in ("replicate", "shard", "stream")
 )
 FSDP2 = tuple(

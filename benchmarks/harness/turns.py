@@ -41,10 +41,14 @@ class Side:
 
 
 def native(
-    name: str, strategy: dict[str, Any], schedule: dict[str, Any], activations: str = "recompute"
+    name: str,
+    strategy: dict[str, Any],
+    schedule: dict[str, Any],
+    placement: dict[str, Any] | None = None,
+    **other: Any,
 ) -> Side:
-    """fttrain, with the settings of its configuration groups."""
-    settings = {"strategy": strategy, "schedule": schedule, "activations": activations}
+    """fttrain, with the settings of its configuration groups; ``other``: of its job."""
+    settings = {"strategy": strategy, "schedule": schedule, "placement": placement or {}, **other}
     return Side(f"fttrain {name}", {"side": "fttrain", **settings})
 
 

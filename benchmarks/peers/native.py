@@ -28,7 +28,7 @@ class Native:
             LoraConfig(**job["lora"]),
             OptimConfig(**job["optim"]),
             ScheduleConfig(**job["schedule"]),
-            Placement(job["activations"]),
+            Placement(**job["placement"]),
             FrozenConfig(job["cache_dir"]),
             StepSize(job["micro_batch_size"], job["seq_len"], job["gradient_accumulation_steps"]),
             "bfloat16",
@@ -37,6 +37,9 @@ class Native:
         source = resolve(ModelConfig("benchmark", job["model"]))
         self._strategy, _ = build_strategy(recipe, source, group)
         self._strategy.load_adapter_state(load_file(job["adapter"]))
+        if not job.get("skip", True):
+            for layer in self._strategy.decoder.layers:  # to see what leaving it out is worth
+                layer.shell.mlp.down.unread = False
         self._lr = job["optim"]["lr"]
 
     def prepare(self, ranks: list[list[list[Row]]]) -> list[MicroBatch]:

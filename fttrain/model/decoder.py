@@ -18,7 +18,7 @@ from fttrain.model.families import family_of
 from fttrain.model.families.family import Family
 from fttrain.model.head import Embedding, Head
 from fttrain.model.linears import LayerState, LinearGroup
-from fttrain.model.lora import GroupMembers, LayerAdapters, LoraConfig
+from fttrain.model.lora import GroupMembers, LayerAdapters, LoraConfig, OnHost
 from fttrain.quant.frozen_layer import FrozenFormat, GroupShape
 from fttrain.quant.scheme import QuantConfig
 
@@ -102,11 +102,11 @@ class Layer:
         lora: LoraConfig,
         device: torch.device,
         dtype: torch.dtype,
-        masters: Tensor | None = None,
+        on_host: OnHost | None = None,
     ) -> None:
         self.index = index  # among the layers of the whole model
         self.state = LayerState()
-        self.adapters = LayerAdapters(index, architecture.groups, lora, device, dtype, masters)
+        self.adapters = LayerAdapters(index, architecture.groups, lora, device, dtype, on_host)
         self.shell = self._build_shell(architecture)
 
     def _build_shell(self, architecture: Architecture) -> nn.Module:
@@ -161,7 +161,7 @@ class Decoder:
         *,
         layers: range | None = None,
         head_streamed: bool = False,
-        masters: Sequence[Tensor] | None = None,
+        on_host: Sequence[OnHost] | None = None,
     ) -> None:
         """``final_norm`` (C,) lies on the device that computes, in the dtype that computes.
 
@@ -183,7 +183,7 @@ class Decoder:
         indices = layers or range(architecture.layers)
         self.layers = [
             Layer(architecture, index, lora, self.device, self.dtype, own)
-            for index, own in zip(indices, masters or itertools.repeat(None), strict=False)
+            for index, own in zip(indices, on_host or itertools.repeat(None), strict=False)
         ]
         self._rotary = family.rotary_class(architecture.config).to(self.device)
         self._like = final_norm.new_empty(0)  # device and dtype that rotary embeddings come in

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fttrain.collectives import Handle
 from fttrain.errors import UserError
 from fttrain.quant.frozen_layer import GroupShape
 
@@ -85,7 +86,7 @@ def target_indices(groups: Iterable[GroupMembers], config: LoraConfig) -> dict[s
 
 
 class GroupAdapter:
-    """One group's adapter: views into the layer's flat masters and gradient; compute copies."""
+    """One group's adapter: views into the layer's flat masters, gradient and compute copies."""
 
     def __init__(self, group: GroupMembers, members: list[int], config: LoraConfig) -> None:
         self.group = group
@@ -104,13 +105,15 @@ class GroupAdapter:
         out = sum(self.group.shape.out_features[member] for member in self.members)
         return self.rank * self.group.shape.in_features, out * self.r
 
-    def bind(self, a: Tensor, b: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-        """Take this adapter's parts of the flat fp32 masters; make the compute copies."""
+    def bind(self, a: Tensor, b: Tensor) -> None:
+        """Take this adapter's parts of the flat fp32 masters."""
         self.a_master, self.b_master = self._shaped(a, b)
-        # (R, in)
-        self.a = torch.empty(self.a_master.shape, dtype=dtype, device=device)
-        # scaling * B of all members (their rows, r)
-        self.b = torch.empty(self.b_master.shape, dtype=dtype, device=device)
+
+    def bind_copies(self, a: Tensor, b: Tensor) -> None:
+        """Take this adapter's parts of what computes: A's (R, in), and scaling * B of all members
+        (their rows, r).
+        """
+        self.a, self.b = self._shaped(a, b)
 
     def bind_gradient(self, a: Tensor, b: Tensor) -> None:
         """Take this adapter's parts of a flat fp32 gradient of the layer."""
@@ -119,11 +122,6 @@ class GroupAdapter:
     def _shaped(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """All A's (R, in) and all B's (their rows, r), as views."""
         return a.view(self.rank, -1), b.view(-1, self.r)
-
-    def refresh(self) -> None:
-        """Copy the fp32 masters into the compute copies. Called after each optimizer step."""
-        self.a.copy_(self.a_master)
-        self.b.copy_(self.b_master * self.scaling)
 
     def add_to_(self, y: Tensor, down: Tensor) -> None:
         """``y`` (N, out) += scaling * B of ``down`` = A x (N, R)."""
@@ -160,6 +158,14 @@ class GroupAdapter:
             start = end
 
 
+@dataclass(frozen=True)
+class OnHost:
+    """Where a layer's adapters are in host memory."""
+
+    masters: Tensor  # fp32 (values in the layer,)
+    copies: Tensor  # the same in the compute dtype, on their way to the device
+
+
 class LayerAdapters(nn.Module):
     """All adapters of one layer over one flat fp32 parameter.
 
@@ -173,13 +179,15 @@ class LayerAdapters(nn.Module):
         config: LoraConfig,
         device: torch.device,
         dtype: torch.dtype,
-        masters: Tensor | None = None,
+        on_host: "OnHost | None" = None,
     ) -> None:
-        """``device`` and ``dtype``: of the compute copies. ``masters``: fp32 (values in the layer,)
-        in host memory; None: made on ``device``.
+        """``device`` and ``dtype``: of the compute copies. ``on_host``: where the masters are,
+        None: on ``device``.
         """
         super().__init__()
         groups = list(groups)
+        self._scaling = config.scaling
+        self._on_way: Handle | None = None  # of an update whose copies may not be here yet
         targets = target_indices(groups, config)
         self.layer = layer
         self.groups = {
@@ -190,11 +198,15 @@ class LayerAdapters(nn.Module):
         a_sizes, b_sizes = zip(*(group.sizes for group in self.groups.values()), strict=True)
         self._sizes = [*a_sizes, *b_sizes]
         self.a_values = sum(a_sizes)  # of the flat masters, the first ones: those of all A's
-        if masters is None:
-            masters = torch.zeros(sum(self._sizes), dtype=torch.float32, device=device)
-        self.flat = nn.Parameter(masters)
+        values = sum(self._sizes)
+        made = torch.zeros(values, device=device) if on_host is None else on_host.masters
+        self.flat = nn.Parameter(made)
+        self._copies = torch.empty(values, dtype=dtype, device=device)  # what computes
+        self._staging = None if on_host is None else on_host.copies
         for adapter, a, b in self._parts(self.flat.data):
-            adapter.bind(a, b, device, dtype)
+            adapter.bind(a, b)
+        for adapter, a, b in self._parts(self._copies):
+            adapter.bind_copies(a, b)
 
     def bind_gradient(self, grad: Tensor) -> None:
         """Backward adds to ``grad`` fp32 (values in the layer,) from here on."""
@@ -221,10 +233,40 @@ class LayerAdapters(nn.Module):
             adapter.b_master.zero_()
         self.refresh()
 
+    @property
+    def copy_bytes(self) -> int:
+        """Of the compute copies."""
+        return self._copies.nbytes
+
     def refresh(self) -> None:
-        for adapter in self.groups.values():
-            adapter.refresh()
+        """Bring the compute copies to what the masters are."""
+        self.stage()
+        self.send()
+
+    @torch.no_grad()
+    def stage(self) -> None:
+        """Round the masters to the compute dtype, where they lie; B's times ``scaling``."""
+        into = self._copies if self._staging is None else self._staging
+        into[: self.a_values].copy_(self.flat[: self.a_values])
+        into[self.a_values :].copy_(self.flat[self.a_values :] * self._scaling)
+
+    def send(self) -> None:
+        """Copy what is staged on the host to the device; the host does not wait for it."""
+        if self._staging is not None:
+            self._copies.copy_(self._staging, non_blocking=True)
+
+    def expect(self, on_way: Handle) -> None:
+        """An update is under way; ``ready`` waits for it."""
+        self._on_way = on_way
+
+    def ready(self) -> None:
+        """The compute copies are those of the last update for whoever computes after this."""
+        if self._on_way is not None:
+            self._on_way.wait()
+            self._on_way = None
 
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:
+        """As they are after the last update."""
+        self.ready()
         for adapter in self.groups.values():
             yield from adapter.named_masters(self.layer)

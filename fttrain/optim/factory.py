@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import bitsandbytes
 import torch
+from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
+from bitsandbytes.optim.lion import Lion8bit
 from torch import Tensor, nn
 
 from fttrain.errors import UserError
@@ -42,23 +43,27 @@ class Optimizer:
         self._first_layer = first_layer
         # Views of the flat masters; autograd never sees them.
         self._halves = [
-            tuple(nn.Parameter(part) for part in flat.data.split([count, flat.numel() - count]))
+            [nn.Parameter(part) for part in flat.data.split([count, flat.numel() - count])]
             for flat, count in flats
         ]
         self._ratios = (1.0, config.loraplus_lr_ratio)
-        groups = [{"params": [halves[i] for halves in self._halves]} for i in range(len(HALVES))]
-        self._optimizer = _make(groups, config)
+        # One a layer: each can be stepped by itself, as soon as its gradient is there.
+        self._optimizers = [
+            _make([{"params": [half]} for half in halves], config) for halves in self._halves
+        ]
 
-    def step(self, lr: float) -> None:
-        """Update every parameter from its ``grad``; ``lr`` is that of the A's."""
-        for flat, halves in zip(self._flats, self._halves, strict=True):
-            assert flat.grad is not None
-            sizes = [half.numel() for half in halves]
-            for half, grad in zip(halves, flat.grad.split(sizes), strict=True):
-                half.grad = grad
-        for group, ratio in zip(self._optimizer.param_groups, self._ratios, strict=True):
-            group["lr"] = lr * ratio
-        self._optimizer.step()
+    def step(self, layer: int, lr: float) -> None:
+        """Update the parameter of ``layer``, a place among ``flats``, from its ``grad``; ``lr`` is
+        that of the A's.
+        """
+        flat, halves, optimizer = self._flats[layer], self._halves[layer], self._optimizers[layer]
+        assert flat.grad is not None
+        grads = flat.grad.split([half.numel() for half in halves])
+        for half, grad, group, ratio in zip(
+            halves, grads, optimizer.param_groups, self._ratios, strict=True
+        ):
+            half.grad, group["lr"] = grad, lr * ratio
+        optimizer.step()
 
     def state(self) -> dict[str, Tensor]:
         """All a resumed run needs, by flat name: ``0.a.exp_avg`` is the first moment of layer 0's
@@ -66,8 +71,8 @@ class Optimizer:
         """
         return {
             f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
-            for name, half in self._named()
-            for key, value in self._optimizer.state[half].items()
+            for name, half, optimizer, _ in self._named()
+            for key, value in optimizer.state[half].items()
             if key not in CONSTANTS
         }
 
@@ -75,7 +80,7 @@ class Optimizer:
         """Takes what ``state`` gave. Raises UserError where it is that of other parameters or of
         another optimizer.
         """
-        for place, (name, half) in enumerate(self._named()):
+        for name, half, optimizer, group in self._named():
             prefix = f"{name}."
             own = {
                 key.removeprefix(prefix): value
@@ -83,36 +88,42 @@ class Optimizer:
                 if key.startswith(prefix)
             }
             if own:
-                self._restore(place, name, half, own)
+                _restore(_blank(optimizer, half, group), optimizer.state[half], name, own)
             elif state:
                 raise UserError(
                     f"resume: the snapshot has no optimizer state of {name}; it belongs to another "
                     "model or another version"
                 )
 
-    def _restore(self, place: int, name: str, half: nn.Parameter, own: dict[str, Tensor]) -> None:
-        blank = _blank(self._optimizer, half, place)
-        if blank.keys() != own.keys():
-            raise UserError(
-                f"resume: the optimizer state of {name} has {', '.join(sorted(own))}, wanted are "
-                f"{', '.join(sorted(blank))}; the snapshot belongs to another optim.kind"
-            )
-        for key, value in own.items():
-            wanted = blank[key]
-            if not isinstance(wanted, Tensor):
-                self._optimizer.state[half][key] = int(value)
-            elif wanted.shape == value.shape:
-                wanted.copy_(value)
-            else:
-                raise UserError(
-                    f"resume: the optimizer state of {name} has {value.numel()} values of {key}, "
-                    f"the adapter {wanted.numel()}; the snapshot belongs to other lora settings"
-                )
+    def _named(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer, int]]:
+        """(name, half, its optimizer, its group there) of every half."""
+        for index, (halves, optimizer) in enumerate(
+            zip(self._halves, self._optimizers, strict=True), self._first_layer
+        ):
+            for group, (half_name, half) in enumerate(zip(HALVES, halves, strict=True)):
+                yield f"{index}.{half_name}", half, optimizer, group
 
-    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for index, halves in enumerate(self._halves, self._first_layer):
-            for half_name, half in zip(HALVES, halves, strict=True):
-                yield f"{index}.{half_name}", half
+
+def _restore(
+    blank: dict[str, Any], state: dict[str, Any], name: str, own: dict[str, Tensor]
+) -> None:
+    """``own`` into the optimizer's ``state`` of one half, so far ``blank`` and constants."""
+    if blank.keys() != own.keys():
+        raise UserError(
+            f"resume: the optimizer state of {name} has {', '.join(sorted(own))}, wanted are "
+            f"{', '.join(sorted(blank))}; the snapshot belongs to another optim.kind"
+        )
+    for key, value in own.items():
+        wanted = blank[key]
+        if not isinstance(wanted, Tensor):
+            state[key] = int(value)
+        elif wanted.shape == value.shape:
+            wanted.copy_(value)
+        else:
+            raise UserError(
+                f"resume: the optimizer state of {name} has {value.numel()} values of {key}, "
+                f"the adapter {wanted.numel()}; the snapshot belongs to other lora settings"
+            )
 
 
 def _make(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
@@ -122,29 +133,20 @@ def _make(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opti
         "weight_decay": config.weight_decay,
     }
     if config.kind == "lion8bit":
-        return bitsandbytes.optim.Lion8bit(groups, **settings)
+        return Lion8bit(groups, **settings)
     if config.kind == "adamw":
         return torch.optim.AdamW(groups, eps=config.eps, fused=True, **settings)
-    paged = config.kind == "paged_adamw8bit"
-    kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
+    kind = PagedAdamW8bit if config.kind == "paged_adamw8bit" else AdamW8bit
     return kind(groups, eps=config.eps, **settings)
 
 
-def _blank(optimizer: torch.optim.Optimizer, half: nn.Parameter, place: int) -> dict[str, Any]:
-    """The state that ``half`` has before its first step, in the optimizer.
-
-    ``place``: among all halves, layer by layer.
-    """
+def _blank(optimizer: torch.optim.Optimizer, half: nn.Parameter, group: int) -> dict[str, Any]:
+    """Of ``half``, alone in its ``group``: the state before its first step, in the optimizer."""
     state = optimizer.state[half]
     if isinstance(optimizer, torch.optim.AdamW):
         # The fused kernel wants the step count on the parameter's device, too.
-        step = torch.zeros((), dtype=torch.float32, device=half.device)
-        state |= {
-            "step": step,
-            "exp_avg": torch.zeros_like(half),
-            "exp_avg_sq": torch.zeros_like(half),
-        }
+        state["step"] = torch.zeros((), dtype=torch.float32, device=half.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(half), torch.zeros_like(half)
     else:
-        layer, group = divmod(place, len(HALVES))
-        optimizer.init_state(optimizer.param_groups[group], half, group, layer)  # type: ignore[attr-defined]
+        optimizer.init_state(optimizer.param_groups[group], half, group, 0)  # type: ignore[attr-defined]
     return {key: value for key, value in state.items() if key not in CONSTANTS}

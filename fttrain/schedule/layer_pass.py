@@ -62,6 +62,7 @@ def walk(decoder: Decoder, store: Store, order: range) -> Iterator[int]:
     """
     for place, layer in enumerate(order):
         store.prefetch(order[place:])
+        decoder.layers[layer].adapters.ready()
         decoder.layers[layer].state.frozen = store.get(layer)
         yield layer
         decoder.layers[layer].state.frozen = None

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from fttrain.dist import Group
 from fttrain.errors import UserError
-from fttrain.model.lora import LayerAdapters
-from fttrain.optim.factory import Optimizer
 from fttrain.store.verify import VerifiedStore
 from fttrain.strategy.protocol import Judge, StepStats
 from fttrain.strategy.sync import SyncStats
+from fttrain.strategy.update import Update
 
 
 class Ending:
@@ -20,17 +19,17 @@ class Ending:
 
     def __init__(
         self,
-        layers: list[LayerAdapters],
-        optimizer: Optimizer,
+        update: Update,
         max_grad_norm: float,
         store: VerifiedStore,
+        first_layer: int,
         files: Sequence[str],
         group: Group,
     ) -> None:
-        """``files``: where each layer of the whole model lies on disk. ``layers`` and ``store``:
-        this rank's, which may be some of them.
+        """``first_layer``: of ``store``'s, among those of the whole model; ``files``: where each of
+        those lies on disk.
         """
-        self._layers, self._optimizer, self._clip = layers, optimizer, max_grad_norm
+        self._update, self._clip, self._first_layer = update, max_grad_norm, first_layer
         self._store, self._files, self._group = store, files, group
 
     def totals(self, loss_sum: Tensor, targets: int, tokens: int) -> tuple[float, int, int]:
@@ -71,23 +70,15 @@ class Ending:
         # is not finite would destroy the adapter, whatever the judge thinks of it.
         updated = targets > 0 and accept(loss * scale, norm) and math.isfinite(norm)
         if updated:
-            self._update(scale, norm, lr)
+            # as torch's clip_grad_norm_
+            clip = min(1.0, self._clip / (norm + 1e-6)) if self._clip else 1.0
+            self._update.start(scale * clip, lr)
         return StepStats(loss * scale, targets, tokens, norm, updated, sync)
-
-    def _update(self, scale: float, norm: float, lr: float) -> None:
-        # as torch's clip_grad_norm_
-        factor = scale * (min(1.0, self._clip / (norm + 1e-6)) if self._clip else 1.0)
-        for layer in self._layers:
-            assert layer.flat.grad is not None
-            layer.flat.grad.mul_(factor)
-        self._optimizer.step(lr)
-        for layer in self._layers:
-            layer.refresh()
 
     def _first_damaged(self) -> int:
         """1 + the first damaged layer of this rank, 0 for none."""
         found = self._store.mismatched()
-        return 1 + self._layers[min(found)].layer if found else 0
+        return 1 + self._first_layer + min(found) if found else 0
 
     def _refuse_damaged(self, found: list[float]) -> None:
         """``found``: of each rank what ``_first_damaged`` gave."""

@@ -29,6 +29,7 @@ from fttrain.strategy.parts import Share
 from fttrain.strategy.protocol import Judge, StepStats
 from fttrain.strategy.recipe import Plan
 from fttrain.strategy.sync import GradientSync
+from fttrain.strategy.update import DeviceUpdate, HostUpdate, Update
 
 Dropout = Callable[[MicroBatch], DropoutKey | None]
 
@@ -75,11 +76,17 @@ class NativeStrategy(ABC):
         layers = self.decoder.layers
         flats = [(layer.adapters.flat, layer.adapters.a_values) for layer in layers]
         self._optimizer = Optimizer(flats, joined.optim, layers[0].index)
+        adapters = [layer.adapters for layer in layers]
+        self._update: Update = (
+            HostUpdate(adapters, self._optimizer, self._group.device)
+            if joined.optim.offload
+            else DeviceUpdate(adapters, self._optimizer)
+        )
         self._ending = Ending(
-            [layer.adapters for layer in layers],
-            self._optimizer,
+            self._update,
             joined.optim.max_grad_norm,
             joined.store,
+            layers[0].index,
             joined.files,
             joined.group,
         )
@@ -120,7 +127,7 @@ class NativeStrategy(ABC):
         norms, sync = self._gradients.finish()
         totals, norms = self._totals(loss_sum, micro_batches), self._of_all_layers(norms)
         stats = self._ending.finish(totals, norms, sync, lr, accept)
-        return replace(stats, traffic=self._take_traffic())
+        return replace(stats, traffic=self._take_traffic(), update=self._update.take_stats())
 
     def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
         started = time.perf_counter()
@@ -151,7 +158,9 @@ class NativeStrategy(ABC):
         load_adapter_state(self.decoder, part_of(state, self.decoder))
 
     def optimizer_state(self) -> dict[str, Tensor]:
+        self._update.settle()
         return self._optimizer.state()
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        self._update.settle()
         self._optimizer.restore(state)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fttrain.data.batch import ROW_MULTIPLE
 from fttrain.model.decoder import Decoder
-from fttrain.model.lora import LayerAdapters
+from fttrain.model.lora import LayerAdapters, OnHost
 from fttrain.optim.factory import moment_bytes
 from fttrain.schedule.activations import Keep, Offload, Policies, Policy, Recompute
 from fttrain.store import FrozenBase, Store
@@ -28,7 +28,8 @@ from fttrain.units import round_up
 SLOTS, ADAPTERS, LOADING = "layers in use", "adapters", "a table being loaded"
 BOUNDARIES, ACTIVATIONS, SAVED = "boundaries", "activations on the host", "activations"
 EMBEDDING, HEAD = "embedding", "head"
-MASTERS, MOMENTS, GRADIENTS = "adapter masters", "optimizer moments", "adapter gradients"
+MASTERS, COPIES = "adapter masters", "adapters on their way to the device"
+MOMENTS, GRADIENTS = "optimizer moments", "adapter gradients"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def book(plan: Plan, share: Share, micro_batches: int) -> None:
         layers, values = len(share.layers), adapter_values(plan)
         pool.book(MASTERS, 4 * values * layers)
         pool.book(GRADIENTS, 4 * values * layers)
+        pool.book(COPIES, plan.dtype.itemsize * values * layers)
         pool.book(MOMENTS, moment_bytes(plan.recipe.optim, values) * layers)
 
 
@@ -170,9 +172,12 @@ def decoder(plan: Plan, base: FrozenBase, share: Share) -> Decoder:
         head = embedding if tied_here and alike else _table(plan, base, HEAD, on_host=streamed)
     norm = torch.empty(plan.architecture.hidden, dtype=plan.dtype)
     base.read_end("final_norm", norm)
-    masters = None
+    on_host = None
     if plan.recipe.optim.offload:
-        masters = _by_layer(plan.pool.allocate(MASTERS), len(share.layers))
+        count = len(share.layers)
+        masters = _by_layer(plan.pool.allocate(MASTERS), torch.float32, count)
+        copies = _by_layer(plan.pool.allocate(COPIES), plan.dtype, count)
+        on_host = [OnHost(*own) for own in zip(masters, copies, strict=True)]
     built = Decoder(
         plan.architecture,
         embedding if share.has_embedding else None,
@@ -181,7 +186,7 @@ def decoder(plan: Plan, base: FrozenBase, share: Share) -> Decoder:
         plan.recipe.lora,
         layers=share.layers,
         head_streamed=placement.head == "streamed",
-        masters=masters,
+        on_host=on_host,
     )
     for layer in built.layers:
         layer.adapters.reset(plan.recipe.seed)
@@ -212,7 +217,7 @@ def gradients(plan: Plan, built: Decoder, sync: GradientSync) -> GradientHome:
     adapters = [layer.adapters for layer in built.layers]
     if not plan.recipe.optim.offload:
         return DeviceGradients(adapters, sync)
-    on_host = _by_layer(plan.pool.allocate(GRADIENTS), len(adapters))
+    on_host = _by_layer(plan.pool.allocate(GRADIENTS), torch.float32, len(adapters))
     return HostGradients(adapters, sync, plan.group.device, on_host)
 
 
@@ -227,6 +232,6 @@ def files(base: FrozenBase) -> list[str]:
     return [str(base.path(layer)) for layer in range(len(base))]
 
 
-def _by_layer(buffer: Tensor, layers: int) -> list[Tensor]:
-    """uint8 host memory -> fp32 (values,) for each layer."""
-    return list(buffer.view(torch.float32).view(layers, -1).unbind(0))
+def _by_layer(buffer: Tensor, dtype: torch.dtype, layers: int) -> list[Tensor]:
+    """uint8 host memory -> ``dtype`` (values,) for each layer."""
+    return list(buffer.view(dtype).view(layers, -1).unbind(0))

@@ -10,6 +10,7 @@ from fttrain.data.batch import MicroBatch
 from fttrain.errors import UserError
 from fttrain.store import Traffic
 from fttrain.strategy.sync import SyncStats
+from fttrain.strategy.update import UpdateStats
 
 # strategy -> the schedule it runs with; every other pair is refused by name.
 SCHEDULES = {
@@ -76,7 +77,8 @@ class StrategyConfig:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimizer step did, the same on every rank but for ``sync`` and ``traffic``."""
+    """What one optimizer step did, the same on every rank but for ``sync``, ``traffic`` and
+    ``update``."""
 
     loss: float  # nats per target token over all ranks; 0 where the step had no target
     targets: int  # tokens that were trained on, over all ranks
@@ -85,6 +87,7 @@ class StepStats:
     updated: bool  # False: no target, a gradient that is not finite, or the judge said no
     sync: SyncStats = field(default_factory=SyncStats)  # this rank's gradient traffic
     traffic: Traffic = field(default_factory=Traffic)  # what this rank's layers made it move
+    update: UpdateStats = field(default_factory=UpdateStats)  # this rank's, of the step before
 
 
 Judge = Callable[[float, float], bool]  # (loss, grad_norm) -> whether the update is made

@@ -104,6 +104,7 @@ MOVED = {  # metric -> its row; median over the steps, all ranks together
     "gather_bytes": "frozen base gathered from other ranks, a step of all ranks",
     "h2d_bytes": "frozen base copied from host memory, a step of all ranks",
     "activation_bytes": "activations back from host memory, a step of all ranks",
+    "optim_bytes": "gradients to and weights from host memory, a step of all ranks",
     "stage_bytes": "sent to other stages, a step of all ranks",
     "sync_bytes": "adapter gradients summed over ranks, a step",
 }

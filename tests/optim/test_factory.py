@@ -36,7 +36,8 @@ def apply(optimizer: Optimizer, layers: list[tuple[nn.Parameter, int]], steps: r
     for step in steps:
         for (flat, _), grad in zip(layers, gradients(step), strict=True):
             flat.grad = grad
-        optimizer.step(1e-2 / (step + 1))
+        for place in range(len(layers)):
+            optimizer.step(place, 1e-2 / (step + 1))
 
 
 def reference(kind: str, groups: Any) -> Any:
@@ -97,7 +98,7 @@ def test_moments_take_what_is_booked(kind: str) -> None:
     layer = nn.Parameter(torch.zeros(values))
     layer.grad = torch.ones(values)
     optimizer = Optimizer([(layer, values // 2)], config(kind))
-    optimizer.step(1e-2)
+    optimizer.step(0, 1e-2)
     kept = sum(value.nbytes for name, value in optimizer.state().items() if "step" not in name)
     assert kept == moment_bytes(config(kind), values)
 

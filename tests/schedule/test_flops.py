@@ -40,12 +40,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def addmm_flops(_: Any, left: Any, right: Any, **__: Any) -> int:
+    """Of shapes (m, k) and (k, n): torch counts addmm, but not the one in place."""
+    return 2 * int(left[0]) * int(left[1]) * int(right[1])
+
+
 def gemm_flops(architecture: Architecture, policy: Policy, skip: bool) -> int:
     """Of one layer's forward and backward over ``TOKENS`` tokens. ``skip``: leave out what backward
     never reads when the layer is run again.
     """
     lora = LoraConfig(r=RANK)
-    frozen_format = architecture.frozen_format(QuantConfig("none", False), torch.bfloat16)
+    plain = QuantConfig("none", double_quant=False)
+    frozen_format = architecture.frozen_format(plain, torch.bfloat16)
     with FakeTensorMode():
         layer = Layer(architecture, 0, lora, CPU, torch.bfloat16)
         layer.adapters.bind_gradient(torch.zeros_like(layer.adapters.flat))
@@ -55,7 +61,9 @@ def gemm_flops(architecture: Architecture, policy: Policy, skip: bool) -> int:
             layer.shell.mlp.down.unread = False
         hidden = torch.empty(TOKENS, architecture.hidden, dtype=torch.bfloat16)
         rotary = (torch.empty(TOKENS, architecture.head_dim, dtype=torch.bfloat16),) * 2
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(
+            display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}
+        ) as counter:
             output, saved = policy.forward(layer, hidden, rotary)
             policy.backward(layer, saved, torch.empty_like(output), rotary)
     return int(counter.get_total_flops())

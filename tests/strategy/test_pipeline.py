@@ -57,7 +57,7 @@ def test_the_last_stage_has_the_head_and_a_chunk_of_logits(
 ) -> None:
     monkeypatch.setattr(head_module, "CHUNK_BYTES", chunk_bytes)
     head = Head(torch.ones(64), torch.zeros(300, 64), 1e-6)
-    head.loss(torch.zeros(1, 64), torch.tensor([3]))
+    head.loss(torch.zeros(1, 64), torch.tensor([3]), torch.tensor([0]))
     assert head._scratch is not None
     chunk = sum(tensor.nbytes for tensor in head._scratch)
     assert fixed(STAGES - 1, head=placement) - fixed(1) == TABLE_BYTES + chunk

@@ -1,6 +1,9 @@
 """Two hundred steps in which every copy and gather is late by a random time: the same bits."""
 
+import random
+import time
 from dataclasses import replace
+from typing import Any
 
 import tiny
 import tiny_store
@@ -12,6 +15,7 @@ from torch import Tensor
 from fttrain.data.batch import collate
 from fttrain.model.lora import LoraConfig
 from fttrain.strategy.recipe import Recipe
+from fttrain.strategy.update import HostUpdate
 
 STEPS = 200
 SHAPE = {
@@ -22,10 +26,12 @@ SHAPE = {
     "num_key_value_heads": 1,
 }
 EVERYTHING_MOVES = {"boundaries": "host", "head": "streamed", "offload": True}
+MIXED = ("offload*2", "recompute", "offload")  # activations by layer
 RECIPES = {
     "replicate": tiny_strategy.variant(),
     "shard": tiny_strategy.variant("shard", **EVERYTHING_MOVES),
     "stream": tiny_strategy.variant("stream", **EVERYTHING_MOVES),
+    "activations move": tiny_strategy.variant(activations=MIXED, group=1, **EVERYTHING_MOVES),
 }
 
 
@@ -45,9 +51,21 @@ def train(recipe: Recipe) -> tuple[dict[str, Tensor], list[tuple[float, float]]]
     return tiny_strategy.adapters(strategy), figures
 
 
+def delay_updates(seed: int, most_s: float = 3e-3) -> None:
+    """From now on the host's update of each layer begins late, by a random time."""
+    chance, work = random.Random(seed), HostUpdate._work
+
+    def late(self: HostUpdate, *arguments: Any) -> Any:
+        time.sleep(most_s * chance.random())
+        return work(self, *arguments)
+
+    HostUpdate._work = late  # type: ignore[method-assign]
+
+
 def on_rank() -> dict[str, tuple[dict[str, Tensor], list[tuple[float, float]]]]:
     found = {"replicate": train(RECIPES["replicate"])}
     tiny_store.delay_lanes(seed=torch.distributed.get_rank())
+    delay_updates(seed=torch.distributed.get_rank())
     return found | {name: train(recipe) for name, recipe in RECIPES.items() if name not in found}
 
 

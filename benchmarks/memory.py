@@ -1,0 +1,112 @@
+"""What each lever of memory takes and gives: peak memory and tokens/s, on and off, in one table.
+
+    python benchmarks/memory.py [--json FILE] [--quick]
+
+The first side has everything at its default; every other one changes what its name says and nothing
+else. Beside them stands plain transformers + PEFT + bitsandbytes under DistributedDataParallel,
+with and without gradient checkpointing, on the same packed rows from the same initial adapter. How
+speed, memory and traffic are measured: see ``step.py``. On a CPU the device's memory is the host's:
+what a lever moves there is only moved within it, and the table shows what that costs. On a card the
+same levers free its memory.
+"""
+
+import argparse
+from typing import Any
+
+import common
+from harness import turns
+from harness.rank import run_rank
+from harness.turns import Side, native
+
+USUAL = {  # with --quick
+    "warmup": (1, 1),
+    "steps": (2, 2),
+    "turns": (2, 1),
+    "gradient_accumulation_steps": (4, 2),
+}
+
+
+def peer(checkpointing: bool) -> Side:
+    name = f"peer, {'with' if checkpointing else 'no'} checkpointing"
+    return Side(name, {"side": "peer", "peer": "ddp", "checkpointing": checkpointing})
+
+
+def lever(
+    name: str, group: str | int = "all", strategy: str = "replicate", **settings: Any
+) -> Side:
+    """``settings``: of the placement, or ``job`` for others."""
+    job = settings.pop("job", {})
+    return native(name, {"name": strategy}, {"group": group}, settings, **job)
+
+
+SIDES = (
+    peer(True),
+    peer(False),
+    lever("default"),
+    lever("nothing skipped", job={"skip": False}),
+    lever("group=1", group=1),
+    lever("activations=keep"),
+    lever("activations=keep, group=1", group=1, activations="keep"),
+    lever("activations=offload, group=1", group=1, activations="offload"),
+    lever("boundaries=host", boundaries="host"),
+    lever("embedding=host", embedding="host"),
+    lever("head=streamed", head="streamed"),
+    lever("optim.offload", job={"changes": {"optim": {"offload": True}}}),
+    lever("optim=adamw8bit", job={"changes": {"optim": {"kind": "adamw8bit"}}}),
+    lever("quant.dequant=tile", job={"changes": {"quant": {"dequant": "tile"}}}),
+    lever("strategy=stream", strategy="stream"),
+)
+QUICK = ("peer, with checkpointing", "fttrain default", "fttrain activations=offload, group=1")
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = turns.parser((__doc__ or "").partition("\n\n")[0], USUAL)
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="sides with one of these in it")
+    arguments = turns.parse(parser, USUAL)
+    if arguments.rank:
+        run_rank(arguments.rank)
+        return
+    environment = common.environment()
+    with turns.prepared(arguments, ["packed"]) as (work, folder):
+        job = work.job | {"data": "packed", "steps": work.steps["packed"]}
+        sides = chosen_sides(arguments)
+        taken = turns.take_turns(
+            sides,
+            range(1, arguments.turns + 1),
+            lambda side: common.run_ranks(__file__, changed(job, side), folder),
+        )
+        tokens = work.tokens("packed")[arguments.warmup :]
+        settings = turns.settings(work, arguments)
+    results = [turns.figures(side, taken[side], tokens) for side in sides]
+    for result in results:
+        reference = next((r for r in results if r["side"] == "fttrain default"), results[0])
+        result["ratios"] = turns.ratios(result, reference)
+        result["ratios"]["tokens_per_s"] = turns.paired_ratio(result, reference)
+    common.show(
+        f"Levers of memory on {turns.described(settings)}; ratios to fttrain's default, those of "
+        "tokens/s medians over turns",
+        ("side", *turns.COLUMNS),
+        [[result["side"], *turns.cells(result)] for result in results],
+        environment,
+    )
+    figures = {"environment": environment, "settings": settings, "results": results}
+    common.write_json(arguments.json, figures)
+
+
+def chosen_sides(arguments: argparse.Namespace) -> list[Side]:
+    """In the order in which they take turns."""
+    words = arguments.only or (QUICK if arguments.quick else [""])
+    return [side for side in SIDES if any(word in side.name for word in words)]
+
+
+def changed(job: dict[str, Any], side: Side) -> dict[str, Any]:
+    """The job of ``side``: with its settings, and its changes to groups of settings."""
+    job = job | side.settings
+    for group, changes in job.pop("changes", {}).items():
+        job[group] = job[group] | changes
+    return job
+
+
+if __name__ == "__main__":
+    main()
