@@ -24,7 +24,9 @@ from transformers import AutoModelForCausalLM
 from fttrain.checkpoint.claim import claim_output
 from fttrain.cli import main
 from fttrain.data.dataset import DataConfig, prepare
+from fttrain.model.head import Head
 from fttrain.quant.scheme import QuantConfig
+from fttrain.store import hostpool
 from fttrain.track import read_metrics
 
 STEPS = 24
@@ -107,6 +109,10 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_a_run_leaves(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "evaluation.json", "adapter", "report.md"} <= names
+    (rank,) = json.loads((finished / "memory.json").read_text())["ranks"]
+    parts = {use["part"]: use["host_bytes"] for use in rank}
+    assert min(parts[name] for name in ("frozen layers", "adapters", "activations")) > 0
+    assert "## Memory in step 1, GiB" in (finished / "report.md").read_text()
     assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == [
         "step_00000004",
         "step_00000006",
@@ -315,3 +321,31 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line(
         (model / "model.safetensors.index.json").write_text(json.dumps(index))
     assert run(folder, tmp_path / "run", f"model.path={model}", "loop.max_steps=1") != 0
     assert message in error_of(capsys)
+
+
+def test_a_host_that_is_too_small_is_refused_before_anything_is_loaded(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hostpool, "available_host_bytes", lambda: 1000)
+    cache = tmp_path / "cache"
+    assert run(folder, tmp_path / "run", "strategy=stream", f"frozen.cache_dir={cache}") == 2
+    error = error_of(capsys)
+    assert re.search(r"host memory: .* are needed \(.*frozen layers.*\), 0\.00 GiB are", error)
+    assert not list(cache.rglob("*.bin"))
+
+
+def test_memory_that_runs_out_in_a_step_is_one_line(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 ...")
+
+    monkeypatch.setattr(Head, "loss_and_gradient", full)
+    assert run(folder, tmp_path / "run") == 2
+    assert "rank 0 ran out of memory on cpu (Tried to allocate 1.00 GiB)" in error_of(capsys)

@@ -21,14 +21,13 @@ from fttrain.quant.checksum import checksum
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.schedule.activations import Recompute
-from fttrain.store.hostpool import HostPool
 from fttrain.store.verify import VerifiedStore
-from fttrain.strategy.build import PAGES
+from fttrain.strategy.build import Blueprint
 from fttrain.strategy.data_parallel import DataParallel
 from fttrain.strategy.gradients import DeviceGradients
 from fttrain.strategy.native import Joined
 from fttrain.strategy.protocol import SCHEDULES, Judge, StepStats, StrategyConfig
-from fttrain.strategy.recipe import Placement, Plan, Recipe, StepSize
+from fttrain.strategy.recipe import Placement, Recipe, StepSize
 from fttrain.strategy.sync import gradient_sync
 
 LAYERS = 5
@@ -135,14 +134,10 @@ def this_group() -> Group:
 
 
 def build(recipe: Recipe, frozen: MemoryBase, group: Group | None = None) -> Any:
-    """The strategy, through its page; adapters random, B not zero."""
+    """The strategy, as a run builds it; adapters random, B not zero."""
     group = group or this_group()
-    pool = HostPool(group)
-    plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, pool)
-    page = PAGES[recipe.strategy.name]
-    share = page.book(plan)
-    pool.check()
-    strategy = page.build(plan, frozen, share, lambda done, total: None)
+    blueprint = Blueprint(recipe, frozen.architecture, frozen.frozen_format, group)
+    strategy: Any = blueprint.build(frozen, lambda done, total: None)
     tiny.randomise(strategy.decoder)
     return strategy
 

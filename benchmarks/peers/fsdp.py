@@ -45,11 +45,10 @@ class Fsdp1(PlainLoop):
     def __init__(self, job: dict[str, Any]) -> None:
         model = load(job, torch.bfloat16)
         layer = type(model.get_base_model().model.layers[0])
-        sharding = "FULL_SHARD" if job["reshard_after_forward"] else "SHARD_GRAD_OP"
         fsdp = FullyShardedDataParallel(
             model,
             auto_wrap_policy=ModuleWrapPolicy({layer}),
-            sharding_strategy=ShardingStrategy[sharding],
+            sharding_strategy=ShardingStrategy.FULL_SHARD,
             use_orig_params=True,  # frozen and trained tensors share a unit
             device_id=torch.device("cpu"),
         )

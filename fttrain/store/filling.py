@@ -15,11 +15,10 @@ LAYERS, STAGING = "frozen layers", "layers being loaded"  # what the host pool k
 
 
 def book_layers(pool: HostPool, count: int, size_bytes: int) -> None:
-    """Host memory that ``to_device`` needs for ``count`` buffers of ``size_bytes``."""
+    """Memory that ``to_device`` needs for ``count`` buffers of ``size_bytes``."""
+    pool.book_device(LAYERS, count * size_bytes)
     if pool.device.type == "cuda":
         pool.book(STAGING, 2 * size_bytes)
-    else:
-        pool.book(LAYERS, count * size_bytes)
 
 
 def in_turn(layers: Sequence[int], rank: int, world_size: int) -> list[int]:

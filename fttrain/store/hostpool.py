@@ -15,14 +15,15 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fttrain.dist import Group
+from fttrain.dist import Group, local_world_size
 from fttrain.errors import UserError
-from fttrain.rig.probe import available_host_bytes
+from fttrain.rig.probe import available_host_bytes, free_device_bytes
 from fttrain.units import GIB, MIB, gib
 
 PROBE_BYTES = 256 * MIB  # copied to say how fast memory is that is not page-locked
@@ -30,17 +31,23 @@ TELL_BYTES = 4 * GIB  # page-locking that much takes seconds: say what is going 
 
 
 @dataclass(frozen=True)
-class _Booking:
+class Booking:
+    """What one part of a run takes."""
+
+    what: str
     size_bytes: int
-    shared: bool  # once for all ranks of the machine
+    place: str  # host | shared (in host memory, once for all ranks of the machine) | device
 
 
 class HostPool:
-    """All big host buffers of one rank. Every rank makes the same calls in the same order."""
+    """All big host buffers of one rank, and the books of what it takes on its device.
+
+    Every rank makes the same calls in the same order.
+    """
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._bookings: dict[str, _Booking] = {}
+        self._bookings: dict[str, Booking] = {}
 
     @property
     def device(self) -> torch.device:
@@ -49,25 +56,43 @@ class HostPool:
 
     def book(self, what: str, size_bytes: int, shared: bool = False) -> None:
         """Say that ``what`` will take so many bytes; ``shared``: once for all ranks."""
-        self._bookings[what] = _Booking(size_bytes, shared)
+        self._bookings[what] = Booking(what, size_bytes, "shared" if shared else "host")
+
+    def book_device(self, what: str, size_bytes: int) -> None:
+        """Say that ``what`` will take so many bytes on the device; of a CPU that is host memory."""
+        if size_bytes:
+            self._bookings[what] = Booking(what, size_bytes, "device")
+
+    @property
+    def bookings(self) -> list[Booking]:
+        """All that was booked on this rank."""
+        return list(self._bookings.values())
 
     def check(self) -> None:
         """Raises UserError, on all ranks alike, where the machine has too little memory free, and
         for a shared buffer whose ranks are not all on one machine.
         """
         self._check_one_machine()
-        own = sum(b.size_bytes for b in self._bookings.values() if not b.shared)
+        self._check_device()
+        on_host = [b for b in self.bookings if b.place != "device" or self.device.type == "cpu"]
+        own = sum(b.size_bytes for b in on_host if b.place != "shared")
         # The ranks share this machine, but maybe not their settings: each may keep other layers.
         all_own = self._group.sum(own)
-        needed = all_own + sum(b.size_bytes for b in self._bookings.values() if b.shared)
+        needed = all_own + sum(b.size_bytes for b in on_host if b.place == "shared")
         available = self._group.minimum(available_host_bytes())
         if needed <= available:
             return
         ranks = self._group.world_size
         parts = ", ".join(
-            f"{what} {gib(booking.size_bytes)}"
-            + ("" if ranks == 1 else " in all" if booking.shared else f" on each of {ranks} ranks")
-            for what, booking in self._bookings.items()
+            f"{b.what} {gib(b.size_bytes)}"
+            + (
+                ""
+                if ranks == 1
+                else " in all"
+                if b.place == "shared"
+                else f" on each of {ranks} ranks"
+            )
+            for b in on_host
         )
         raise UserError(
             f"host memory: {gib(needed)} are needed ({parts}), {gib(available)} are available; "
@@ -75,9 +100,23 @@ class HostPool:
             "or closing other programs helps"
         )
 
+    def _check_device(self) -> None:
+        """Refuse a card that cannot hold what is certain; kernels and the allocator add to that."""
+        problem = ""
+        if self.device.type == "cuda":
+            on_device = [booking for booking in self.bookings if booking.place == "device"]
+            needed = sum(booking.size_bytes for booking in on_device)
+            free = free_device_bytes(self.device, local_world_size())
+            if needed > free:
+                problem = (
+                    f"rank {self._group.rank}: {gib(needed)} are needed on {self.device}, "
+                    f"{gib(free)} are free: {largest(on_device)}"
+                )
+        self._group.refuse_together(problem)
+
     def _check_one_machine(self) -> None:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", self._group.world_size))
-        shared = [what for what, booking in self._bookings.items() if booking.shared]
+        shared = [booking.what for booking in self.bookings if booking.place == "shared"]
         if shared and here != self._group.world_size:
             raise UserError(
                 f"host memory: {shared[0]} lie in one copy that all ranks map, but {here} of "
@@ -91,7 +130,7 @@ class HostPool:
         Raises UserError where the system refuses it.
         """
         booking = self._bookings[what]
-        map_ = self._map_shared if booking.shared else self._map_own
+        map_ = self._map_shared if booking.place == "shared" else self._map_own
         memory = map_(what, booking.size_bytes)
         buffer = torch.frombuffer(memory, dtype=torch.uint8)
         if self._group.device.type == "cuda":
@@ -123,6 +162,12 @@ class HostPool:
         self._group.refuse_together(problem)  # rank 0's descriptor stays until all have opened it
         os.close(descriptor)
         return memory
+
+
+def largest(bookings: Sequence[Booking], count: int = 3) -> str:
+    """The ``count`` largest, in words."""
+    ordered = sorted(bookings, key=lambda booking: -booking.size_bytes)[:count]
+    return ", ".join(f"{booking.what} {gib(booking.size_bytes)}" for booking in ordered)
 
 
 def _refused(what: str, size_bytes: int, error: Exception) -> str:

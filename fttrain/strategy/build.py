@@ -21,6 +21,7 @@ from fttrain.store.hostpool import HostPool
 from fttrain.strategy import pipeline, replicate, shard, stream
 from fttrain.strategy.protocol import Strategy
 from fttrain.strategy.recipe import Plan, Recipe, check_pair
+from fttrain.strategy.usage import explained
 
 Show = Callable[[str], Progress]
 
@@ -58,7 +59,9 @@ class Blueprint:
 
         ``progress(done, total)`` counts layers.
         """
-        strategy: Strategy = self._page.build(self._plan, base, self._share, progress)
+        plan = self._plan
+        with explained(plan.pool.bookings, plan.group.rank, plan.group.device):
+            strategy: Strategy = self._page.build(plan, base, self._share, progress)
         return strategy
 
 

@@ -6,6 +6,7 @@ A kind of strategy (``data_parallel``, ``pipeline_stage``) says who computes wha
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from fttrain.schedule import generate
 from fttrain.schedule.activations import Policies
 from fttrain.schedule.generate import Fresh, KeyValueCache
 from fttrain.store import FrozenBase, Store, Traffic
+from fttrain.store.hostpool import Booking
 from fttrain.store.verify import VerifiedStore
 from fttrain.strategy import parts
 from fttrain.strategy.adapters import adapter_state, load_adapter_state, part_of
@@ -30,6 +32,7 @@ from fttrain.strategy.protocol import Judge, StepStats
 from fttrain.strategy.recipe import Plan
 from fttrain.strategy.sync import GradientSync
 from fttrain.strategy.update import DeviceUpdate, HostUpdate, Update
+from fttrain.strategy.usage import explained
 
 Dropout = Callable[[MicroBatch], DropoutKey | None]
 
@@ -46,6 +49,7 @@ class Joined:
     gradients: GradientHome
     seed: int  # of the run
     files: Sequence[str] = ()  # where each layer of the whole model lies on disk
+    bookings: Sequence[Booking] = ()  # what this rank takes of the memory of device and host
 
 
 def join(
@@ -62,6 +66,7 @@ def join(
         parts.gradients(plan, built, sync),
         plan.recipe.seed,
         parts.files(base),
+        plan.pool.bookings,
     )
 
 
@@ -69,7 +74,7 @@ class NativeStrategy(ABC):
     """A strategy whose schedule calls the layers itself. Methods of ``Strategy`` are said there."""
 
     def __init__(self, joined: Joined) -> None:
-        self.decoder = joined.decoder
+        self.decoder, self.bookings = joined.decoder, joined.bookings
         self.pass_s = 0.0
         self._store, self._group, self._policies = joined.store, joined.group, joined.policies
         self._gradients, self._seed = joined.gradients, joined.seed
@@ -121,9 +126,10 @@ class NativeStrategy(ABC):
     ) -> StepStats:
         self._store.start_step(step)
         self._gradients.start()
-        loss_sum = self._forward_backward(
-            micro_batches, lambda batch: DropoutKey(self._seed, step, batch.index)
-        )
+        with self._explained():
+            loss_sum = self._forward_backward(
+                micro_batches, lambda batch: DropoutKey(self._seed, step, batch.index)
+            )
         norms, sync = self._gradients.finish()
         totals, norms = self._totals(loss_sum, micro_batches), self._of_all_layers(norms)
         stats = self._ending.finish(totals, norms, sync, lr, accept)
@@ -131,7 +137,8 @@ class NativeStrategy(ABC):
 
     def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
         started = time.perf_counter()
-        loss_sum, passes = self._forward(micro_batches)
+        with self._explained():
+            loss_sum, passes = self._forward(micro_batches)
         loss, targets, _ = self._totals(loss_sum, micro_batches)
         self.pass_s = (time.perf_counter() - started) / max(1, passes)
         self._take_traffic()  # it belongs to no step
@@ -140,10 +147,14 @@ class NativeStrategy(ABC):
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, stop: set[int]
     ) -> list[list[int]]:
-        answers = generate.greedy(prompts, max_new_tokens, stop, self._next_tokens)
+        with self._explained():
+            answers = generate.greedy(prompts, max_new_tokens, stop, self._next_tokens)
         self._ending.check()
         self._take_traffic()
         return answers
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(self.bookings, self._group.rank, self._group.device)
 
     def _totals(self, loss_sum: Tensor, micro_batches: list[MicroBatch]) -> tuple[float, int, int]:
         counted = self._counted(micro_batches)

@@ -4,6 +4,7 @@ First ``book`` says what they need in host memory; once all has been compared wi
 has, the frozen base is opened and the parts are made.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fttrain.data.batch import ROW_MULTIPLE
 from fttrain.model.decoder import Decoder
+from fttrain.model.head import chunk_bytes
 from fttrain.model.lora import LayerAdapters, OnHost
 from fttrain.optim.factory import moment_bytes
 from fttrain.schedule.activations import Keep, Offload, Policies, Policy, Recompute
@@ -19,15 +21,18 @@ from fttrain.store import FrozenBase, Store
 from fttrain.store.activations import ALIGN_BYTES, UNDER_WAY, HostActivations
 from fttrain.store.boundary import Boundaries, DeviceBoundaries, HostBoundaries, boundary_bytes
 from fttrain.store.verify import VerifiedStore
-from fttrain.strategy.gradients import DeviceGradients, GradientHome, HostGradients
+from fttrain.strategy.gradients import BUFFERS, DeviceGradients, GradientHome, HostGradients
 from fttrain.strategy.recipe import Plan
 from fttrain.strategy.sync import GradientSync
 from fttrain.units import round_up
 
-# What the host pool knows the buffers by.
-SLOTS, ADAPTERS, LOADING = "layers in use", "adapters", "a table being loaded"
-BOUNDARIES, ACTIVATIONS, SAVED = "boundaries", "activations on the host", "activations"
-EMBEDDING, HEAD = "embedding", "head"
+# What the books call each part.
+SLOTS, WEIGHTS = "layers in use", "dequantised weights"
+ADAPTERS, OPEN_GRADIENTS = "adapters", "gradients in use"
+EMBEDDING, HEAD, LOGITS = "embedding", "head", "logits"
+SAVED, MOVING = "activations", "activations on their way"
+BOUNDARIES, ACTIVATIONS = "boundaries", "activations on the host"
+LOADING = "a table being loaded"
 MASTERS, COPIES = "adapter masters", "adapters on their way to the device"
 MOMENTS, GRADIENTS = "optimizer moments", "adapter gradients"
 
@@ -42,39 +47,63 @@ class Share:
 
 
 def book(plan: Plan, share: Share, micro_batches: int) -> None:
-    """Host memory of what every strategy has. ``micro_batches``: kept for backward at once."""
-    pool, placement = plan.pool, plan.recipe.placement
-    on_cpu = plan.group.device.type == "cpu"
-    used = own_policies(plan, share)
-    if "offload" in used:
-        pool.book(ACTIVATIONS, micro_batches * used.count("offload") * activation_bytes(plan))
-    if placement.boundaries == "host" and "recompute" in used:
-        shape = _boundary_shape(plan, share, micro_batches)
-        pool.book(BOUNDARIES, boundary_bytes(shape, plan.dtype))
-    if on_cpu:
-        saved = sum(saved_bytes(plan, policy) for policy in used)
-        pool.book(SAVED, micro_batches * saved)
-    if placement.embedding == "host":
-        pool.book(EMBEDDING, plan.table_bytes, shared=True)
-    elif on_cpu and share.has_embedding:
-        pool.book(EMBEDDING, plan.table_bytes)
-    # Where they are tied and in one place the head is the embedding's table.
-    alike = (placement.embedding == "host") == (placement.head == "streamed")
-    is_embedding = plan.architecture.tied and alike
-    if placement.head == "streamed" and not is_embedding:
-        pool.book(HEAD, plan.table_bytes, shared=True)
-    elif on_cpu and share.has_head and not (is_embedding and share.has_embedding):
-        pool.book(HEAD, plan.table_bytes)
-    if on_cpu:
-        pool.book(ADAPTERS, adapter_bytes(plan) * len(share.layers))
-    elif placement.embedding == "device" or placement.head == "resident":
-        pool.book(LOADING, plan.table_bytes)
+    """Memory of what every strategy has. ``micro_batches``: kept for backward at once."""
+    _book_saved(plan, share, micro_batches)
+    _book_ends(plan, share)
+    layers, pool = len(share.layers), plan.pool
+    pool.book_device(ADAPTERS, adapter_bytes(plan) * layers)
+    pool.book_device(WEIGHTS, dequantised_bytes(plan))
     if plan.recipe.optim.offload:
-        layers, values = len(share.layers), adapter_values(plan)
+        values = adapter_values(plan)
+        pool.book_device(OPEN_GRADIENTS, BUFFERS * 4 * values)
         pool.book(MASTERS, 4 * values * layers)
         pool.book(GRADIENTS, 4 * values * layers)
         pool.book(COPIES, plan.dtype.itemsize * values * layers)
         pool.book(MOMENTS, moment_bytes(plan.recipe.optim, values) * layers)
+
+
+def _book_saved(plan: Plan, share: Share, micro_batches: int) -> None:
+    """What layers leave for backward."""
+    pool, used = plan.pool, own_policies(plan, share)
+    pool.book_device(SAVED, micro_batches * sum(saved_bytes(plan, policy) for policy in used))
+    pool.book_device(MOVING, moving_bytes(plan))
+    if "offload" in used:
+        pool.book(ACTIVATIONS, micro_batches * used.count("offload") * activation_bytes(plan))
+    if "recompute" in used and plan.recipe.placement.boundaries == "host":
+        shape = _boundary_shape(plan, share, micro_batches)
+        pool.book(BOUNDARIES, boundary_bytes(shape, plan.dtype))
+
+
+def _book_ends(plan: Plan, share: Share) -> None:
+    """Embedding and head; tied and in one place, the head is the embedding's table."""
+    pool, placement = plan.pool, plan.recipe.placement
+    if placement.embedding == "host":
+        pool.book(EMBEDDING, plan.table_bytes, shared=True)
+    elif share.has_embedding:
+        pool.book_device(EMBEDDING, plan.table_bytes)
+    alike = (placement.embedding == "host") == (placement.head == "streamed")
+    is_embedding = plan.architecture.tied and alike
+    if placement.head == "streamed" and not is_embedding:
+        pool.book(HEAD, plan.table_bytes, shared=True)
+    elif share.has_head and not (is_embedding and share.has_embedding):
+        pool.book_device(HEAD, plan.table_bytes)
+    if share.has_head:
+        brought = plan.table_bytes if placement.head == "streamed" else 0
+        vocabulary = plan.architecture.config.vocab_size
+        pool.book_device(LOGITS, brought + chunk_bytes(vocabulary, plan.dtype))
+    on_cpu = plan.group.device.type == "cpu"
+    if not on_cpu and (placement.embedding == "device" or placement.head == "resident"):
+        pool.book(LOADING, plan.table_bytes)
+
+
+def dequantised_bytes(plan: Plan) -> int:
+    """Weights in the compute dtype: of the largest group, or of a layer with ``dequant=layer``."""
+    quant = plan.recipe.quant
+    if not quant.is_quantised:
+        return 0
+    weights = [math.prod(shape.shape) for shape in plan.frozen_format.groups.values()]
+    values = sum(weights) if quant.dequant == "layer" else max(weights)
+    return values * plan.dtype.itemsize
 
 
 def adapter_values(plan: Plan) -> int:

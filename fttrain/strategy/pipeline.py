@@ -2,8 +2,6 @@
 activations and their gradients travel; each adapter has one home, so there is nothing to sum.
 """
 
-import math
-
 from fttrain.dist import local_world_size
 from fttrain.model.head import chunk_bytes
 from fttrain.rig.probe import free_device_bytes
@@ -43,12 +41,8 @@ def fixed_bytes(plan: Plan) -> int:
     """What this stage takes on its device whatever its layers are: the dequantised weights of the
     one that computes, and its ends. A streamed head is there, too, while it is used.
     """
-    group, placement, quant = plan.group, plan.recipe.placement, plan.recipe.quant
-    taken = 0
-    if quant.is_quantised:
-        weights = [math.prod(shape.shape) for shape in plan.frozen_format.groups.values()]
-        values = sum(weights) if quant.dequant == "layer" else max(weights)
-        taken += values * plan.dtype.itemsize
+    group, placement = plan.group, plan.recipe.placement
+    taken = parts.dequantised_bytes(plan)
     if group.rank == 0 and placement.embedding == "device":
         taken += plan.table_bytes
     if group.rank == group.world_size - 1:

@@ -1,6 +1,6 @@
 """What a strategy is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from fttrain.data.batch import MicroBatch
 from fttrain.errors import UserError
 from fttrain.store import Traffic
+from fttrain.store.hostpool import Booking
 from fttrain.strategy.sync import SyncStats
 from fttrain.strategy.update import UpdateStats
 
@@ -113,6 +114,11 @@ class Strategy(Protocol):
 
     def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
         """(loss sum in nats, target tokens) over the micro-batches of all ranks."""
+        ...
+
+    @property
+    def bookings(self) -> Sequence[Booking]:
+        """What this rank takes of the memory of its device and of the host, part by part."""
         ...
 
     @property

@@ -16,8 +16,7 @@ def book(plan: Plan) -> Share:
     own_bytes = shard_bytes(plan.layer_bytes, plan.group.world_size)
     share = book_data_parallel(plan)
     book_layers(plan.pool, plan.architecture.layers, own_bytes)
-    if plan.group.device.type == "cpu":
-        plan.pool.book(parts.SLOTS, SLOTS * plan.layer_bytes)
+    plan.pool.book_device(parts.SLOTS, SLOTS * plan.layer_bytes)
     return share
 
 

@@ -20,8 +20,8 @@ def book(plan: Plan) -> Share:
     if on_host:
         plan.pool.book(HOST_COPY, len(on_host) * plan.layer_bytes, shared=True)
     book_layers(plan.pool, len(_resident(plan, plan.group.rank)), plan.layer_bytes)
-    if plan.group.device.type == "cpu" and on_host:
-        plan.pool.book(parts.SLOTS, plan.recipe.strategy.slots * plan.layer_bytes)
+    if on_host:
+        plan.pool.book_device(parts.SLOTS, plan.recipe.strategy.slots * plan.layer_bytes)
     return share
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from fttrain.errors import UserError
+from fttrain.track.memory import memory_section
 from fttrain.track.metrics import read_metrics
 from fttrain.units import duration, gib
 
@@ -62,6 +63,9 @@ def write_report(folder: Path | str) -> Path:
     if rates:
         _plot_rate(plots / RATE_PLOT, rates)
         parts.append(f"## Throughput\n\n![tokens per second](plots/{RATE_PLOT})")
+    memory = memory_section(folder / "memory.json")
+    if memory is not None:
+        parts.append(memory)
     samples = evaluation.get("samples") or []
     if samples:
         parts.append("## Answers before and after\n\n" + "\n\n".join(map(_sample, samples)))

@@ -3,7 +3,6 @@ not fit is an answer.
 """
 
 import importlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,19 +12,16 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from smoke import ROOT, smoke_run
 
 from fttrain.dist import process_group
 from fttrain.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def run(file: Path, *arguments: str) -> tuple["subprocess.CompletedProcess[str]", dict[str, Any]]:
     """A smoke run and the JSON it left."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "fit70b.py"), "--shape=tiny"]
-    command += ["--device=cpu", "--threads=1", "--accumulation=2", f"--json={file}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    return done, json.loads(file.read_text())
+    small = ("--shape=tiny", "--device=cpu", "--threads=1", "--accumulation=2")
+    return smoke_run("fit70b.py", file, *small, *arguments)
 
 
 def test_every_strategy_runs_and_moves_what_it_should(tmp_path: Path) -> None:

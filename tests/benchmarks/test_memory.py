@@ -1,28 +1,17 @@
 """The benchmark of memory's levers, on a model small enough for a test."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from smoke import smoke_run
 
 
 def test_levers_change_no_loss_but_where_they_say(tiny_model: Path, tmp_path: Path) -> None:
-    figures = tmp_path / "figures.json"
-    arguments = ["--quick", "--model", str(tiny_model), "--json", str(figures), "--only"]
-    sides = ["peer, with", "default", "nothing skipped", "offload", "adamw8bit"]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/memory.py", *arguments, *sides],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    sides = ("peer, with", "default", "nothing skipped", "offload", "adamw8bit")
+    arguments = ("--quick", "--model", str(tiny_model), "--only", *sides)
+    done, written = smoke_run("memory.py", tmp_path / "figures.json", *arguments)
     assert done.returncode == 0, done.stderr
-    results = {r["side"]: r for r in json.loads(figures.read_text())["results"]}
+    results = {result["side"]: result for result in written["results"]}
     default = results.pop("fttrain default")
     assert default["losses"][-1] < default["losses"][0]
     assert results.pop("peer, with checkpointing")["losses"] == pytest.approx(

@@ -1,30 +1,18 @@
 """The benchmark of a step, on a model small enough for a test."""
 
 import importlib
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from smoke import ROOT, smoke_run
 from transformers import LlamaForCausalLM
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_both_sides_do_the_same_work(tiny_model: Path, tmp_path: Path) -> None:
-    figures = tmp_path / "figures.json"
-    arguments = ["--quick", "--data", "packed", "--model", str(tiny_model), "--json", str(figures)]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/step.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    arguments = ("--quick", "--data", "packed", "--model", str(tiny_model))
+    done, written = smoke_run("step.py", tmp_path / "figures.json", *arguments)
     assert done.returncode == 0, done.stderr
-    written = json.loads(figures.read_text())
     assert written["environment"]["versions"]["torch"] in done.stdout
     peer, own = written["results"]
     assert (peer["settings"]["side"], own["settings"]["side"]) == ("peer", "fttrain")

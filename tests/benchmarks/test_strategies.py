@@ -1,33 +1,25 @@
 """The benchmark of strategies, on a model small enough for a test."""
 
 import importlib
-import json
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from smoke import ROOT, smoke_run
 
 
 def run(model: Path, figures: Path, *arguments: str) -> list[dict[str, Any]]:
     """The results of a smoke run."""
-    usual = ["--quick", "--micro-batch-size", "1", "--model", str(model), "--json", str(figures)]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/strategies.py", *usual, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    usual = ["--quick", "--micro-batch-size", "1", "--model", str(model)]
+    done, written = smoke_run("strategies.py", figures, *usual, *arguments)
     if "a slow link needs" in done.stderr:
         assert done.returncode == 2
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
-    return json.loads(figures.read_text())["results"]
+    results: list[dict[str, Any]] = written["results"]
+    return results
 
 
 def test_strategies_and_peers_do_the_same_work(tiny_model: Path, tmp_path: Path) -> None:

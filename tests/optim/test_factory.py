@@ -22,9 +22,9 @@ def config(kind: str, **settings: Any) -> OptimConfig:
     return OptimConfig(kind=kind, eps=1e-7, **SETTINGS, **settings)
 
 
-def flats() -> list[tuple[nn.Parameter, int]]:
+def flats(device: str = "cpu") -> list[tuple[nn.Parameter, int]]:
     generator = torch.Generator().manual_seed(0)
-    return [(nn.Parameter(torch.randn(n, generator=generator)), a) for n, a in SIZES]
+    return [(nn.Parameter(torch.randn(n, generator=generator).to(device)), a) for n, a in SIZES]
 
 
 def gradients(step: int) -> list[Tensor]:
@@ -35,7 +35,7 @@ def gradients(step: int) -> list[Tensor]:
 def apply(optimizer: Optimizer, layers: list[tuple[nn.Parameter, int]], steps: range) -> None:
     for step in steps:
         for (flat, _), grad in zip(layers, gradients(step), strict=True):
-            flat.grad = grad
+            flat.grad = grad.to(flat.device)
         for place in range(len(layers)):
             optimizer.step(place, 1e-2 / (step + 1))
 
@@ -74,13 +74,14 @@ def test_steps_equal_the_plain_optimizer(kind: str, ratio: float) -> None:
         )
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_restored_optimizer_goes_on_bit_for_bit(kind: str) -> None:
-    layers = flats()
+def test_a_restored_optimizer_goes_on_bit_for_bit(kind: str, device: str) -> None:
+    layers = flats(device)
     optimizer = Optimizer(layers, config(kind), first_layer=3)
     assert optimizer.state() == {}
     apply(optimizer, layers, range(3))
-    state = {name: value.clone() for name, value in optimizer.state().items()}
+    state = {name: value.cpu().clone() for name, value in optimizer.state().items()}
     assert {name.split(".", 2)[0] for name in state} == {"3", "4"}
     resumed = [(nn.Parameter(flat.detach().clone()), a) for flat, a in layers]
     other = Optimizer(resumed, config(kind), first_layer=3)

@@ -16,6 +16,7 @@ from fttrain.store.sharded import ShardedStore
 
 pytestmark = pytest.mark.cuda
 ON_HOST = {"embedding": "host", "head": "streamed", "boundaries": "host", "offload": True}
+MIXED = ("recompute*2", "offload", "keep", "offload")
 VARIANTS: dict[str, dict[str, Any]] = {
     "shard": {"strategy": "shard"},
     "stream": {"strategy": "stream"},
@@ -23,6 +24,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stream, all on the host": {"strategy": "stream", **ON_HOST},
     "stream, all on the host, in groups": {"strategy": "stream", "group": 3, **ON_HOST},
     "replicate, kept": {"activations": "keep"},
+    "activations offloaded": {"activations": "offload", "group": 1},
+    "activations by layer": {"strategy": "stream", "activations": MIXED, **ON_HOST},
     "pipeline": {"strategy": "pipeline", **ON_HOST},
 }
 LAYERS = 7
