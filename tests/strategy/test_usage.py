@@ -36,9 +36,9 @@ def test_the_table_adds_up_and_leaves_out_what_is_nothing() -> None:
     assert table(found, "memory of rank 1") == [
         "memory of rank 1, GiB",
         "            device    host",
-        "  layers        3.00    0.00",
-        "  head          0.00    0.50",
-        "  together      3.00    0.50",
+        "  layers      3.00    0.00",
+        "  head        0.00    0.50",
+        "  together    3.00    0.50",
     ]
 
 
