@@ -19,7 +19,14 @@ from fttrain import evaluation
 from fttrain.checkpoint.adapter import save_adapter
 from fttrain.checkpoint.durable import write_json
 from fttrain.checkpoint.resume import claim_output
-from fttrain.checkpoint.source import Source, check_vocabulary, load_config, load_tokenizer, resolve
+from fttrain.checkpoint.source import (
+    Source,
+    check_length,
+    check_vocabulary,
+    load_config,
+    load_tokenizer,
+    resolve,
+)
 from fttrain.config import RunConfig, to_yaml
 from fttrain.data.batch import MicroBatch
 from fttrain.data.dataset import prepare
@@ -51,6 +58,7 @@ def train(config: RunConfig) -> int:
     source = resolve(config.model)
     tokenizer, tokenizer_id = load_tokenizer(config.model)
     check_vocabulary(tokenizer, load_config(source))
+    check_length(config.data.seq_len, load_config(source))
     dataset = prepare(config.data, tokenizer, tokenizer_id)
     output = Path(config.output)
     is_main = rank_from_environment()[0] == 0

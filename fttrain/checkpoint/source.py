@@ -145,6 +145,16 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
         )
 
 
+def check_length(seq_len: int, config: PretrainedConfig) -> None:
+    """Refuse rows in which a document could have more tokens than the base knows positions."""
+    limit = getattr(config, "max_position_embeddings", None) or seq_len
+    if seq_len > limit:
+        raise UserError(
+            f"data.seq_len={seq_len}: the model knows {limit} positions (max_position_embeddings of "
+            f"its config.json); write {limit} or less"
+        )
+
+
 def _in_package(name: str) -> Source:
     try:
         files = importlib.metadata.files(name) or []

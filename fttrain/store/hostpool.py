@@ -96,8 +96,9 @@ class HostPool:
         )
         raise UserError(
             f"host memory: {gib(needed)} are needed ({parts}), {gib(available)} are available; "
-            "a smaller schedule.group, boundaries=device, strategy.resident_layers nearer to all, "
-            "or closing other programs helps"
+            "a smaller schedule.group, data.seq_len or loop.micro_batch_size, boundaries=device, "
+            "activations=recompute, strategy.resident_layers nearer to all, or closing other "
+            "programs helps"
         )
 
     def _check_device(self) -> None:

@@ -11,6 +11,7 @@ import tiny_files
 from fttrain.checkpoint.source import (
     ModelConfig,
     Source,
+    check_length,
     check_vocabulary,
     load_config,
     load_tokenizer,
@@ -155,6 +156,13 @@ def test_more_tokens_than_embeddings_are_refused_with_the_reason() -> None:
         ({"path": "x", "dtype": "float16"}, "model.dtype=float16: bfloat16 or float32"),
     ],
 )
+def test_rows_longer_than_the_model_knows_are_refused() -> None:
+    config = tiny.model().config
+    check_length(512, config)
+    with pytest.raises(UserError, match=r"data\.seq_len=513: the model knows 512 positions"):
+        check_length(513, config)
+
+
 def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ModelConfig("tiny", **settings)

@@ -25,7 +25,7 @@ def test_what_does_not_fit_is_refused_with_figures(monkeypatch: pytest.MonkeyPat
     pool.book("head", 1)
     expected = (
         r"3\.00 GiB are needed \(frozen layers 2\.00 GiB, boundaries 1\.00 GiB, head 0\.00 GiB\), "
-        r"3\.00 GiB are available; a smaller schedule\.group, boundaries=device"
+        r"3\.00 GiB are available; a smaller schedule\.group, data"
     )
     with pytest.raises(UserError, match=expected):
         pool.check()
