@@ -150,8 +150,8 @@ def check_length(seq_len: int, config: PretrainedConfig) -> None:
     limit = getattr(config, "max_position_embeddings", None) or seq_len
     if seq_len > limit:
         raise UserError(
-            f"data.seq_len={seq_len}: the model knows {limit} positions (max_position_embeddings of "
-            f"its config.json); write {limit} or less"
+            f"data.seq_len={seq_len}: the model knows {limit} positions (max_position_embeddings "
+            f"in its config.json); write {limit} or less"
         )
 
 
