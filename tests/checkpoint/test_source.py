@@ -148,6 +148,13 @@ def test_more_tokens_than_embeddings_are_refused_with_the_reason() -> None:
         check_vocabulary(tiny_files.tokenizer(extra=300 - 259 + 1), base)
 
 
+def test_rows_longer_than_the_model_knows_are_refused() -> None:
+    config = tiny.model().config
+    check_length(512, config)
+    with pytest.raises(UserError, match=r"data\.seq_len=513: the model knows 512 positions"):
+        check_length(513, config)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -156,13 +163,6 @@ def test_more_tokens_than_embeddings_are_refused_with_the_reason() -> None:
         ({"path": "x", "dtype": "float16"}, "model.dtype=float16: bfloat16 or float32"),
     ],
 )
-def test_rows_longer_than_the_model_knows_are_refused() -> None:
-    config = tiny.model().config
-    check_length(512, config)
-    with pytest.raises(UserError, match=r"data\.seq_len=513: the model knows 512 positions"):
-        check_length(513, config)
-
-
 def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ModelConfig("tiny", **settings)
