@@ -45,7 +45,7 @@ SIDES = (
     lever("default"),
     lever("nothing skipped", job={"skip": False}),
     lever("group=1", group=1),
-    lever("activations=keep"),
+    lever("activations=keep", activations="keep"),
     lever("activations=keep, group=1", group=1, activations="keep"),
     lever("activations=offload, group=1", group=1, activations="offload"),
     lever("boundaries=host", boundaries="host"),
