@@ -27,6 +27,7 @@ class LoopConfig:
     eval_every: int = 0  # steps between held-out evaluations; 0: only before and after
     log_every: int = 1  # steps between lines of metrics
     samples: int = 3  # held-out prompts answered before and after training
+    z_loss: float = 0.0  # weight of each token's squared log-sum-exp in what is minimised
     spike_policy: str = "stop"  # stop | skip | ignore: what a loss spike does
     spike_rise: float = 2.0  # nats over the running baseline that count as a spike
 
@@ -48,6 +49,8 @@ class LoopConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"loop.{name}={value}: must be a number above 0")
+        if not 0 <= self.z_loss < 1:
+            raise UserError(f"loop.z_loss={self.z_loss}: a number in [0, 1), such as 1e-4")
         if self.spike_policy not in SPIKE_POLICIES:
             raise UserError(
                 f"loop.spike_policy={self.spike_policy}: must be one of {', '.join(SPIKE_POLICIES)}"

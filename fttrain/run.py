@@ -61,6 +61,7 @@ def recipe(config: RunConfig) -> Recipe:
         StepSize(loop.micro_batch_size, config.data.seq_len, loop.gradient_accumulation_steps),
         config.model.dtype,
         loop.seed,
+        loop.z_loss,
     )
 
 

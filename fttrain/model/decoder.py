@@ -161,13 +161,14 @@ class Decoder:
         *,
         layers: range | None = None,
         head_streamed: bool = False,
+        z_loss: float = 0.0,
         on_host: Sequence[OnHost] | None = None,
     ) -> None:
         """``final_norm`` (C,) lies on the device that computes, in the dtype that computes.
 
         ``embedding`` and ``head`` (V, C) may be in host memory (``head_streamed``); ``layers``:
-        those of this stage, None for all; ``masters``: of each layer's adapters, fp32 (values,) in
-        host memory, None: on the device.
+        those of this stage, None for all; ``on_host``: where each layer's adapters are in host
+        memory, None: on the device; ``z_loss``: as ``Head``.
         """
         family = architecture.family
         self.device, self.dtype = final_norm.device, final_norm.dtype
@@ -178,7 +179,7 @@ class Decoder:
         self._head = (
             None
             if head is None
-            else Head(final_norm, head, architecture.eps, family.logit_scale, head_streamed)
+            else Head(final_norm, head, architecture.eps, family.logit_scale, head_streamed, z_loss)
         )
         indices = layers or range(architecture.layers)
         self.layers = [

@@ -61,12 +61,16 @@ class Head:
         eps: float,
         logit_scale: float = 1.0,
         streamed: bool = False,
+        z_loss: float = 0.0,
     ) -> None:
         self.norm = norm  # (C,)
         self.weight = weight  # (V, C); the embedding's tensor where they are tied
         self.eps = eps
         self.logit_scale = logit_scale
         self.streamed = streamed
+        # Weight of each token's squared log-sum-exp in what is minimised, which keeps logits from
+        # drifting (Chowdhery et al. 2022). Losses are given without it.
+        self.z_loss = z_loss
         self._lane = copy_lane(norm.device, timed=True) if streamed else None
         self._h2d_bytes = 0
         # One chunk's logits (m, V) in the compute dtype and probabilities fp32 (m, V). They are the
@@ -109,7 +113,7 @@ class Head:
     def loss_and_gradient(
         self, hidden: Tensor, targets: Tensor, trained: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """``loss`` and its gradient with respect to ``hidden`` (N, C)."""
+        """``loss``, and the gradient of what is minimised with respect to ``hidden`` (N, C)."""
         return self._loss(hidden, targets, trained, want_gradient=True)
 
     @torch.no_grad()
@@ -139,9 +143,14 @@ class Head:
         rows = torch.arange(len(targets), device=targets.device)
         # A target less likely than fp32 can say counts as 87 nats; its gradient is exact anyway.
         likelihood = probabilities[rows, targets].clamp_min_(torch.finfo(torch.float32).tiny)
-        loss = -likelihood.log_().sum(dtype=torch.float64)
+        log_likelihood = likelihood.log_()
+        loss = -log_likelihood.sum(dtype=torch.float64)
         if not want_gradient:
             return loss, None
+        if self.z_loss:
+            # A token's log-sum-exp is the logit less the log-probability of any word: the target's.
+            log_sum_exp = logits[rows, targets].float() - log_likelihood
+            probabilities[: len(targets)] *= (1 + 2 * self.z_loss * log_sum_exp)[:, None]
         probabilities[rows, targets] -= 1
         if self.logit_scale != 1.0:
             probabilities *= self.logit_scale

@@ -215,6 +215,7 @@ def decoder(plan: Plan, base: FrozenBase, share: Share) -> Decoder:
         plan.recipe.lora,
         layers=share.layers,
         head_streamed=placement.head == "streamed",
+        z_loss=plan.recipe.z_loss,
         on_host=on_host,
     )
     for layer in built.layers:

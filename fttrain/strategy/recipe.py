@@ -111,6 +111,7 @@ class Recipe:
     size: StepSize
     dtype: str
     seed: int
+    z_loss: float = 0.0  # as Head
 
 
 def check_pair(strategy: StrategyConfig, schedule: ScheduleConfig) -> None:

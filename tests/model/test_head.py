@@ -38,7 +38,8 @@ def reference(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     normed = x * torch.rsqrt(variance + EPS) * head.norm.double()
     logits = normed @ head.weight.double().t() * head.logit_scale
     loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE)
-    loss.backward()
+    squares = logits[targets != IGNORE].logsumexp(-1).square()
+    (loss + head.z_loss * squares.sum()).backward()
     assert x.grad is not None
     return loss.detach(), x.grad
 
@@ -68,6 +69,23 @@ def test_equals_full_logits(
         float(loss), rel=1e-6
     )
     assert torch.equal(hidden, before)
+
+
+@pytest.mark.parametrize("logit_scale", [1.0, 0.25])
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
+)
+def test_z_loss_equals_full_logits_and_shows_in_the_gradient_alone(
+    dtype: torch.dtype, limit: float, logit_scale: float
+) -> None:
+    ours, (hidden, targets) = head(dtype, logit_scale), batch(dtype)
+    without, plain = ours.loss_and_gradient(hidden, targets, trained(targets))
+    ours.z_loss = 0.1
+    loss, grad = ours.loss_and_gradient(hidden, targets, trained(targets))
+    _, expected = reference(ours, hidden, targets)
+    assert float((grad.double() - expected).norm() / expected.norm()) < limit
+    assert float((grad - plain).norm() / plain.norm()) > 0.1
+    assert loss == without
 
 
 def test_never_more_than_a_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
