@@ -44,7 +44,7 @@ class StageLink:
         self._sending: deque[tuple[Handle, Tensor]] = deque()
         # By where tensors travel to; they time how long the compute waits for one.
         where = torch.device("cpu") if self._staged else group.device
-        self._receiving = {step: collective_lane(where) for step in (UP, DOWN)}
+        self._receiving = {step: collective_lane(where, timed=True) for step in (UP, DOWN)}
         self._stage_bytes = 0
 
     @property
