@@ -16,7 +16,7 @@ from typing import Any
 import common
 from harness import turns
 from harness.rank import run_rank
-from harness.turns import Side, native
+from harness.turns import Side, ddp, native
 
 USUAL = {  # with --quick
     "warmup": (1, 1),
@@ -24,11 +24,6 @@ USUAL = {  # with --quick
     "turns": (2, 1),
     "gradient_accumulation_steps": (4, 2),
 }
-
-
-def peer(checkpointing: bool) -> Side:
-    name = f"peer, {'with' if checkpointing else 'no'} checkpointing"
-    return Side(name, {"side": "peer", "peer": "ddp", "checkpointing": checkpointing})
 
 
 def lever(
@@ -40,8 +35,8 @@ def lever(
 
 
 SIDES = (
-    peer(True),
-    peer(False),
+    ddp(True),
+    ddp(False),
     lever("default"),
     lever("nothing skipped", job={"skip": False}),
     lever("group=1", group=1),

@@ -23,16 +23,11 @@ from typing import Any
 import common
 from harness import turns
 from harness.rank import run_rank
-from harness.turns import Side, native
+from harness.turns import Side, ddp, native
 from peers.work import Work
 
 KINDS = ("padded", "packed")
 USUAL = {"warmup": (1, 1), "steps": (3, 2), "turns": (3, 1)}  # with --quick
-
-
-def peer(checkpointing: bool) -> Side:
-    name = f"peer, {'with' if checkpointing else 'no'} checkpointing"
-    return Side(name, {"side": "peer", "peer": "ddp", "checkpointing": checkpointing})
 
 
 def replicate(activations: str, group: str | int) -> Side:
@@ -41,13 +36,13 @@ def replicate(activations: str, group: str | int) -> Side:
 
 
 SIDES = (
-    peer(True),
-    peer(False),
+    ddp(True),
+    ddp(False),
     replicate("recompute", "all"),
     replicate("keep", "all"),
     replicate("keep", 1),
 )
-QUICK_SIDES = (peer(True), replicate("recompute", "all"))
+QUICK_SIDES = (ddp(True), replicate("recompute", "all"))
 
 
 def main() -> None:

@@ -1,11 +1,13 @@
 """One run: everything its parts share, how it is put together, described, saved and resumed."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fttrain.checkpoint.adapter import AdapterInfo
+from fttrain.checkpoint.durable import write_json
 from fttrain.checkpoint.resume import Snapshot, find_snapshot, load_snapshot, save_snapshot
 from fttrain.checkpoint.source import Source
 from fttrain.config import RunConfig
@@ -17,6 +19,7 @@ from fttrain.evaluation import Evaluation
 from fttrain.loop import SpikeGuard
 from fttrain.model.attention_op import kernel_name
 from fttrain.peers import uncut
+from fttrain.strategy import usage
 from fttrain.strategy.build import build_strategy, silent
 from fttrain.strategy.protocol import Strategy
 from fttrain.strategy.recipe import Recipe, StepSize
@@ -111,6 +114,23 @@ def describe(run: Run) -> None:
         f"{config.data.seq_len} tokens -> {run.output}",
         flush=True,
     )
+
+
+def tell_memory(run: Run) -> None:
+    """Where memory went in the first step, of each rank into memory.json; the fullest one is shown.
+
+    Every rank calls it.
+    """
+    own = usage.uses(run.strategy.bookings, run.group.device)
+    written = json.dumps([dataclasses.asdict(use) for use in own])
+    ranks = [json.loads(run.group.share(written, rank)) for rank in range(run.group.world_size)]
+    if not run.group.is_main:
+        return
+    write_json(run.output / "memory.json", {"step": run.step, "ranks": ranks})
+    fullest = max(range(len(ranks)), key=lambda rank: sum(u["device_bytes"] for u in ranks[rank]))
+    shown = [usage.Use(**use) for use in ranks[fullest]]
+    for line in usage.table(shown, f"memory of rank {fullest} in step {run.step}"):
+        run.say(line)
 
 
 def wanted_snapshot(run: Run) -> tuple[str, Snapshot] | None:

@@ -5,7 +5,6 @@ the steps, judging each loss before it becomes an update and saving on the way; 
 the adapter and a report.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,7 +16,6 @@ import yaml
 
 from fttrain import evaluation
 from fttrain.checkpoint.adapter import save_adapter
-from fttrain.checkpoint.durable import write_json
 from fttrain.checkpoint.resume import claim_output
 from fttrain.checkpoint.source import (
     Source,
@@ -39,8 +37,16 @@ from fttrain.loop import StopSignals
 from fttrain.optim.config import learning_rate
 from fttrain.peers import uncut
 from fttrain.rig.probe import peak_device_bytes, peak_host_bytes, set_up_rank
-from fttrain.run import Run, adapter_info, build, describe, resume, save, wanted_snapshot
-from fttrain.strategy import usage
+from fttrain.run import (
+    Run,
+    adapter_info,
+    build,
+    describe,
+    resume,
+    save,
+    tell_memory,
+    wanted_snapshot,
+)
 from fttrain.strategy.protocol import StepStats
 from fttrain.track import Trackers, open_trackers
 from fttrain.track.report import write_report
@@ -103,7 +109,7 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
         )
         run.step += 1
         if run.step == first + 1:
-            _tell_memory(run)
+            tell_memory(run)
         if run.step % run.config.loop.log_every == 0 or run.step == run.total_steps:
             trackers.log(run.step, _metrics(run, stats, lr, time.perf_counter() - started))
         if eval_every and run.step % eval_every == 0 and run.step < run.total_steps:
@@ -172,23 +178,6 @@ def _over_ranks(run: Run, stats: StepStats) -> dict[str, float]:
     return {
         name: int(value) if name.endswith("_bytes") else value for name, value in folded.items()
     }
-
-
-def _tell_memory(run: Run) -> None:
-    """Where memory went in the first step, of each rank into memory.json; the fullest one is shown.
-
-    Every rank calls it.
-    """
-    own = usage.uses(run.strategy.bookings, run.group.device)
-    written = json.dumps([asdict(use) for use in own])
-    ranks = [json.loads(run.group.share(written, rank)) for rank in range(run.group.world_size)]
-    if not run.group.is_main:
-        return
-    write_json(run.output / "memory.json", {"step": run.step, "ranks": ranks})
-    fullest = max(range(len(ranks)), key=lambda rank: sum(u["device_bytes"] for u in ranks[rank]))
-    shown = [usage.Use(**use) for use in ranks[fullest]]
-    for line in usage.table(shown, f"memory of rank {fullest} in step {run.step}"):
-        run.say(line)
 
 
 def _measure_base(run: Run) -> None:

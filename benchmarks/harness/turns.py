@@ -52,6 +52,12 @@ def native(
     return Side(f"fttrain {name}", {"side": "fttrain", **settings})
 
 
+def ddp(checkpointing: bool) -> Side:
+    """The peer under DistributedDataParallel."""
+    name = f"peer, {'with' if checkpointing else 'no'} checkpointing"
+    return Side(name, {"side": "peer", "peer": "ddp", "checkpointing": checkpointing})
+
+
 def parser(description: str, usual: dict[str, tuple[int, int]]) -> argparse.ArgumentParser:
     """The arguments that all share. ``usual``: of warmup, steps and turns, and with ``--quick``."""
     made = argparse.ArgumentParser(description=description)

@@ -7,6 +7,7 @@ between, loss divided by the target tokens of the whole step over all ranks.
 Legend: B rows of a micro-batch, T tokens of its longest row.
 """
 
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -57,7 +58,7 @@ def packed(rows: list[Row]) -> dict[str, Tensor]:
     return {name: torch.tensor(values) for name, values in batch.items()}
 
 
-class PlainLoop:
+class PlainLoop(ABC):
     """One rank of a peer. A subclass divides the model among the ranks and reduces gradients, to
     their mean over the ranks.
     """
@@ -80,9 +81,9 @@ class PlainLoop:
             fused=True,
         )
 
+    @abstractmethod
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """Forward and backward of a micro-batch run in it; gradients meet after the ``last``."""
-        raise NotImplementedError
 
     def prepare(self, ranks: list[list[list[Row]]]) -> list[dict[str, Tensor]]:
         """The tensors of this rank's micro-batches of one step, of those of all ``ranks``."""

@@ -179,7 +179,7 @@ class LayerAdapters(nn.Module):
         config: LoraConfig,
         device: torch.device,
         dtype: torch.dtype,
-        on_host: "OnHost | None" = None,
+        on_host: OnHost | None = None,
     ) -> None:
         """``device`` and ``dtype``: of the compute copies. ``on_host``: where the masters are,
         None: on ``device``.
@@ -216,10 +216,8 @@ class LayerAdapters(nn.Module):
 
     def _parts(self, flat: Tensor) -> Iterator[tuple[GroupAdapter, Tensor, Tensor]]:
         """Each group's adapter with its A's and its B's in ``flat``."""
-        parts = flat.split(self._sizes)
-        return zip(
-            self.groups.values(), parts[: len(self.groups)], parts[len(self.groups) :], strict=True
-        )
+        parts, count = flat.split(self._sizes), len(self.groups)
+        return zip(self.groups.values(), parts[:count], parts[count:], strict=True)
 
     def reset(self, seed: int) -> None:
         """LoRA's start: A uniform as torch's Linear (so does PEFT), B zero; on any world_size."""

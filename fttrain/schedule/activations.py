@@ -8,8 +8,9 @@
 Legend: N tokens, C hidden width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,30 +24,29 @@ from fttrain.store.boundary import Boundaries, DeviceBoundaries
 Rotary = tuple[Tensor, Tensor]  # cos and sin (N, D)
 
 
-class Policy(Protocol):
+class Policy(ABC):
     """How one layer passes a micro-batch; ``layer`` is bound to its bytes, lengths and dropout."""
 
+    @abstractmethod
     def forward(self, layer: Layer, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Any]:
         """``hidden`` (N, C) -> the layer's output (N, C), and what backward starts from."""
-        ...
 
-    def prefetch(self, saved: Any) -> None:
-        """Its backward is next."""
-        ...
+    def prefetch(self, saved: Any) -> None:  # noqa: B027
+        """Its backward is next: bring what is not there."""
 
+    @abstractmethod
     def backward(self, layer: Layer, saved: Any, grad: Tensor, rotary: Rotary) -> Tensor:
         """``grad`` of the output (N, C) -> that of the input (N, C). Adds to the adapters'."""
-        ...
 
     def take_traffic(self) -> Traffic:
         """What it moved since the last call."""
-        ...
+        return Traffic()
 
 
 Policies = Sequence[Policy]  # by layer of the decoder
 
 
-class Recompute:
+class Recompute(Policy):
     """Only the layer's input is kept, where ``boundaries`` says."""
 
     def __init__(self, boundaries: Boundaries | None = None) -> None:
@@ -66,11 +66,8 @@ class Recompute:
         layer.state.recomputing = False
         return _through(get_gradient_edge(output), grad, taken)
 
-    def take_traffic(self) -> Traffic:
-        return Traffic()
 
-
-class Keep:
+class Keep(Policy):
     """The layer's graph is kept, with all that it saved."""
 
     def forward(self, layer: Layer, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Any]:
@@ -78,18 +75,12 @@ class Keep:
         # The graph's end without the output, which need not live as long as it.
         return output.detach(), (get_gradient_edge(output), taken)
 
-    def prefetch(self, saved: Any) -> None:
-        """Nothing to bring."""
-
     def backward(self, layer: Layer, saved: Any, grad: Tensor, rotary: Rotary) -> Tensor:
         edge, taken = saved
         return _through(edge, grad, taken)
 
-    def take_traffic(self) -> Traffic:
-        return Traffic()
 
-
-class Offload:
+class Offload(Policy):
     """The layer's graph is kept, and what it saved goes to ``host``."""
 
     def __init__(self, host: HostActivations) -> None:

@@ -82,24 +82,19 @@ class HostPool:
         available = self._group.minimum(available_host_bytes())
         if needed <= available:
             return
-        ranks = self._group.world_size
-        parts = ", ".join(
-            f"{b.what} {gib(b.size_bytes)}"
-            + (
-                ""
-                if ranks == 1
-                else " in all"
-                if b.place == "shared"
-                else f" on each of {ranks} ranks"
-            )
-            for b in on_host
-        )
+        parts = ", ".join(f"{b.what} {gib(b.size_bytes)}{self._for_whom(b)}" for b in on_host)
         raise UserError(
             f"host memory: {gib(needed)} are needed ({parts}), {gib(available)} are available; "
             "a smaller schedule.group, data.seq_len or loop.micro_batch_size, boundaries=device, "
             "activations=recompute, strategy.resident_layers nearer to all, or closing other "
             "programs helps"
         )
+
+    def _for_whom(self, booking: Booking) -> str:
+        if self._group.world_size == 1:
+            return ""
+        each = f" on each of {self._group.world_size} ranks"
+        return " in all" if booking.place == "shared" else each
 
     def _check_device(self) -> None:
         """Refuse a card that cannot hold what is certain; kernels and the allocator add to that."""
@@ -116,7 +111,7 @@ class HostPool:
         self._group.refuse_together(problem)
 
     def _check_one_machine(self) -> None:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", self._group.world_size))
+        here = local_world_size()
         shared = [booking.what for booking in self.bookings if booking.place == "shared"]
         if shared and here != self._group.world_size:
             raise UserError(

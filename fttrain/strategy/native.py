@@ -16,7 +16,7 @@ from fttrain.dist import Group
 from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
 from fttrain.optim.config import OptimConfig
-from fttrain.optim.factory import Optimizer
+from fttrain.optim.optimizer import Optimizer
 from fttrain.schedule import generate
 from fttrain.schedule.activations import Policies
 from fttrain.schedule.generate import Fresh, KeyValueCache

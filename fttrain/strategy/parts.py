@@ -1,7 +1,7 @@
 """The parts that strategies share: where ends, adapters, gradients and boundaries are put.
 
-First ``book`` says what they need in host memory; once all has been compared with what the machine
-has, the frozen base is opened and the parts are made.
+First ``book`` says what they need of device and host; once all has been compared with what there
+is, the frozen base is opened and the parts are made.
 """
 
 import math
@@ -15,7 +15,7 @@ from fttrain.data.batch import ROW_MULTIPLE
 from fttrain.model.decoder import Decoder
 from fttrain.model.head import chunk_bytes
 from fttrain.model.lora import LayerAdapters, OnHost
-from fttrain.optim.factory import moment_bytes
+from fttrain.optim.optimizer import moment_bytes
 from fttrain.schedule.activations import Keep, Offload, Policies, Policy, Recompute
 from fttrain.store import FrozenBase, Store
 from fttrain.store.activations import ALIGN_BYTES, UNDER_WAY, HostActivations
@@ -108,17 +108,18 @@ def dequantised_bytes(plan: Plan) -> int:
 
 def adapter_values(plan: Plan) -> int:
     """Trained values of one layer."""
-    return _meta_adapters(plan).flat.numel()
+    meta = torch.device("meta")  # shapes without memory
+    adapters = LayerAdapters(0, plan.architecture.groups, plan.recipe.lora, meta, plan.dtype)
+    return adapters.flat.numel()
 
 
 def adapter_bytes(plan: Plan) -> int:
     """What one layer's adapters take on the device: compute copies, and unless they are offloaded
     fp32 master and gradient and the optimizer's moments.
     """
-    copies = sum(a.a.numel() + a.b.numel() for a in _meta_adapters(plan).groups.values())
     values, optim = adapter_values(plan), plan.recipe.optim
     trained = 0 if optim.offload else 8 * values + moment_bytes(optim, values)
-    return copies * plan.dtype.itemsize + trained
+    return plan.dtype.itemsize * values + trained
 
 
 def saved_bytes(plan: Plan, policy: str) -> int:
@@ -157,12 +158,6 @@ def own_policies(plan: Plan, share: Share) -> list[str]:
     """Of this rank's layers."""
     every = plan.recipe.placement.policies(plan.architecture.layers)
     return [every[layer] for layer in share.layers]
-
-
-def _meta_adapters(plan: Plan) -> LayerAdapters:
-    """A layer's adapters as shapes, without memory."""
-    meta = torch.device("meta")
-    return LayerAdapters(0, plan.architecture.groups, plan.recipe.lora, meta, plan.dtype)
 
 
 def policies(plan: Plan, share: Share, micro_batches: int) -> Policies:

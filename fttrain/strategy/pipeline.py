@@ -2,12 +2,14 @@
 activations and their gradients travel; each adapter has one home, so there is nothing to sum.
 """
 
+from dataclasses import replace
+
 from fttrain.dist import local_world_size
-from fttrain.model.head import chunk_bytes
 from fttrain.rig.probe import free_device_bytes
 from fttrain.schedule.one_f_one_b import in_flight
 from fttrain.store import FrozenBase
 from fttrain.store.filling import Progress, book_layers, to_device
+from fttrain.store.hostpool import HostPool
 from fttrain.store.resident import ResidentStore
 from fttrain.strategy import parts
 from fttrain.strategy.balance import balance
@@ -38,17 +40,12 @@ def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> Pip
 
 
 def fixed_bytes(plan: Plan) -> int:
-    """What this stage takes on its device whatever its layers are: the dequantised weights of the
-    one that computes, and its ends. A streamed head is there, too, while it is used.
-    """
-    group, placement = plan.group, plan.recipe.placement
-    taken = parts.dequantised_bytes(plan)
-    if group.rank == 0 and placement.embedding == "device":
-        taken += plan.table_bytes
-    if group.rank == group.world_size - 1:
-        taken += plan.table_bytes
-        taken += chunk_bytes(plan.architecture.config.vocab_size, plan.dtype)
-    return taken
+    """What this stage takes on its device whatever its layers are: all that is booked for none."""
+    group = plan.group
+    books = replace(plan, pool=HostPool(group))
+    none = Share(range(0), group.rank == 0, group.rank == group.world_size - 1)
+    parts.book(books, none, _kept(plan))
+    return sum(b.size_bytes for b in books.pool.bookings if b.place == "device")
 
 
 def _kept(plan: Plan) -> int:
@@ -67,7 +64,7 @@ def _shares(plan: Plan) -> list[Share]:
     saved_bytes = -(-sum(parts.saved_bytes(plan, policy) for policy in policies) // layers)
     own = [
         plan.layer_bytes + parts.adapter_bytes(plan) + _kept(plan) * saved_bytes,
-        fixed_bytes(plan) + parts.moving_bytes(plan),
+        fixed_bytes(plan),
         free_device_bytes(group.device, local_world_size()),
     ]
     layer_bytes, fixed, free_bytes = (

@@ -17,7 +17,7 @@ import torch
 
 from fttrain.collectives import Handle
 from fttrain.model.lora import LayerAdapters
-from fttrain.optim.factory import Optimizer
+from fttrain.optim.optimizer import Optimizer
 from fttrain.store.lane import copy_lane
 
 
@@ -89,7 +89,6 @@ class HostUpdate:
 
     def start(self, factor: float, lr: float) -> None:
         self.settle()
-        self._under_way = []
         for place, layer in enumerate(self._layers):
             sent = self._thread.submit(self._work, place, layer, factor, lr)
             self._under_way.append(_Arriving(sent, self._waited))

@@ -97,7 +97,7 @@ def _ran_out(
     on_device = [booking for booking in bookings if booking.place == "device"]
     ordered = sorted(on_device, key=lambda booking: -booking.size_bytes)
     helps = [KNOBS[booking.what] for booking in ordered if booking.what in KNOBS][:2]
-    asked = re.search(r"[Tt]ried to allocate [^.]*\.?\d* \w+", str(error))
+    asked = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
     return (
         f"rank {rank} ran out of memory on {device}"
         f" ({asked[0] if asked else first_line(error)}); the largest parts: "

@@ -10,7 +10,7 @@ import torch
 from fttrain.model.decoder import Architecture
 from fttrain.model.lora import LayerAdapters, LoraConfig, OnHost
 from fttrain.optim.config import OptimConfig
-from fttrain.optim.factory import Optimizer
+from fttrain.optim.optimizer import Optimizer
 from fttrain.strategy import update
 from fttrain.strategy.update import DeviceUpdate, HostUpdate, Update, UpdateStats
 

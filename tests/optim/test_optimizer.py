@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fttrain.errors import UserError
 from fttrain.optim.config import KINDS, OptimConfig
-from fttrain.optim.factory import Optimizer, moment_bytes
+from fttrain.optim.optimizer import Optimizer, moment_bytes
 
 SIZES = ((9000, 5000), (600, 40))  # values of each layer, and of its A's; 8 bits from 4096 on
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
