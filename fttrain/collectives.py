@@ -57,6 +57,29 @@ def all_gather(out: Tensor, shard: Tensor) -> Handle:
     return Handles(works)
 
 
+def all_reduce(flat: Tensor) -> Handle:
+    """Sum ``flat`` over all ranks, in place."""
+    work: Handle = torch_dist.all_reduce(flat, async_op=True)
+    return work
+
+
+def reduce_scatter(flat: Tensor) -> Handle:
+    """Sum this rank's one of ``world_size`` equal parts of ``flat`` (values,) over all ranks, in
+    place; what the others hold afterwards is undefined.
+
+    gloo's own reduce_scatter was measured 0.8 times as fast as its all_reduce from 4 MB on
+    (docs/lab-log.md): there all_reduce stands in for it.
+    """
+    if torch_dist.get_backend() != "nccl":
+        return all_reduce(flat)
+    own = flat.view(torch_dist.get_world_size(), -1)[torch_dist.get_rank()]
+    work: Handle = _reduce_scatter_single(own, flat, async_op=True)
+    return work
+
+
 _tags = itertools.count()  # the same on all ranks: two gathers under way are never mixed up
-# PyTorch 2.13 has renamed it.
+# PyTorch 2.13 has renamed them.
 _all_gather_single = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)
+_reduce_scatter_single = getattr(
+    torch_dist, "reduce_scatter_single", torch_dist.reduce_scatter_tensor
+)

@@ -35,7 +35,7 @@ from fttrain.rig.probe import RigConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.secrets import is_secret, redact
 from fttrain.strategy.protocol import PLANNED, StrategyConfig
-from fttrain.strategy.recipe import Placement, check_pair
+from fttrain.strategy.recipe import Placement, check_together
 from fttrain.track import TrackConfig
 
 
@@ -66,7 +66,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _ = self.placement  # refuses what does not exist
-        check_pair(self.strategy, self.schedule)
+        check_together(self.strategy, self.schedule, self.optim)
         if not self.resume:
             raise UserError("resume is empty: auto, none or the path of a snapshot")
         if not self.output:

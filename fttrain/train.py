@@ -161,13 +161,17 @@ def _over_ranks(run: Run, stats: StepStats) -> dict[str, float]:
     """What differs from rank to rank: bytes moved by all ranks together; seconds waited and peaks
     of the rank that has most of them.
     """
-    moved = asdict(stats.traffic) | {"optim_bytes": stats.update.optim_bytes}
+    update = stats.update
+    moved = asdict(stats.traffic) | {
+        "optim_bytes": update.optim_bytes,
+        "optim_gather_bytes": update.optim_gather_bytes,
+    }
     wait_s = moved.pop("wait_s")
     most = {
         "wait_s": wait_s,
         "sync_wait_s": stats.sync.wait_s,
-        "optim_s": stats.update.optim_s,
-        "optim_wait_s": stats.update.optim_wait_s,
+        "optim_s": update.optim_s,
+        "optim_wait_s": update.optim_wait_s,
         "peak_device_bytes": peak_device_bytes(run.group.device),
         "peak_host_bytes": peak_host_bytes(),
     }

@@ -37,7 +37,7 @@ from fttrain.schedule.activations import Keep, Recompute
 from fttrain.store import Store
 from fttrain.store.resident import ResidentStore
 from fttrain.store.verify import VerifiedStore
-from fttrain.strategy.gradients import DeviceGradients
+from fttrain.strategy.gradients import ResidentGradients
 from fttrain.strategy.sync import NoSync
 
 CPU = torch.device("cpu")
@@ -162,9 +162,10 @@ def randomise(decoder: Decoder, seed: int = 1) -> None:
     """Adapters as after some training, on whatever rank a layer is."""
     for layer in decoder.layers:
         generator = torch.Generator().manual_seed(100 * seed + layer.index)
-        flat = layer.adapters.flat.data
-        flat.copy_(torch.randn(flat.shape, generator=generator) * 0.05)
-        layer.adapters.refresh()
+        whole = torch.zeros(layer.adapters.layout.values)
+        for _, view in layer.adapters.named(whole):
+            view.copy_(torch.randn(view.shape, generator=generator) * 0.05)
+        layer.adapters.load(whole)
 
 
 def dequantised(source: PreTrainedModel, quant: QuantConfig) -> PreTrainedModel:
@@ -216,17 +217,13 @@ def gradients(decoder: Decoder) -> dict[str, Tensor]:
     for layer in decoder.layers:
         flat = layer.adapters.flat
         assert flat.grad is not None
-        for name, master in layer.adapters.named_masters():
-            start = master.storage_offset() - flat.storage_offset()
-            found[name] = flat.grad.as_strided(
-                master.shape, master.stride(), flat.grad.storage_offset() + start
-            ).clone()
+        found |= {name: own.clone() for name, own in layer.adapters.named(flat.grad)}
     return found
 
 
-def gradient_home(decoder: Decoder) -> DeviceGradients:
+def gradient_home(decoder: Decoder) -> ResidentGradients:
     """Gradients on the device, all zero."""
-    home = DeviceGradients([layer.adapters for layer in decoder.layers], NoSync())
+    home = ResidentGradients([layer.adapters for layer in decoder.layers], NoSync())
     home.start()
     return home
 

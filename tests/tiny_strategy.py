@@ -24,7 +24,7 @@ from fttrain.schedule.activations import Recompute
 from fttrain.store.verify import VerifiedStore
 from fttrain.strategy.build import Blueprint
 from fttrain.strategy.data_parallel import DataParallel
-from fttrain.strategy.gradients import DeviceGradients
+from fttrain.strategy.gradients import ResidentGradients
 from fttrain.strategy.native import Joined
 from fttrain.strategy.protocol import SCHEDULES, Judge, StepStats, StrategyConfig
 from fttrain.strategy.recipe import Placement, Recipe, StepSize
@@ -107,6 +107,7 @@ def variant(
     strategy: str = "replicate",
     group: int | str = "all",
     offload: bool = False,
+    shard: bool = False,
     resident_layers: Any = 0,
     slots: int = 2,
     dtype: str = "float32",
@@ -118,7 +119,7 @@ def variant(
         RECIPE,
         strategy=StrategyConfig(strategy, resident_layers, slots),
         schedule=ScheduleConfig(group, SCHEDULES[strategy]),
-        optim=replace(RECIPE.optim, offload=offload),
+        optim=replace(RECIPE.optim, offload=offload, shard=shard),
         placement=Placement(**placement),
         frozen=FrozenConfig(verify_every=verify_every),
         dtype=dtype,
@@ -147,7 +148,7 @@ def data_parallel(
 ) -> DataParallel:
     """All of a step's micro-batches pass a layer together; everything is on the device."""
     adapters = [layer.adapters for layer in decoder.layers]
-    gradients = DeviceGradients(adapters, gradient_sync(group))
+    gradients = ResidentGradients(adapters, gradient_sync(group))
     joined = Joined(
         decoder, store, group, optim, [Recompute()] * len(store), gradients, RECIPE.seed
     )
@@ -185,5 +186,9 @@ def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def adapters(strategy: Any) -> dict[str, Tensor]:
-    """A copy of the masters of the layers that this rank has."""
-    return copied({name: master.detach() for name, master in strategy.decoder.named_masters()})
+    """A copy of the masters of the layers that this rank has, or with optim.shard of its parts."""
+    layers = strategy.decoder.layers
+    if layers[0].adapters.layout.portion.world_size > 1:
+        strategy.optimizer_state()  # which waits for the update
+        return {str(layer.index): layer.adapters.flat.detach().clone() for layer in layers}
+    return copied(dict(strategy.decoder.named_masters()))

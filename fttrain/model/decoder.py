@@ -19,6 +19,7 @@ from fttrain.model.families.family import Family
 from fttrain.model.head import Embedding, Head
 from fttrain.model.linears import LayerState, LinearGroup
 from fttrain.model.lora import GroupMembers, LayerAdapters, LoraConfig, OnHost
+from fttrain.optim.flat import Portion
 from fttrain.quant.frozen_layer import FrozenFormat, GroupShape
 from fttrain.quant.scheme import QuantConfig
 
@@ -103,10 +104,13 @@ class Layer:
         device: torch.device,
         dtype: torch.dtype,
         on_host: OnHost | None = None,
+        portion: Portion | None = None,
     ) -> None:
         self.index = index  # among the layers of the whole model
         self.state = LayerState()
-        self.adapters = LayerAdapters(index, architecture.groups, lora, device, dtype, on_host)
+        self.adapters = LayerAdapters(
+            index, architecture.groups, lora, device, dtype, on_host, portion
+        )
         self.shell = self._build_shell(architecture)
 
     def _build_shell(self, architecture: Architecture) -> nn.Module:
@@ -163,12 +167,14 @@ class Decoder:
         head_streamed: bool = False,
         z_loss: float = 0.0,
         on_host: Sequence[OnHost] | None = None,
+        portion: Portion | None = None,
     ) -> None:
         """``final_norm`` (C,) lies on the device that computes, in the dtype that computes.
 
         ``embedding`` and ``head`` (V, C) may be in host memory (``head_streamed``); ``layers``:
         those of this stage, None for all; ``on_host``: where each layer's adapters are in host
-        memory, None: on the device; ``z_loss``: as ``Head``.
+        memory, None: on the device; ``portion``: what of each this rank updates, None: all;
+        ``z_loss``: as ``Head``.
         """
         family = architecture.family
         self.device, self.dtype = final_norm.device, final_norm.dtype
@@ -183,7 +189,7 @@ class Decoder:
         )
         indices = layers or range(architecture.layers)
         self.layers = [
-            Layer(architecture, index, lora, self.device, self.dtype, own)
+            Layer(architecture, index, lora, self.device, self.dtype, own, portion)
             for index, own in zip(indices, on_host or itertools.repeat(None), strict=False)
         ]
         self._rotary = family.rotary_class(architecture.config).to(self.device)

@@ -9,7 +9,8 @@ and B (out, r) zero:
 The linears of a group share their input, so their A's are one, stacked (R, in) with
 R = members * r; each B reads its own r columns of A x and adds to its own part of y. Each layer's
 fp32 masters are one flat parameter, all A's before all B's, and its gradient one flat tensor: one
-all_reduce.
+collective. With ``optim.shard`` a rank has the masters of its part alone, and fetches what the
+others made of theirs.
 """
 
 import math
@@ -19,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fttrain.collectives import Handle
+from fttrain.collectives import Handle, Handles, all_gather
 from fttrain.errors import UserError
+from fttrain.optim.flat import FlatLayout, Portion
 from fttrain.quant.frozen_layer import GroupShape
 
 
@@ -86,7 +88,7 @@ def target_indices(groups: Iterable[GroupMembers], config: LoraConfig) -> dict[s
 
 
 class GroupAdapter:
-    """One group's adapter: views into the layer's flat masters, gradient and compute copies."""
+    """One group's adapter: views into the layer's flat gradient and compute copies."""
 
     def __init__(self, group: GroupMembers, members: list[int], config: LoraConfig) -> None:
         self.group = group
@@ -104,10 +106,6 @@ class GroupAdapter:
         """Values in all A's and in all B's."""
         out = sum(self.group.shape.out_features[member] for member in self.members)
         return self.rank * self.group.shape.in_features, out * self.r
-
-    def bind(self, a: Tensor, b: Tensor) -> None:
-        """Take this adapter's parts of the flat fp32 masters."""
-        self.a_master, self.b_master = self._shaped(a, b)
 
     def bind_copies(self, a: Tensor, b: Tensor) -> None:
         """Take this adapter's parts of what computes: A's (R, in), and scaling * B of all members
@@ -140,14 +138,15 @@ class GroupAdapter:
             # (r, out) and then transposed: the GEMM is faster that way round on a CPU
             b_grad.add_((down[:, block].t() @ grad[:, rows]).t(), alpha=self.scaling)
 
-    def named_masters(self, layer: int) -> Iterator[tuple[str, Tensor]]:
-        """(name, fp32 master) of each A (r, in) and B (out, r)."""
-        for member, (_, block, b_master) in zip(
-            self.members, self._member_parts(self.b_master), strict=True
+    def named(self, layer: int, a: Tensor, b: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name, view) of each A (r, in) and B (out, r) in this adapter's parts of a flat one."""
+        stacked_a, stacked_b = self._shaped(a, b)
+        for member, (_, block, own_b) in zip(
+            self.members, self._member_parts(stacked_b), strict=True
         ):
             name = f"model.layers.{layer}.{self.group.paths[member]}"
-            yield f"{name}.lora_A", self.a_master[block]
-            yield f"{name}.lora_B", b_master
+            yield f"{name}.lora_A", stacked_a[block]
+            yield f"{name}.lora_B", own_b
 
     def _member_parts(self, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         """(rows in the group's output, columns in R, rows of ``b``) of each adapted member."""
@@ -160,14 +159,14 @@ class GroupAdapter:
 
 @dataclass(frozen=True)
 class OnHost:
-    """Where a layer's adapters are in host memory."""
+    """Where this rank's part of a layer's adapters is in host memory."""
 
-    masters: Tensor  # fp32 (values in the layer,)
+    masters: Tensor  # fp32 (values of the part,)
     copies: Tensor  # the same in the compute dtype, on their way to the device
 
 
 class LayerAdapters(nn.Module):
-    """All adapters of one layer over one flat fp32 parameter.
+    """All adapters of one layer. ``flat`` is the fp32 parameter: the part that this rank updates.
 
     The gradient is a flat fp32 tensor on the device that computes; ``bind_gradient`` says which.
     """
@@ -180,9 +179,10 @@ class LayerAdapters(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         on_host: OnHost | None = None,
+        portion: Portion | None = None,
     ) -> None:
         """``device`` and ``dtype``: of the compute copies. ``on_host``: where the masters are,
-        None: on ``device``.
+        None: on ``device``. ``portion``: what this rank updates, None: everything.
         """
         super().__init__()
         groups = list(groups)
@@ -196,15 +196,16 @@ class LayerAdapters(nn.Module):
             if targets[group.shape.name]
         }
         a_sizes, b_sizes = zip(*(group.sizes for group in self.groups.values()), strict=True)
-        self._sizes = [*a_sizes, *b_sizes]
-        self.a_values = sum(a_sizes)  # of the flat masters, the first ones: those of all A's
-        values = sum(self._sizes)
-        made = torch.zeros(values, device=device) if on_host is None else on_host.masters
+        self.layout = FlatLayout({"a": a_sizes, "b": b_sizes}, portion)
+        made = (
+            torch.zeros(self.layout.own_values, device=device)
+            if on_host is None
+            else on_host.masters
+        )
         self.flat = nn.Parameter(made)
-        self._copies = torch.empty(values, dtype=dtype, device=device)  # what computes
+        # What computes, (values,), padding and all
+        self._copies = torch.zeros(self.layout.values, dtype=dtype, device=device)
         self._staging = None if on_host is None else on_host.copies
-        for adapter, a, b in self._parts(self.flat.data):
-            adapter.bind(a, b)
         for adapter, a, b in self._parts(self._copies):
             adapter.bind_copies(a, b)
 
@@ -215,43 +216,67 @@ class LayerAdapters(nn.Module):
             adapter.bind_gradient(a, b)
 
     def _parts(self, flat: Tensor) -> Iterator[tuple[GroupAdapter, Tensor, Tensor]]:
-        """Each group's adapter with its A's and its B's in ``flat``."""
-        parts, count = flat.split(self._sizes), len(self.groups)
-        return zip(self.groups.values(), parts[:count], parts[count:], strict=True)
+        """Each group's adapter with its A's and its B's in ``flat`` (values in the layer,)."""
+        sections = (self.layout.tensors(flat, name) for name in ("a", "b"))
+        return zip(self.groups.values(), *sections, strict=True)
 
     def reset(self, seed: int) -> None:
         """LoRA's start: A uniform as torch's Linear (so does PEFT), B zero; on any world_size."""
-        for index, adapter in enumerate(self.groups.values()):
+        whole = torch.zeros(self.layout.values)
+        for index, (adapter, a, _) in enumerate(self._parts(whole)):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + self.layer) * 101 + index)
             bound = 1 / math.sqrt(adapter.group.shape.in_features)
-            values = torch.empty(adapter.a_master.shape).uniform_(
-                -bound, bound, generator=generator
-            )
-            adapter.a_master.copy_(values)
-            adapter.b_master.zero_()
+            a.uniform_(-bound, bound, generator=generator)
+        self.load(whole)
+
+    @torch.no_grad()
+    def load(self, whole: Tensor) -> None:
+        """Take masters from ``whole`` fp32 (values in the layer,). Every rank calls it."""
+        self.flat.copy_(self.layout.portion.of(whole))
         self.refresh()
+
+    def refresh(self) -> None:
+        """Bring the compute copies to what the masters are. Every rank calls it."""
+        self.stage()
+        self.send()
+        self.gather().wait()
+
+    def named(self, whole: Tensor, layer: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, view) of each A (r, in) and B (out, r) in ``whole`` (values in the layer,);
+        ``layer``: whose, None: this one's.
+        """
+        for adapter, a, b in self._parts(whole):
+            yield from adapter.named(self.layer if layer is None else layer, a, b)
 
     @property
     def copy_bytes(self) -> int:
-        """Of the compute copies."""
-        return self._copies.nbytes
-
-    def refresh(self) -> None:
-        """Bring the compute copies to what the masters are."""
-        self.stage()
-        self.send()
+        """Of this rank's part of the compute copies."""
+        return self.layout.portion.of(self._copies).nbytes
 
     @torch.no_grad()
     def stage(self) -> None:
-        """Round the masters to the compute dtype, where they lie; B's times ``scaling``."""
-        into = self._copies if self._staging is None else self._staging
-        into[: self.a_values].copy_(self.flat[: self.a_values])
-        into[self.a_values :].copy_(self.flat[self.a_values :] * self._scaling)
+        """Round this rank's masters to the compute dtype, where they lie; B's times ``scaling``."""
+        own = self.layout.portion.of(self._copies) if self._staging is None else self._staging
+        for section in self.layout.own_sections():
+            scale = self._scaling if section.name == "b" else 1.0
+            own[section.own].copy_(self.flat[section.own] * scale)
 
     def send(self) -> None:
         """Copy what is staged on the host to the device; the host does not wait for it."""
         if self._staging is not None:
-            self._copies.copy_(self._staging, non_blocking=True)
+            self.layout.portion.of(self._copies).copy_(self._staging, non_blocking=True)
+
+    def gather(self) -> Handle:
+        """Start fetching the parts that other ranks update. Every rank calls it, in one order."""
+        if self.layout.portion.world_size == 1:
+            return Handles(())
+        return all_gather(self._copies, self.layout.portion.of(self._copies))
+
+    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
+        """As they are after the last update, where this rank updates them all."""
+        assert self.layout.portion.world_size == 1, "this rank has a part of the masters"
+        self.ready()
+        yield from self.named(self.flat.detach())
 
     def expect(self, on_way: Handle) -> None:
         """An update is under way; ``ready`` waits for it."""
@@ -262,9 +287,3 @@ class LayerAdapters(nn.Module):
         if self._on_way is not None:
             self._on_way.wait()
             self._on_way = None
-
-    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
-        """As they are after the last update."""
-        self.ready()
-        for adapter in self.groups.values():
-            yield from adapter.named_masters(self.layer)

@@ -26,6 +26,8 @@ class OptimConfig:
     warmup_ratio: float = 0.03  # fraction of all steps, in [0, 1)
     min_lr_ratio: float = 0.0  # lr at the end, as a fraction of lr, in [0, 1]
     offload: bool = False  # masters, moments and gradients in host memory, updated by the CPU
+    # each rank has masters and moments of its part alone, and the others' weights from them
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -1,7 +1,7 @@
 """The optimizer over the flat fp32 masters of the layers' adapters."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from fttrain.errors import UserError
 from fttrain.optim.config import OptimConfig
+from fttrain.optim.flat import BLOCK_VALUES, Section
 
-HALVES = ("a", "b")  # all A's of a layer, then all B's
-BLOCK_VALUES = 256  # of 8-bit moments that share a scale
 # Names in bitsandbytes' state that are constants, not state.
 CONSTANTS = ("qmap1", "qmap2")
 
@@ -25,62 +24,74 @@ def moment_bytes(config: OptimConfig, values: int) -> int:
     return (1 if config.kind == "lion8bit" else 2) * (values + 4 * blocks)
 
 
+class _Layer(NamedTuple):
+    """One layer's part, and its sections with their values, views of it."""
+
+    flat: nn.Parameter
+    sections: list[tuple[Section, nn.Parameter]]
+
+
 class Optimizer:
-    """One flat fp32 parameter a layer, updated in place from its ``grad``.
+    """This rank's part of one flat fp32 parameter a layer, updated in place from its ``grad``.
 
     adamw is torch's fused AdamW (Loshchilov and Hutter 2019), the others are bitsandbytes'
     (Dettmers et al. 2022; Lion: Chen et al. 2023).
     """
 
     def __init__(
-        self, flats: Iterable[tuple[nn.Parameter, int]], config: OptimConfig, first_layer: int = 0
+        self,
+        parts: Iterable[tuple[nn.Parameter, Sequence[Section]]],
+        config: OptimConfig,
+        first_layer: int = 0,
     ) -> None:
-        """``flats``: each layer's parameter, and how many of its values, the first ones, are A's;
-        ``first_layer``: the place of the first one among the layers of the whole model.
+        """``parts``: of each layer, and the sections in it; ``first_layer``: the place of the first
+        one among the layers of the whole model.
         """
-        flats = list(flats)
-        self._flats = [flat for flat, _ in flats]
+        parts = list(parts)
         self._first_layer = first_layer
+        self._ratios = {"b": config.loraplus_lr_ratio}
         # Views of the flat masters; autograd never sees them.
-        self._halves = [
-            [nn.Parameter(part) for part in flat.data.split([count, flat.numel() - count])]
-            for flat, count in flats
+        self._layers = [
+            _Layer(flat, [(part, nn.Parameter(flat.data[part.own])) for part in sections])
+            for flat, sections in parts
         ]
-        self._ratios = (1.0, config.loraplus_lr_ratio)
         # One a layer: each can be stepped by itself, as soon as its gradient is there.
         self._optimizers = [
-            _make([{"params": [half]} for half in halves], config) for halves in self._halves
+            _make([{"params": [values]} for _, values in layer.sections], config)
+            if layer.sections
+            else None
+            for layer in self._layers
         ]
 
     def step(self, layer: int, lr: float) -> None:
-        """Update the parameter of ``layer``, a place among ``flats``, from its ``grad``; ``lr`` is
+        """Update the parameter of ``layer``, a place among ``parts``, from its ``grad``; ``lr`` is
         that of the A's.
         """
-        flat, halves, optimizer = self._flats[layer], self._halves[layer], self._optimizers[layer]
+        optimizer, (flat, sections) = self._optimizers[layer], self._layers[layer]
+        if optimizer is None:
+            return
         assert flat.grad is not None
-        grads = flat.grad.split([half.numel() for half in halves])
-        for half, grad, group, ratio in zip(
-            halves, grads, optimizer.param_groups, self._ratios, strict=True
-        ):
-            half.grad, group["lr"] = grad, lr * ratio
+        for (section, values), group in zip(sections, optimizer.param_groups, strict=True):
+            values.grad = flat.grad[section.own]
+            group["lr"] = lr * self._ratios.get(section.name, 1.0)
         optimizer.step()
 
     def state(self) -> dict[str, Tensor]:
         """All a resumed run needs, by flat name: ``0.a.exp_avg`` is the first moment of layer 0's
-        A's.
+        A's; of what other ranks update only they have the rest, which follows end to end.
         """
         return {
             f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
-            for name, half, optimizer, _ in self._named()
-            for key, value in optimizer.state[half].items()
+            for name, _, values, optimizer, _ in self._named()
+            for key, value in optimizer.state[values].items()
             if key not in CONSTANTS
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Takes what ``state`` gave. Raises UserError where it is that of other parameters or of
-        another optimizer.
+        """Takes what ``state`` gave, of all ranks end to end. Raises UserError where it is that of
+        other parameters or of another optimizer.
         """
-        for name, half, optimizer, group in self._named():
+        for name, section, values, optimizer, group in self._named():
             prefix = f"{name}."
             own = {
                 key.removeprefix(prefix): value
@@ -88,42 +99,57 @@ class Optimizer:
                 if key.startswith(prefix)
             }
             if own:
-                _restore(_blank(optimizer, half, group), optimizer.state[half], name, own)
+                blank = _blank(optimizer, values, group)
+                _restore(blank, optimizer.state[values], name, section, own)
             elif state:
                 raise UserError(
                     f"resume: the snapshot has no optimizer state of {name}; it belongs to another "
                     "model or another version"
                 )
 
-    def _named(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer, int]]:
-        """(name, half, its optimizer, its group there) of every half."""
-        for index, (halves, optimizer) in enumerate(
-            zip(self._halves, self._optimizers, strict=True), self._first_layer
+    def _named(self) -> Iterator[tuple[str, Section, nn.Parameter, torch.optim.Optimizer, int]]:
+        """(name, section, values, their optimizer, their group there) of every section."""
+        for index, (layer, optimizer) in enumerate(
+            zip(self._layers, self._optimizers, strict=True), self._first_layer
         ):
-            for group, (half_name, half) in enumerate(zip(HALVES, halves, strict=True)):
-                yield f"{index}.{half_name}", half, optimizer, group
+            for group, (section, values) in enumerate(layer.sections):
+                assert optimizer is not None
+                yield f"{index}.{section.name}", section, values, optimizer, group
 
 
 def _restore(
-    blank: dict[str, Any], state: dict[str, Any], name: str, own: dict[str, Tensor]
+    blank: dict[str, Any],
+    state: dict[str, Any],
+    name: str,
+    section: Section,
+    whole: dict[str, Tensor],
 ) -> None:
-    """``own`` into the optimizer's ``state`` of one half, so far ``blank`` and constants."""
-    if blank.keys() != own.keys():
+    """What of ``whole``, a section's state, belongs to this rank into the optimizer's ``state``, so
+    far ``blank`` and constants.
+    """
+    if blank.keys() != whole.keys():
         raise UserError(
-            f"resume: the optimizer state of {name} has {', '.join(sorted(own))}, wanted are "
+            f"resume: the optimizer state of {name} has {', '.join(sorted(whole))}, wanted are "
             f"{', '.join(sorted(blank))}; the snapshot belongs to another optim.kind"
         )
-    for key, value in own.items():
+    for key, value in whole.items():
         wanted = blank[key]
         if not isinstance(wanted, Tensor):
             state[key] = int(value)
-        elif wanted.shape == value.shape:
-            wanted.copy_(value)
-        else:
+            continue
+        each = _each(wanted, section)
+        if wanted.dim() and value.numel() != section.whole // each:
             raise UserError(
                 f"resume: the optimizer state of {name} has {value.numel()} values of {key}, "
-                f"the adapter {wanted.numel()}; the snapshot belongs to other lora settings"
+                f"the adapter {section.whole // each}; the snapshot belongs to other lora settings"
             )
+        first = section.first // each
+        wanted.copy_(value[first : first + len(wanted)] if wanted.dim() else value)
+
+
+def _each(state: Tensor, section: Section) -> int:
+    """How many of the section's values one number of ``state`` is for: one or a block."""
+    return (section.own.stop - section.own.start) // max(1, state.numel())
 
 
 def _make(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
@@ -132,21 +158,23 @@ def _make(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opti
         "betas": config.betas,
         "weight_decay": config.weight_decay,
     }
-    if config.kind == "lion8bit":
-        return Lion8bit(groups, **settings)
     if config.kind == "adamw":
         return torch.optim.AdamW(groups, eps=config.eps, fused=True, **settings)
+    # Otherwise a part of few values would have fp32 moments, and another rank count other ones.
+    settings["min_8bit_size"] = 1
+    if config.kind == "lion8bit":
+        return Lion8bit(groups, **settings)
     kind = PagedAdamW8bit if config.kind == "paged_adamw8bit" else AdamW8bit
     return kind(groups, eps=config.eps, **settings)
 
 
-def _blank(optimizer: torch.optim.Optimizer, half: nn.Parameter, group: int) -> dict[str, Any]:
-    """Of ``half``, alone in its ``group``: the state before its first step, in the optimizer."""
-    state = optimizer.state[half]
+def _blank(optimizer: torch.optim.Optimizer, values: nn.Parameter, group: int) -> dict[str, Any]:
+    """Of ``values``, alone in their ``group``: what the optimizer has before the first step."""
+    state = optimizer.state[values]
     if isinstance(optimizer, torch.optim.AdamW):
         # The fused kernel wants the step count on the parameter's device, too.
-        state["step"] = torch.zeros((), dtype=torch.float32, device=half.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(half), torch.zeros_like(half)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=values.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(values), torch.zeros_like(values)
     else:
-        optimizer.init_state(optimizer.param_groups[group], half, group, 0)  # type: ignore[attr-defined]
+        optimizer.init_state(optimizer.param_groups[group], values, group, 0)  # type: ignore[attr-defined]
     return {key: value for key, value in state.items() if key not in CONSTANTS}

@@ -12,36 +12,59 @@ from fttrain.errors import UserError
 from fttrain.model.decoder import Decoder
 
 
-def adapter_state(decoder: Decoder) -> dict[str, Tensor]:
-    """Views of the fp32 masters.
+def adapter_state(decoder: Decoder, group: Group) -> dict[str, Tensor]:
+    """fp32 masters of the whole model, on rank 0; others may get less. Every rank calls it.
 
     ``model.layers.0.self_attn.q_proj.lora_A`` (r, in), ``...lora_B`` (out, r).
     """
-    return {name: master.detach() for name, master in decoder.named_masters()}
+    own = {str(layer.index): layer.adapters.flat.detach() for layer in decoder.layers}
+    any_layer = decoder.layers[0].adapters  # all are laid out alike
+    every = own if has_all(decoder) else assemble(own, group)
+    return {
+        name: master
+        for layer, flat in every.items()
+        for name, master in any_layer.named(flat, int(layer))
+    }
+
+
+def has_all(decoder: Decoder) -> bool:
+    """Whether this rank updates every value of the model's adapters."""
+    is_whole = decoder.layers[0].adapters.layout.portion.world_size == 1
+    return is_whole and len(decoder.layers) == decoder.architecture.layers
 
 
 def load_adapter_state(decoder: Decoder, state: dict[str, Tensor]) -> None:
-    """Copies ``state`` into the masters and the compute copies.
+    """Copies what of ``state``, a whole adapter, this rank updates into its masters, and all that
+    it computes with into the compute copies. Every rank calls it.
 
     Raises UserError where names or shapes differ.
     """
-    masters = adapter_state(decoder)
-    differing = sorted(masters.keys() ^ state.keys())
+    state = part_of(state, decoder)
+    masters = [
+        torch.zeros(layer.adapters.layout.values, device=layer.adapters.flat.device)
+        for layer in decoder.layers
+    ]
+    views = {
+        name: view
+        for layer, whole in zip(decoder.layers, masters, strict=True)
+        for name, view in layer.adapters.named(whole)
+    }
+    differing = sorted(views.keys() ^ state.keys())
     if differing:
         raise UserError(
             f"adapter: {differing[0]} and {len(differing) - 1} more are only in one of the "
             "snapshot and the model; "
             "lora.target_modules or the model differ"
         )
-    for name, master in masters.items():
-        if state[name].shape != master.shape:
+    for name, view in views.items():
+        if state[name].shape != view.shape:
             raise UserError(
                 f"adapter: {name} has shape {tuple(state[name].shape)} in the snapshot, "
-                f"{tuple(master.shape)} in the model; lora.r or the model differ"
+                f"{tuple(view.shape)} in the model; lora.r or the model differ"
             )
-        master.copy_(state[name])
-    for layer in decoder.layers:
-        layer.adapters.refresh()
+        view.copy_(state[name])
+    for layer, whole in zip(decoder.layers, masters, strict=True):
+        layer.adapters.load(whole)
 
 
 def part_of(state: dict[str, Tensor], decoder: Decoder) -> dict[str, Tensor]:
@@ -54,12 +77,14 @@ def part_of(state: dict[str, Tensor], decoder: Decoder) -> dict[str, Tensor]:
 
 
 def assemble(own: dict[str, Tensor], group: Group) -> dict[str, Tensor]:
-    """Tensors that the ranks hold different ones of -> all of them, in host memory, on rank 0.
+    """Tensors that the ranks hold different ones of, or of the same name different parts, which
+    follow end to end -> all of them, in host memory, on rank 0.
 
-    Other ranks keep nothing of what passes. Every rank calls it.
+    A number without dimensions is the same in every part. Other ranks keep nothing of what passes.
+    Every rank calls it.
     """
-    whole = {} if not group.is_main else {name: tensor.cpu() for name, tensor in own.items()}
-    for source in range(1, group.world_size):
+    found: dict[str, list[Tensor]] = {}
+    for source in range(group.world_size):
         described = [
             (name, list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             for name, tensor in own.items()
@@ -69,5 +94,5 @@ def assemble(own: dict[str, Tensor], group: Group) -> dict[str, Tensor]:
             tensor = own[name] if mine else torch.empty(shape, dtype=getattr(torch, dtype))
             arrived = group.broadcast(tensor.contiguous(), source)
             if group.is_main:
-                whole[name] = arrived
-    return whole
+                found.setdefault(name, []).append(arrived)
+    return {name: torch.cat(parts) if parts[0].dim() else parts[0] for name, parts in found.items()}

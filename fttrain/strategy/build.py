@@ -20,7 +20,7 @@ from fttrain.store.filling import Progress
 from fttrain.store.hostpool import HostPool
 from fttrain.strategy import pipeline, replicate, shard, stream
 from fttrain.strategy.protocol import Strategy
-from fttrain.strategy.recipe import Plan, Recipe, check_pair
+from fttrain.strategy.recipe import Plan, Recipe, check_together
 from fttrain.strategy.usage import explained
 
 Show = Callable[[str], Progress]
@@ -44,7 +44,7 @@ class Blueprint:
     def __init__(
         self, recipe: Recipe, architecture: Architecture, frozen_format: FrozenFormat, group: Group
     ) -> None:
-        check_pair(recipe.strategy, recipe.schedule)
+        check_together(recipe.strategy, recipe.schedule, recipe.optim)
         if group.device.type == "cuda" and recipe.dtype == "float32":
             raise UserError(
                 "model.dtype=float32: flash attention on a GPU takes model.dtype=bfloat16"

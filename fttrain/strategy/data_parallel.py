@@ -25,6 +25,7 @@ class DataParallel(NativeStrategy):
     def __init__(self, joined: Joined, schedule: ScheduleConfig) -> None:
         super().__init__(joined)
         self._schedule = schedule
+        self._sharded = joined.optim.shard
         self._own_next_tokens = generate.whole_model(self.decoder, self._store)
 
     @property
@@ -52,6 +53,12 @@ class DataParallel(NativeStrategy):
         agreed: list[int] = self._group.broadcast(own).tolist()
         return agreed
 
+    def _of_all_layers(self, norms: Tensor) -> Tensor:
+        """Those of this rank's parts -> those of the whole."""
+        if not self._sharded:
+            return norms
+        return self._group.all_reduce_(norms.square()).sqrt()
+
     def _take_traffic(self) -> Traffic:
         return super()._take_traffic() + self.decoder.head.take_traffic()
 
@@ -67,7 +74,8 @@ def assemble_data_parallel(
     plan: Plan, base: FrozenBase, share: Share, store: Store
 ) -> DataParallel:
     """Join ``store`` with the parts that it shares with its like."""
-    joined = join(plan, base, share, store, _kept(plan), gradient_sync(plan.group))
+    sync = gradient_sync(plan.group, plan.recipe.optim.shard)
+    joined = join(plan, base, share, store, _kept(plan), sync)
     return DataParallel(joined, plan.recipe.schedule)
 
 

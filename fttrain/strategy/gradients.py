@@ -1,9 +1,11 @@
 """Where adapter gradients live between a layer's backward passes, and when they are summed.
 
-On the device: one flat fp32 tensor a layer. In host memory (``optim.offload``): two device tensors
-serve all layers in turn; a layer's gradient leaves as soon as its backward ends, double-buffered,
-and comes back where another group of micro-batches adds to it. Each direction has a lane of its
-own: a gradient on its way in does not queue behind the sum that one on its way out waits for.
+Resident: one flat fp32 tensor a layer, on the device. Passing: two device tensors serve all layers
+in turn; a layer's gradient leaves for its place as soon as its backward ends, double-buffered, and
+comes back where another group of micro-batches adds to it. The place is host memory
+(``optim.offload``), or on the device a rank's part of the sum (``optim.shard``). Each direction has
+a lane of its own: a gradient on its way in does not queue behind the sum that one on its way out
+waits for.
 """
 
 from functools import partial
@@ -38,19 +40,21 @@ class GradientHome(Protocol):
     def finish(self) -> tuple[Tensor, SyncStats]:
         """Until all is summed: fp32 (layers,) norms on the device, and the traffic.
 
-        From here on each parameter's ``grad`` holds the sum, on the parameter's device.
+        From here on each parameter's ``grad`` holds the sum, on the parameter's device. Norms are
+        those of what this rank updates.
         """
         ...
 
 
-class DeviceGradients:
-    """All of them on the device."""
+class ResidentGradients:
+    """All of them whole on the device."""
 
     def __init__(self, layers: list[LayerAdapters], sync: GradientSync) -> None:
         self._layers, self._sync = layers, sync
         for layer in layers:
-            layer.flat.grad = torch.zeros_like(layer.flat)
-            layer.bind_gradient(layer.flat.grad)
+            whole = torch.zeros(layer.layout.values, device=layer.flat.device)
+            layer.flat.grad = layer.layout.portion.of(whole)
+            layer.bind_gradient(whole)
 
     def start(self) -> None:
         for layer in self._layers:
@@ -65,27 +69,31 @@ class DeviceGradients:
 
     def finish(self) -> tuple[Tensor, SyncStats]:
         stats = self._sync.wait()
-        return torch.stack([layer.grad.norm() for layer in self._layers]), stats
+        return torch.stack([_grad(layer).norm() for layer in self._layers]), stats
 
 
-class HostGradients:
-    """``on_host``: fp32 (values of the layer,) for each layer, page-locked where that matters."""
+class PassingGradients:
+    """``places``: fp32, for each layer (values of the layer,), or where a step is one group
+    (values of this rank's part,). In host memory they are page-locked where that matters.
+    """
 
     def __init__(
         self,
         layers: list[LayerAdapters],
         sync: GradientSync,
         device: torch.device,
-        on_host: list[Tensor],
+        places: list[Tensor],
         out: Lane | None = None,
         back: Lane | None = None,
     ) -> None:
-        self._layers, self._sync, self._on_host = layers, sync, on_host
-        for layer, grad in zip(layers, on_host, strict=True):
-            layer.flat.grad = grad
+        self._layers, self._sync, self._places = layers, sync, places
+        for layer, place in zip(layers, places, strict=True):
+            whole = len(place) == layer.layout.values
+            layer.flat.grad = layer.layout.portion.of(place) if whole else place
         self._out, self._back = out or copy_lane(device), back or copy_lane(device)
         # All layers of a model have adapters of the same size.
-        self._buffers = [torch.zeros_like(on_host[0], device=device) for _ in range(BUFFERS)]
+        values = layers[0].layout.values
+        self._buffers = [torch.zeros(values, device=device) for _ in range(BUFFERS)]
         self._leaving: list[Handle | None] = [None] * BUFFERS  # out of each buffer
         self._left: dict[int, Handle] = {}  # of each layer, where it last went out
         self._turn = 0
@@ -106,7 +114,7 @@ class HostGradients:
             buffer.zero_()
         else:
             self._left[layer].wait()
-            self._back.run(partial(copy, buffer, self._on_host[layer])).wait()
+            self._back.run(partial(copy, buffer, self._places[layer])).wait()
         self._layers[layer].bind_gradient(buffer)
 
     def close(self, layer: int, last: bool) -> None:
@@ -120,12 +128,23 @@ class HostGradients:
         for leaving in self._leaving:
             if leaving is not None:
                 leaving.wait()  # the norms are the compute's
-        self._out.synchronize()  # the optimizer reads the gradients on the host
+        if self._places[0].device.type == "cpu":
+            self._out.synchronize()  # the optimizer reads the gradients on the host
         return self._norms, stats
 
     @torch.no_grad()
     def _leave(self, layer: int, buffer: Tensor, summed: Handle | None) -> None:
-        if summed is not None:
-            summed.wait()
-            self._norms[layer] = buffer.norm()
-        copy(self._on_host[layer], buffer)
+        if summed is None:
+            copy(self._places[layer], buffer)
+            return
+        summed.wait()
+        adapters = self._layers[layer]
+        own = adapters.layout.portion.of(buffer)
+        self._norms[layer] = own.norm()
+        copy(_grad(adapters), own)
+
+
+def _grad(layer: LayerAdapters) -> Tensor:
+    """Of this rank's part."""
+    assert layer.flat.grad is not None
+    return layer.flat.grad

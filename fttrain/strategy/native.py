@@ -23,8 +23,8 @@ from fttrain.schedule.generate import Fresh, KeyValueCache
 from fttrain.store import FrozenBase, Store, Traffic
 from fttrain.store.hostpool import Booking
 from fttrain.store.verify import VerifiedStore
-from fttrain.strategy import parts
-from fttrain.strategy.adapters import adapter_state, load_adapter_state, part_of
+from fttrain.strategy import parts, trained
+from fttrain.strategy.adapters import adapter_state, assemble, has_all, load_adapter_state
 from fttrain.strategy.ending import Ending
 from fttrain.strategy.gradients import GradientHome
 from fttrain.strategy.parts import Share
@@ -63,7 +63,7 @@ def join(
         plan.group,
         plan.recipe.optim,
         parts.policies(plan, share, micro_batches),
-        parts.gradients(plan, built, sync),
+        trained.gradients(plan, built, sync),
         plan.recipe.seed,
         parts.files(base),
         plan.pool.bookings,
@@ -79,9 +79,9 @@ class NativeStrategy(ABC):
         self._store, self._group, self._policies = joined.store, joined.group, joined.policies
         self._gradients, self._seed = joined.gradients, joined.seed
         layers = self.decoder.layers
-        flats = [(layer.adapters.flat, layer.adapters.a_values) for layer in layers]
-        self._optimizer = Optimizer(flats, joined.optim, layers[0].index)
         adapters = [layer.adapters for layer in layers]
+        own = [(layer.flat, layer.layout.own_sections()) for layer in adapters]
+        self._optimizer = Optimizer(own, joined.optim, layers[0].index)
         self._update: Update = (
             HostUpdate(adapters, self._optimizer, self._group.device)
             if joined.optim.offload
@@ -163,14 +163,17 @@ class NativeStrategy(ABC):
         return self._ending.totals(loss_sum, targets, tokens)
 
     def adapter_state(self) -> dict[str, Tensor]:
-        return adapter_state(self.decoder)
+        self._update.settle()
+        return adapter_state(self.decoder, self._group)
 
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:
-        load_adapter_state(self.decoder, part_of(state, self.decoder))
+        self._update.settle()
+        load_adapter_state(self.decoder, state)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         self._update.settle()
-        return self._optimizer.state()
+        own = self._optimizer.state()
+        return own if has_all(self.decoder) else assemble(own, self._group)
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         self._update.settle()

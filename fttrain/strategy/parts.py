@@ -1,4 +1,4 @@
-"""The parts that strategies share: where ends, adapters, gradients and boundaries are put.
+"""The parts that strategies share: where ends, activations and boundaries are put.
 
 First ``book`` says what they need of device and host; once all has been compared with what there
 is, the frozen base is opened and the parts are made.
@@ -14,27 +14,21 @@ from torch import Tensor
 from fttrain.data.batch import ROW_MULTIPLE
 from fttrain.model.decoder import Decoder
 from fttrain.model.head import chunk_bytes
-from fttrain.model.lora import LayerAdapters, OnHost
-from fttrain.optim.optimizer import moment_bytes
 from fttrain.schedule.activations import Keep, Offload, Policies, Policy, Recompute
 from fttrain.store import FrozenBase, Store
 from fttrain.store.activations import ALIGN_BYTES, UNDER_WAY, HostActivations
 from fttrain.store.boundary import Boundaries, DeviceBoundaries, HostBoundaries, boundary_bytes
 from fttrain.store.verify import VerifiedStore
-from fttrain.strategy.gradients import BUFFERS, DeviceGradients, GradientHome, HostGradients
+from fttrain.strategy import trained
 from fttrain.strategy.recipe import Plan
-from fttrain.strategy.sync import GradientSync
 from fttrain.units import round_up
 
 # What the books call each part.
 SLOTS, WEIGHTS = "layers in use", "dequantised weights"
-ADAPTERS, OPEN_GRADIENTS = "adapters", "gradients in use"
 EMBEDDING, HEAD, LOGITS = "embedding", "head", "logits"
 SAVED, MOVING = "activations", "activations on their way"
 BOUNDARIES, ACTIVATIONS = "boundaries", "activations on the host"
 LOADING = "a table being loaded"
-MASTERS, COPIES = "adapter masters", "adapters on their way to the device"
-MOMENTS, GRADIENTS = "optimizer moments", "adapter gradients"
 
 
 @dataclass(frozen=True)
@@ -50,16 +44,8 @@ def book(plan: Plan, share: Share, micro_batches: int) -> None:
     """Memory of what every strategy has. ``micro_batches``: kept for backward at once."""
     _book_saved(plan, share, micro_batches)
     _book_ends(plan, share)
-    layers, pool = len(share.layers), plan.pool
-    pool.book_device(ADAPTERS, adapter_bytes(plan) * layers)
-    pool.book_device(WEIGHTS, dequantised_bytes(plan))
-    if plan.recipe.optim.offload:
-        values = adapter_values(plan)
-        pool.book_device(OPEN_GRADIENTS, BUFFERS * 4 * values)
-        pool.book(MASTERS, 4 * values * layers)
-        pool.book(GRADIENTS, 4 * values * layers)
-        pool.book(COPIES, plan.dtype.itemsize * values * layers)
-        pool.book(MOMENTS, moment_bytes(plan.recipe.optim, values) * layers)
+    plan.pool.book_device(WEIGHTS, dequantised_bytes(plan))
+    trained.book(plan, len(share.layers))
 
 
 def _book_saved(plan: Plan, share: Share, micro_batches: int) -> None:
@@ -104,22 +90,6 @@ def dequantised_bytes(plan: Plan) -> int:
     weights = [math.prod(shape.shape) for shape in plan.frozen_format.groups.values()]
     values = sum(weights) if quant.dequant == "layer" else max(weights)
     return values * plan.dtype.itemsize
-
-
-def adapter_values(plan: Plan) -> int:
-    """Trained values of one layer."""
-    meta = torch.device("meta")  # shapes without memory
-    adapters = LayerAdapters(0, plan.architecture.groups, plan.recipe.lora, meta, plan.dtype)
-    return adapters.flat.numel()
-
-
-def adapter_bytes(plan: Plan) -> int:
-    """What one layer's adapters take on the device: compute copies, and unless they are offloaded
-    fp32 master and gradient and the optimizer's moments.
-    """
-    values, optim = adapter_values(plan), plan.recipe.optim
-    trained = 0 if optim.offload else 8 * values + moment_bytes(optim, values)
-    return plan.dtype.itemsize * values + trained
 
 
 def saved_bytes(plan: Plan, policy: str) -> int:
@@ -196,12 +166,6 @@ def decoder(plan: Plan, base: FrozenBase, share: Share) -> Decoder:
         head = embedding if tied_here and alike else _table(plan, base, HEAD, on_host=streamed)
     norm = torch.empty(plan.architecture.hidden, dtype=plan.dtype)
     base.read_end("final_norm", norm)
-    on_host = None
-    if plan.recipe.optim.offload:
-        count = len(share.layers)
-        masters = _by_layer(plan.pool.allocate(MASTERS), torch.float32, count)
-        copies = _by_layer(plan.pool.allocate(COPIES), plan.dtype, count)
-        on_host = [OnHost(*own) for own in zip(masters, copies, strict=True)]
     built = Decoder(
         plan.architecture,
         embedding if share.has_embedding else None,
@@ -211,7 +175,8 @@ def decoder(plan: Plan, base: FrozenBase, share: Share) -> Decoder:
         layers=share.layers,
         head_streamed=placement.head == "streamed",
         z_loss=plan.recipe.z_loss,
-        on_host=on_host,
+        on_host=trained.on_host(plan, len(share.layers)),
+        portion=trained.portion(plan),
     )
     for layer in built.layers:
         layer.adapters.reset(plan.recipe.seed)
@@ -237,15 +202,6 @@ def _table(plan: Plan, base: FrozenBase, name: str, on_host: bool) -> Tensor:
     return table
 
 
-def gradients(plan: Plan, built: Decoder, sync: GradientSync) -> GradientHome:
-    """Where the adapters' gradients live."""
-    adapters = [layer.adapters for layer in built.layers]
-    if not plan.recipe.optim.offload:
-        return DeviceGradients(adapters, sync)
-    on_host = _by_layer(plan.pool.allocate(GRADIENTS), torch.float32, len(adapters))
-    return HostGradients(adapters, sync, plan.group.device, on_host)
-
-
 def verified(plan: Plan, base: FrozenBase, store: Store, layers: Sequence[int]) -> VerifiedStore:
     """``store`` of ``layers``, checked against the cache's manifest."""
     expected = [base.checksum(layer) for layer in layers]
@@ -255,8 +211,3 @@ def verified(plan: Plan, base: FrozenBase, store: Store, layers: Sequence[int]) 
 def files(base: FrozenBase) -> list[str]:
     """Where each layer lies on disk."""
     return [str(base.path(layer)) for layer in range(len(base))]
-
-
-def _by_layer(buffer: Tensor, dtype: torch.dtype, layers: int) -> list[Tensor]:
-    """uint8 host memory -> ``dtype`` (values,) for each layer."""
-    return list(buffer.view(dtype).view(layers, -1).unbind(0))

@@ -11,7 +11,7 @@ from fttrain.store import FrozenBase
 from fttrain.store.filling import Progress, book_layers, to_device
 from fttrain.store.hostpool import HostPool
 from fttrain.store.resident import ResidentStore
-from fttrain.strategy import parts
+from fttrain.strategy import parts, trained
 from fttrain.strategy.balance import balance
 from fttrain.strategy.native import join
 from fttrain.strategy.parts import Share
@@ -63,7 +63,7 @@ def _shares(plan: Plan) -> list[Share]:
     # Of a layer of the mean: which ones a stage gets is not known yet.
     saved_bytes = -(-sum(parts.saved_bytes(plan, policy) for policy in policies) // layers)
     own = [
-        plan.layer_bytes + parts.adapter_bytes(plan) + _kept(plan) * saved_bytes,
+        plan.layer_bytes + trained.adapter_bytes(plan) + _kept(plan) * saved_bytes,
         fixed_bytes(plan),
         free_device_bytes(group.device, local_world_size()),
     ]

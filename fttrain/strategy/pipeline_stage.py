@@ -10,7 +10,6 @@ from fttrain.schedule.one_f_one_b import one_f_one_b
 from fttrain.schedule.stage_link import DOWN, UP, StageLink
 from fttrain.schedule.stage_pass import StagePass
 from fttrain.store import Traffic
-from fttrain.strategy.adapters import assemble
 from fttrain.strategy.native import Dropout, Joined, NativeStrategy
 
 
@@ -81,9 +80,3 @@ class PipelineStage(NativeStrategy):
     def _take_traffic(self) -> Traffic:
         traffic = super()._take_traffic() + self._link.take_traffic()
         return traffic + self.decoder.head.take_traffic() if self._link.is_last else traffic
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        return assemble(super().adapter_state(), self._group)
-
-    def optimizer_state(self) -> dict[str, Tensor]:
-        return assemble(super().optimizer_state(), self._group)

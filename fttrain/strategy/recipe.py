@@ -114,13 +114,18 @@ class Recipe:
     z_loss: float = 0.0  # as Head
 
 
-def check_pair(strategy: StrategyConfig, schedule: ScheduleConfig) -> None:
-    """Raises UserError where they do not go together."""
+def check_together(strategy: StrategyConfig, schedule: ScheduleConfig, optim: OptimConfig) -> None:
+    """Raises UserError for settings that do not go together."""
     wanted = SCHEDULES[strategy.name]
     if schedule.kind != wanted:
         raise UserError(
             f"strategy={strategy.name} with schedule={schedule.kind}: they do not go together; "
             f"write schedule={wanted}"
+        )
+    if optim.shard and strategy.name == "pipeline":
+        raise UserError(
+            "optim.shard=true with strategy=pipeline: each rank has the state of its own layers "
+            "alone as it is; leave it out"
         )
 
 

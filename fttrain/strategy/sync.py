@@ -1,14 +1,15 @@
-"""How adapter gradients meet: one fp32 all_reduce a layer, while others still compute backward."""
+"""How adapter gradients meet: one fp32 collective a layer, while others still compute backward."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from fttrain.collectives import Handle, Handles
+from fttrain.collectives import Handle, Handles, all_reduce, reduce_scatter
 from fttrain.dist import Group
 
 _Span = tuple[torch.cuda.Event, torch.cuda.Event]  # begin, end
@@ -18,7 +19,7 @@ _Span = tuple[torch.cuda.Event, torch.cuda.Event]  # begin, end
 class SyncStats:
     """One step's gradient traffic of this rank."""
 
-    sync_bytes: int = 0  # payload handed to all_reduce
+    sync_bytes: int = 0  # payload handed to the collective
     sync_s: float = 0.0  # time the link was busy with it; on CUDA in the step before
     wait_s: float = 0.0  # time the compute waited for what had not come yet; on CUDA likewise
 
@@ -32,7 +33,7 @@ class GradientSync(Protocol):
     """Sums complete gradients over the ranks that hold the same layers."""
 
     def launch(self, gradient: Tensor) -> Handle:
-        """Start the sum of ``gradient`` fp32 (values,) in place."""
+        """Start the sum of ``gradient`` fp32 (values,) in place, or of this rank's part of it."""
         ...
 
     def wait(self) -> SyncStats:
@@ -50,11 +51,12 @@ class NoSync:
         return SyncStats()
 
 
-class AllReduceSync:
-    """Launches a layer's all_reduce as its last backward ends; waits for all before the update."""
+class CollectiveSync:
+    """Launches a layer's sum as its last backward ends; waits for all before the update."""
 
-    def __init__(self, group: Group) -> None:
-        self._timer = _CudaTimer() if group.device.type == "cuda" else _HostTimer()
+    def __init__(self, group: Group, collective: Callable[[Tensor], Handle]) -> None:
+        on_card = group.device.type == "cuda"
+        self._timer = _CudaTimer(collective) if on_card else _HostTimer(collective)
         self._sync_bytes = 0
 
     def launch(self, gradient: Tensor) -> Handle:
@@ -67,20 +69,22 @@ class AllReduceSync:
         return stats
 
 
-def gradient_sync(group: Group) -> GradientSync:
-    """The sum over all ranks of ``group``."""
-    return AllReduceSync(group) if group.world_size > 1 else NoSync()
+def gradient_sync(group: Group, parts: bool = False) -> GradientSync:
+    """The sum over all ranks of ``group``; ``parts``: each rank needs its part of it alone."""
+    if group.world_size == 1:
+        return NoSync()
+    return CollectiveSync(group, reduce_scatter if parts else all_reduce)
 
 
 class _HostTimer:
     """gloo: a callback stamps the end of each collective on gloo's own thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, collective: Callable[[Tensor], Any]) -> None:
+        self._collective = collective
         self._launched: list[tuple[float, torch_dist.Work, torch.futures.Future[float]]] = []
 
     def launch(self, gradient: Tensor) -> Handle:
-        work = torch_dist.all_reduce(gradient, async_op=True)
-        assert work is not None
+        work: torch_dist.Work = self._collective(gradient)
         done = work.get_future().then(lambda _: time.perf_counter())
         self._launched.append((time.perf_counter(), work, done))
         return work
@@ -104,7 +108,8 @@ class _CudaTimer:
     Times are those of the step before: reading this step's events would wait for the device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, collective: Callable[[Tensor], Handle]) -> None:
+        self._collective = collective
         self._stream: torch.cuda.Stream | None = None
         # Around each collective; around the compute's wait for all of them
         self._busy: tuple[list[_Span], list[_Span]] = [], []  # of this step and the one before
@@ -117,7 +122,7 @@ class _CudaTimer:
         with torch.cuda.stream(self._stream):
             begin, end = _span()
             begin.record()
-            torch_dist.all_reduce(gradient)
+            self._collective(gradient).wait()  # orders the side stream, and not the host
             end.record()
         self._busy[0].append((begin, end))
         return _Ordered(end)

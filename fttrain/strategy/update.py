@@ -23,9 +23,10 @@ from fttrain.store.lane import copy_lane
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """An update of host memory, of the step before: it goes on when its own step has ended."""
+    """An update, of the step before: in host memory it goes on when its own step has ended."""
 
     optim_bytes: int = 0  # gradients that came to the host and weights that went to the device
+    optim_gather_bytes: int = 0  # weights of other ranks' parts that came from them
     optim_s: float = 0.0  # the host worked on it
     optim_wait_s: float = 0.0  # the next step waited for it; the rest was hidden
 
@@ -65,12 +66,15 @@ class DeviceUpdate:
     def start(self, factor: float, lr: float) -> None:
         for place, layer in enumerate(self._layers):
             update_layer(layer, place, self._optimizer, factor, lr)
+        for layer in self._layers:  # in the order in which the next forward needs them
+            layer.expect(layer.gather())
 
     def settle(self) -> None:
-        """Nothing is left to wait for."""
+        for layer in self._layers:
+            layer.ready()
 
     def take_stats(self) -> UpdateStats:
-        return UpdateStats()
+        return UpdateStats(optim_gather_bytes=_gather_bytes(self._layers))
 
 
 class HostUpdate:
@@ -91,14 +95,15 @@ class HostUpdate:
         self.settle()
         for place, layer in enumerate(self._layers):
             sent = self._thread.submit(self._work, place, layer, factor, lr)
-            self._under_way.append(_Arriving(sent, self._waited))
+            self._under_way.append(_Arriving(sent, layer, self._waited))
             layer.expect(self._under_way[-1])
 
     def settle(self) -> None:
         for layer in self._layers:
             layer.ready()
         if self._under_way:
-            self._stats = UpdateStats(self._bytes, self._busy_s, self._wait_s)
+            received_bytes = _gather_bytes(self._layers)
+            self._stats = UpdateStats(self._bytes, received_bytes, self._busy_s, self._wait_s)
             self._under_way, self._busy_s, self._wait_s = [], 0.0, 0.0
 
     def take_stats(self) -> UpdateStats:
@@ -118,10 +123,20 @@ class HostUpdate:
 class _Arriving:
     """New weights: the host waits until they are made, the compute until they are there."""
 
-    def __init__(self, sent: "Future[Handle]", waited: Callable[[float], None]) -> None:
-        self._sent, self._waited = sent, waited
+    def __init__(
+        self, sent: "Future[Handle]", layer: LayerAdapters, waited: Callable[[float], None]
+    ) -> None:
+        self._sent, self._layer, self._waited = sent, layer, waited
 
     def wait(self) -> None:
         started = time.perf_counter()
         self._sent.result().wait()
+        # Here and not on the thread: ranks must ask for all that they exchange in one order.
+        self._layer.gather().wait()
         self._waited(time.perf_counter() - started)
+
+
+def _gather_bytes(layers: Sequence[LayerAdapters]) -> int:
+    """What an update fetches of other ranks' parts."""
+    others = (layer.layout.portion.world_size - 1 for layer in layers)
+    return sum(layer.copy_bytes * count for layer, count in zip(layers, others, strict=True))

@@ -11,7 +11,7 @@ from fttrain.errors import UserError, first_line
 from fttrain.rig.probe import peak_host_bytes
 from fttrain.store.filling import LAYERS
 from fttrain.store.hostpool import Booking, largest
-from fttrain.strategy import parts
+from fttrain.strategy import parts, trained
 from fttrain.units import GIB
 
 KNOBS = {  # part on the device -> what makes it smaller
@@ -21,7 +21,7 @@ KNOBS = {  # part on the device -> what makes it smaller
     parts.EMBEDDING: "embedding=host",
     parts.HEAD: "head=streamed",
     parts.LOGITS: "head=resident",
-    parts.ADAPTERS: "optim.offload=true, optim=adamw8bit or a smaller lora.r",
+    trained.ADAPTERS: "optim.offload=true, optim.shard=true, optim=adamw8bit or a smaller lora.r",
     parts.WEIGHTS: "quant.dequant=tile",
     parts.SLOTS: "strategy.slots=2",
 }

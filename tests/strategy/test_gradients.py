@@ -11,7 +11,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from fttrain.model.lora import LoraConfig
-from fttrain.strategy.gradients import DeviceGradients, GradientHome, HostGradients
+from fttrain.strategy.gradients import GradientHome, PassingGradients, ResidentGradients
 from fttrain.strategy.sync import gradient_sync
 
 GROUPS, STEPS = 3, 2
@@ -28,10 +28,10 @@ def steps(where: str) -> Found:
     sync = gradient_sync(group)
     home: GradientHome
     if where == "device":
-        home = DeviceGradients(adapters, sync)
+        home = ResidentGradients(adapters, sync)
     else:  # what was in that memory before must not count
         on_host = [torch.full_like(layer.flat.data, torch.nan) for layer in adapters]
-        home = HostGradients(adapters, sync, tiny.CPU, on_host)
+        home = PassingGradients(adapters, sync, tiny.CPU, on_host)
     generator = torch.Generator().manual_seed(group.rank)
     found = []
     for _ in range(STEPS):

@@ -9,23 +9,31 @@ import tiny_strategy
 
 from fttrain.data.batch import collate
 from fttrain.errors import UserError
+from fttrain.optim.config import OptimConfig
 from fttrain.schedule import KINDS, ScheduleConfig, layer_pass
 from fttrain.store.hostpool import HostPool
 from fttrain.strategy import parts
 from fttrain.strategy.protocol import SCHEDULES, StrategyConfig
-from fttrain.strategy.recipe import Placement, Plan, check_pair
+from fttrain.strategy.recipe import Placement, Plan, check_together
 
 
 @pytest.mark.parametrize(("strategy", "kind"), list(itertools.product(SCHEDULES, KINDS)))
 def test_a_strategy_and_its_schedule(strategy: str, kind: str) -> None:
-    pair = StrategyConfig(strategy), ScheduleConfig(kind=kind)
+    pair = StrategyConfig(strategy), ScheduleConfig(kind=kind), OptimConfig()
     wanted = "one_f_one_b" if strategy == "pipeline" else "grouped"
     if kind == wanted:
-        check_pair(*pair)
+        check_together(*pair)
         return
     message = rf"strategy={strategy} with schedule={kind}: .* write schedule={wanted}"
     with pytest.raises(UserError, match=message):
-        check_pair(*pair)
+        check_together(*pair)
+
+
+def test_a_pipeline_has_nothing_to_shard() -> None:
+    schedule, optim = ScheduleConfig(kind="one_f_one_b"), OptimConfig(shard=True)
+    with pytest.raises(UserError, match=r"optim\.shard=true with strategy=pipeline: .* leave it"):
+        check_together(StrategyConfig("pipeline"), schedule, optim)
+    check_together(StrategyConfig("shard"), ScheduleConfig(), optim)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""What trains: adapters, their gradients, the optimizer's state; where they are, what they take.
+
+                      on the device                          in host memory with optim.offload
+    compute copies    whole                                  own part, on its way to the device
+    masters, moments  own part                               own part
+    gradients         whole; own part where a step is one    the same
+                      group of micro-batches, and two of a
+                      layer that backward adds to
+
+The own part is everything, or with ``optim.shard`` one of as many parts as there are ranks.
+"""
+
+import torch
+from torch import Tensor
+
+from fttrain.model.decoder import Decoder
+from fttrain.model.lora import LayerAdapters, OnHost
+from fttrain.optim.flat import FlatLayout, Portion
+from fttrain.optim.optimizer import moment_bytes
+from fttrain.strategy.gradients import (
+    BUFFERS,
+    GradientHome,
+    PassingGradients,
+    ResidentGradients,
+)
+from fttrain.strategy.recipe import Plan
+from fttrain.strategy.sync import GradientSync
+
+# What the books call each part.
+ADAPTERS, OPEN_GRADIENTS = "adapters", "gradients in use"
+MASTERS, COPIES = "adapter masters", "adapters on their way to the device"
+MOMENTS, GRADIENTS = "optimizer moments", "adapter gradients"
+FP32_BYTES = 4
+
+
+def book(plan: Plan, layers: int) -> None:
+    """Memory of ``layers``."""
+    pool, optim, layout = plan.pool, plan.recipe.optim, layout_of(plan)
+    pool.book_device(ADAPTERS, adapter_bytes(plan) * layers)
+    if _passing(plan):
+        pool.book_device(OPEN_GRADIENTS, BUFFERS * FP32_BYTES * layout.values)
+    if optim.offload:
+        pool.book(MASTERS, FP32_BYTES * layout.own_values * layers)
+        pool.book(GRADIENTS, FP32_BYTES * _kept_gradients(plan) * layers)
+        pool.book(COPIES, plan.dtype.itemsize * layout.own_values * layers)
+        pool.book(MOMENTS, moment_bytes(optim, layout.own_values) * layers)
+
+
+def adapter_bytes(plan: Plan) -> int:
+    """What one layer's adapters take on the device for as long as the run lasts."""
+    layout, optim = layout_of(plan), plan.recipe.optim
+    copies = plan.dtype.itemsize * layout.values
+    if optim.offload:
+        return copies
+    masters = FP32_BYTES * layout.own_values
+    return (
+        copies
+        + masters
+        + moment_bytes(optim, layout.own_values)
+        + FP32_BYTES * _kept_gradients(plan)
+    )
+
+
+def portion(plan: Plan) -> Portion:
+    """What of each layer's adapters this rank updates."""
+    group = plan.group
+    return Portion(group.rank, group.world_size) if plan.recipe.optim.shard else Portion()
+
+
+def layout_of(plan: Plan) -> FlatLayout:
+    """Of every layer's adapters."""
+    meta = torch.device("meta")  # shapes without memory
+    groups, lora = plan.architecture.groups, plan.recipe.lora
+    return LayerAdapters(0, groups, lora, meta, plan.dtype, portion=portion(plan)).layout
+
+
+def on_host(plan: Plan, layers: int) -> list[OnHost] | None:
+    """Where masters and outgoing copies of each layer are in host memory, if there."""
+    if not plan.recipe.optim.offload:
+        return None
+    masters = _by_layer(plan.pool.allocate(MASTERS), torch.float32, layers)
+    copies = _by_layer(plan.pool.allocate(COPIES), plan.dtype, layers)
+    return [OnHost(*own) for own in zip(masters, copies, strict=True)]
+
+
+def gradients(plan: Plan, built: Decoder, sync: GradientSync) -> GradientHome:
+    """Where the adapters' gradients live."""
+    adapters, device = [layer.adapters for layer in built.layers], plan.group.device
+    if not _passing(plan):
+        return ResidentGradients(adapters, sync)
+    if plan.recipe.optim.offload:
+        places = _by_layer(plan.pool.allocate(GRADIENTS), torch.float32, len(adapters))
+    else:
+        places = list(torch.zeros(len(adapters), _kept_gradients(plan), device=device).unbind(0))
+    return PassingGradients(adapters, sync, device, places)
+
+
+def _passing(plan: Plan) -> bool:
+    """Whether the device holds no more than a few whole gradients."""
+    return plan.recipe.optim.offload or (plan.recipe.optim.shard and _one_group(plan))
+
+
+def _kept_gradients(plan: Plan) -> int:
+    """fp32 values that are kept of one layer's gradient: all while groups still add to them."""
+    layout = layout_of(plan)
+    return layout.own_values if _one_group(plan) else layout.values
+
+
+def _one_group(plan: Plan) -> bool:
+    """A layer's gradient is complete as its first backward ends."""
+    accumulation = plan.recipe.size.gradient_accumulation_steps
+    is_grouped = plan.recipe.schedule.kind == "grouped"
+    return is_grouped and plan.recipe.schedule.size(accumulation) == accumulation
+
+
+def _by_layer(buffer: Tensor, dtype: torch.dtype, layers: int) -> list[Tensor]:
+    """uint8 host memory -> ``dtype`` (values,) for each layer."""
+    return list(buffer.view(dtype).view(layers, -1).unbind(0))
