@@ -212,6 +212,7 @@ def decoder(plan: Plan, base: FrozenBase, share: Share) -> Decoder:
         head_streamed=placement.head == "streamed",
         z_loss=plan.recipe.z_loss,
         on_host=on_host,
+        mlp_tile_tokens=placement.tile_tokens,
     )
     for layer in built.layers:
         layer.adapters.reset(plan.recipe.seed)
