@@ -61,6 +61,7 @@ class RunConfig:
     boundaries: str  # inputs of layers until their backward: device | host
     embedding: str  # the embedding table: device | host
     head: str  # the output projection: resident (on the device) | streamed (from host memory)
+    mlp_tile_tokens: int | str  # that pass a layer's MLP at once: a multiple of 1024 | all
     resume: str  # auto (the newest whole snapshot in output) | none | path of a snapshot
     output: str  # folder of the run
 
@@ -89,7 +90,9 @@ class RunConfig:
     @property
     def placement(self) -> Placement:
         """Where a step keeps what is not the frozen layers."""
-        return Placement(self.activations, self.boundaries, self.embedding, self.head)
+        return Placement(
+            self.activations, self.boundaries, self.embedding, self.head, self.mlp_tile_tokens
+        )
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:

@@ -28,7 +28,7 @@ from fttrain.checkpoint.readers import Reader
 from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture, Decoder
-from fttrain.model.lora import LoraConfig
+from fttrain.model.lora import LayerAdapters, LoraConfig
 from fttrain.quant.checksum import checksum
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.quant.scheme import QuantConfig
@@ -148,9 +148,25 @@ def build(
     ends = load_ends(reader, architecture, device, dtype)
     flats = load_layers(reader, architecture, frozen_format, device)
     store = verified(ResidentStore(flats, frozen_format), flats)
-    decoder = Decoder(architecture, *ends, lora or LoraConfig(r=4))
+    decoder = Decoder(architecture, *ends, adapters(architecture, lora, dtype, device))
     randomise(decoder)
     return decoder, store
+
+
+def adapters(
+    architecture: Architecture,
+    lora: LoraConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+) -> list[LayerAdapters]:
+    """Of every layer, at their start."""
+    config, groups = lora or LoraConfig(r=4), architecture.groups
+    made = [
+        LayerAdapters(layer, groups, config, device, dtype) for layer in range(architecture.layers)
+    ]
+    for own in made:
+        own.reset(0)
+    return made
 
 
 def verified(store: Store, flats: list[Tensor], every: int = 1) -> VerifiedStore:

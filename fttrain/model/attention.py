@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fttrain.model.attention_op import varlen_attention, varlen_attention_backward
 from fttrain.model.functions import rms_norm, rms_norm_backward, rotate_
 from fttrain.model.linears import LayerState, LinearGroup
+from fttrain.model.tiles import through
 
 
 class _RotaryAttention(torch.autograd.Function):
@@ -69,13 +70,13 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, None]:
         """``hidden_states`` (N, C), cos and sin (N, D) -> the attention's output (N, C)."""
         cos, sin = position_embeddings
-        qkv = self.qkv(hidden_states)
+        qkv = through(hidden_states, self.qkv)
         attend: Callable[..., Tensor] | None = getattr(self.state.cache, "attend", None)
         if attend is not None:
             out = attend(self, *self.rotated(qkv, cos, sin))
         else:
             out = _RotaryAttention.apply(qkv, cos, sin, self)
-        return self.o(out), None
+        return through(out, self.o), None
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, (H + 2K) * D) -> q (N, H, D), k (N, K, D), v (N, K, D), views."""
@@ -106,5 +107,5 @@ class Attention(nn.Module):
             q, k, _ = self._split(qkv)
             grad_q, grad_k, _ = grads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
             for grad, x, weight in zip((grad_q, grad_k), (q, k), self._norm_weights(), strict=True):
-                grad.copy_(rms_norm_backward(grad, x, weight, self.qk_norm_eps))
+                rms_norm_backward(grad, x, weight, self.qk_norm_eps, out=grad)
         return grads.flatten(1)

@@ -6,8 +6,7 @@ hands out a layer's bytes, the schedule binds them to the layer's state while it
 Legend: N tokens, C hidden width, D width of a head.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from fttrain.model.families import family_of
 from fttrain.model.families.family import Family
 from fttrain.model.head import Embedding, Head
 from fttrain.model.linears import LayerState, LinearGroup
-from fttrain.model.lora import GroupMembers, LayerAdapters, LoraConfig, OnHost
-from fttrain.optim.flat import Portion
+from fttrain.model.lora import GroupMembers, LayerAdapters
+from fttrain.model.tiles import through
 from fttrain.quant.frozen_layer import FrozenFormat, GroupShape
 from fttrain.quant.scheme import QuantConfig
 
@@ -85,12 +84,14 @@ class Architecture:
 class Mlp(nn.Module):
     """Stands where transformers' layer has its MLP: the SwiGLU is the prologue of ``down``."""
 
-    def __init__(self, gate_up: LinearGroup, down: LinearGroup) -> None:
+    def __init__(self, gate_up: LinearGroup, down: LinearGroup, tile_tokens: int) -> None:
         super().__init__()
         self.gate_up, self.down = gate_up, down
+        self.tile_tokens = tile_tokens  # 0: all at once
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down(self.gate_up(hidden_states))
+        """(N, C) -> (N, C)"""
+        return through(hidden_states, self.gate_up, self.down, tile_tokens=self.tile_tokens)
 
 
 class Layer:
@@ -99,21 +100,16 @@ class Layer:
     def __init__(
         self,
         architecture: Architecture,
-        index: int,
-        lora: LoraConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        on_host: OnHost | None = None,
-        portion: Portion | None = None,
+        adapters: LayerAdapters,
+        mlp_tile_tokens: int = 0,
     ) -> None:
-        self.index = index  # among the layers of the whole model
+        """``mlp_tile_tokens``: that pass the MLP at once, a multiple of ``MASK_TOKENS``; 0: all."""
+        self.index = adapters.layer  # among the layers of the whole model
         self.state = LayerState()
-        self.adapters = LayerAdapters(
-            index, architecture.groups, lora, device, dtype, on_host, portion
-        )
-        self.shell = self._build_shell(architecture)
+        self.adapters = adapters
+        self.shell = self._build_shell(architecture, mlp_tile_tokens)
 
-    def _build_shell(self, architecture: Architecture) -> nn.Module:
+    def _build_shell(self, architecture: Architecture, mlp_tile_tokens: int) -> nn.Module:
         family = architecture.family
         linears = {
             group.shape.name: LinearGroup(
@@ -139,7 +135,7 @@ class Layer:
             window=family.window(architecture.config, self.index),
             qk_norm_eps=architecture.eps if family.qk_norm else None,
         )
-        shell.mlp = Mlp(linears["gate_up"], linears["down"])
+        shell.mlp = Mlp(linears["gate_up"], linears["down"], mlp_tile_tokens)
         # The norms are prologues of qkv and gate_up.
         shell.input_layernorm = shell.post_attention_layernorm = nn.Identity()
         return shell
@@ -161,20 +157,16 @@ class Decoder:
         embedding: Tensor | None,
         final_norm: Tensor,
         head: Tensor | None,
-        lora: LoraConfig,
+        adapters: Iterable[LayerAdapters],
         *,
-        layers: range | None = None,
         head_streamed: bool = False,
         z_loss: float = 0.0,
-        on_host: Sequence[OnHost] | None = None,
-        portion: Portion | None = None,
+        mlp_tile_tokens: int = 0,
     ) -> None:
         """``final_norm`` (C,) lies on the device that computes, in the dtype that computes.
 
-        ``embedding`` and ``head`` (V, C) may be in host memory (``head_streamed``); ``layers``:
-        those of this stage, None for all; ``on_host``: where each layer's adapters are in host
-        memory, None: on the device; ``portion``: what of each this rank updates, None: all;
-        ``z_loss``: as ``Head``.
+        ``embedding`` and ``head`` (V, C) may be in host memory (``head_streamed``); ``adapters``:
+        of each layer of this stage; ``z_loss``: as ``Head``; ``mlp_tile_tokens``: as ``Layer``.
         """
         family = architecture.family
         self.device, self.dtype = final_norm.device, final_norm.dtype
@@ -187,11 +179,7 @@ class Decoder:
             if head is None
             else Head(final_norm, head, architecture.eps, family.logit_scale, head_streamed, z_loss)
         )
-        indices = layers or range(architecture.layers)
-        self.layers = [
-            Layer(architecture, index, lora, self.device, self.dtype, own, portion)
-            for index, own in zip(indices, on_host or itertools.repeat(None), strict=False)
-        ]
+        self.layers = [Layer(architecture, own, mlp_tile_tokens) for own in adapters]
         self._rotary = family.rotary_class(architecture.config).to(self.device)
         self._like = final_norm.new_empty(0)  # device and dtype that rotary embeddings come in
 

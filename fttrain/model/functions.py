@@ -1,29 +1,50 @@
 """Norm, SwiGLU and rotary embedding with their backward passes, as plain functions.
 
 They save nothing themselves: whoever calls them keeps the inputs it wants to keep and recomputes
-the rest.
+the rest. What they need beside their result is as large as a tile of rows, however many tokens.
 
 Legend: N tokens, C width of the input, F width of the MLP, H heads, D width of a head.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+# Of a tile of rows: 32 MiB in fp32, and on a GPU a kernel that still takes longer than its launch.
+TILE_VALUES = 1 << 23
+
+
+def row_tiles(x: Tensor) -> Iterator[slice]:
+    """The rows of ``x`` (N, ...) in tiles of at most ``TILE_VALUES`` values, one row at least."""
+    rows = max(1, TILE_VALUES * len(x) // max(1, x.numel()))
+    return (slice(start, start + rows) for start in range(0, len(x), rows))
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x`` (..., C) -> x / rms(x) * weight, statistics in fp32 (Zhang and Sennrich 2019)."""
-    x32 = x.to(torch.float32, copy=True)
-    return weight * x32.mul_(_rstd(x32, eps)).to(x.dtype)
+    """``x`` (N, ..., C) -> x / rms(x) * weight, statistics in fp32 (Zhang and Sennrich 2019)."""
+    out = x.new_empty(x.shape)
+    for rows in row_tiles(x):
+        x32 = x[rows].to(torch.float32, copy=True)
+        torch.mul(weight, x32.mul_(_rstd(x32, eps)).to(x.dtype), out=out[rows])
+    return out
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Gradient of the norm's output (..., C) -> that of ``x`` (..., C). The weight is frozen."""
-    x32 = x.to(torch.float32, copy=True)
-    rstd = _rstd(x32, eps)
-    normed = x32.mul_(rstd)  # fp32 (..., C)
-    grad32 = (grad * weight).to(torch.float32)
-    projection = (grad32 * normed).mean(-1, keepdim=True)
-    return grad32.sub_(normed.mul_(projection)).mul_(rstd).to(grad.dtype)
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None
+) -> Tensor:
+    """Gradient of the norm's output (N, ..., C) -> that of ``x`` (N, ..., C), in ``out`` where it
+    is given, which may be ``grad``. The weight is frozen.
+    """
+    out = grad.new_empty(grad.shape) if out is None else out
+    for rows in row_tiles(x):
+        x32 = x[rows].to(torch.float32, copy=True)
+        rstd = _rstd(x32, eps)
+        normed = x32.mul_(rstd)  # fp32 (rows, ..., C)
+        grad32 = (grad[rows] * weight).to(torch.float32)
+        projection = (grad32 * normed).mean(-1, keepdim=True)
+        torch.mul(grad32.sub_(normed.mul_(projection)), rstd, out=out[rows])
+    return out
 
 
 def _rstd(x32: Tensor, eps: float) -> Tensor:
@@ -38,13 +59,16 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate).mul_(up)
 
 
-def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
-    """Gradient of the output (N, F) -> gradient of ``gate_up`` (N, 2F)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    out = torch.empty_like(gate_up)
-    grad_gate, grad_up = out.chunk(2, dim=-1)
-    torch.mul(grad, torch.nn.functional.silu(gate), out=grad_up)
-    grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+def swiglu_backward(grad: Tensor, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+    """Gradient of the output (N, F) -> gradient of ``gate_up`` (N, 2F), in ``out`` where it is
+    given.
+    """
+    out = torch.empty_like(gate_up) if out is None else out
+    for rows in row_tiles(gate_up):
+        gate, up = gate_up[rows].chunk(2, dim=-1)
+        grad_gate, grad_up = out[rows].chunk(2, dim=-1)
+        torch.mul(grad[rows], torch.nn.functional.silu(gate), out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad[rows] * up, gate))
     return out
 
 
@@ -56,9 +80,10 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotation, which is also its backward pass.
     """
     half = heads.shape[-1] // 2
-    first, second = heads[..., :half], heads[..., half:]
-    cos, sin = cos[:, None, :half], sin[:, None, :half]
-    old_first = first.clone()
-    first.mul_(cos).addcmul_(second, sin, value=-1)
-    second.mul_(cos).addcmul_(old_first, sin)
+    for rows in row_tiles(heads):
+        first, second = heads[rows, :, :half], heads[rows, :, half:]
+        row_cos, row_sin = cos[rows, None, :half], sin[rows, None, :half]
+        old_first = first.clone()
+        first.mul_(row_cos).addcmul_(second, row_sin, value=-1)
+        second.mul_(row_cos).addcmul_(old_first, row_sin)
     return heads

@@ -1,42 +1,52 @@
-"""A group of frozen linears with LoRA: one autograd function for prologue, linears and adapters.
+"""A group of frozen linears with LoRA on a tile of tokens: prologue, linears and adapters.
 
-    x ── prologue ── x̂ (N, in) ──┬── frozen W (out, in), dequantised now ──┐
-                                 └── A (R, in) ── scaling * B (out, r) ────┴── y (N, out)
+    x ── prologue ── x̂ (T, in) ──┬── frozen W (out, in), dequantised now ──┐
+                                 └── A (R, in) ── scaling * B (out, r) ────┴── y (T, out)
 
 A prologue is none, rmsnorm or swiglu.
 
-Saved for backward: the prologue's input and nothing else (a recomputation also keeps x̂ until its
-own backward). The frozen bytes are read again at backward time, whatever slot they lie in by then;
-no view of a slot and no dequantised weight is ever saved. Adapter gradients go straight into the
-layer's flat fp32 gradient.
+Backward needs the prologue's input and nothing else (after a recomputation also A x̂). The frozen
+bytes are read again at backward time, whatever slot they lie in by then; no view of a slot and no
+dequantised weight is ever saved. Adapter gradients go straight into the layer's flat fp32 gradient.
+What is saved, and in which tiles tokens come, is said in tiles.py.
 
-Legend: N tokens, in and out summed over the group, R adapter ranks summed over the group.
+Legend: T tokens, in and out summed over the group, R adapter ranks summed over the group.
 """
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fttrain.model.functions import rms_norm, rms_norm_backward, swiglu, swiglu_backward
 from fttrain.model.lora import GroupAdapter
 from fttrain.quant.frozen_layer import FrozenLayer, GroupShape
 
+MASK_TOKENS = 1024  # that one seed draws a mask for; tiles hold whole blocks of as many
+
 
 @dataclass(frozen=True)
 class DropoutKey:
-    """What a dropout mask depends on, beside layer and module: never the order of execution."""
+    """What a dropout mask depends on, beside layer and module: never the order of execution, nor
+    the tiles in which tokens come.
+    """
 
     seed: int
     step: int
     micro_batch: int  # its index in the step over all ranks
+    block: int = 0  # of the micro-batch's tokens, MASK_TOKENS in each: the first of this tile
 
-    def generator(self, layer: int, module: str, device: torch.device) -> torch.Generator:
-        text = f"{self.seed}/{self.step}/{self.micro_batch}/{layer}/{module}"
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    def at(self, token: int) -> "DropoutKey":
+        """The key of a tile that begins with ``token`` of the micro-batch."""
+        assert token % MASK_TOKENS == 0, f"no block of a mask begins with token {token}"
+        return replace(self, block=token // MASK_TOKENS)
+
+    def seed_of(self, layer: int, module: str, block: int) -> int:
+        """Of the mask of the tile's ``block``, counted from its first."""
+        place = f"{self.seed}/{self.step}/{self.micro_batch}/{layer}/{module}/{self.block + block}"
+        digest = hashlib.blake2b(place.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
 
 
 class LayerState:
@@ -50,8 +60,8 @@ class LayerState:
         self.cache: object | None = None  # keys and values of earlier tokens, in generation
 
 
-class LinearGroup(nn.Module):
-    """The module a decoder layer calls: applies the group to its input."""
+class LinearGroup:
+    """One group of a layer: its frozen linears, its adapter and what comes before them."""
 
     def __init__(
         self,
@@ -64,7 +74,6 @@ class LinearGroup(nn.Module):
         eps: float = 0.0,
         unread: bool = False,
     ) -> None:
-        super().__init__()
         self.shape = shape
         self.layer = layer
         self.state = state
@@ -74,12 +83,6 @@ class LinearGroup(nn.Module):
         self.eps = eps
         self.unread = unread  # backward never reads this group's output
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` (N, in), or gate and up (N, 2 * in) for a swiglu prologue -> y (N, out)."""
-        if self.state.recomputing and self.unread:
-            return _Unread.apply(x, self)
-        return _Forward.apply(x, self)
-
     @property
     def frozen(self) -> FrozenLayer:
         assert self.state.frozen is not None, (
@@ -87,30 +90,65 @@ class LinearGroup(nn.Module):
         )
         return self.state.frozen
 
-    def prologue_forward(self, x: Tensor) -> Tensor:
-        if self.prologue == "rmsnorm":
-            return rms_norm(x, self.frozen.tensor(self.norm), self.eps)
-        return swiglu(x) if self.prologue == "swiglu" else x
+    def enter(self, x: Tensor, dropout: DropoutKey | None) -> tuple[Tensor, Tensor | None]:
+        """``x`` (T, in), or gate and up (T, 2 * in) for a swiglu prologue -> x̂ (T, in) and
+        A x̂ (T, R).
+        """
+        inputs = self._prologue(x)
+        return inputs, _down_projection(self, inputs, dropout)
 
-    def prologue_backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        if self.prologue == "rmsnorm":
-            return rms_norm_backward(grad, x, self.frozen.tensor(self.norm), self.eps)
-        return swiglu_backward(grad, x) if self.prologue == "swiglu" else grad
-
-    def output(self, inputs: Tensor, down: Tensor | None) -> Tensor:
-        """x̂ (N, in) and A x̂ (N, R) -> y (N, out)."""
-        y = torch.nn.functional.linear(
-            inputs, self.frozen.weight(self.shape.name), self.frozen.bias(self.shape.name)
-        )
+    def output(self, inputs: Tensor, down: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """x̂ (T, in) and A x̂ (T, R) -> y (T, out), in ``out`` where it is given."""
+        weight, bias = self.frozen.weight(self.shape.name), self.frozen.bias(self.shape.name)
+        if bias is None:
+            y = torch.mm(inputs, weight.t(), out=out)
+        else:
+            y = torch.addmm(bias, inputs, weight.t(), out=out)
         if self.adapter is not None and down is not None:
             self.adapter.add_to_(y, down)
         return y
 
-    def input_gradient(
-        self, grad: Tensor, inputs: Tensor, down: Tensor | None, dropout: DropoutKey | None
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        down: Tensor | None,
+        dropout: DropoutKey | None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """``grad`` of y (N, out) -> that of x̂ (N, in). Adds the adapter's to the layer's."""
-        grad_inputs = grad @ self.frozen.weight(self.shape.name)
+        """``grad`` of y (T, out) -> that of ``x`` as ``enter`` took it, in ``out`` where it is
+        given. Adds the adapter's to the layer's.
+
+        ``down``: A x̂ (T, R), None: it is made again.
+        """
+        inputs = self._prologue(x)
+        if down is None:
+            down = _down_projection(self, inputs, dropout)
+        if self.prologue == "none":
+            return self._input_gradient(grad, inputs, down, dropout, out)
+        grad_inputs = self._input_gradient(grad, inputs, down, dropout)
+        del inputs  # as wide as the MLP where the prologue is swiglu
+        if self.prologue == "rmsnorm":
+            return rms_norm_backward(
+                grad_inputs, x, self.frozen.tensor(self.norm), self.eps, out=out
+            )
+        return swiglu_backward(grad_inputs, x, out=out)
+
+    def _prologue(self, x: Tensor) -> Tensor:
+        if self.prologue == "rmsnorm":
+            return rms_norm(x, self.frozen.tensor(self.norm), self.eps)
+        return swiglu(x) if self.prologue == "swiglu" else x
+
+    def _input_gradient(
+        self,
+        grad: Tensor,
+        inputs: Tensor,
+        down: Tensor | None,
+        dropout: DropoutKey | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """``grad`` of y (T, out) -> that of x̂ (T, in). Adds the adapter's to the layer's."""
+        grad_inputs = torch.mm(grad, self.frozen.weight(self.shape.name), out=out)
         if self.adapter is not None and down is not None:
             grad_down = self.adapter.down_gradient(grad)
             grad_a = _down_projection_backward(self, grad_down, inputs, grad_inputs, dropout)
@@ -118,44 +156,10 @@ class LinearGroup(nn.Module):
         return grad_inputs
 
 
-class _Forward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: LinearGroup) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.group, ctx.dropout = group, group.state.dropout
-        inputs = group.prologue_forward(x)
-        down = _down_projection(group, inputs, ctx.dropout)
-        # Backward follows a recomputation at once: what it needs is kept for that moment.
-        ctx.kept = (inputs, down) if group.state.recomputing else None
-        return group.output(inputs, down)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        group: LinearGroup = ctx.group
-        if ctx.kept is None:
-            inputs = group.prologue_forward(x)
-            ctx.kept = inputs, _down_projection(group, inputs, ctx.dropout)
-        inputs, down = ctx.kept
-        grad_inputs = group.input_gradient(grad, inputs, down, ctx.dropout)
-        ctx.kept = None
-        return group.prologue_backward(grad_inputs, x), None
-
-
-class _Unread(_Forward):
-    """The same node without its forward GEMM: a zero that takes no memory is its output."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: LinearGroup) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.group, ctx.dropout, ctx.kept = group, group.state.dropout, None
-        return x.new_zeros(()).expand(x.shape[0], group.shape.shape[0])
-
-
 def _down_projection(
     group: LinearGroup, inputs: Tensor, dropout: DropoutKey | None
 ) -> Tensor | None:
-    """``inputs`` (N, in) -> A @ dropout(inputs) (N, R); a mask for each member, as in PEFT."""
+    """``inputs`` (T, in) -> A @ dropout(inputs) (T, R); a mask for each member, as in PEFT."""
     adapter = group.adapter
     if adapter is None:
         return None
@@ -175,9 +179,9 @@ def _down_projection_backward(
     grad_inputs: Tensor,
     dropout: DropoutKey | None,
 ) -> Tensor:
-    """``grad_down`` (N, R) -> gradient of A (R, in).
+    """``grad_down`` (T, R) -> gradient of A (R, in).
 
-    Adds the inputs' share to ``grad_inputs`` (N, in).
+    Adds the inputs' share to ``grad_inputs`` (T, in).
     """
     adapter = group.adapter
     assert adapter is not None
@@ -199,5 +203,8 @@ def _mask(group: LinearGroup, member: int, inputs: Tensor, dropout: DropoutKey) 
     assert group.adapter is not None
     keep = 1 - group.adapter.dropout
     module = f"{group.shape.name}.{member}"
-    generator = dropout.generator(group.layer, module, inputs.device)
-    return torch.empty_like(inputs).bernoulli_(keep, generator=generator).div_(keep)
+    mask, generator = inputs.new_empty(inputs.shape), torch.Generator(inputs.device)
+    for block, rows in enumerate(mask.split(MASK_TOKENS)):
+        generator.manual_seed(dropout.seed_of(group.layer, module, block))
+        rows.bernoulli_(keep, generator=generator)
+    return mask.div_(keep)

@@ -64,7 +64,9 @@ class Recompute(Policy):
         layer.state.recomputing = True
         output, taken = _with_graph(layer, self._boundaries.load(saved), rotary)
         layer.state.recomputing = False
-        return _through(get_gradient_edge(output), grad, taken)
+        edge = get_gradient_edge(output)
+        del output  # nothing reads it; the edge alone keeps the graph
+        return _through(edge, grad, taken)
 
 
 class Keep(Policy):

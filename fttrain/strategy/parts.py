@@ -166,21 +166,16 @@ def decoder(plan: Plan, base: FrozenBase, share: Share) -> Decoder:
         head = embedding if tied_here and alike else _table(plan, base, HEAD, on_host=streamed)
     norm = torch.empty(plan.architecture.hidden, dtype=plan.dtype)
     base.read_end("final_norm", norm)
-    built = Decoder(
+    return Decoder(
         plan.architecture,
         embedding if share.has_embedding else None,
         norm.to(plan.group.device),
         head if share.has_head else None,
-        plan.recipe.lora,
-        layers=share.layers,
+        trained.adapters(plan, share.layers),
         head_streamed=placement.head == "streamed",
         z_loss=plan.recipe.z_loss,
-        on_host=trained.on_host(plan, len(share.layers)),
-        portion=trained.portion(plan),
+        mlp_tile_tokens=placement.tile_tokens,
     )
-    for layer in built.layers:
-        layer.adapters.reset(plan.recipe.seed)
-    return built
 
 
 def _table(plan: Plan, base: FrozenBase, name: str, on_host: bool) -> Tensor:

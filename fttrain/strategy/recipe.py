@@ -9,6 +9,7 @@ from fttrain.checkpoint.frozen_cache import FrozenConfig
 from fttrain.dist import Group
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
+from fttrain.model.linears import MASK_TOKENS
 from fttrain.model.lora import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.frozen_layer import FrozenFormat
@@ -30,6 +31,8 @@ class Placement:
     boundaries: str = "device"  # the inputs of layers until their backward: device | host
     embedding: str = "device"  # the table: device | host
     head: str = "resident"  # on the device: resident | streamed: brought for each use
+    # Tokens of a micro-batch that pass a layer's MLP at once: a multiple of MASK_TOKENS | all
+    mlp_tile_tokens: int | str = 4096
 
     def __post_init__(self) -> None:
         for key, allowed in (
@@ -40,6 +43,11 @@ class Placement:
             value = getattr(self, key)
             if value not in allowed:
                 raise UserError(f"{key}={value}: {' or '.join(allowed)}")
+        tile = self.mlp_tile_tokens
+        if tile != "all" and (isinstance(tile, str) or tile < 1 or tile % MASK_TOKENS):
+            raise UserError(
+                f"mlp_tile_tokens={tile}: all, or a multiple of {MASK_TOKENS} tokens such as 4096"
+            )
         if not self.activations:
             raise UserError(f"activations is empty: {', '.join(POLICIES)}, or a list by layer")
         used = {policy for policy, _ in self._runs()}
@@ -48,6 +56,11 @@ class Placement:
                 f"boundaries=host: activations={self._written()} leaves none; layers with "
                 "activations=recompute do"
             )
+
+    @property
+    def tile_tokens(self) -> int:
+        """Of the MLP; 0: all at once."""
+        return 0 if isinstance(self.mlp_tile_tokens, str) else self.mlp_tile_tokens
 
     def policies(self, layers: int) -> list[str]:
         """What each of the model's ``layers`` does: recompute, keep or offload.

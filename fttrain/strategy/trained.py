@@ -74,10 +74,21 @@ def layout_of(plan: Plan) -> FlatLayout:
     return LayerAdapters(0, groups, lora, meta, plan.dtype, portion=portion(plan)).layout
 
 
-def on_host(plan: Plan, layers: int) -> list[OnHost] | None:
-    """Where masters and outgoing copies of each layer are in host memory, if there."""
-    if not plan.recipe.optim.offload:
-        return None
+def adapters(plan: Plan, layers: range) -> list[LayerAdapters]:
+    """Of each of ``layers``, at their start."""
+    groups, recipe, device = plan.architecture.groups, plan.recipe, plan.group.device
+    places = _on_host(plan, len(layers)) if recipe.optim.offload else [None] * len(layers)
+    made = [
+        LayerAdapters(layer, groups, recipe.lora, device, plan.dtype, place, portion(plan))
+        for layer, place in zip(layers, places, strict=True)
+    ]
+    for own in made:
+        own.reset(recipe.seed)
+    return made
+
+
+def _on_host(plan: Plan, layers: int) -> list[OnHost]:
+    """Where masters and outgoing copies of each layer are in host memory."""
     masters = _by_layer(plan.pool.allocate(MASTERS), torch.float32, layers)
     copies = _by_layer(plan.pool.allocate(COPIES), plan.dtype, layers)
     return [OnHost(*own) for own in zip(masters, copies, strict=True)]

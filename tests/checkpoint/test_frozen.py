@@ -75,9 +75,7 @@ def test_a_prequantised_checkpoint_has_transformers_logits(tmp_path: Path) -> No
     reader = SafetensorsReader(tmp_path)
     ends = tiny.load_ends(reader, architecture, tiny.CPU, torch.float32)
     flats = tiny.load_layers(reader, architecture, frozen_format, tiny.CPU)
-    decoder = Decoder(architecture, *ends, LORA)
-    for layer in decoder.layers:
-        layer.adapters.reset(0)
+    decoder = Decoder(architecture, *ends, tiny.adapters(architecture, LORA))
     document = tiny.documents((23,))
     ours = tiny.logits(decoder, ResidentStore(flats, frozen_format), collate(document, 0))
     with torch.no_grad():
@@ -278,9 +276,7 @@ def test_gguf_and_safetensors_make_the_same_base(tmp_path: Path) -> None:
     frozen_format = architecture.frozen_format(tiny.PLAIN, torch.float32)
     ends = tiny.load_ends(reader, architecture, tiny.CPU, torch.float32)
     flats = tiny.load_layers(reader, architecture, frozen_format, tiny.CPU)
-    decoder = Decoder(architecture, *ends, LORA)
-    for layer in decoder.layers:
-        layer.adapters.reset(0)
+    decoder = Decoder(architecture, *ends, tiny.adapters(architecture, LORA))
     reference = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=file.name, dtype=torch.float32
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from fttrain.model import linears
 from fttrain.model.linears import DropoutKey, LayerState, LinearGroup
 from fttrain.model.lora import GroupMembers, LayerAdapters, LoraConfig
+from fttrain.model.tiles import through
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer, GroupShape
 
 TOKENS, WIDTH, R, EPS = 13, 32, 3, 1e-5
@@ -45,7 +46,7 @@ class Case:
         """Output, gradient of x, gradients of the masters."""
         self.layer.grad.zero_()
         x = self.x.clone().requires_grad_()
-        y = self.group(x)
+        y = through(x, self.group)
         y.backward(self.grad)
         assert x.grad is not None
         return y.detach(), x.grad, _master_gradients(self.layer)
@@ -130,7 +131,7 @@ def test_gradients_of_several_micro_batches_add_up() -> None:
     case = Case("rmsnorm")
     _, _, once = case.ours()
     for _ in range(2):
-        case.group(case.x.clone().requires_grad_()).backward(case.grad)
+        through(case.x.clone().requires_grad_(), case.group).backward(case.grad)
     thrice = _master_gradients(case.layer)
     assert tiny.difference(thrice, {n: g * 3 for n, g in once.items()}) < 1e-6
 
@@ -139,12 +140,13 @@ def test_use_outside_get_and_release_is_an_error() -> None:
     case = Case("none")
     case.state.frozen = None
     with pytest.raises(AssertionError, match="outside the store's get and release"):
-        case.group(case.x)
+        through(case.x, case.group)
 
 
 def test_evaluation_has_no_dropout() -> None:
     with_dropout, without = Case("none", 0.5), Case("none", 0.0)
-    assert torch.equal(with_dropout.group(with_dropout.x), without.group(without.x))
+    found, expected = (through(case.x, case.group) for case in (with_dropout, without))
+    assert torch.equal(found, expected)
 
 
 def big_mask(key: DropoutKey = KEY, layer: int = 0, member: int = 0, rate: float = 0.3) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from fttrain.model.decoder import Architecture, Layer
-from fttrain.model.lora import LoraConfig
+from fttrain.model.lora import LayerAdapters, LoraConfig
 from fttrain.quant.frozen_layer import FrozenLayer
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule.activations import Keep, Policy, Recompute
@@ -53,8 +53,9 @@ def gemm_flops(architecture: Architecture, policy: Policy, skip: bool) -> int:
     plain = QuantConfig("none", double_quant=False)
     frozen_format = architecture.frozen_format(plain, torch.bfloat16)
     with FakeTensorMode():
-        layer = Layer(architecture, 0, lora, CPU, torch.bfloat16)
-        layer.adapters.bind_gradient(torch.zeros_like(layer.adapters.flat))
+        adapters = LayerAdapters(0, architecture.groups, lora, CPU, torch.bfloat16)
+        adapters.bind_gradient(torch.zeros_like(adapters.flat))
+        layer = Layer(architecture, adapters)
         flat = torch.empty(frozen_format.layout.size_bytes, dtype=torch.uint8)
         layer.state.frozen, layer.state.lengths = FrozenLayer(flat, frozen_format), (TOKENS,)
         if not skip:
