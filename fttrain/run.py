@@ -218,7 +218,7 @@ def _identity(run: Run) -> dict[str, Any]:
         "lora.lora_dropout": config.lora.lora_dropout,
         "lora.target_modules": _as_json(config.lora.target_modules),
         "frozen base": run.base_digest,
-    }
+    } | ({"lora.use_dora": True} if config.lora.use_dora else {})  # older snapshots lack it
 
 
 def _as_json(modules: str | tuple[str, ...]) -> str | list[str]:
@@ -229,5 +229,10 @@ def _as_json(modules: str | tuple[str, ...]) -> str | list[str]:
 def adapter_info(config: RunConfig) -> AdapterInfo:
     lora = config.lora
     return AdapterInfo(
-        lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules, lora.use_rslora
+        lora.r,
+        lora.lora_alpha,
+        lora.lora_dropout,
+        lora.target_modules,
+        lora.use_rslora,
+        lora.use_dora,
     )

@@ -28,7 +28,8 @@ from fttrain.checkpoint.readers import Reader
 from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture, Decoder
-from fttrain.model.lora import LayerAdapters, LoraConfig
+from fttrain.model.layer_adapters import LayerAdapters
+from fttrain.model.lora import LoraConfig
 from fttrain.quant.checksum import checksum
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.quant.scheme import QuantConfig
@@ -179,8 +180,10 @@ def randomise(decoder: Decoder, seed: int = 1) -> None:
     for layer in decoder.layers:
         generator = torch.Generator().manual_seed(100 * seed + layer.index)
         whole = torch.zeros(layer.adapters.layout.values)
-        for _, view in layer.adapters.named(whole):
+        for name, view in layer.adapters.named(whole):
             view.copy_(torch.randn(view.shape, generator=generator) * 0.05)
+            if name.endswith("magnitude_vector"):
+                view.add_(1)
         layer.adapters.load(whole)
 
 
@@ -208,6 +211,7 @@ def with_peft(source: PreTrainedModel, decoder: Decoder, lora: LoraConfig) -> An
         lora_alpha=lora.lora_alpha,
         target_modules=list(targets),
         use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
     )
     peft = get_peft_model(source, peft_config, autocast_adapter_dtype=False)
     parameters = dict(peft.named_parameters())

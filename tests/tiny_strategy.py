@@ -136,11 +136,16 @@ def this_group() -> Group:
 
 def build(recipe: Recipe, frozen: MemoryBase, group: Group | None = None) -> Any:
     """The strategy, as a run builds it; adapters random, B not zero."""
-    group = group or this_group()
-    blueprint = Blueprint(recipe, frozen.architecture, frozen.frozen_format, group)
-    strategy: Any = blueprint.build(frozen, lambda done, total: None)
+    strategy = start(recipe, frozen, group)
     tiny.randomise(strategy.decoder)
     return strategy
+
+
+def start(recipe: Recipe, frozen: MemoryBase, group: Group | None = None) -> Any:
+    """The strategy, as a run builds it."""
+    group = group or this_group()
+    blueprint = Blueprint(recipe, frozen.architecture, frozen.frozen_format, group)
+    return blueprint.build(frozen, lambda done, total: None)
 
 
 def data_parallel(

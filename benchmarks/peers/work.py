@@ -94,7 +94,7 @@ def _initial_adapter(source: Any, config: Any, folder: Path) -> Path:
 
     from fttrain.checkpoint.source import load_config
     from fttrain.model.decoder import Architecture
-    from fttrain.model.lora import LayerAdapters
+    from fttrain.model.layer_adapters import LayerAdapters
 
     architecture = Architecture(load_config(source))
     host = torch.device("cpu")

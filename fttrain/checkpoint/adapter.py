@@ -4,17 +4,17 @@ Legend: r rank; in, out features of the linear that an adapter sits on.
 
     adapter_config.json         r, lora_alpha, target_modules ...
     adapter_model.safetensors   base_model.model.<module>.lora_A.weight (r, in), .lora_B.weight
-    (out, r)
+    (out, r), and with DoRA .lora_magnitude_vector (out,)
 
-Inside this program the same tensors are called "<module>.lora_A" and "<module>.lora_B", for example
-"model.layers.0.self_attn.q_proj.lora_A".
+Inside this program the same tensors are called "<module>.lora_A", "<module>.lora_B" and
+"<module>.lora_magnitude_vector", for example "model.layers.0.self_attn.q_proj.lora_A".
 """
 
 import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,16 @@ from fttrain.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-NAME = re.compile(r"(?P<layer>model\.layers\.\d+)\.(?P<module>[\w.]+)\.lora_(?P<side>[AB])")
+NAME = re.compile(
+    r"(?P<layer>model\.layers\.\d+)\.(?P<module>[\w.]+)\.lora_(?P<side>A|B|magnitude_vector)"
+)
 
 # Settings of PEFT that do not change how a finished adapter acts; all others must be neutral.
 HARMLESS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "exclude_modules", "megatron_core", "qalora_group_size", "runtime_config",
     "init_lora_weights", "eva_config", "loftq_config", "ensure_weight_tying",
-    "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora",
+    "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora",
 }  # fmt: skip
 NEUTRAL: tuple[object, ...] = (None, False, "none", {}, [])
 INITS = (None, True, False, "gaussian", "orthogonal", "eva")  # these leave the base as it is
@@ -50,6 +52,12 @@ class AdapterInfo:
     lora_dropout: float = 0.0  # probability
     target_modules: str | tuple[str, ...] = "all-linear"  # names of linears, or all-linear
     use_rslora: bool = False
+    use_dora: bool = False
+
+    @property
+    def sides(self) -> set[str]:
+        """The tensors of each adapted linear: what follows ``lora_`` in their names."""
+        return {"A", "B", "magnitude_vector"} if self.use_dora else {"A", "B"}
 
 
 def save_adapter(
@@ -63,7 +71,8 @@ def save_adapter(
 
     Args:
         folder: made when it is not there; an adapter in it is replaced.
-        state: our names -> (r, in) and (out, r), any device, any float dtype; saved in that dtype.
+        state: our names -> (r, in), (out, r) and (out,), any device, any float dtype; saved in that
+            dtype.
         lora: target_modules is written as the names that ``state`` really holds, for every version
             of PEFT reads those.
         base_model: name or path that PEFT shows as the base.
@@ -86,11 +95,12 @@ def save_adapter(
         "lora_dropout": lora.lora_dropout,
         "target_modules": modules,
         "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
-    tensors = {f"{PREFIX}{name}.weight": tensor for name, tensor in state.items()}
+    tensors = {_key(name): tensor for name, tensor in state.items()}
     with durable.room_for(folder, durable.tensor_bytes(tensors), "saving the adapter"):
         durable.make_folder(folder)
         text = (json.dumps(config, indent=2) + "\n").encode()
@@ -107,8 +117,8 @@ def load_adapter(folder: Path | str) -> tuple[dict[str, Tensor], AdapterInfo]:
     """Reads an adapter saved by this program or by PEFT.
 
     Returns:
-        fp32 tensors on the CPU under our names, (r, in) and (out, r), and the settings, whose
-        target_modules are the names that the file really holds, sorted.
+        fp32 tensors on the CPU under our names, as ``save_adapter`` takes them, and the settings,
+        whose target_modules are the names that the file really holds, sorted.
 
     Raises:
         UserError: not an adapter, not LoRA, a feature that this program does not have (by name), or
@@ -121,11 +131,12 @@ def load_adapter(folder: Path | str) -> tuple[dict[str, Tensor], AdapterInfo]:
         lora_alpha=config["lora_alpha"],
         lora_dropout=config.get("lora_dropout", 0.0),
         use_rslora=config.get("use_rslora", False),
+        use_dora=config.get("use_dora", False),
     )
     state = {}
     for key, tensor in _read_weights(folder).items():
         name = key.removeprefix(PREFIX).removesuffix(".weight")
-        if f"{PREFIX}{name}.weight" != key or not NAME.fullmatch(name):
+        if not NAME.fullmatch(name) or _key(name) != key:
             raise UserError(
                 f"{folder / WEIGHTS}: {key} is no LoRA tensor of a decoder layer's linear: not "
                 "supported"
@@ -136,9 +147,7 @@ def load_adapter(folder: Path | str) -> tuple[dict[str, Tensor], AdapterInfo]:
             )
         state[name] = tensor.to(torch.float32)
     modules = check(state, info, str(folder / WEIGHTS))
-    return state, AdapterInfo(
-        info.r, info.lora_alpha, info.lora_dropout, tuple(modules), info.use_rslora
-    )
+    return state, replace(info, target_modules=tuple(modules))
 
 
 def check(state: Mapping[str, Tensor], info: AdapterInfo, where: str) -> list[str]:
@@ -149,27 +158,20 @@ def check(state: Mapping[str, Tensor], info: AdapterInfo, where: str) -> list[st
     """
     if not state:
         raise UserError(f"{where}: the adapter holds no tensors")
-    layers: dict[str, set[str]] = {}
+    layers: dict[str, dict[str, set[str]]] = {}  # layer -> module -> sides
     for name, tensor in state.items():
         match = NAME.fullmatch(name)
         if match is None:
             raise UserError(
                 f"{where}: {name} is not the name of a LoRA tensor "
-                "(model.layers.<n>.<module>.lora_A|B)"
+                "(model.layers.<n>.<module>.lora_A|B|magnitude_vector)"
             )
         problem = _problem(match["side"], tensor, info.r)
         if problem:
             raise UserError(f"{where}: {name} {problem}")
-        other = f"{name[:-1]}{'B' if match['side'] == 'A' else 'A'}"
-        if other not in state:
-            raise UserError(f"{where}: {name} is there, {other} is missing")
-        layers.setdefault(match["layer"], set()).add(match["module"])
-    every = set.union(*layers.values())
-    for layer, modules in layers.items():
-        if every - modules:
-            raise UserError(
-                f"{where}: {layer} lacks {min(every - modules)}, which other layers adapt"
-            )
+        layers.setdefault(match["layer"], {}).setdefault(match["module"], set()).add(match["side"])
+    _check_whole(layers, info, where)
+    every = {module for modules in layers.values() for module in modules}
     leaves = {module.rpartition(".")[2] for module in every}
     if not isinstance(info.target_modules, str):
         absent = sorted({target.rpartition(".")[2] for target in info.target_modules} ^ leaves)
@@ -180,12 +182,39 @@ def check(state: Mapping[str, Tensor], info: AdapterInfo, where: str) -> list[st
     return sorted(leaves)
 
 
+def _check_whole(layers: dict[str, dict[str, set[str]]], info: AdapterInfo, where: str) -> None:
+    """Raises UserError for a linear that lacks a tensor, and a layer that lacks a linear."""
+    every = {module for modules in layers.values() for module in modules}
+    for layer, modules in layers.items():
+        for module, sides in modules.items():
+            name = f"{layer}.{module}.lora_"
+            if info.sides - sides:
+                missing, there = min(info.sides - sides), min(sides)
+                raise UserError(f"{where}: {name}{there} is there, {name}{missing} is missing")
+            if sides - info.sides:
+                extra = min(sides - info.sides)
+                raise UserError(f"{where}: {name}{extra} is there without use_dora")
+        if every - modules.keys():
+            lacking = min(every - modules.keys())
+            raise UserError(f"{where}: {layer} lacks {lacking}, which other layers adapt")
+
+
+def _key(name: str) -> str:
+    """Our name of a tensor -> PEFT's in the file."""
+    return f"{PREFIX}{name}" if name.endswith("vector") else f"{PREFIX}{name}.weight"
+
+
 def _problem(side: str, tensor: Tensor, r: int) -> str | None:
     if tensor.numel() == 0:
         return f"is empty, of shape {tuple(tensor.shape)}"
-    if tensor.dim() != 2 or tensor.shape[0 if side == "A" else 1] != r:
-        form = f"({r}, in)" if side == "A" else f"(out, {r})"
-        return f"has shape {tuple(tensor.shape)} instead of {form}"
+    shape = tuple(tensor.shape)
+    form, fits = {
+        "A": (f"({r}, in)", len(shape) == 2 and shape[0] == r),
+        "B": (f"(out, {r})", len(shape) == 2 and shape[1] == r),
+        "magnitude_vector": ("(out,)", len(shape) == 1),
+    }[side]
+    if not fits:
+        return f"has shape {shape} instead of {form}"
     if not torch.isfinite(tensor).all():
         return "holds values that are not finite"
     return None

@@ -16,8 +16,9 @@ from fttrain.model.attention import Attention
 from fttrain.model.families import family_of
 from fttrain.model.families.family import Family
 from fttrain.model.head import Embedding, Head
+from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.model.linears import LayerState, LinearGroup
-from fttrain.model.lora import GroupMembers, LayerAdapters
+from fttrain.model.lora import GroupMembers
 from fttrain.model.tiles import through
 from fttrain.quant.frozen_layer import FrozenFormat, GroupShape
 from fttrain.quant.scheme import QuantConfig

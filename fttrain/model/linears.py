@@ -100,13 +100,22 @@ class LinearGroup:
     def output(self, inputs: Tensor, down: Tensor | None, out: Tensor | None = None) -> Tensor:
         """x̂ (T, in) and A x̂ (T, R) -> y (T, out), in ``out`` where it is given."""
         weight, bias = self.frozen.weight(self.shape.name), self.frozen.bias(self.shape.name)
-        if bias is None:
+        magnitudes = None if self.adapter is None else self.adapter.magnitudes
+        if bias is None or magnitudes is not None:
             y = torch.mm(inputs, weight.t(), out=out)
         else:
             y = torch.addmm(bias, inputs, weight.t(), out=out)
         if self.adapter is not None and down is not None:
             self.adapter.add_to_(y, down)
+            if magnitudes is not None:
+                magnitudes.scale_(y, weight, self.adapter.a, self.adapter.b)
+                y = y if bias is None else y.add_(bias)
         return y
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether backward reads what the group gave: the gradient of magnitudes does."""
+        return self.adapter is not None and self.adapter.magnitudes is not None
 
     def backward(
         self,
@@ -115,12 +124,17 @@ class LinearGroup:
         down: Tensor | None,
         dropout: DropoutKey | None,
         out: Tensor | None = None,
+        y: Tensor | None = None,
     ) -> Tensor:
         """``grad`` of y (T, out) -> that of ``x`` as ``enter`` took it, in ``out`` where it is
         given. Adds the adapter's to the layer's.
 
-        ``down``: A x̂ (T, R), None: it is made again.
+        ``down``: A x̂ (T, R), None: it is made again; ``y``: where the group ``reads_output``.
         """
+        if self.adapter is not None and self.reads_output:
+            assert y is not None
+            weight, bias = self.frozen.weight(self.shape.name), self.frozen.bias(self.shape.name)
+            grad = self.adapter.undo_magnitudes(grad, y, weight, bias)
         inputs = self._prologue(x)
         if down is None:
             down = _down_projection(self, inputs, dropout)

@@ -7,22 +7,19 @@ and B (out, r) zero:
         └── A (r, in) ── B (out, r) ── * scaling ─┴── y (N, out)
 
 The linears of a group share their input, so their A's are one, stacked (R, in) with
-R = members * r; each B reads its own r columns of A x and adds to its own part of y. Each layer's
-fp32 masters are one flat parameter, all A's before all B's, and its gradient one flat tensor: one
-collective. With ``optim.shard`` a rank has the masters of its part alone, and fetches what the
-others made of theirs.
+R = members * r; each B reads its own r columns of A x and adds to its own part of y. With DoRA each
+adapted linear has magnitudes beside them (dora.py).
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fttrain.collectives import Handle, Handles, all_gather
 from fttrain.errors import UserError
-from fttrain.optim.flat import FlatLayout, Portion
+from fttrain.model.dora import Magnitudes, Member
 from fttrain.quant.frozen_layer import GroupShape
 
 
@@ -36,6 +33,9 @@ class LoraConfig:
     # all-linear, or names such as (q_proj, v_proj)
     target_modules: str | tuple[str, ...] = "all-linear"
     use_rslora: bool = False  # scale by lora_alpha / sqrt(r) instead (Kalajdzievski 2023)
+    # DoRA: magnitudes, too. lora_dropout zeroes inputs of A alone; in PEFT those of the frozen
+    # weight as well, which takes another GEMM
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -97,193 +97,100 @@ class GroupAdapter:
         self.scaling = config.scaling
         self.dropout = config.lora_dropout
         self.rank = len(members) * config.r  # R
-        rows = group.shape.rows
-        self._rows = [rows[member] for member in members]  # of the group's output
-        self._blocks = [slice(i * config.r, (i + 1) * config.r) for i in range(len(members))]
+        self.use_dora = config.use_dora
+        self._members = list(_member_parts(group.shape, members, config.r))
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        """Values in all A's and in all B's."""
-        out = sum(self.group.shape.out_features[member] for member in self.members)
-        return self.rank * self.group.shape.in_features, out * self.r
+    def sizes(self) -> dict[str, int]:
+        """Values in all A's, in all B's and in all magnitudes, where there are some."""
+        outputs = self._members[-1].own.stop
+        found = {"a": self.rank * self.group.shape.in_features, "b": outputs * self.r}
+        return found | {"m": outputs} if self.use_dora else found
 
-    def bind_copies(self, a: Tensor, b: Tensor) -> None:
-        """Take this adapter's parts of what computes: A's (R, in), and scaling * B of all members
-        (their rows, r).
+    def bind_copies(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Take this adapter's parts of what computes: A's (R, in), scaling * B of all members
+        (their outputs, r), magnitudes fp32 (their outputs,). GEMMs are in ``dtype``.
         """
-        self.a, self.b = self._shaped(a, b)
+        self._a, self._b = self._shaped(parts)
+        self._dtype = dtype
+        self.magnitudes = Magnitudes(parts["m"], self._members) if self.use_dora else None
 
-    def bind_gradient(self, a: Tensor, b: Tensor) -> None:
+    @property
+    def a(self) -> Tensor:
+        """All A's (R, in), as they compute."""
+        return self._a.to(self._dtype)
+
+    @property
+    def b(self) -> Tensor:
+        """scaling * B of all members (their outputs, r), as they compute."""
+        return self._b.to(self._dtype)
+
+    def bind_gradient(self, parts: Mapping[str, Tensor]) -> None:
         """Take this adapter's parts of a flat fp32 gradient of the layer."""
-        self.a_grad, self.b_grad = self._shaped(a, b)
+        self.a_grad, self.b_grad = self._shaped(parts)
+        self.m_grad = parts.get("m")
 
-    def _shaped(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """All A's (R, in) and all B's (their rows, r), as views."""
-        return a.view(self.rank, -1), b.view(-1, self.r)
+    def _shaped(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """All A's (R, in) and all B's (their outputs, r), as views."""
+        return parts["a"].view(self.rank, -1), parts["b"].view(-1, self.r)
+
+    def changed(self) -> None:
+        """The compute copies are those after an update."""
+        if self.magnitudes is not None:
+            self.magnitudes.changed()
 
     def add_to_(self, y: Tensor, down: Tensor) -> None:
         """``y`` (N, out) += scaling * B of ``down`` = A x (N, R)."""
-        for rows, block, b in self._member_parts(self.b):
-            y[:, rows].addmm_(down[:, block], b.t())
+        b = self.b
+        for member in self._members:
+            y[:, member.rows].addmm_(down[:, member.block], b[member.own].t())
 
     def down_gradient(self, grad: Tensor) -> Tensor:
         """``grad`` of y (N, out) -> that of A x (N, R)."""
-        parts = [grad[:, rows] @ b for rows, _, b in self._member_parts(self.b)]
+        b = self.b
+        parts = [grad[:, member.rows] @ b[member.own] for member in self._members]
         return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
     def accumulate(self, grad_a: Tensor, down: Tensor, grad: Tensor) -> None:
         """Add to the fp32 gradient: A's (R, in), and B's from A x (N, R) and y's (N, out)."""
         self.a_grad.add_(grad_a)
-        for rows, block, b_grad in self._member_parts(self.b_grad):
+        for rows, block, own in self._members:
             # (r, out) and then transposed: the GEMM is faster that way round on a CPU
-            b_grad.add_((down[:, block].t() @ grad[:, rows]).t(), alpha=self.scaling)
+            b_grad = (down[:, block].t() @ grad[:, rows]).t()
+            self.b_grad[own].add_(b_grad, alpha=self.scaling)
 
-    def named(self, layer: int, a: Tensor, b: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(name, view) of each A (r, in) and B (out, r) in this adapter's parts of a flat one."""
-        stacked_a, stacked_b = self._shaped(a, b)
-        for member, (_, block, own_b) in zip(
-            self.members, self._member_parts(stacked_b), strict=True
-        ):
-            name = f"model.layers.{layer}.{self.group.paths[member]}"
-            yield f"{name}.lora_A", stacked_a[block]
-            yield f"{name}.lora_B", own_b
+    def undo_magnitudes(
+        self, grad: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """``grad`` of y (N, out) -> that of what the magnitudes were applied to. Adds theirs to the
+        fp32 gradient.
 
-    def _member_parts(self, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """(rows in the group's output, columns in R, rows of ``b``) of each adapted member."""
-        start = 0
-        for rows, block in zip(self._rows, self._blocks, strict=True):
-            end = start + rows.stop - rows.start
-            yield rows, block, b[start:end]
-            start = end
-
-
-@dataclass(frozen=True)
-class OnHost:
-    """Where this rank's part of a layer's adapters is in host memory."""
-
-    masters: Tensor  # fp32 (values of the part,)
-    copies: Tensor  # the same in the compute dtype, on their way to the device
-
-
-class LayerAdapters(nn.Module):
-    """All adapters of one layer. ``flat`` is the fp32 parameter: the part that this rank updates.
-
-    The gradient is a flat fp32 tensor on the device that computes; ``bind_gradient`` says which.
-    """
-
-    def __init__(
-        self,
-        layer: int,
-        groups: Iterable[GroupMembers],
-        config: LoraConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        on_host: OnHost | None = None,
-        portion: Portion | None = None,
-    ) -> None:
-        """``device`` and ``dtype``: of the compute copies. ``on_host``: where the masters are,
-        None: on ``device``. ``portion``: what this rank updates, None: everything.
+        ``y`` (N, out) with the group's ``bias`` (out,); ``weight``: its frozen one (out, in).
         """
-        super().__init__()
-        groups = list(groups)
-        self._scaling = config.scaling
-        self._on_way: Handle | None = None  # of an update whose copies may not be here yet
-        targets = target_indices(groups, config)
-        self.layer = layer
-        self.groups = {
-            group.shape.name: GroupAdapter(group, targets[group.shape.name], config)
-            for group in groups
-            if targets[group.shape.name]
-        }
-        a_sizes, b_sizes = zip(*(group.sizes for group in self.groups.values()), strict=True)
-        self.layout = FlatLayout({"a": a_sizes, "b": b_sizes}, portion)
-        made = (
-            torch.zeros(self.layout.own_values, device=device)
-            if on_host is None
-            else on_host.masters
-        )
-        self.flat = nn.Parameter(made)
-        # What computes, (values,), padding and all
-        self._copies = torch.zeros(self.layout.values, dtype=dtype, device=device)
-        self._staging = None if on_host is None else on_host.copies
-        for adapter, a, b in self._parts(self._copies):
-            adapter.bind_copies(a, b)
+        assert self.magnitudes is not None
+        assert self.m_grad is not None
+        self.m_grad.add_(self.magnitudes.gradient(grad, y, bias))
+        return self.magnitudes.scale_(grad.clone(), weight, self.a, self.b)
 
-    def bind_gradient(self, grad: Tensor) -> None:
-        """Backward adds to ``grad`` fp32 (values in the layer,) from here on."""
-        self.grad = grad
-        for adapter, a, b in self._parts(grad):
-            adapter.bind_gradient(a, b)
-
-    def _parts(self, flat: Tensor) -> Iterator[tuple[GroupAdapter, Tensor, Tensor]]:
-        """Each group's adapter with its A's and its B's in ``flat`` (values in the layer,)."""
-        sections = (self.layout.tensors(flat, name) for name in ("a", "b"))
-        return zip(self.groups.values(), *sections, strict=True)
-
-    def reset(self, seed: int) -> None:
-        """LoRA's start: A uniform as torch's Linear (so does PEFT), B zero; on any world_size."""
-        whole = torch.zeros(self.layout.values)
-        for index, (adapter, a, _) in enumerate(self._parts(whole)):
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + self.layer) * 101 + index)
-            bound = 1 / math.sqrt(adapter.group.shape.in_features)
-            a.uniform_(-bound, bound, generator=generator)
-        self.load(whole)
-
-    @torch.no_grad()
-    def load(self, whole: Tensor) -> None:
-        """Take masters from ``whole`` fp32 (values in the layer,). Every rank calls it."""
-        self.flat.copy_(self.layout.portion.of(whole))
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Bring the compute copies to what the masters are. Every rank calls it."""
-        self.stage()
-        self.send()
-        self.gather().wait()
-
-    def named(self, whole: Tensor, layer: int | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, view) of each A (r, in) and B (out, r) in ``whole`` (values in the layer,);
-        ``layer``: whose, None: this one's.
+    def named(self, layer: int, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(name, view) of each A (r, in), B (out, r) and magnitude vector (out,) in this adapter's
+        parts of a flat tensor.
         """
-        for adapter, a, b in self._parts(whole):
-            yield from adapter.named(self.layer if layer is None else layer, a, b)
+        a, b = self._shaped(parts)
+        for path, (_, block, own) in zip(self._paths, self._members, strict=True):
+            name = f"model.layers.{layer}.{path}"
+            yield f"{name}.lora_A", a[block]
+            yield f"{name}.lora_B", b[own]
+            if self.use_dora:
+                yield f"{name}.lora_magnitude_vector", parts["m"][own]
 
     @property
-    def copy_bytes(self) -> int:
-        """Of this rank's part of the compute copies."""
-        return self.layout.portion.of(self._copies).nbytes
+    def _paths(self) -> list[str]:
+        return [self.group.paths[member] for member in self.members]
 
-    @torch.no_grad()
-    def stage(self) -> None:
-        """Round this rank's masters to the compute dtype, where they lie; B's times ``scaling``."""
-        own = self.layout.portion.of(self._copies) if self._staging is None else self._staging
-        for section in self.layout.own_sections():
-            scale = self._scaling if section.name == "b" else 1.0
-            own[section.own].copy_(self.flat[section.own] * scale)
 
-    def send(self) -> None:
-        """Copy what is staged on the host to the device; the host does not wait for it."""
-        if self._staging is not None:
-            self.layout.portion.of(self._copies).copy_(self._staging, non_blocking=True)
-
-    def gather(self) -> Handle:
-        """Start fetching the parts that other ranks update. Every rank calls it, in one order."""
-        if self.layout.portion.world_size == 1:
-            return Handles(())
-        return all_gather(self._copies, self.layout.portion.of(self._copies))
-
-    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
-        """As they are after the last update, where this rank updates them all."""
-        assert self.layout.portion.world_size == 1, "this rank has a part of the masters"
-        self.ready()
-        yield from self.named(self.flat.detach())
-
-    def expect(self, on_way: Handle) -> None:
-        """An update is under way; ``ready`` waits for it."""
-        self._on_way = on_way
-
-    def ready(self) -> None:
-        """The compute copies are those of the last update for whoever computes after this."""
-        if self._on_way is not None:
-            self._on_way.wait()
-            self._on_way = None
+def _member_parts(shape: GroupShape, members: list[int], r: int) -> Iterator[Member]:
+    end = 0
+    for place, member in enumerate(members):
+        start, end = end, end + shape.out_features[member]
+        yield Member(shape.rows[member], slice(place * r, (place + 1) * r), slice(start, end))

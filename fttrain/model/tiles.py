@@ -49,17 +49,17 @@ class _Through(torch.autograd.Function):
             downs = _forward(groups, x[rows], outs, _at(ctx.dropout, rows))[1]
             if state.recomputing:
                 ctx.downs.append(downs)
-        ctx.save_for_backward(x, *between)
+        ctx.save_for_backward(x, *between, *([y] if groups[-1].reads_output else []))
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        x, *between = ctx.saved_tensors
+        x, *more = ctx.saved_tensors
         grad_x = x.new_empty(x.shape)
         for number, rows in enumerate(_tiles(len(x), ctx.tile_tokens)):
-            xs = [saved[rows] for saved in (x, *between)]
-            downs = ctx.downs[number] if ctx.downs else [None] * len(xs)
-            _backward(ctx.groups, xs, downs, grad[rows], grad_x[rows], _at(ctx.dropout, rows))
+            values = [saved[rows] for saved in (x, *more)]
+            downs = ctx.downs[number] if ctx.downs else [None] * len(ctx.groups)
+            _backward(ctx.groups, values, downs, grad[rows], grad_x[rows], _at(ctx.dropout, rows))
         ctx.downs = []
         return grad_x, None, None
 
@@ -88,7 +88,7 @@ def _forward(
 
 def _backward(
     groups: Sequence[LinearGroup],
-    xs: list[Tensor],
+    values: list[Tensor],
     downs: list[Tensor | None],
     grad: Tensor,
     out: Tensor,
@@ -96,14 +96,19 @@ def _backward(
 ) -> None:
     """One tile: ``grad`` of the last output -> that of the first input, in ``out``.
 
-    ``xs``: what each group took, or what the first one took alone. Both lists are used up, so that
-    each tensor is gone when it was read.
+    ``values``: what each group took and, where backward reads it, what the last one gave; or what
+    the first one took alone. Both lists are used up, so that each tensor is gone when it was read.
     """
-    if len(xs) < len(groups):
-        made, downs = _forward(groups[:-1], xs[0], [], dropout)
-        xs.extend(made)
-        downs.append(None)
-        del made
-    for group in groups[:0:-1]:
-        grad = group.backward(grad, xs.pop(), downs.pop(), dropout)
-    groups[0].backward(grad, xs.pop(), downs.pop(), dropout, out)
+    reads_last = groups[-1].reads_output
+    if len(values) < len(groups) + reads_last:
+        made, again = _forward(groups if reads_last else groups[:-1], values[0], [], dropout)
+        values.extend(made)
+        downs[: len(again)] = again
+        del made, again
+    y = values.pop() if reads_last else None
+    for group, before in zip(groups[:0:-1], groups[-2::-1], strict=True):
+        x = values.pop()
+        grad = group.backward(grad, x, downs.pop(), dropout, y=y)
+        y = x if before.reads_output else None
+        del x
+    groups[0].backward(grad, values.pop(), downs.pop(), dropout, out, y)

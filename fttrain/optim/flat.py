@@ -1,7 +1,9 @@
 """How a layer's trained values lie in one flat tensor, and which part of it a rank updates.
 
-    | a: all A's       0 | b: all B's     0 | 0 0 |     0: padding, which nothing reads
-    | rank 0's part       | rank 1's part        |     with optim.shard; else all is every rank's
+    | a: all A's    0 | b: all B's    0 | m: magnitudes 0 | 0 0 |    0: padding; nothing reads it
+    | rank 0's part              | rank 1's part                |    optim.shard; else all of it
+
+The magnitudes are DoRA's, and without it there are none.
 
 Every section is padded to whole blocks of 8-bit moments and the whole to as many blocks for each
 rank, so no block belongs to two sections or two ranks: moments are the same however many ranks
@@ -54,6 +56,11 @@ class FlatLayout:
             self._sections[name] = slice(start, end)
         self.values = round_up(end, BLOCK_VALUES * self.portion.world_size)
         self.own_values = self.values // self.portion.world_size
+
+    @property
+    def names(self) -> list[str]:
+        """Of the sections, in order."""
+        return list(self._sections)
 
     def tensors(self, flat: Tensor, name: str) -> list[Tensor]:
         """The tensors of a section in ``flat`` (values,), each flat."""

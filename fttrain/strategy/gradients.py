@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fttrain.collectives import Handle
-from fttrain.model.lora import LayerAdapters
+from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.store.lane import Lane, copy, copy_lane
 from fttrain.strategy.sync import GradientSync, SyncStats
 

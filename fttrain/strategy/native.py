@@ -17,7 +17,7 @@ from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
 from fttrain.optim.config import OptimConfig
 from fttrain.optim.optimizer import Optimizer
-from fttrain.schedule import generate
+from fttrain.schedule import generate, layer_pass
 from fttrain.schedule.activations import Policies
 from fttrain.schedule.generate import Fresh, KeyValueCache
 from fttrain.store import FrozenBase, Store, Traffic
@@ -95,6 +95,17 @@ class NativeStrategy(ABC):
             joined.files,
             joined.group,
         )
+        if "m" in adapters[0].layout.names:
+            self._start_magnitudes()
+
+    def _start_magnitudes(self) -> None:
+        """DoRA's begin with the frozen weights, which are only here: one pass over the layers."""
+        for layer in layer_pass.walk(self.decoder, self._store, range(len(self._store))):
+            frozen = self.decoder.layers[layer].state.frozen
+            assert frozen is not None
+            self.decoder.layers[layer].adapters.start_magnitudes(frozen)
+        self._ending.check()
+        self._store.take_traffic()  # it belongs to no step
 
     @abstractmethod
     def _forward_backward(self, micro_batches: list[MicroBatch], dropout: Dropout) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fttrain.data.batch import ROW_MULTIPLE
 from fttrain.model.decoder import Decoder
 from fttrain.model.head import chunk_bytes
+from fttrain.model.lora import target_indices
 from fttrain.schedule.activations import Keep, Offload, Policies, Policy, Recompute
 from fttrain.store import FrozenBase, Store
 from fttrain.store.activations import ALIGN_BYTES, UNDER_WAY, HostActivations
@@ -109,12 +110,15 @@ def moving_bytes(plan: Plan) -> int:
 
 def activation_bytes(plan: Plan) -> int:
     """All that a layer's backward reads of one micro-batch: its input; q, k, v; attention's output
-    and fp32 log-sum-exp; the second residual; gate and up.
+    and fp32 log-sum-exp; the second residual; gate and up; with DoRA what o and down gave.
     """
     a, rows = plan.architecture, _rows(plan)
     attention = a.heads * a.head_dim
     qkv, gate_up = attention + 2 * a.kv_heads * a.head_dim, 2 * a.config.intermediate_size
-    widths = (a.hidden, qkv, attention, a.hidden, gate_up)
+    widths = [a.hidden, qkv, attention, a.hidden, gate_up]
+    if plan.recipe.lora.use_dora:  # magnitudes read what their linears gave: qkv, gate and up, too
+        targets = target_indices(a.groups, plan.recipe.lora)
+        widths += [a.hidden for group in ("o", "down") if targets[group]]
     sizes = [rows * width * plan.dtype.itemsize for width in widths] + [rows * a.heads * 4]
     return sum(round_up(size_bytes, ALIGN_BYTES) for size_bytes in sizes)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fttrain.model.decoder import Decoder
-from fttrain.model.lora import LayerAdapters, OnHost
+from fttrain.model.layer_adapters import LayerAdapters, OnHost, copy_dtype
 from fttrain.optim.flat import FlatLayout, Portion
 from fttrain.optim.optimizer import moment_bytes
 from fttrain.strategy.gradients import (
@@ -42,14 +42,14 @@ def book(plan: Plan, layers: int) -> None:
     if optim.offload:
         pool.book(MASTERS, FP32_BYTES * layout.own_values * layers)
         pool.book(GRADIENTS, FP32_BYTES * _kept_gradients(plan) * layers)
-        pool.book(COPIES, plan.dtype.itemsize * layout.own_values * layers)
+        pool.book(COPIES, _copy_dtype(plan).itemsize * layout.own_values * layers)
         pool.book(MOMENTS, moment_bytes(optim, layout.own_values) * layers)
 
 
 def adapter_bytes(plan: Plan) -> int:
     """What one layer's adapters take on the device for as long as the run lasts."""
     layout, optim = layout_of(plan), plan.recipe.optim
-    copies = plan.dtype.itemsize * layout.values
+    copies = _copy_dtype(plan).itemsize * layout.values
     if optim.offload:
         return copies
     masters = FP32_BYTES * layout.own_values
@@ -59,6 +59,10 @@ def adapter_bytes(plan: Plan) -> int:
         + moment_bytes(optim, layout.own_values)
         + FP32_BYTES * _kept_gradients(plan)
     )
+
+
+def _copy_dtype(plan: Plan) -> torch.dtype:
+    return copy_dtype(plan.recipe.lora, plan.dtype)
 
 
 def portion(plan: Plan) -> Portion:
@@ -90,7 +94,7 @@ def adapters(plan: Plan, layers: range) -> list[LayerAdapters]:
 def _on_host(plan: Plan, layers: int) -> list[OnHost]:
     """Where masters and outgoing copies of each layer are in host memory."""
     masters = _by_layer(plan.pool.allocate(MASTERS), torch.float32, layers)
-    copies = _by_layer(plan.pool.allocate(COPIES), plan.dtype, layers)
+    copies = _by_layer(plan.pool.allocate(COPIES), _copy_dtype(plan), layers)
     return [OnHost(*own) for own in zip(masters, copies, strict=True)]
 
 

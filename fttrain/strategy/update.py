@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from fttrain.collectives import Handle
-from fttrain.model.lora import LayerAdapters
+from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.optim.optimizer import Optimizer
 from fttrain.store.lane import copy_lane
 

@@ -105,6 +105,59 @@ def test_peft_computes_what_the_formula_says(use_rslora: bool, tmp_path: Path) -
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
+def dora() -> dict[str, torch.Tensor]:
+    """Magnitudes beside them."""
+    generator = torch.Generator().manual_seed(2)
+    state = adapter()
+    for name in [name for name in state if name.endswith("lora_B")]:
+        rows = torch.rand(state[name].shape[0], generator=generator)
+        state[name.replace("lora_B", "lora_magnitude_vector")] = rows + 0.5
+    return state
+
+
+def test_peft_computes_what_doras_formula_says(tmp_path: Path) -> None:
+    """(W + scale * B A) * m / its row norms merged by hand."""
+    state = dora()
+    save_adapter(tmp_path, state, info(use_dora=True), "some/base")
+    merged = base()
+    with torch.no_grad():
+        for name in state:
+            if name.endswith("lora_A"):
+                weight = merged.get_submodule(name.removesuffix(".lora_A")).weight
+                weight += 7.0 / R * state[f"{name[:-1]}B"] @ state[name]
+                magnitude = state[name.replace("lora_A", "lora_magnitude_vector")]
+                weight *= (magnitude / weight.norm(dim=1))[:, None]
+    ids = torch.arange(10).reshape(1, -1)
+    with torch.no_grad():
+        ours, theirs = merged(ids).logits, loaded_by_peft(tmp_path)(ids).logits
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_what_peft_saves_with_dora_loads_here(tmp_path: Path) -> None:
+    config = LoraConfig(r=R, lora_alpha=5, target_modules=list(LEAVES), use_dora=True)
+    model = get_peft_model(base(), config)
+    model.save_pretrained(tmp_path)
+    state, settings = load_adapter(tmp_path)
+    assert settings.use_dora
+    theirs = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(state) == len(theirs) == 3 * len(LEAVES) * LAYERS
+    save_adapter(tmp_path / "again", state, settings, "b")
+    assert_same(load_file(tmp_path / "again" / "adapter_model.safetensors"), theirs)
+
+
+def test_magnitudes_and_their_setting_belong_together(tmp_path: Path) -> None:
+    state = dora()
+    with pytest.raises(UserError, match=r"lora_magnitude_vector is there without use_dora"):
+        save_adapter(tmp_path, state, info(), "b")
+    missing = "model.layers.1.mlp.up_proj.lora_magnitude_vector"
+    bad = {**state, missing: state[missing][:, None]}
+    with pytest.raises(UserError, match=rf"{missing} has shape .* instead of \(out,\)"):
+        save_adapter(tmp_path, bad, info(use_dora=True), "b")
+    del state[missing]
+    with pytest.raises(UserError, match=rf"{missing} is missing"):
+        save_adapter(tmp_path, state, info(use_dora=True), "b")
+
+
 def test_round_trip_keeps_every_bit(tmp_path: Path) -> None:
     state = adapter()
     save_adapter(tmp_path, state, info(lora_dropout=0.25, use_rslora=True), "b")
@@ -173,7 +226,6 @@ def test_loads_what_peft_saved(targets: Any, dtype: torch.dtype, tmp_path: Path)
 @pytest.mark.parametrize(
     ("setting", "changes"),
     [
-        ("use_dora", {"use_dora": True}),
         ("modules_to_save", {"modules_to_save": ["lm_head"]}),
         ("bias", {"bias": "lora_only"}),
         ("rank_pattern", {"rank_pattern": {"q_proj": 2}}),

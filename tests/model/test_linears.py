@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fttrain.model import linears
+from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.model.linears import DropoutKey, LayerState, LinearGroup
-from fttrain.model.lora import GroupMembers, LayerAdapters, LoraConfig
+from fttrain.model.lora import GroupMembers, LoraConfig
 from fttrain.model.tiles import through
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer, GroupShape
 
@@ -23,13 +24,19 @@ KEY = DropoutKey(seed=1, step=2, micro_batch=3)
 class Case:
     """One group with its frozen weights and adapters, all random, in fp32."""
 
-    def __init__(self, prologue: str, dropout: float = 0.0, targets: tuple[str, ...] = TARGETS):
+    def __init__(
+        self,
+        prologue: str,
+        dropout: float = 0.0,
+        targets: tuple[str, ...] = TARGETS,
+        dora: bool = False,
+    ):
         frozen_format = FrozenFormat([SHAPE], {"norm": (WIDTH,)}, tiny.PLAIN, torch.float32)
         flat = torch.zeros(frozen_format.layout.size_bytes, dtype=torch.uint8)
         torch.manual_seed(0)
         for view in frozen_format.layout.views(flat).values():
             view.normal_()
-        config = LoraConfig(r=R, lora_alpha=7, lora_dropout=dropout, target_modules=targets)
+        config = LoraConfig(R, 7, dropout, targets, use_dora=dora)
         self.layer = LayerAdapters(0, [MEMBERS], config, tiny.CPU, torch.float32)
         self.layer.flat.data.normal_()
         self.layer.bind_gradient(torch.zeros_like(self.layer.flat))
@@ -71,6 +78,10 @@ class Case:
             if a is not None:
                 b = masters[f"model.layers.0.{path}.lora_B"]
                 y = y + inputs * self.mask(member, inputs) @ a.t() @ b.t() * (7 / R)
+                m = masters.get(f"model.layers.0.{path}.lora_magnitude_vector")
+                if m is not None:
+                    whole = self.frozen.weight("qkv")[rows] + (7 / R) * b @ a
+                    y = (y - bias[rows]) * m / whole.norm(dim=1).detach() + bias[rows]
             parts.append(y)
         out = torch.cat(parts, dim=-1)
         out.backward(self.grad)
@@ -85,10 +96,7 @@ class Case:
 
 
 def _master_gradients(layer: LayerAdapters) -> dict[str, Tensor]:
-    return {
-        name: layer.grad.as_strided(m.shape, m.stride(), m.storage_offset()).clone()
-        for name, m in layer.named_masters()
-    }
+    return {name: grad.clone() for name, grad in layer.named(layer.grad)}
 
 
 def assert_equal_to_autograd(case: Case) -> None:
@@ -102,8 +110,9 @@ def assert_equal_to_autograd(case: Case) -> None:
 @pytest.mark.parametrize("prologue", ["none", "rmsnorm", "swiglu"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("recomputing", [False, True])
-def test_equals_autograd(prologue: str, dropout: float, recomputing: bool) -> None:
-    case = Case(prologue, dropout)
+@pytest.mark.parametrize("dora", [False, True])
+def test_equals_autograd(prologue: str, dropout: float, recomputing: bool, dora: bool) -> None:
+    case = Case(prologue, dropout, dora=dora)
     case.state.dropout = KEY if dropout else None
     case.state.recomputing = recomputing
     assert_equal_to_autograd(case)
@@ -111,10 +120,11 @@ def test_equals_autograd(prologue: str, dropout: float, recomputing: bool) -> No
 
 @pytest.mark.parametrize("prologue", ["none", "rmsnorm", "swiglu"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dora", [False, True])
 def test_a_group_whose_output_nobody_reads_has_the_same_gradients(
-    prologue: str, dropout: float
+    prologue: str, dropout: float, dora: bool
 ) -> None:
-    case = Case(prologue, dropout)
+    case = Case(prologue, dropout, dora=dora)
     case.state.dropout = KEY if dropout else None
     _, grad_x, grads = case.ours()
     unread = copy.copy(case)
@@ -125,6 +135,31 @@ def test_a_group_whose_output_nobody_reads_has_the_same_gradients(
     assert y.untyped_storage().nbytes() == 4
     assert torch.equal(grad_x, unread_grad_x)
     assert all(torch.equal(grads[n], unread_grads[n]) for n in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_magnitudes_start_as_the_norms_of_frozen_rows_and_change_no_bit(dtype: torch.dtype) -> None:
+    shape = GroupShape("qkv", WIDTH, (16, 8, 8))
+    members = GroupMembers(shape, MEMBERS.paths)
+    frozen_format = FrozenFormat([shape], {}, tiny.PLAIN, dtype)
+    flat = torch.zeros(frozen_format.layout.size_bytes, dtype=torch.uint8)
+    state, found = LayerState(), []
+    state.frozen = frozen = FrozenLayer(flat, frozen_format)
+    frozen.weight("qkv").normal_()
+    x = torch.randn(TOKENS, WIDTH, dtype=dtype)
+    for dora in (False, True):
+        config = LoraConfig(R, target_modules=TARGETS, use_dora=dora)
+        layer = LayerAdapters(0, [members], config, tiny.CPU, dtype)
+        layer.reset(0)
+        if dora:
+            layer.start_magnitudes(frozen)
+        group = LinearGroup(shape, 0, state, layer.groups["qkv"], "none")
+        with torch.no_grad():
+            found.append(through(x, group))
+    assert torch.equal(*found)
+    magnitudes = dict(layer.named_masters())["model.layers.0.a.v_proj.lora_magnitude_vector"]
+    rows = frozen.weight("qkv")[shape.rows[2]].float()
+    torch.testing.assert_close(magnitudes, rows.norm(dim=1))
 
 
 def test_gradients_of_several_micro_batches_add_up() -> None:

@@ -11,7 +11,8 @@ from peft import get_peft_model
 
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
-from fttrain.model.lora import GroupMembers, LayerAdapters, LoraConfig, target_indices
+from fttrain.model.layer_adapters import LayerAdapters
+from fttrain.model.lora import GroupMembers, LoraConfig, target_indices
 from fttrain.quant.frozen_layer import GroupShape
 
 GROUPS = (

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from fttrain.model.decoder import Architecture, Layer
-from fttrain.model.lora import LayerAdapters, LoraConfig
+from fttrain.model.layer_adapters import LayerAdapters
+from fttrain.model.lora import LoraConfig
 from fttrain.quant.frozen_layer import FrozenLayer
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule.activations import Keep, Policy, Recompute

@@ -1,6 +1,7 @@
 """Settings that do not go together, and what a plan derives from a recipe."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -80,9 +81,11 @@ def test_sizes_of_a_plan() -> None:
     assert plan.table_bytes == 2 * 300 * 64
 
 
-def test_host_memory_of_offloaded_activations_is_what_a_layer_leaves() -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_host_memory_of_offloaded_activations_is_what_a_layer_leaves(use_dora: bool) -> None:
     frozen, group = tiny_strategy.base(), tiny_strategy.this_group()
     recipe = tiny_strategy.variant(dtype="bfloat16", activations="offload")
+    recipe = replace(recipe, lora=replace(recipe.lora, use_dora=use_dora))
     plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, HostPool(group))
     strategy = tiny_strategy.build(recipe, tiny_strategy.base(dtype="bfloat16"))
     rows = plan.recipe.size.micro_batch_tokens

@@ -22,6 +22,7 @@ from fttrain.strategy.protocol import StepStats
 
 LORA = LoraConfig(r=4, lora_alpha=10)
 DROPOUT = replace(LORA, lora_dropout=0.2)
+DORA = replace(LORA, use_dora=True)
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.01, max_grad_norm=0.05)
 ROWS_PER_STEP = 8
 # (micro_batch_size, gradient_accumulation_steps) with ROWS_PER_STEP = their product * world_size
@@ -76,11 +77,12 @@ def assert_same_step(step: Step, expected: Step) -> None:
 
 
 @pytest.mark.parametrize("count", [8, 5], ids=["full step", "partial step"])
-def test_a_step_equals_peft_over_all_its_targets(count: int) -> None:
+@pytest.mark.parametrize("lora", [LORA, DORA], ids=["LoRA", "DoRA"])
+def test_a_step_equals_peft_over_all_its_targets(lora: LoraConfig, count: int) -> None:
     """Normalised by the valid tokens of the whole step: one mean over all documents' targets."""
-    stats, gradients = whole(count)
-    trained, source = strategy(), tiny.dequantised(tiny.model(), QuantConfig())
-    reference = tiny.with_peft(source, trained.decoder, LORA)
+    stats, gradients = measure(strategy(lora), micro_batches(count, (ROWS_PER_STEP, 1)))
+    trained, source = strategy(lora), tiny.dequantised(tiny.model(), QuantConfig())
+    reference = tiny.with_peft(source, trained.decoder, lora)
     documents = [document for row in rows(count) for document in row]
     targets = sum(label != IGNORE for _, labels in documents for label in labels[1:])
     loss = tiny.reference_loss(reference, documents) / targets
