@@ -19,6 +19,7 @@ from fttrain.model.families.family import Family
 from fttrain.model.head import Embedding, Head
 from fttrain.model.linears import LayerState, LinearGroup
 from fttrain.model.lora import GroupMembers, LayerAdapters, LoraConfig, OnHost
+from fttrain.model.projection import Projection
 from fttrain.quant.frozen_layer import FrozenFormat, GroupShape
 from fttrain.quant.scheme import QuantConfig
 
@@ -156,19 +157,18 @@ class Decoder:
         architecture: Architecture,
         embedding: Tensor | None,
         final_norm: Tensor,
-        head: Tensor | None,
+        head: Projection | None,
         lora: LoraConfig,
         *,
         layers: range | None = None,
-        head_streamed: bool = False,
         z_loss: float = 0.0,
         on_host: Sequence[OnHost] | None = None,
     ) -> None:
         """``final_norm`` (C,) lies on the device that computes, in the dtype that computes.
 
-        ``embedding`` and ``head`` (V, C) may be in host memory (``head_streamed``); ``layers``:
-        those of this stage, None for all; ``on_host``: where each layer's adapters are in host
-        memory, None: on the device; ``z_loss``: as ``Head``.
+        ``embedding`` (V, C) may be in host memory; ``layers``: those of this stage, None for all;
+        ``on_host``: where each layer's adapters are in host memory, None: on the device;
+        ``z_loss``: as ``Head``.
         """
         family = architecture.family
         self.device, self.dtype = final_norm.device, final_norm.dtype
@@ -179,7 +179,7 @@ class Decoder:
         self._head = (
             None
             if head is None
-            else Head(final_norm, head, architecture.eps, family.logit_scale, head_streamed, z_loss)
+            else Head(final_norm, head, architecture.eps, family.logit_scale, z_loss)
         )
         indices = layers or range(architecture.layers)
         self.layers = [

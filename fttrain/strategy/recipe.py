@@ -29,17 +29,19 @@ class Placement:
     activations: str | tuple[str, ...] = "recompute"
     boundaries: str = "device"  # the inputs of layers until their backward: device | host
     embedding: str = "device"  # the table: device | host
-    head: str = "resident"  # on the device: resident | streamed: brought for each use
+    # the output projection: resident (on the device) | streamed (in host memory, brought for each
+    # use) | nf4 (on the device in 4 bits, as quant says; NF4 where quant=none)
+    head: str = "resident"
 
     def __post_init__(self) -> None:
         for key, allowed in (
             ("boundaries", ("device", "host")),
             ("embedding", ("device", "host")),
-            ("head", ("resident", "streamed")),
+            ("head", ("resident", "streamed", "nf4")),
         ):
             value = getattr(self, key)
             if value not in allowed:
-                raise UserError(f"{key}={value}: {' or '.join(allowed)}")
+                raise UserError(f"{key}={value}: {', '.join(allowed[:-1])} or {allowed[-1]}")
         if not self.activations:
             raise UserError(f"activations is empty: {', '.join(POLICIES)}, or a list by layer")
         used = {policy for policy, _ in self._runs()}

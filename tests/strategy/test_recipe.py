@@ -38,7 +38,7 @@ def test_a_strategy_and_its_schedule(strategy: str, kind: str) -> None:
         ({"activations": "keep*2"}, r"activations=keep\*2: recompute, keep, offload"),
         ({"boundaries": "disk"}, "boundaries=disk: device or host"),
         ({"embedding": "streamed"}, "embedding=streamed: device or host"),
-        ({"head": "host"}, "head=host: resident or streamed"),
+        ({"head": "host"}, "head=host: resident, streamed or nf4"),
         (
             {"boundaries": "host", "activations": "keep"},
             "boundaries=host: activations=keep leaves none; layers with activations=recompute do",
