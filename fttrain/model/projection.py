@@ -115,11 +115,11 @@ class QuantisedTable:
         self._tiles = FrozenLayer(flat, frozen_format)
         self._rows: dict[str, slice] = {}  # of the table, by tile
         self.vocabulary, self._hidden = table.shape
-        self.dtype = frozen_format.dtype
+        self.dtype, self.quant = frozen_format.dtype, frozen_format.quant
         begin = 0
         for name, shape in frozen_format.groups.items():
             rows = slice(begin, begin + shape.shape[0])
-            weight = quantise(table[rows].to(device), frozen_format.quant, f"the head's {name}")
+            weight = quantise(table[rows].to(device), self.quant, f"the head's {name}")
             frozen_format.write_quantised(views, name, 0, weight)
             self._rows[name], begin = rows, rows.stop
 

@@ -97,26 +97,10 @@ class Case:
         )
 
 
-def reference(model: str, dtype: str, world_size: int, head: str = "resident") -> Case:
-    return Case(world_size, ends=("device", head), model=model, dtype=dtype)
+def reference(model: str, dtype: str, world_size: int) -> Case:
+    return Case(world_size, model=model, dtype=dtype)
 
 
-def expected_of(case: Case) -> Case:
-    """The case that it shares all results with: a pipeline computes as one rank does, and a head in
-    4 bits is a head of its own.
-    """
-    world_size = 1 if case.store == "pipeline" else case.world_size
-    head = "nf4" if case.ends[1] == "nf4" else "resident"
-    return reference(case.model, case.dtype, world_size, head)
-
-
-# Beside the pairs: a head in 4 bits under each strategy, whatever the embedding is.
-QUANTISED = [
-    Case(2, "shard", ("device", "nf4"), model="llama_tied"),
-    Case(2, "stream", ("host", "nf4"), model="llama_tied", group=1),
-    Case(2, "pipeline", ("host", "nf4"), model="llama_tied"),
-    Case(2, "pipeline", ("device", "nf4"), dtype="bfloat16"),
-]
 MODELS = list(itertools.product(FACTORS["model"], FACTORS["dtype"]))
 
 
@@ -167,11 +151,7 @@ def outcomes(wanted: list[Case]) -> list[dict[str, Any]]:
 def found_on(world_size: int) -> list[dict[Case, dict[str, Any]]]:
     """Of each rank, what it found in each case on as many ranks."""
     wanted = [reference(*model, world_size) for model in MODELS]
-    chosen = [case for case in cases() + QUANTISED if case.world_size == world_size]
-    wanted += [*chosen, *map(expected_of, chosen)]
-    if world_size == 1:  # what pipelines are compared with
-        wanted += map(expected_of, QUANTISED)
-    wanted = [case for case in dict.fromkeys(wanted) if case.world_size == world_size]
+    wanted += [case for case in cases() if case.world_size == world_size]
     ranks = [outcomes(wanted)] if world_size == 1 else run_ranks(outcomes, world_size, wanted)
     return [dict(zip(wanted, results, strict=True)) for results in ranks]
 
@@ -207,9 +187,11 @@ def test_every_case_gives_the_same_bits(world_size: int) -> None:
     ranks, differing = found_on(world_size), []
     for case in ranks[0]:
         found = [rank[case] for rank in ranks]
-        expected = found_on(expected_of(case).world_size)[0][expected_of(case)]
         if case.store == "pipeline":
+            expected = found_on(1)[0][reference(case.model, case.dtype, 1)]
             found = [whole(found)] + [{**expected, **_shared(result)} for result in found]
+        else:
+            expected = ranks[0][reference(case.model, case.dtype, world_size)]
         differing += [
             (case, key)
             for result in found
