@@ -60,7 +60,7 @@ class RunConfig:
     activations: str | tuple[str, ...]
     boundaries: str  # inputs of layers until their backward: device | host
     embedding: str  # the embedding table: device | host
-    head: str  # the output projection: resident (on the device) | streamed (from host memory)
+    head: str  # the output projection: resident | nf4 (on the device) | streamed (from the host)
     mlp_tile_tokens: int | str  # that pass a layer's MLP at once: a multiple of 1024 | all
     resume: str  # auto (the newest whole snapshot in output) | none | path of a snapshot
     output: str  # folder of the run

@@ -173,7 +173,7 @@ WRONG = {
     "strategy.slots=3": "strategy.resident_layers and strategy.slots belong to strategy=stream",
     "boundaries=disk": "boundaries=disk: device or host",
     "embedding=disk": "embedding=disk: device or host",
-    "head=host": "head=host: resident or streamed",
+    "head=host": "head=host: resident, streamed or nf4",
     "frozen.verify_every=-1": "frozen.verify_every=-1: 0 or more steps",
     "optim=lion": "optim=lion: no such option",
     "nonsense": "write key=value or group=option",

@@ -30,6 +30,7 @@ from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture, Decoder
 from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.model.lora import LoraConfig
+from fttrain.model.projection import Table
 from fttrain.quant.checksum import checksum
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.quant.scheme import QuantConfig
@@ -146,10 +147,11 @@ def build(
     """Our decoder over the weights of ``source``; adapters random, B not zero."""
     architecture, reader = Architecture(source.config), StateDict(source.state_dict())
     frozen_format = architecture.frozen_format(quant, dtype)
-    ends = load_ends(reader, architecture, device, dtype)
+    embedding, norm, head = load_ends(reader, architecture, device, dtype)
     flats = load_layers(reader, architecture, frozen_format, device)
     store = verified(ResidentStore(flats, frozen_format), flats)
-    decoder = Decoder(architecture, *ends, adapters(architecture, lora, dtype, device))
+    own = adapters(architecture, lora, dtype, device)
+    decoder = Decoder(architecture, embedding, norm, Table(head), own)
     randomise(decoder)
     return decoder, store
 

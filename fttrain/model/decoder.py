@@ -19,6 +19,7 @@ from fttrain.model.head import Embedding, Head
 from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.model.linears import LayerState, LinearGroup
 from fttrain.model.lora import GroupMembers
+from fttrain.model.projection import Projection
 from fttrain.model.tiles import through
 from fttrain.quant.frozen_layer import FrozenFormat, GroupShape
 from fttrain.quant.scheme import QuantConfig
@@ -157,17 +158,16 @@ class Decoder:
         architecture: Architecture,
         embedding: Tensor | None,
         final_norm: Tensor,
-        head: Tensor | None,
+        head: Projection | None,
         adapters: Iterable[LayerAdapters],
         *,
-        head_streamed: bool = False,
         z_loss: float = 0.0,
         mlp_tile_tokens: int = 0,
     ) -> None:
         """``final_norm`` (C,) lies on the device that computes, in the dtype that computes.
 
-        ``embedding`` and ``head`` (V, C) may be in host memory (``head_streamed``); ``adapters``:
-        of each layer of this stage; ``z_loss``: as ``Head``; ``mlp_tile_tokens``: as ``Layer``.
+        ``embedding`` (V, C) may be in host memory; ``adapters``: of each layer of this stage;
+        ``z_loss``: as ``Head``; ``mlp_tile_tokens``: as ``Layer``.
         """
         family = architecture.family
         self.device, self.dtype = final_norm.device, final_norm.dtype
@@ -178,7 +178,7 @@ class Decoder:
         self._head = (
             None
             if head is None
-            else Head(final_norm, head, architecture.eps, family.logit_scale, head_streamed, z_loss)
+            else Head(final_norm, head, architecture.eps, family.logit_scale, z_loss)
         )
         self.layers = [Layer(architecture, own, mlp_tile_tokens) for own in adapters]
         self._rotary = family.rotary_class(architecture.config).to(self.device)

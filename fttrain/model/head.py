@@ -7,18 +7,16 @@ never reach the head.
 Legend: N tokens, M tokens that have a target, C hidden width, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from fttrain.data.batch import ROW_MULTIPLE
 from fttrain.model.functions import rms_norm, rms_norm_backward
+from fttrain.model.projection import Projection
 from fttrain.store import Traffic
-from fttrain.store.lane import copy, copy_lane
 from fttrain.units import round_up
 
 CHUNK_BYTES = (
@@ -48,61 +46,43 @@ class Embedding:
 
 
 class Head:
-    """Final norm and output projection.
-
-    A ``streamed`` projection stays in host memory and comes to the device for the length of
-    ``brought()``, once for all micro-batches that use it together.
-    """
+    """Final norm and output projection."""
 
     def __init__(
         self,
         norm: Tensor,
-        weight: Tensor,
+        projection: Projection,
         eps: float,
         logit_scale: float = 1.0,
-        streamed: bool = False,
         z_loss: float = 0.0,
     ) -> None:
         self.norm = norm  # (C,)
-        self.weight = weight  # (V, C); the embedding's tensor where they are tied
+        self.projection = projection
         self.eps = eps
         self.logit_scale = logit_scale
-        self.streamed = streamed
         # Weight of each token's squared log-sum-exp in what is minimised, which keeps logits from
         # drifting (Chowdhery et al. 2022). Losses are given without it.
         self.z_loss = z_loss
-        self._lane = copy_lane(norm.device, timed=True) if streamed else None
-        self._h2d_bytes = 0
         # One chunk's logits (m, V) in the compute dtype and probabilities fp32 (m, V). They are the
         # largest tensors of a step: making them anew each time pages in and scatters memory.
         self._scratch: tuple[Tensor, Tensor] | None = None
 
-    @contextmanager
-    def brought(self) -> Iterator[None]:
-        """Have the projection on the device. ``loss`` and ``logits`` are only called inside."""
-        if self._lane is None:
-            yield
-            return
-        on_host = self.weight
-        self.weight = torch.empty_like(on_host, device=self.norm.device)
-        # The compute has nothing else to do meanwhile: the lane is there to time the wait.
-        self._lane.run(partial(copy, self.weight, on_host)).wait()
-        self._h2d_bytes += on_host.numel() * on_host.element_size()
-        try:
-            yield
-        finally:
-            self.weight = on_host
+    def brought(self) -> AbstractContextManager[None]:
+        """Have the projection on the device, once for all micro-batches that use it together.
+        ``loss`` and ``logits`` are only called inside.
+        """
+        return self.projection.brought()
 
     def take_traffic(self) -> Traffic:
         """Of a streamed projection, since the last call."""
-        if self._lane is None:
-            return Traffic()
-        moved, self._h2d_bytes = self._h2d_bytes, 0
-        return Traffic(h2d_bytes=moved, wait_s=self._lane.take_wait_s())
+        return self.projection.take_traffic()
 
+    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, C) -> (N, V) in the compute dtype: for a few tokens, in generation."""
-        return rms_norm(hidden, self.norm, self.eps) @ self.weight.t() * self.logit_scale
+        logits = hidden.new_empty(len(hidden), self.projection.vocabulary)
+        self.projection.project(rms_norm(hidden, self.norm, self.eps), logits)
+        return logits * self.logit_scale
 
     def loss(self, hidden: Tensor, targets: Tensor, trained: Tensor) -> Tensor:
         """Sum of -log p(target) over the tokens that have one, fp64 scalar. ``hidden`` (N, C),
@@ -122,7 +102,10 @@ class Head:
     ) -> tuple[Tensor, Tensor]:
         grad = torch.zeros_like(hidden) if want_gradient else hidden
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        for tokens in trained.split(_chunk_rows(len(self.weight), self.weight.dtype)):
+        form = self.projection
+        rows = chunk_rows(form.vocabulary, form.dtype, len(hidden), form.chunk_factor)
+        self._make_room(rows)
+        for tokens in trained.split(rows):
             x = hidden[tokens]
             normed = rms_norm(x, self.norm, self.eps)
             loss, grad_normed = self._chunk(normed, targets[tokens], want_gradient)
@@ -136,10 +119,12 @@ class Head:
     ) -> tuple[Tensor, Tensor | None]:
         """One chunk (m, C): sum of its losses, and the gradient of ``normed``."""
         logits, probabilities = self._buffers(len(targets))
-        torch.mm(_padded(normed, len(logits)), self.weight.t(), out=logits)
+        self.projection.project(_padded(normed, len(logits)), logits)
         if self.logit_scale != 1.0:
             logits *= self.logit_scale
-        torch.softmax(logits, dim=-1, dtype=torch.float32, out=probabilities)
+        pieces = logits.split(ROW_MULTIPLE), probabilities.split(ROW_MULTIPLE)
+        for some, into in zip(*pieces, strict=True):  # softmax copies all it is given to fp32
+            torch.softmax(some, dim=-1, dtype=torch.float32, out=into)
         rows = torch.arange(len(targets), device=targets.device)
         # A target less likely than fp32 can say counts as 87 nats; its gradient is exact anyway.
         likelihood = probabilities[rows, targets].clamp_min_(torch.finfo(torch.float32).tiny)
@@ -154,33 +139,40 @@ class Head:
         probabilities[rows, targets] -= 1
         if self.logit_scale != 1.0:
             probabilities *= self.logit_scale
-        return loss, (logits.copy_(probabilities) @ self.weight)[: len(targets)]
+        return loss, self.projection.project_back(logits.copy_(probabilities))[: len(targets)]
 
     def _buffers(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Scratch tensors of ``rows`` rows, rounded up."""
+        """The scratch tensors for ``rows`` tokens, rounded up."""
+        assert self._scratch is not None
         rows = round_up(rows, ROW_MULTIPLE)
-        if self._scratch is None or len(self._scratch[0]) < rows:
-            logits = self.weight.new_empty(
-                max(rows, _chunk_rows(len(self.weight), self.weight.dtype)), self.weight.shape[0]
-            )
-            self._scratch = logits, torch.empty_like(logits, dtype=torch.float32)
         return self._scratch[0][:rows], self._scratch[1][:rows]
 
-
-def chunk_bytes(vocabulary: int, dtype: torch.dtype) -> int:
-    """What logits and probabilities of one chunk take on the device."""
-    return _chunk_rows(vocabulary, dtype) * _row_bytes(vocabulary, dtype)
-
-
-def _chunk_rows(vocabulary: int, dtype: torch.dtype) -> int:
-    """Tokens of a chunk, a multiple of ROW_MULTIPLE."""
-    rows = CHUNK_BYTES // _row_bytes(vocabulary, dtype)
-    return round_up(rows + 1 - ROW_MULTIPLE, ROW_MULTIPLE) or ROW_MULTIPLE
+    def _make_room(self, rows: int) -> None:
+        """Have scratch tensors of ``rows`` rows at least."""
+        if self._scratch is not None and len(self._scratch[0]) >= rows:
+            return
+        self._scratch = None  # gone before larger ones are made
+        shape, device = (rows, self.projection.vocabulary), self.norm.device
+        logits = torch.empty(shape, dtype=self.projection.dtype, device=device)
+        self._scratch = logits, torch.empty(shape, dtype=torch.float32, device=device)
 
 
-def _row_bytes(vocabulary: int, dtype: torch.dtype) -> int:
-    """Of one token: logits in ``dtype`` and fp32 probabilities."""
-    return vocabulary * (dtype.itemsize + 4)
+def chunk_rows(vocabulary: int, dtype: torch.dtype, tokens: int, factor: int = 1) -> int:
+    """Tokens of a chunk, a multiple of ROW_MULTIPLE: CHUNK_BYTES times ``factor`` of logits, and no
+    more than a micro-batch of ``tokens`` can fill.
+    """
+    rows = factor * CHUNK_BYTES // (vocabulary * (dtype.itemsize + 4))
+    rows = min(rows // ROW_MULTIPLE * ROW_MULTIPLE, round_up(tokens, ROW_MULTIPLE))
+    return max(rows, ROW_MULTIPLE)
+
+
+def chunk_bytes(vocabulary: int, dtype: torch.dtype, rows: int, projecting_bytes: int = 0) -> int:
+    """What a chunk of ``rows`` tokens takes on the device: logits and fp32 probabilities; beside
+    them softmax's fp32 copy of ROW_MULTIPLE rows or, at another time, ``projecting_bytes``.
+    """
+    copied_bytes = 0 if dtype == torch.float32 else 4 * vocabulary * ROW_MULTIPLE
+    logits_bytes = vocabulary * rows * (dtype.itemsize + 4)
+    return logits_bytes + max(copied_bytes, projecting_bytes)
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

@@ -50,7 +50,8 @@ def balance(
             raise UserError(
                 f"strategy=pipeline: stage {stage} would need {gib(needed)} for {count} of "
                 f"{layers} layers, {gib(max(0, free_bytes[stage]))} are free there; "
-                "embedding=host, boundaries=host, optim.offload=true or strategy=stream help"
+                "embedding=host, head=nf4, boundaries=host, optim.offload=true or strategy=stream "
+                "help"
             )
     ends = [sum(counts[: stage + 1]) for stage in range(stages)]
     return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]

@@ -1,4 +1,4 @@
-"""The parts that strategies share: where ends, activations and boundaries are put.
+"""The parts that strategies share: layers and ends, and what is kept for backward.
 
 First ``book`` says what they need of device and host; once all has been compared with what there
 is, the frozen base is opened and the parts are made.
@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fttrain.data.batch import ROW_MULTIPLE
 from fttrain.model.decoder import Decoder
-from fttrain.model.head import chunk_bytes
 from fttrain.model.lora import target_indices
 from fttrain.schedule.activations import Keep, Offload, Policies, Policy, Recompute
 from fttrain.store import FrozenBase, Store
@@ -21,15 +19,14 @@ from fttrain.store.activations import ALIGN_BYTES, UNDER_WAY, HostActivations
 from fttrain.store.boundary import Boundaries, DeviceBoundaries, HostBoundaries, boundary_bytes
 from fttrain.store.verify import VerifiedStore
 from fttrain.strategy import trained
+from fttrain.strategy.ends import book_ends, load_ends
 from fttrain.strategy.recipe import Plan
 from fttrain.units import round_up
 
 # What the books call each part.
 SLOTS, WEIGHTS = "layers in use", "dequantised weights"
-EMBEDDING, HEAD, LOGITS = "embedding", "head", "logits"
 SAVED, MOVING = "activations", "activations on their way"
 BOUNDARIES, ACTIVATIONS = "boundaries", "activations on the host"
-LOADING = "a table being loaded"
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Share:
 def book(plan: Plan, share: Share, micro_batches: int) -> None:
     """Memory of what every strategy has. ``micro_batches``: kept for backward at once."""
     _book_saved(plan, share, micro_batches)
-    _book_ends(plan, share)
+    book_ends(plan, share.has_embedding, share.has_head)
     plan.pool.book_device(WEIGHTS, dequantised_bytes(plan))
     trained.book(plan, len(share.layers))
 
@@ -59,28 +56,6 @@ def _book_saved(plan: Plan, share: Share, micro_batches: int) -> None:
     if "recompute" in used and plan.recipe.placement.boundaries == "host":
         shape = _boundary_shape(plan, share, micro_batches)
         pool.book(BOUNDARIES, boundary_bytes(shape, plan.dtype))
-
-
-def _book_ends(plan: Plan, share: Share) -> None:
-    """Embedding and head; tied and in one place, the head is the embedding's table."""
-    pool, placement = plan.pool, plan.recipe.placement
-    if placement.embedding == "host":
-        pool.book(EMBEDDING, plan.table_bytes, shared=True)
-    elif share.has_embedding:
-        pool.book_device(EMBEDDING, plan.table_bytes)
-    alike = (placement.embedding == "host") == (placement.head == "streamed")
-    is_embedding = plan.architecture.tied and alike
-    if placement.head == "streamed" and not is_embedding:
-        pool.book(HEAD, plan.table_bytes, shared=True)
-    elif share.has_head and not (is_embedding and share.has_embedding):
-        pool.book_device(HEAD, plan.table_bytes)
-    if share.has_head:
-        brought = plan.table_bytes if placement.head == "streamed" else 0
-        vocabulary = plan.architecture.config.vocab_size
-        pool.book_device(LOGITS, brought + chunk_bytes(vocabulary, plan.dtype))
-    on_cpu = plan.group.device.type == "cpu"
-    if not on_cpu and (placement.embedding == "device" or placement.head == "resident"):
-        pool.book(LOADING, plan.table_bytes)
 
 
 def dequantised_bytes(plan: Plan) -> int:
@@ -157,48 +132,19 @@ def _boundary_shape(plan: Plan, share: Share, micro_batches: int) -> tuple[int, 
 
 
 def decoder(plan: Plan, base: FrozenBase, share: Share) -> Decoder:
-    """This rank's layers, and its ends where the placement says; adapters at their start."""
-    placement = plan.recipe.placement
-    embedding = head = None
-    if share.has_embedding or placement.embedding == "host":  # reading a shared one takes all
-        embedding = _table(plan, base, EMBEDDING, on_host=placement.embedding == "host")
-    if share.has_head or placement.head == "streamed":
-        # A shared table is made by all ranks together: each must come to the same answer.
-        tied_here = base.tied and embedding is not None
-        alike = (placement.embedding == "host") == (placement.head == "streamed")
-        streamed = placement.head == "streamed"
-        head = embedding if tied_here and alike else _table(plan, base, HEAD, on_host=streamed)
+    """This rank's layers and ends; adapters at their start."""
+    embedding, head = load_ends(plan, base, share.has_embedding, share.has_head)
     norm = torch.empty(plan.architecture.hidden, dtype=plan.dtype)
     base.read_end("final_norm", norm)
     return Decoder(
         plan.architecture,
-        embedding if share.has_embedding else None,
+        embedding,
         norm.to(plan.group.device),
-        head if share.has_head else None,
+        head,
         trained.adapters(plan, share.layers),
-        head_streamed=placement.head == "streamed",
         z_loss=plan.recipe.z_loss,
-        mlp_tile_tokens=placement.tile_tokens,
+        mlp_tile_tokens=plan.recipe.placement.tile_tokens,
     )
-
-
-def _table(plan: Plan, base: FrozenBase, name: str, on_host: bool) -> Tensor:
-    """Embedding or head (V, C): on the device, or in the machine's one host copy, which rank 0
-    fills.
-    """
-    shape = (plan.architecture.config.vocab_size, plan.architecture.hidden)
-    if not on_host:
-        if plan.group.device.type == "cpu":
-            table = torch.empty(shape, dtype=plan.dtype)
-        else:
-            table = plan.pool.allocate(LOADING).view(plan.dtype).view(shape)
-        base.read_end(name, table)
-        return table.to(plan.group.device)
-    table = plan.pool.allocate(name).view(plan.dtype).view(shape)
-    if plan.group.is_main:
-        base.read_end(name, table)
-    plan.group.barrier()
-    return table
 
 
 def verified(plan: Plan, base: FrozenBase, store: Store, layers: Sequence[int]) -> VerifiedStore:

@@ -30,7 +30,9 @@ class Placement:
     activations: str | tuple[str, ...] = "recompute"
     boundaries: str = "device"  # the inputs of layers until their backward: device | host
     embedding: str = "device"  # the table: device | host
-    head: str = "resident"  # on the device: resident | streamed: brought for each use
+    # the output projection: resident (on the device) | streamed (in host memory, brought for each
+    # use) | nf4 (on the device in 4 bits, as quant says; NF4 where quant=none)
+    head: str = "resident"
     # Tokens of a micro-batch that pass a layer's MLP at once: a multiple of MASK_TOKENS | all
     mlp_tile_tokens: int | str = 4096
 
@@ -38,11 +40,11 @@ class Placement:
         for key, allowed in (
             ("boundaries", ("device", "host")),
             ("embedding", ("device", "host")),
-            ("head", ("resident", "streamed")),
+            ("head", ("resident", "streamed", "nf4")),
         ):
             value = getattr(self, key)
             if value not in allowed:
-                raise UserError(f"{key}={value}: {' or '.join(allowed)}")
+                raise UserError(f"{key}={value}: {', '.join(allowed[:-1])} or {allowed[-1]}")
         tile = self.mlp_tile_tokens
         if tile != "all" and (isinstance(tile, str) or tile < 1 or tile % MASK_TOKENS):
             raise UserError(

@@ -11,16 +11,16 @@ from fttrain.errors import UserError, first_line
 from fttrain.rig.probe import peak_host_bytes
 from fttrain.store.filling import LAYERS
 from fttrain.store.hostpool import Booking, largest
-from fttrain.strategy import parts, trained
+from fttrain.strategy import ends, parts, trained
 from fttrain.units import GIB
 
 KNOBS = {  # part on the device -> what makes it smaller
     LAYERS: "strategy=shard, stream or pipeline, or a smaller strategy.resident_layers",
     parts.SAVED: "activations=recompute with boundaries=host, or a smaller schedule.group",
     parts.MOVING: "a smaller data.seq_len or loop.micro_batch_size",
-    parts.EMBEDDING: "embedding=host",
-    parts.HEAD: "head=streamed",
-    parts.LOGITS: "head=resident",
+    ends.EMBEDDING: "embedding=host",
+    ends.HEAD: "head=nf4 or head=streamed",
+    ends.BROUGHT: "head=nf4",
     trained.ADAPTERS: "optim.offload=true, optim.shard=true, optim=adamw8bit or a smaller lora.r",
     parts.WEIGHTS: "quant.dequant=tile",
     parts.SLOTS: "strategy.slots=2",

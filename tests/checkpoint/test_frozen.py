@@ -22,6 +22,7 @@ from fttrain.data.batch import collate
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture, Decoder
 from fttrain.model.lora import LoraConfig
+from fttrain.model.projection import Table
 from fttrain.quant.frozen_layer import FrozenLayer
 from fttrain.quant.scheme import QuantConfig
 from fttrain.store.resident import ResidentStore
@@ -73,9 +74,9 @@ def test_a_prequantised_checkpoint_has_transformers_logits(tmp_path: Path) -> No
     architecture = Architecture(load_config(source))
     frozen_format = architecture.frozen_format(quant, torch.float32)
     reader = SafetensorsReader(tmp_path)
-    ends = tiny.load_ends(reader, architecture, tiny.CPU, torch.float32)
+    embedding, norm, head = tiny.load_ends(reader, architecture, tiny.CPU, torch.float32)
     flats = tiny.load_layers(reader, architecture, frozen_format, tiny.CPU)
-    decoder = Decoder(architecture, *ends, tiny.adapters(architecture, LORA))
+    decoder = Decoder(architecture, embedding, norm, Table(head), tiny.adapters(architecture, LORA))
     document = tiny.documents((23,))
     ours = tiny.logits(decoder, ResidentStore(flats, frozen_format), collate(document, 0))
     with torch.no_grad():
@@ -274,9 +275,9 @@ def test_gguf_and_safetensors_make_the_same_base(tmp_path: Path) -> None:
     reader = open_checkpoint(Source(tmp_path, file.name), source.config)
     architecture = Architecture(source.config)
     frozen_format = architecture.frozen_format(tiny.PLAIN, torch.float32)
-    ends = tiny.load_ends(reader, architecture, tiny.CPU, torch.float32)
+    embedding, norm, head = tiny.load_ends(reader, architecture, tiny.CPU, torch.float32)
     flats = tiny.load_layers(reader, architecture, frozen_format, tiny.CPU)
-    decoder = Decoder(architecture, *ends, tiny.adapters(architecture, LORA))
+    decoder = Decoder(architecture, embedding, norm, Table(head), tiny.adapters(architecture, LORA))
     reference = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=file.name, dtype=torch.float32
     )

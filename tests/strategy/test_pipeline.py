@@ -9,9 +9,12 @@ import tiny_strategy
 import torch
 
 from fttrain.dist import Group
+from fttrain.errors import UserError
 from fttrain.model import head as head_module
 from fttrain.model.head import Head
-from fttrain.quant.frozen_layer import FrozenLayer
+from fttrain.model.projection import Projection, QuantisedTable, Table, tiled_format
+from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer
+from fttrain.quant.scheme import QuantConfig
 from fttrain.store.hostpool import HostPool
 from fttrain.strategy.pipeline import fixed_bytes
 from fttrain.strategy.recipe import Plan
@@ -20,8 +23,11 @@ STAGES = 3
 TABLE_BYTES = 300 * 64 * 4
 
 
-def fixed(stage: int, quant: Any = tiny_strategy.RECIPE.quant, **placement: str) -> int:
-    frozen, group = tiny_strategy.base(quant=quant), Group(stage, STAGES, stage, tiny.CPU)
+def fixed(
+    stage: int, quant: Any = tiny_strategy.RECIPE.quant, hidden: int = 64, **placement: str
+) -> int:
+    frozen = tiny_strategy.base(quant=quant, hidden_size=hidden)
+    group = Group(stage, STAGES, stage, tiny.CPU)
     recipe = replace(tiny_strategy.variant("pipeline", **placement), quant=quant)
     plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, HostPool(group))
     return fixed_bytes(plan)
@@ -50,14 +56,39 @@ def test_the_first_stage_has_the_embedding() -> None:
     assert fixed(0, embedding="host") == fixed(1)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 10**6])
-@pytest.mark.parametrize("placement", ["resident", "streamed"])
+def quantised_bytes(form: FrozenFormat) -> int:
+    """Of 300 x 64 values: codes, scales of 64 codes in 8 bits, their own scales and offset, each
+    from a multiple of 256 on, and all of it one of lcm(1..8) x 256.
+    """
+    starts = [slot.offset_bytes for slot in form.layout.slots.values()]
+    assert starts == [0, 9728, 10240, 10496]
+    return 215040
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 80000, 10**6])
+@pytest.mark.parametrize("form", ["resident", "streamed", "nf4"])
 def test_the_last_stage_has_the_head_and_a_chunk_of_logits(
-    placement: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+    form: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head_module, "CHUNK_BYTES", chunk_bytes)
-    head = Head(torch.ones(64), torch.zeros(300, 64), 1e-6)
-    head.loss(torch.zeros(1, 64), torch.tensor([3]), torch.tensor([0]))
+    table: Projection = Table(torch.zeros(300, 64))
+    head_bytes, beside = TABLE_BYTES, 0
+    if form == "nf4":
+        tiles = tiled_format(300, 64, QuantConfig(), torch.float32)
+        table = QuantisedTable(torch.zeros(300, 64), tiles, tiny.CPU)
+        head_bytes = quantised_bytes(tiles)
+    head = Head(torch.ones(64), table, 1e-6)
+    head.loss(torch.zeros(66, 64), torch.tensor([3] * 66), torch.arange(66))
     assert head._scratch is not None
     chunk = sum(tensor.nbytes for tensor in head._scratch)
-    assert fixed(STAGES - 1, head=placement) - fixed(1) == TABLE_BYTES + chunk
+    if form == "nf4":  # the one tile, its scales, the gradient and what is added to it
+        beside = TABLE_BYTES + 4 * 300 + 2 * 4 * 64 * len(head._scratch[0])
+    assert fixed(STAGES - 1, head=form) - fixed(1) == head_bytes + chunk + beside
+
+
+def test_a_head_that_cannot_be_quantised_is_refused_on_every_rank() -> None:
+    message = "head=nf4: rows of 96 values are not a multiple of quant.blocksize=64; a smaller bl"
+    for stage in range(STAGES):
+        with pytest.raises(UserError, match=message):
+            fixed(stage, tiny.PLAIN, hidden=96, head="nf4")
+    assert fixed(0, replace(tiny.PLAIN, blocksize=32), hidden=96, head="nf4")

@@ -47,7 +47,7 @@ def test_a_pipeline_has_nothing_to_shard() -> None:
         ({"activations": "keep*2"}, r"activations=keep\*2: recompute, keep, offload"),
         ({"boundaries": "disk"}, "boundaries=disk: device or host"),
         ({"embedding": "streamed"}, "embedding=streamed: device or host"),
-        ({"head": "host"}, "head=host: resident or streamed"),
+        ({"head": "host"}, "head=host: resident, streamed or nf4"),
         (
             {"boundaries": "host", "activations": "keep"},
             "boundaries=host: activations=keep leaves none; layers with activations=recompute do",
