@@ -77,7 +77,8 @@ def _draw_memory(
         for name, (label, style) in lines.items():
             if name in names:
                 values = [ranks[rank][name] / GIB for _, ranks in samples]
-                axes.plot(steps, values, style, color=f"C{rank}", label=f"rank {rank}: {label}")
+                text = f"rank {rank}: {label}"
+                axes.plot(steps, values, style, marker=".", color=f"C{rank}", label=text)
 
 
 def _panels(*labels: str) -> tuple[Any, list[Any]]:
