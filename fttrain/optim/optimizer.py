@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fttrain.errors import UserError
 from fttrain.optim.config import OptimConfig
+from fttrain.optim.cpu_adam import CpuAdam
 
 HALVES = ("a", "b")  # all A's of a layer, then all B's
 BLOCK_VALUES = 256  # of 8-bit moments that share a scale
@@ -19,7 +20,7 @@ CONSTANTS = ("qmap1", "qmap2")
 
 def moment_bytes(config: OptimConfig, values: int) -> int:
     """What the optimizer keeps for so many values beside them and their gradients."""
-    if config.kind == "adamw":
+    if config.kind in ("adamw", "deepspeed_cpu_adam"):
         return 8 * values
     blocks = -(-values // BLOCK_VALUES)
     return (1 if config.kind == "lion8bit" else 2) * (values + 4 * blocks)
@@ -28,8 +29,8 @@ def moment_bytes(config: OptimConfig, values: int) -> int:
 class Optimizer:
     """One flat fp32 parameter a layer, updated in place from its ``grad``.
 
-    adamw is torch's fused AdamW (Loshchilov and Hutter 2019), the others are bitsandbytes'
-    (Dettmers et al. 2022; Lion: Chen et al. 2023).
+    adamw is torch's fused AdamW (Loshchilov and Hutter 2019), deepspeed_cpu_adam DeepSpeed's (see
+    ``cpu_adam``), the others are bitsandbytes' (Dettmers et al. 2022; Lion: Chen et al. 2023).
     """
 
     def __init__(
@@ -136,6 +137,8 @@ def _make(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opti
         return Lion8bit(groups, **settings)
     if config.kind == "adamw":
         return torch.optim.AdamW(groups, eps=config.eps, fused=True, **settings)
+    if config.kind == "deepspeed_cpu_adam":
+        return CpuAdam(groups, eps=config.eps, **settings)
     kind = PagedAdamW8bit if config.kind == "paged_adamw8bit" else AdamW8bit
     return kind(groups, eps=config.eps, **settings)
 
@@ -147,6 +150,8 @@ def _blank(optimizer: torch.optim.Optimizer, half: nn.Parameter, group: int) -> 
         # The fused kernel wants the step count on the parameter's device, too.
         state["step"] = torch.zeros((), dtype=torch.float32, device=half.device)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(half), torch.zeros_like(half)
+    elif isinstance(optimizer, CpuAdam):
+        optimizer.init_state(half)
     else:
         optimizer.init_state(optimizer.param_groups[group], half, group, 0)  # type: ignore[attr-defined]
     return {key: value for key, value in state.items() if key not in CONSTANTS}
