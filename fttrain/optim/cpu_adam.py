@@ -4,17 +4,19 @@ DeepSpeed is optional and imported here alone, once its kernel is asked for: the
 seconds, and the first use on a machine compiles the kernel, which takes a minute or two.
 """
 
+import fcntl
 import functools
 import importlib
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import cpp_extension
 
 from fttrain.dist import rank_from_environment
 from fttrain.errors import UserError, first_line
@@ -25,7 +27,8 @@ class CpuAdam(torch.optim.Optimizer):
 
     DeepSpeed's own class asks the processor for its name each time one is made (a second or more,
     and there is one for each layer), so its kernel is called here without it. The kernel holds
-    Python's lock while it works.
+    Python's lock while it works: beside an update nothing else of this process goes on that needs
+    Python, whereas torch's AdamW lets it go.
     """
 
     # Names of the kernel's instances in this process. DeepSpeed's own classes count up from 0.
@@ -82,24 +85,52 @@ class CpuAdam(torch.optim.Optimizer):
 @functools.cache
 def _kernel() -> Any:
     """DeepSpeed's extension module, compiled if this machine has not done it yet."""
-    # What is found on the PATH: ninja lies beside the interpreter, also where nobody activated its
-    # environment. The accelerator: DeepSpeed looks for one and warns where it finds none.
     if rank_from_environment()[2] == 0:  # a compiler says nothing for a minute
         print("DeepSpeed's kernel: its first use on a machine compiles it", flush=True)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    with _environment(PATH=path, DS_ACCELERATOR=os.environ.get("DS_ACCELERATOR", "cpu")):
-        try:
+    variables = {
+        # ninja lies beside the interpreter, also where nobody activated its environment.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        # DeepSpeed looks for one, and warns where it finds none.
+        "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"),
+        "TORCH_EXTENSIONS_DIR": str(build_folder()),
+    }
+    try:
+        with _alone(build_folder()), _environment(variables):
             return importlib.import_module("deepspeed.ops.op_builder.cpu").CPUAdamBuilder().load()
-        except Exception as error:  # of DeepSpeed, of torch's extensions, of the compiler
-            raise UserError(
-                f"optim.kind=deepspeed_cpu_adam: DeepSpeed's kernel could not be made "
-                f"({first_line(error)}); it needs a C++ compiler and ninja, which "
-                "optim=adamw with optim.offload=true does not"
-            ) from error
+    except Exception as error:  # of DeepSpeed, of torch's extensions, of the compiler
+        raise UserError(
+            f"optim.kind=deepspeed_cpu_adam: DeepSpeed's kernel could not be made "
+            f"({first_line(error)}); it needs a C++ compiler and ninja, which "
+            "optim=adamw with optim.offload=true does not"
+        ) from error
+
+
+def build_folder() -> Path:
+    """Where the kernel is compiled: among torch's extensions, but nobody else's, and of this Python
+    and torch alone.
+    """
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    return Path(root) / f"fttrain-{python}-torch{torch.__version__}"
 
 
 @contextmanager
-def _environment(**variables: str) -> Iterator[None]:
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time, in ``folder``, for the length of the block.
+
+    torch's own lock is a file that stays where a compiler was killed, and the next process would
+    wait for ever. Who holds this one, which the system drops with its process, may take it away.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "fttrain.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for left in folder.glob("*/lock"):
+            left.unlink()
+        yield
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     """``variables`` set, for the length of the block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
