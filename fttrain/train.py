@@ -36,13 +36,15 @@ from fttrain.evaluation import Evaluation
 from fttrain.loop import StopSignals
 from fttrain.optim.config import learning_rate
 from fttrain.peers import uncut
-from fttrain.rig.probe import peak_device_bytes, peak_host_bytes, set_up_rank
+from fttrain.rig.memory import peak_device_bytes
+from fttrain.rig.probe import peak_host_bytes, set_up_rank
 from fttrain.run import (
     Run,
     adapter_info,
     build,
     describe,
     resume,
+    sample_memory,
     save,
     tell_memory,
     wanted_snapshot,
@@ -100,7 +102,7 @@ def _start(run: Run) -> None:
 def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
     """The steps that are left. True when a signal ended them early, on the same step everywhere."""
     every, eval_every = run.config.checkpoint.every, run.config.loop.eval_every
-    first = run.step
+    memory_every, first = run.config.track.memory_every, run.step
     while run.step < run.total_steps:
         started = time.perf_counter()
         lr = learning_rate(run.config.optim, run.step, run.total_steps)
@@ -112,6 +114,8 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
             tell_memory(run)
         if run.step % run.config.loop.log_every == 0 or run.step == run.total_steps:
             trackers.log(run.step, _metrics(run, stats, lr, time.perf_counter() - started))
+        if memory_every and (run.step % memory_every == 0 or run.step == run.total_steps):
+            trackers.log_memory(run.step, sample_memory(run))
         if eval_every and run.step % eval_every == 0 and run.step < run.total_steps:
             nll = evaluation.held_out_loss(run.strategy, _holdout(run))["nll"]
             run.figures.history.append({"step": run.step, "nll": nll})

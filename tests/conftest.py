@@ -1,8 +1,10 @@
 """Shared by all tests."""
 
 import atexit
+import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 
 # Before torch is imported, here and in every process a test starts: on tensors this small a second
@@ -12,19 +14,33 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Caches of the tests, not of the user: nothing that an earlier run left makes a test pass.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fttrain-tests-")
 
+# But for DeepSpeed's kernel, which takes a minute or two to compile: it stays with the environment.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
+
 import pytest
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``cuda`` are skipped, with the reason, where there is no CUDA device."""
-    marked = [item for item in items if item.get_closest_marker("cuda")]
-    if not marked:
-        return
+def missing_for_cuda() -> str:
     import torch
 
-    if torch.cuda.is_available():
-        return
-    for item in marked:
-        item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+    return "" if torch.cuda.is_available() else "no CUDA device on this machine"
+
+
+def missing_for_deepspeed() -> str:
+    if importlib.util.find_spec("deepspeed") is None:
+        return "DeepSpeed is not installed: make setup does it"
+    return "" if shutil.which(os.environ.get("CXX", "c++")) else "no C++ compiler on this machine"
+
+
+MISSING = {"cuda": missing_for_cuda, "deepspeed": missing_for_deepspeed}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked with what they need are skipped, with the reason, where it is missing."""
+    for mark, missing in MISSING.items():
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        if marked and (reason := missing()):
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -22,7 +22,12 @@ NEEDS = {  # options that ask for a path of the user's
     ("data", "hub"): ["data.path=org/name"],
     ("schedule", "one_f_one_b"): ["strategy=pipeline"],
 }
-OPTIONS = [(group, option) for group, options in config.groups().items() for option in options]
+MARKS = {("optim", "deepspeed_cpu_adam"): pytest.mark.deepspeed}
+OPTIONS = [
+    pytest.param(group, option, marks=MARKS.get((group, option), ()))
+    for group, options in config.groups().items()
+    for option in options
+]
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)

@@ -28,6 +28,7 @@ from fttrain.model.head import Head
 from fttrain.quant.scheme import QuantConfig
 from fttrain.store import hostpool
 from fttrain.track import read_metrics
+from fttrain.track.memory import read_samples
 
 STEPS = 24
 
@@ -78,6 +79,8 @@ def test_killed_stopped_and_resumed_is_bit_identical(
     ours, expected = adapter(output), adapter(tmp_path / "whole")
     assert all(torch.equal(ours[name], expected[name]) for name in expected), (kill, stop)
     assert any(bool(tensor.any()) for name, tensor in ours.items() if "lora_B" in name)
+    samples = read_samples(output / "memory.jsonl")
+    assert [(step, len(ranks)) for step, ranks in samples] == [(10, 2), (20, 2), (STEPS, 2)]
     last = f"checkpoints/step_{STEPS:08d}"
     for file in ("optimizer.safetensors", "state.json"):  # moments; the spike guard's memory
         assert (output / last / file).read_bytes() == (
@@ -102,7 +105,8 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of six steps."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    assert run(folder, output, "loop.max_steps=6", "loop.eval_every=4", "checkpoint.every=2") == 0
+    more = ("loop.eval_every=4", "checkpoint.every=2", "track.memory_every=4")
+    assert run(folder, output, "loop.max_steps=6", *more) == 0
     return output
 
 
@@ -112,7 +116,14 @@ def test_what_a_run_leaves(finished: Path) -> None:
     (rank,) = json.loads((finished / "memory.json").read_text())["ranks"]
     parts = {use["part"]: use["host_bytes"] for use in rank}
     assert min(parts[name] for name in ("frozen layers", "adapters", "activations")) > 0
-    assert "## Memory in step 1, GiB" in (finished / "report.md").read_text()
+    samples = read_samples(finished / "memory.jsonl")
+    assert [step for step, _ in samples] == [4, 6]  # and the last one, so that no peak is missed
+    for _, (own,) in samples:
+        assert 0 < own["host_resident_bytes"] <= own["host_peak_bytes"]
+    report = (finished / "report.md").read_text()
+    assert "## Memory in step 1, GiB" in report
+    assert "![memory](plots/memory.png)" in report
+    assert (finished / "plots" / "memory.png").is_file()
     assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == [
         "step_00000004",
         "step_00000006",

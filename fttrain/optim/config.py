@@ -1,11 +1,12 @@
 """The optimizer's settings and the learning rate of each step."""
 
+import importlib.util
 import math
 from dataclasses import dataclass
 
 from fttrain.errors import UserError
 
-KINDS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit")
+KINDS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "deepspeed_cpu_adam")
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class OptimConfig:
     """The optimizer and its learning rate."""
 
     # Over fp32 masters. adamw: fp32 moments | adamw8bit, paged_adamw8bit, lion8bit: bitsandbytes'
-    # 8-bit moments; paged: the driver moves them to the host where the card is full
+    # 8-bit moments; paged: the driver moves them to the host where the card is full |
+    # deepspeed_cpu_adam: fp32 moments, DeepSpeed's kernel for the host
     kind: str = "adamw"
     lr: float = 2e-4  # learning rate after warm-up
     # decay of the first and second moment, each in [0, 1)
@@ -37,6 +39,8 @@ class OptimConfig:
                 f"optim.kind={self.kind} with optim.offload=true: both take the moments off the "
                 "card; write adamw8bit, or offload=false"
             )
+        if self.kind == "deepspeed_cpu_adam":
+            self._check_deepspeed()
         if not 0 < self.loraplus_lr_ratio < float("inf"):
             raise UserError(f"optim.loraplus_lr_ratio={self.loraplus_lr_ratio}: a number above 0")
         if not 0 < self.lr < float("inf"):
@@ -52,6 +56,19 @@ class OptimConfig:
             raise UserError(f"optim.warmup_ratio={self.warmup_ratio}: a fraction in [0, 1)")
         if not 0 <= self.min_lr_ratio <= 1:
             raise UserError(f"optim.min_lr_ratio={self.min_lr_ratio}: a fraction in [0, 1]")
+
+    def _check_deepspeed(self) -> None:
+        if not self.offload:
+            raise UserError(
+                "optim.kind=deepspeed_cpu_adam with optim.offload=false: it works in host memory "
+                "only; write optim.offload=true, or optim=adamw"
+            )
+        if importlib.util.find_spec("deepspeed") is None:  # looks for it without importing it
+            raise UserError(
+                "optim.kind=deepspeed_cpu_adam: DeepSpeed is not installed, which "
+                "pip install --no-build-isolation 'fttrain[deepspeed]' does; optim=adamw with "
+                "optim.offload=true needs none"
+            )
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:

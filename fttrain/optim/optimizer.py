@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fttrain.errors import UserError
 from fttrain.optim.config import OptimConfig
+from fttrain.optim.cpu_adam import CpuAdam
 from fttrain.optim.flat import BLOCK_VALUES, Section
 
 # Names in bitsandbytes' state that are constants, not state.
@@ -18,7 +19,7 @@ CONSTANTS = ("qmap1", "qmap2")
 
 def moment_bytes(config: OptimConfig, values: int) -> int:
     """What the optimizer keeps for so many values beside them and their gradients."""
-    if config.kind == "adamw":
+    if config.kind in ("adamw", "deepspeed_cpu_adam"):
         return 8 * values
     blocks = -(-values // BLOCK_VALUES)
     return (1 if config.kind == "lion8bit" else 2) * (values + 4 * blocks)
@@ -34,8 +35,8 @@ class _Layer(NamedTuple):
 class Optimizer:
     """This rank's part of one flat fp32 parameter a layer, updated in place from its ``grad``.
 
-    adamw is torch's fused AdamW (Loshchilov and Hutter 2019), the others are bitsandbytes'
-    (Dettmers et al. 2022; Lion: Chen et al. 2023).
+    adamw is torch's fused AdamW (Loshchilov and Hutter 2019), deepspeed_cpu_adam DeepSpeed's (see
+    ``cpu_adam``), the others are bitsandbytes' (Dettmers et al. 2022; Lion: Chen et al. 2023).
     """
 
     def __init__(
@@ -160,6 +161,8 @@ def _make(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opti
     }
     if config.kind == "adamw":
         return torch.optim.AdamW(groups, eps=config.eps, fused=True, **settings)
+    if config.kind == "deepspeed_cpu_adam":
+        return CpuAdam(groups, eps=config.eps, **settings)
     # Otherwise a part of few values would have fp32 moments, and another rank count other ones.
     settings["min_8bit_size"] = 1
     if config.kind == "lion8bit":
@@ -175,6 +178,8 @@ def _blank(optimizer: torch.optim.Optimizer, values: nn.Parameter, group: int) -
         # The fused kernel wants the step count on the parameter's device, too.
         state["step"] = torch.zeros((), dtype=torch.float32, device=values.device)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(values), torch.zeros_like(values)
+    elif isinstance(optimizer, CpuAdam):
+        optimizer.init_state(values)
     else:
         optimizer.init_state(optimizer.param_groups[group], values, group, 0)  # type: ignore[attr-defined]
     return {key: value for key, value in state.items() if key not in CONSTANTS}

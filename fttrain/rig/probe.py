@@ -126,11 +126,6 @@ def _cgroup_rooms() -> list[int]:
     return rooms
 
 
-def peak_device_bytes(device: torch.device) -> int:
-    """The most memory torch's allocator has held on ``device``; 0 on the CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
-
 def _share_of_cores(local_world_size: int) -> int:
     cores = psutil.cpu_count(logical=False) or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores

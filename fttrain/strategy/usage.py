@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fttrain.errors import UserError, first_line
+from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes
 from fttrain.store.filling import LAYERS
 from fttrain.store.hostpool import Booking, largest
@@ -55,7 +56,7 @@ def uses(bookings: Sequence[Booking], device: torch.device) -> list[Use]:
     rest_bytes = peak_host_bytes() - sum(use.host_bytes for use in known)
     found = [*known]
     if on_card:
-        given, held = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
+        given, held = peak_device_bytes(device), torch.cuda.memory_reserved(device)
         free, total = torch.cuda.mem_get_info(device)
         booked = sum(use.device_bytes for use in known)
         found += [

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl, a progress bar, Weights & Biases."""
+"""Where the numbers of a run go: metrics.jsonl, memory.jsonl, a progress bar, Weights & Biases."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +36,7 @@ def open_trackers(
         config: the tracker beside metrics.jsonl.
         folder: the run's folder, which exists.
         total_steps: optimizer steps of the whole run.
-        resumed_step: steps done before; metrics past it are dropped, for they come again.
+        resumed_step: steps done before; lines past it are dropped, for they come again.
         run_config: what the tracker shows as settings, already without secrets.
         warn: takes warnings.
     """
@@ -44,4 +44,7 @@ def open_trackers(
     trackers.append(progress(total_steps, resumed_step))
     if config.kind == "wandb":
         trackers.append(WandbTracker(config, folder, run_config or {}, warn))
-    return Trackers(trackers)
+    memory = Path(folder) / "memory.jsonl"
+    # One of an earlier start is cut to the resumed step even where nobody goes on with it.
+    wanted = config.memory_every > 0 or memory.exists()
+    return Trackers(trackers, MetricsFile(memory, resumed_step, warn) if wanted else None)

@@ -19,6 +19,7 @@ class TrackConfig:
     project: str = "fttrain"  # project of the tracker
     name: str | None = None  # name of the run there; None: the name of the output folder
     mode: str = "auto"  # auto | online | offline; auto: online when there is a login, else offline
+    memory_every: int = 10  # steps between lines of memory.jsonl; 0: none
 
     def __post_init__(self) -> None:
         for key, allowed in (("kind", KINDS), ("mode", MODES)):
@@ -27,6 +28,10 @@ class TrackConfig:
                 raise UserError(f"track.{key}={value}: must be one of {', '.join(allowed)}")
         if not self.project:
             raise UserError("track.project is empty: give the name of a project")
+        if self.memory_every < 0:
+            raise UserError(
+                f"track.memory_every={self.memory_every}: a number of steps, or 0 for no samples"
+            )
 
 
 class Tracker(Protocol):
@@ -42,18 +47,26 @@ class Tracker(Protocol):
 class Trackers:
     """Several trackers as one; without any, it does nothing (what ranks other than 0 use)."""
 
-    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
-        self._trackers = tuple(trackers)
+    def __init__(self, trackers: Sequence[Tracker] = (), memory: Tracker | None = None) -> None:
+        """``memory``: where samples of memory go, which are many and of no interest to the rest."""
+        self._trackers, self._memory = tuple(trackers), memory
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Passes the metrics on."""
         for tracker in self._trackers:
             tracker.log(step, values)
 
+    def log_memory(self, step: int, ranks: Sequence[Mapping[str, int]]) -> None:
+        """Each rank's memory after ``step``, by rank: name -> bytes."""
+        if self._memory is not None:
+            self._memory.log(step, {"ranks": ranks})
+
     def finish(self) -> None:
         """Finishes each one, the first given first."""
         for tracker in self._trackers:
             tracker.finish()
+        if self._memory is not None:
+            self._memory.finish()
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,17 @@
 """The memory of a run's ranks, as report.md shows it.
 
 memory.json   {"step", "ranks": [[{"part", "device_bytes", "host_bytes"}, ...], ...]}, by rank
+memory.jsonl  a line now and then: {"step", "ranks": [{name: bytes}, ...]}, by rank; the names are
+              those of ``fttrain.rig.memory.sample``, of a run on CPUs without the device's
 """
 
 import json
 from pathlib import Path
 
+from fttrain.track.metrics import read_metrics
 from fttrain.units import GIB
+
+Sample = tuple[int, list[dict[str, int]]]  # step; each rank's figures, in bytes
 
 
 def memory_section(path: Path) -> str | None:
@@ -37,3 +42,22 @@ def memory_section(path: Path) -> str | None:
 def _cell(rank: list[tuple[str, int, int]], name: str, place: int) -> str:
     size_bytes = sum(int(use[place]) for use in rank if use[0] == name)
     return f"{size_bytes / GIB:.2f}" if size_bytes else ""
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """What memory.jsonl says, by step; lines that are not whole are passed over, as are those with
+    another number of ranks than the last one: a run may have gone on with more or fewer.
+    """
+    found = []
+    for line in read_metrics(path):
+        try:
+            ranks = [{name: int(size) for name, size in rank.items()} for rank in line["ranks"]]
+        except (KeyError, TypeError, AttributeError, ValueError):
+            continue
+        found.append((int(line["step"]), ranks))
+    return [sample for sample in found if _names(sample) == _names(found[-1])]
+
+
+def _names(sample: Sample) -> list[list[str]]:
+    """Of each rank's figures."""
+    return [sorted(rank) for rank in sample[1]]

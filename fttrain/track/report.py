@@ -2,6 +2,8 @@
 
 metrics.jsonl     one line a step: loss, tokens (of this step, all ranks), tokens_per_s, step_s,
                   peak_device_bytes, peak_host_bytes; holdout_nll where the held-out loss was taken
+memory.jsonl,     see track/memory.py
+memory.json
 evaluation.json   {"base": {"nll", "tokens"}, "tuned": {"nll", "tokens"},
                    "history": [{"step", "nll"}], "samples": [{"prompt", "reference", "before",
                    "after"}]}; nll in nats per token
@@ -18,13 +20,13 @@ from typing import Any
 import yaml
 
 from fttrain.errors import UserError
-from fttrain.track.memory import memory_section
+from fttrain.track.memory import memory_section, read_samples
 from fttrain.track.metrics import read_metrics
+from fttrain.track.plots import plot_loss, plot_memory, plot_rate
 from fttrain.units import duration, gib
 
 REAL_FALL = 0.5  # nats per token that count as a real improvement
-LOSS_PLOT, RATE_PLOT = "loss.png", "throughput.png"
-SMOOTHING = 0.1  # weight of the newest loss in the smoothed line
+LOSS_PLOT, RATE_PLOT, MEMORY_PLOT = "loss.png", "throughput.png", "memory.png"
 
 
 def verdict(base_nll: float, tuned_nll: float) -> str:
@@ -58,17 +60,21 @@ def write_report(folder: Path | str) -> Path:
     losses, rates = _series(lines, "loss"), _series(lines, "tokens_per_s")
     heldout = _heldout(lines, evaluation)
     if losses or heldout:
-        _plot_loss(plots / LOSS_PLOT, losses, heldout)
+        plot_loss(plots / LOSS_PLOT, losses, heldout)
         parts.append(f"## Loss\n\n![loss](plots/{LOSS_PLOT})")
     if rates:
-        _plot_rate(plots / RATE_PLOT, rates)
+        plot_rate(plots / RATE_PLOT, rates)
         parts.append(f"## Throughput\n\n![tokens per second](plots/{RATE_PLOT})")
+    samples = read_samples(folder / "memory.jsonl")
+    if samples:
+        plot_memory(plots / MEMORY_PLOT, samples)
+        parts.append(f"## Memory over the steps\n\n![memory](plots/{MEMORY_PLOT})")
     memory = memory_section(folder / "memory.json")
     if memory is not None:
         parts.append(memory)
-    samples = evaluation.get("samples") or []
-    if samples:
-        parts.append("## Answers before and after\n\n" + "\n\n".join(map(_sample, samples)))
+    answers = evaluation.get("samples") or []
+    if answers:
+        parts.append("## Answers before and after\n\n" + "\n\n".join(map(_sample, answers)))
     path = folder / "report.md"
     _replace(path, "\n\n".join(parts) + "\n")
     return path
@@ -213,57 +219,6 @@ def _heldout(lines: list[dict[str, Any]], evaluation: dict[str, Any]) -> list[tu
     if tuned is not None and lines:
         points.setdefault(lines[-1]["step"], tuned)
     return sorted(points.items())
-
-
-def _plot_loss(
-    path: Path, losses: list[tuple[int, float]], heldout: list[tuple[int, float]]
-) -> None:
-    figure, axes = _axes("step", "nats per token")
-    if losses:
-        steps, values = zip(*losses, strict=True)
-        axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
-        axes.plot(steps, _smooth(values), color="tab:blue", linewidth=2, label="smoothed")
-    if heldout:
-        steps, values = zip(*heldout, strict=True)
-        axes.plot(steps, values, "o--", color="tab:orange", label="held-out loss")
-    axes.legend()
-    _save(figure, path)
-
-
-def _plot_rate(path: Path, rates: list[tuple[int, float]]) -> None:
-    figure, axes = _axes("step", "tokens per second, all ranks")
-    steps, values = zip(*rates, strict=True)
-    median = statistics.median(values)
-    axes.plot(steps, values, color="tab:green", linewidth=1)
-    axes.axhline(median, color="black", linestyle="--", label=f"median {median:,.0f}")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    _save(figure, path)
-
-
-def _axes(x: str, y: str) -> tuple[Any, Any]:
-    """A figure of its own, apart from pyplot's global state and without a display."""
-    from matplotlib.figure import Figure  # heavy, and a training run may never need it
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel=x, ylabel=y)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _smooth(values: tuple[float, ...]) -> list[float]:
-    """Exponential mean, a plain one at first, so that it starts without a lag."""
-    mean, result = 0.0, []
-    for count, value in enumerate(values, 1):
-        mean += max(1 / count, SMOOTHING) * (value - mean)
-        result.append(mean)
-    return result
-
-
-def _save(figure: Any, path: Path) -> None:
-    part = path.with_name(f".{path.name}")
-    figure.savefig(part, dpi=120, format="png")
-    os.replace(part, path)
 
 
 def _replace(path: Path, text: str) -> None:

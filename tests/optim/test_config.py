@@ -81,6 +81,7 @@ def test_short_runs_have_positive_rates(schedule: str, total: int) -> None:
     [
         {"kind": "sgd"},
         {"kind": "paged_adamw8bit", "offload": True},
+        {"kind": "deepspeed_cpu_adam"},
         {"loraplus_lr_ratio": 0.0},
         {"lr": 0.0},
         {"lr": -1.0},

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fttrain.errors import UserError
-from fttrain.optim.config import KINDS, OptimConfig
+from fttrain.optim import config as optim_config
+from fttrain.optim.config import OptimConfig
 from fttrain.optim.flat import FlatLayout, Portion, Section
 from fttrain.optim.optimizer import Optimizer, moment_bytes
 
+ON_THE_HOST = "deepspeed_cpu_adam"
+KINDS = [
+    pytest.param(kind, marks=pytest.mark.deepspeed if kind == ON_THE_HOST else ())
+    for kind in optim_config.KINDS
+]
 # Values of each layer's A's and B's
 SIZES = ((5000, 4000), (40, 560))
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
@@ -22,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not support
 
 
 def config(kind: str, **settings: Any) -> OptimConfig:
-    return OptimConfig(kind=kind, eps=1e-7, **SETTINGS, **settings)
+    return OptimConfig(kind=kind, eps=1e-7, offload=kind == ON_THE_HOST, **SETTINGS, **settings)
 
 
 Part = tuple[nn.Parameter, list[Section]]
@@ -72,6 +78,7 @@ def reference(kind: str, groups: Any) -> Any:
         "adamw8bit": lambda: bitsandbytes.optim.AdamW8bit(groups, eps=1e-7, **EIGHT),
         "paged_adamw8bit": lambda: bitsandbytes.optim.PagedAdamW8bit(groups, eps=1e-7, **EIGHT),
         "lion8bit": lambda: bitsandbytes.optim.Lion8bit(groups, **EIGHT),
+        ON_THE_HOST: lambda: torch.optim.AdamW(groups, eps=1e-7, foreach=False, **SETTINGS),
     }
     return made[kind]()
 
@@ -136,8 +143,14 @@ def state_after(kind: str, steps: int) -> dict[str, Tensor]:
     return optimizer.state()
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-@pytest.mark.parametrize("kind", KINDS)
+PLACES = [pytest.param(*kind.values, "cpu", marks=kind.marks) for kind in KINDS] + [
+    pytest.param(kind, "cuda", marks=pytest.mark.cuda)
+    for kind in optim_config.KINDS
+    if kind != ON_THE_HOST
+]
+
+
+@pytest.mark.parametrize(("kind", "device"), PLACES)
 def test_a_restored_optimizer_goes_on_bit_for_bit(kind: str, device: str) -> None:
     layers = parts(device)
     optimizer = Optimizer(layers, config(kind), first_layer=3)

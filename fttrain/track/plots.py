@@ -1,0 +1,111 @@
+"""The plots of report.md."""
+
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fttrain.track.memory import Sample
+from fttrain.units import GIB
+
+SMOOTHING = 0.1  # weight of the newest loss in the smoothed line
+SIZE = (8.0, 4.5)  # inches; each further panel is as high
+DEVICE_LINES = {  # figure of a rank -> (how it is called, how it is drawn)
+    "device_peak_bytes": ("peak of the allocator", "-"),
+    "device_used_bytes": ("card, all programs", ":"),
+}
+HOST_LINES = {
+    "host_resident_bytes": ("resident", "-"),
+    "host_free_bytes": ("still free on its machine", ":"),
+}
+
+
+def plot_loss(
+    path: Path, losses: list[tuple[int, float]], heldout: list[tuple[int, float]]
+) -> None:
+    """(step, loss in nats per token) of training and of what is held out; either may be empty."""
+    figure, (axes,) = _panels("nats per token")
+    if losses:
+        steps, values = zip(*losses, strict=True)
+        axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
+        axes.plot(steps, _smooth(values), color="tab:blue", linewidth=2, label="smoothed")
+    if heldout:
+        steps, values = zip(*heldout, strict=True)
+        axes.plot(steps, values, "o--", color="tab:orange", label="held-out loss")
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_rate(path: Path, rates: list[tuple[int, float]]) -> None:
+    """(step, tokens per second), one at least."""
+    figure, (axes,) = _panels("tokens per second, all ranks")
+    steps, values = zip(*rates, strict=True)
+    median = statistics.median(values)
+    axes.plot(steps, values, color="tab:green", linewidth=1)
+    axes.axhline(median, color="black", linestyle="--", label=f"median {median:,.0f}")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_memory(path: Path, samples: Sequence[Sample]) -> None:
+    """One sample at least, all of as many ranks. Where there is a card: a panel of its memory, with
+    its size as a line, above that of the host's.
+    """
+    last = samples[-1][1]
+    sizes = {rank["device_total_bytes"] for rank in last if "device_total_bytes" in rank}
+    labels = ["device memory, GiB", "host memory, GiB"] if sizes else ["host memory, GiB"]
+    figure, panels = _panels(*labels)
+    _draw_memory(panels[-1], samples, HOST_LINES)
+    if sizes:
+        _draw_memory(panels[0], samples, DEVICE_LINES)
+    for size_bytes in sizes:
+        panels[0].axhline(size_bytes / GIB, color="black", linestyle="--", label="size of a card")
+    for axes in panels:
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _draw_memory(
+    axes: Any, samples: Sequence[Sample], lines: Mapping[str, tuple[str, str]]
+) -> None:
+    """Each rank's ``lines``, in a colour of its own."""
+    steps = [step for step, _ in samples]
+    for rank, names in enumerate(samples[-1][1]):
+        for name, (label, style) in lines.items():
+            if name in names:
+                values = [ranks[rank][name] / GIB for _, ranks in samples]
+                text = f"rank {rank}: {label}"
+                axes.plot(steps, values, style, marker=".", color=f"C{rank}", label=text)
+
+
+def _panels(*labels: str) -> tuple[Any, list[Any]]:
+    """A figure of its own, apart from pyplot's global state and without a display: panels over the
+    steps, one above the other, by what their y-axis means.
+    """
+    from matplotlib.figure import Figure  # heavy, and a training run may never need it
+
+    figure = Figure(figsize=(SIZE[0], SIZE[1] * len(labels)), layout="constrained")
+    panels = figure.subplots(len(labels), squeeze=False, sharex=True)[:, 0]
+    for axes, label in zip(panels, labels, strict=True):
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel("step")
+    return figure, list(panels)
+
+
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """Exponential mean, a plain one at first, so that it starts without a lag."""
+    mean, result = 0.0, []
+    for count, value in enumerate(values, 1):
+        mean += max(1 / count, SMOOTHING) * (value - mean)
+        result.append(mean)
+    return result
+
+
+def _save(figure: Any, path: Path) -> None:
+    part = path.with_name(f".{path.name}")
+    figure.savefig(part, dpi=120, format="png")
+    os.replace(part, path)
