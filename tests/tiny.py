@@ -141,6 +141,7 @@ def build(
     lora: LoraConfig | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
+    mlp_tile_tokens: int = 0,
 ) -> tuple[Decoder, VerifiedStore]:
     """Our decoder over the weights of ``source``; adapters random, B not zero."""
     architecture, reader = Architecture(source.config), StateDict(source.state_dict())
@@ -148,7 +149,8 @@ def build(
     ends = load_ends(reader, architecture, device, dtype)
     flats = load_layers(reader, architecture, frozen_format, device)
     store = verified(ResidentStore(flats, frozen_format), flats)
-    decoder = Decoder(architecture, *ends, lora or LoraConfig(r=4))
+    lora = lora or LoraConfig(r=4)
+    decoder = Decoder(architecture, *ends, lora, mlp_tile_tokens=mlp_tile_tokens)
     randomise(decoder)
     return decoder, store
 
