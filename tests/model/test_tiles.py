@@ -15,7 +15,7 @@ from fttrain.schedule.activations import Keep, Offload, Policy, Recompute
 from fttrain.store.activations import HostActivations
 
 TILE = 1024
-DOCUMENTS = tiny.documents((900, 1300, 70), masked=0.2)  # 2270 tokens, 2304 rows: two tiles and a bit
+DOCUMENTS = tiny.documents((900, 1300, 70), masked=0.2)  # 2304 rows: two tiles and a quarter
 HOST_BYTES = 8 << 20  # more than one layer leaves
 
 

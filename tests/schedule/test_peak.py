@@ -82,9 +82,7 @@ def peak_bytes(a: Architecture, policy: Policy, tokens: int, tile: int) -> int:
         flat = torch.empty(frozen_format.layout.size_bytes, dtype=torch.uint8)
         layer.state.frozen, layer.state.lengths = FrozenLayer(flat, frozen_format), (tokens,)
         rotary = (torch.empty(tokens, a.head_dim, dtype=DTYPE),) * 2
-        output, saved = policy.forward(
-            layer, torch.empty(tokens, a.hidden, dtype=DTYPE), rotary
-        )
+        output, saved = policy.forward(layer, torch.empty(tokens, a.hidden, dtype=DTYPE), rotary)
         grad = torch.empty_like(output)
         del output
         policy.backward(layer, saved, grad, rotary)
