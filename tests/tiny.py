@@ -143,6 +143,7 @@ def build(
     lora: LoraConfig | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
+    mlp_tile_tokens: int = 0,
 ) -> tuple[Decoder, VerifiedStore]:
     """Our decoder over the weights of ``source``; adapters random, B not zero."""
     architecture, reader = Architecture(source.config), StateDict(source.state_dict())
@@ -151,7 +152,8 @@ def build(
     flats = load_layers(reader, architecture, frozen_format, device)
     store = verified(ResidentStore(flats, frozen_format), flats)
     own = adapters(architecture, lora, dtype, device)
-    decoder = Decoder(architecture, embedding, norm, Table(head), own)
+    head = Table(head)
+    decoder = Decoder(architecture, embedding, norm, head, own, mlp_tile_tokens=mlp_tile_tokens)
     randomise(decoder)
     return decoder, store
 

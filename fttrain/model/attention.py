@@ -38,6 +38,7 @@ class _RotaryAttention(torch.autograd.Function):
         qkv, out, lse = ctx.saved_tensors
         attention: Attention = ctx.attention
         rotated = ctx.rotated or attention.rotated(qkv, ctx.cos, ctx.sin)
+        ctx.rotated = None  # else it stays until all of the layer's backward is over
         grads = varlen_attention_backward(
             grad.view(out.shape), *rotated, out, lse, ctx.lengths, attention.scale, attention.window
         )

@@ -180,7 +180,7 @@ def _down_projection(
     if dropout is None or adapter.dropout == 0:
         return inputs @ adapter.a.t()
     parts = [
-        (inputs * _mask(group, member, inputs, dropout)) @ a.t()
+        _mask(group, member, inputs, dropout).mul_(inputs) @ a.t()
         for member, a in zip(adapter.members, adapter.a.split(adapter.r), strict=True)
     ]
     return torch.cat(parts, dim=-1)
@@ -208,7 +208,7 @@ def _down_projection_backward(
     ):
         mask = _mask(group, member, inputs, dropout)
         grad_inputs.add_((grad @ a).mul_(mask))
-        grads.append(grad.t() @ (inputs * mask))
+        grads.append(grad.t() @ mask.mul_(inputs))
     return torch.cat(grads)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from fttrain.model import functions
 from fttrain.model.functions import (
     rms_norm,
     rms_norm_backward,
@@ -87,3 +88,36 @@ def test_rotation_and_its_inverse(dtype: torch.dtype) -> None:
     close(rotate_(rotated.clone(), cos, -sin), heads)
     grad = random(11, 3, 16, seed=4, dtype=dtype)
     close(rotate_(grad.clone(), cos, -sin), autograd(reference, heads, grad))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_of_rows_change_no_bit(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Tiles of one token, of 2 and of 7: neither divides 11 tokens."""
+    x, grad, weight = (random(11, 3, 16, seed=s, dtype=dtype) for s in (0, 1, 2))
+    weight = weight[0, 0]
+    wide, narrow = x.reshape(11, 48), grad.reshape(11, 48)[:, :24]
+    cos, sin = (random(11, 16, seed=s, dtype=dtype) for s in (3, 4))
+
+    def results() -> list[Tensor]:
+        return [
+            rms_norm(x, weight, EPS),
+            rms_norm_backward(grad, x, weight, EPS),
+            swiglu_backward(narrow, wide),
+            rotate_(x.clone(), cos, sin),
+        ]
+
+    whole = results()
+    for values in (1, 2 * 48, 7 * 48):
+        monkeypatch.setattr(functions, "TILE_VALUES", values)
+        assert all(torch.equal(tiled, one) for tiled, one in zip(results(), whole, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_may_be_overwritten_by_the_one_before_the_norm(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    x, grad, weight = (random(9, 48, seed=s, dtype=dtype) for s in (0, 1, 2))
+    expected = rms_norm_backward(grad, x, weight[0], EPS)
+    monkeypatch.setattr(functions, "TILE_VALUES", 2 * 48)
+    assert rms_norm_backward(grad, x, weight[0], EPS, out=grad) is grad
+    assert torch.equal(grad, expected)

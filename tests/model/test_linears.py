@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fttrain.model import linears
 from fttrain.model.layer_adapters import LayerAdapters
-from fttrain.model.linears import DropoutKey, LayerState, LinearGroup
+from fttrain.model.linears import MASK_TOKENS, DropoutKey, LayerState, LinearGroup
 from fttrain.model.lora import GroupMembers, LoraConfig
 from fttrain.model.tiles import through
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer, GroupShape
@@ -215,3 +215,22 @@ def test_masks_depend_on_their_key_and_on_nothing_else() -> None:
     for other in others:
         both = float(((first != 0) & (other != 0)).float().mean())
         assert both == pytest.approx(0.7 * 0.7, abs=0.01)  # independent
+
+
+def test_the_mask_of_a_tile_is_its_part_of_the_whole() -> None:
+    group = Case("none", 0.3, targets=("q_proj",)).group
+    inputs = torch.zeros(3 * MASK_TOKENS + 100, 8)
+    whole = linears._mask(group, 0, inputs, KEY)
+    for tile in (MASK_TOKENS, 2 * MASK_TOKENS):
+        for start in range(0, len(inputs), tile):
+            rows = slice(start, start + tile)
+            part = linears._mask(group, 0, inputs[rows], KEY.at(start))
+            assert torch.equal(part, whole[rows])
+    first, second = whole[:MASK_TOKENS] != 0, whole[MASK_TOKENS : 2 * MASK_TOKENS] != 0
+    both = float((first & second).float().mean())
+    assert both == pytest.approx(0.7 * 0.7, abs=0.02)  # independent
+
+
+def test_a_tile_that_cuts_a_block_of_the_mask_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="no block of a mask begins with token 1000"):
+        KEY.at(1000)

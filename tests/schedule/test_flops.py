@@ -46,9 +46,9 @@ def addmm_flops(_: Any, left: Any, right: Any, **__: Any) -> int:
     return 2 * int(left[0]) * int(left[1]) * int(right[1])
 
 
-def gemm_flops(architecture: Architecture, policy: Policy, skip: bool) -> int:
+def gemm_flops(architecture: Architecture, policy: Policy, skip: bool, tile: int = 0) -> int:
     """Of one layer's forward and backward over ``TOKENS`` tokens. ``skip``: leave out what backward
-    never reads when the layer is run again.
+    never reads when the layer is run again. ``tile``: tokens that pass the MLP at once, 0: all.
     """
     lora = LoraConfig(r=RANK)
     plain = QuantConfig("none", double_quant=False)
@@ -56,7 +56,7 @@ def gemm_flops(architecture: Architecture, policy: Policy, skip: bool) -> int:
     with FakeTensorMode():
         adapters = LayerAdapters(0, architecture.groups, lora, CPU, torch.bfloat16)
         adapters.bind_gradient(torch.zeros_like(adapters.flat))
-        layer = Layer(architecture, adapters)
+        layer = Layer(architecture, adapters, tile)
         flat = torch.empty(frozen_format.layout.size_bytes, dtype=torch.uint8)
         layer.state.frozen, layer.state.lengths = FrozenLayer(flat, frozen_format), (TOKENS,)
         if not skip:
@@ -87,8 +87,9 @@ def stated(a: Architecture) -> dict[str, int]:
     }
 
 
+@pytest.mark.parametrize("tile", [0, TOKENS // 2])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_each_policy_computes_what_it_says(shape: str) -> None:
+def test_each_policy_computes_what_it_says(shape: str, tile: int) -> None:
     a = Architecture(LlamaConfig(**SHAPES[shape]))
     part = stated(a)
     forward = part["frozen"] + part["lora_a"] + part["lora_b"]
@@ -96,11 +97,11 @@ def test_each_policy_computes_what_it_says(shape: str) -> None:
     backward = part["frozen"] + 2 * (part["lora_a"] + part["lora_b"])
     whole = forward + backward
     # What keep saves are inputs of prologues: A's projections are made again, no frozen linear is.
-    assert gemm_flops(a, Keep(), True) == TOKENS * (whole + part["lora_a"])
-    assert gemm_flops(a, Recompute(), False) == TOKENS * (whole + forward)
+    assert gemm_flops(a, Keep(), True, tile) == TOKENS * (whole + part["lora_a"])
+    assert gemm_flops(a, Recompute(), False, tile) == TOKENS * (whole + forward)
     # Skipped in the second forward: down_proj and its B; A's projection is part of its backward.
     skipped = part["down"] + part["lora_b of down"]
-    assert gemm_flops(a, Recompute(), True) == TOKENS * (whole + forward - skipped)
+    assert gemm_flops(a, Recompute(), True, tile) == TOKENS * (whole + forward - skipped)
 
 
 def test_the_ratios_of_a_70b_step_are_those_of_the_design() -> None:

@@ -15,7 +15,7 @@ from fttrain.schedule import KINDS, ScheduleConfig, layer_pass
 from fttrain.store.hostpool import HostPool
 from fttrain.strategy import parts
 from fttrain.strategy.protocol import SCHEDULES, StrategyConfig
-from fttrain.strategy.recipe import Placement, Plan, check_together
+from fttrain.strategy.recipe import Placement, Plan, StepSize, check_together
 
 
 @pytest.mark.parametrize(("strategy", "kind"), list(itertools.product(SCHEDULES, KINDS)))
@@ -48,6 +48,10 @@ def test_a_pipeline_has_nothing_to_shard() -> None:
         ({"boundaries": "disk"}, "boundaries=disk: device or host"),
         ({"embedding": "streamed"}, "embedding=streamed: device or host"),
         ({"head": "host"}, "head=host: resident, streamed or nf4"),
+        ({"mlp_tile_tokens": 1000}, "mlp_tile_tokens=1000: all, or a multiple of 1024 tokens"),
+        ({"mlp_tile_tokens": 0}, "mlp_tile_tokens=0: all, or a multiple of 1024 tokens"),
+        ({"mlp_tile_tokens": -1024}, "mlp_tile_tokens=-1024: all, or a multiple of 1024 tokens"),
+        ({"mlp_tile_tokens": "some"}, "mlp_tile_tokens=some: all, or a multiple of 1024 tokens"),
         (
             {"boundaries": "host", "activations": "keep"},
             "boundaries=host: activations=keep leaves none; layers with activations=recompute do",
@@ -82,12 +86,18 @@ def test_sizes_of_a_plan() -> None:
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_host_memory_of_offloaded_activations_is_what_a_layer_leaves(use_dora: bool) -> None:
+@pytest.mark.parametrize("tile", ["all", 1024])
+def test_host_memory_of_offloaded_activations_is_what_a_layer_leaves(
+    tile: int | str, use_dora: bool
+) -> None:
+    """Gate and up are one tensor of all tokens, however they were written."""
     frozen, group = tiny_strategy.base(), tiny_strategy.this_group()
-    recipe = tiny_strategy.variant(dtype="bfloat16", activations="offload")
-    recipe = replace(recipe, lora=replace(recipe.lora, use_dora=use_dora))
+    recipe = tiny_strategy.variant(dtype="bfloat16", activations="offload", mlp_tile_tokens=tile)
+    lora = replace(recipe.lora, use_dora=use_dora)
+    recipe = replace(recipe, size=StepSize(1, 1500, 1), lora=lora)
     plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, HostPool(group))
     strategy = tiny_strategy.build(recipe, tiny_strategy.base(dtype="bfloat16"))
+    assert strategy.decoder.layers[0].shell.mlp.tile_tokens == (0 if tile == "all" else tile)
     rows = plan.recipe.size.micro_batch_tokens
     batch = collate(tiny.documents((rows,)), 0)
     work = layer_pass.start(strategy.decoder, batch, None, None)
