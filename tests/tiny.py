@@ -275,7 +275,7 @@ def run(
     dropout: Callable[[MicroBatch], Any] = lambda batch: None,
 ) -> tuple[float, dict[str, Tensor]]:
     """One step's forward and backward: (loss sum, gradients)."""
-    loss = grouped.forward_backward(
+    attempt = grouped.forward_backward(
         decoder,
         store,
         micro_batches,
@@ -284,7 +284,7 @@ def run(
         dropout,
         gradient_home(decoder),
     )
-    return float(loss), gradients(decoder)
+    return float(attempt.loss_sum), gradients(decoder)
 
 
 def one_batch(batch: list[Document], index: int = 0) -> MicroBatch:

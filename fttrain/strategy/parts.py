@@ -141,17 +141,25 @@ def activation_bytes(plan: Plan) -> int:
     """All that a layer's backward reads of one micro-batch: its input; q, k, v; attention's output
     and fp32 log-sum-exp; the second residual; gate and up.
     """
-    a, rows = plan.architecture, _rows(plan)
+    a, rows = plan.architecture, _row_tokens(plan)
     attention = a.heads * a.head_dim
     qkv, gate_up = attention + 2 * a.kv_heads * a.head_dim, 2 * a.config.intermediate_size
     widths = (a.hidden, qkv, attention, a.hidden, gate_up)
     sizes = [rows * width * plan.dtype.itemsize for width in widths] + [rows * a.heads * 4]
-    return sum(round_up(size_bytes, ALIGN_BYTES) for size_bytes in sizes)
+    of_a_row = sum(round_up(size_bytes, ALIGN_BYTES) for size_bytes in sizes)
+    return plan.recipe.size.micro_batch_size * of_a_row
 
 
 def _rows(plan: Plan) -> int:
     """The most tokens of a micro-batch, padding included."""
-    return round_up(plan.recipe.size.micro_batch_tokens, ROW_MULTIPLE)
+    return plan.recipe.size.micro_batch_size * _row_tokens(plan)
+
+
+def _row_tokens(plan: Plan) -> int:
+    """What is reckoned for each row of a micro-batch: so much that the parts it may be divided into
+    (``Strategy.divide``) fit where it did, each with padding of its own.
+    """
+    return round_up(plan.recipe.size.seq_len, ROW_MULTIPLE)
 
 
 def own_policies(plan: Plan, share: Share) -> list[str]:

@@ -92,10 +92,6 @@ class StepSize:
     seq_len: int = 1  # tokens of a row
     gradient_accumulation_steps: int = 1  # micro-batches
 
-    @property
-    def micro_batch_tokens(self) -> int:
-        return self.micro_batch_size * self.seq_len
-
 
 @dataclass(frozen=True)
 class Recipe:
