@@ -15,11 +15,16 @@ from fttrain.schedule.stage_link import StageLink
 
 def limit(patch: pytest.MonkeyPatch, place: str, tokens: int, layer: int = 0) -> None:
     """From here on this process has no memory for more than ``tokens`` tokens of a micro-batch. It
-    shows in ``place``: embed | head | receive, or forward | backward of ``layer``.
+    shows in ``place``: embed | head | receive, or forward | recompute | backward of ``layer``.
     """
 
     def forward(mlp: Mlp, hidden: torch.Tensor) -> int:
-        return len(hidden) if mlp.gate_up.layer == layer else 0
+        return (
+            len(hidden) if mlp.gate_up.layer == layer and not mlp.gate_up.state.recomputing else 0
+        )
+
+    def recompute(mlp: Mlp, hidden: torch.Tensor) -> int:
+        return len(hidden) if mlp.gate_up.layer == layer and mlp.gate_up.state.recomputing else 0
 
     def backward(group: LinearGroup, grad: torch.Tensor, *_: Any) -> int:
         """In the middle of a layer: some of its groups have added their gradients, some not."""
@@ -35,6 +40,7 @@ def limit(patch: pytest.MonkeyPatch, place: str, tokens: int, layer: int = 0) ->
     owner, name, measure = {
         "embed": (layer_pass, "start", lambda decoder, batch, *_: sum(batch.lengths)),
         "forward": (Mlp, "forward", forward),
+        "recompute": (Mlp, "forward", recompute),
         "head": (Head, "loss_and_gradient", lambda head, hidden, *_: len(hidden)),
         "backward": (LinearGroup, "input_gradient", backward),
         "receive": (StageLink, "receive", receive),

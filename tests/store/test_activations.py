@@ -84,6 +84,32 @@ def test_each_tensor_lies_there_once_and_only_the_last_ones_stay_on_the_device()
     assert host.take_traffic().activation_bytes == 0
 
 
+def test_places_that_were_forgotten_and_divided_are_whole_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Passes that failed, that left and that come back are forgotten; then there are halves of the
+    places, two times as many, and backward reads what forward left.
+    """
+    monkeypatch.setattr(ThreadLane, "_start", ThreadLane._start)  # restored after the delays
+    tiny_store.delay_lanes(seed=1)
+    places = (PASSES + 1) // 2
+    host = offloading(places)
+    for _ in range(3):
+        taken = []
+        for _ in range(places - 1):
+            with host.taking() as kept:
+                layer(torch.randn(SIZE, requires_grad=True))
+            taken.append(kept)
+        with pytest.raises(RuntimeError, match="allocate memory"), host.taking():
+            layer(torch.randn(SIZE, requires_grad=True)).new_empty(1 << 60)
+        host.bring(taken[0])
+        host.forget()
+    host.divide(2)
+    order = list(range(PASSES))[::-1]
+    for found, expected in zip(grads(order, host), grads(order, None), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_more_passes_than_places_is_an_error_and_not_an_overwritten_place() -> None:
     host = offloading(places=2)
     x = torch.randn(SIZE, requires_grad=True)

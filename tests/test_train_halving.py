@@ -1,0 +1,116 @@
+"""Whole runs that run out of memory: what they say, leave, and go on with."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import short_memory
+import tiny
+import tiny_files
+import torch
+from tiny_run import Shortage, adapter, arguments, exit_codes, losses, two_ranks
+
+from fttrain.cli import main
+from fttrain.track import read_metrics
+
+STEPS = 6
+SEQ_LEN = (
+    192  # documents are much shorter: packed rows are nearly full, so two never fit one's room
+)
+ONE_ROW = ("loop.micro_batch_size=1", "loop.gradient_accumulation_steps=4")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer, and a data set."""
+    place = tmp_path_factory.mktemp("halving")
+    tiny_files.save(tiny.model(num_hidden_layers=2), place / "model")
+    tiny_files.write_data(place / "data.jsonl")
+    return place
+
+
+def run(folder: Path, output: Path, *more: str) -> int:
+    """One rank, in this process: micro-batches of two rows, two of them in a step."""
+    steps = (f"loop.max_steps={STEPS}", "checkpoint.every=3", "loop.eval_every=3")
+    return main(arguments(folder, output, f"data.seq_len={SEQ_LEN}", *steps, *more))
+
+
+def sizes(output: Path) -> list[int]:
+    """Rows of a micro-batch in each step."""
+    lines = read_metrics(output / "metrics.jsonl")
+    return [line["micro_batch_size"] for line in lines if "loss" in line]
+
+
+def test_it_goes_on_and_is_resumed_with_smaller_micro_batches(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the bit as a run that began with them, before and after it was cut."""
+    assert run(folder, tmp_path / "small", *ONE_ROW) == 0
+    output = tmp_path / "run"
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        short_memory.limit(patch, "backward", SEQ_LEN, layer=1)
+        assert run(folder, output) == 0
+    (line,) = [said for said in capsys.readouterr().out.splitlines() if "ran out" in said]
+    assert line.startswith("warning: step 1: rank 0 ran out of memory on cpu (tried to allocate")
+    assert "; the largest parts: " in line
+    assert f"goes on, with {' '.join(ONE_ROW)} (put them into the configuration" in line
+    assert sizes(output) == [1] * STEPS
+    _same(output, tmp_path / "small")
+    # Cut after step 3; there is memory again.
+    shutil.rmtree(output / "adapter")
+    shutil.rmtree(output / "checkpoints" / f"step_{STEPS:08d}")
+    again = tmp_path / "again"
+    shutil.copytree(output, again)
+    assert run(folder, output) == 0
+    said = capsys.readouterr().out
+    assert f"with {' '.join(ONE_ROW)}, since memory ran out before with" in said
+    assert sizes(output) == [1] * STEPS
+    _same(output, tmp_path / "small")
+    assert run(folder, again, "loop.halve_on_oom=false") == 0
+    assert sizes(again) == [1, 1, 1, 2, 2, 2]
+
+
+def _same(one: Path, other: Path) -> None:
+    assert losses(one) == losses(other)
+    found, expected = adapter(one), adapter(other)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_another_micro_batch_size_is_what_the_user_says(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        short_memory.limit(patch, "backward", SEQ_LEN, layer=1)
+        assert run(folder, output) == 0
+    shutil.rmtree(output / "checkpoints" / f"step_{STEPS:08d}")
+    wide = ("loop.micro_batch_size=4", "loop.gradient_accumulation_steps=1")
+    assert run(folder, output, *wide) == 0
+    assert sizes(output) == [1, 1, 1, 4, 4, 4]
+
+
+def test_switched_off_it_stops_at_once(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        short_memory.limit(patch, "backward", SEQ_LEN, layer=1)
+        assert run(folder, tmp_path / "run", "loop.halve_on_oom=false") == 2
+    said = capsys.readouterr()
+    assert "taken again" not in said.out
+    assert "rank 0 ran out of memory on cpu" in said.err
+    assert "what frees most" in said.err
+
+
+def test_one_row_that_does_not_fit_ends_all_ranks_with_the_reason(
+    folder: Path, tmp_path: Path
+) -> None:
+    argv = arguments(folder, tmp_path / "run", "strategy=shard", "data.holdout=0")
+    with two_ranks() as start:
+        assert exit_codes(start(argv, Shortage(rank=1, tokens=0), stderr=tmp_path)) == [2, 2]
+    for rank in range(2):
+        said = (tmp_path / f"stderr{rank}").read_text()
+        assert "rank 1 ran out of memory on cpu (tried to allocate" in said
+        assert "; what frees most: " in said
+        assert "Traceback" not in said
