@@ -91,6 +91,20 @@ def test_another_micro_batch_size_is_what_the_user_says(folder: Path, tmp_path: 
     assert sizes(output) == [1, 1, 1, 4, 4, 4]
 
 
+def test_rows_that_two_does_not_divide_are_still_those_of_the_step(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six rows, three, one: a step never has more or fewer than it was configured to."""
+    six = ("loop.micro_batch_size=6", "loop.gradient_accumulation_steps=1", "data.holdout=0")
+    with pytest.MonkeyPatch.context() as patch:
+        short_memory.limit(patch, "backward", SEQ_LEN, layer=1)
+        assert run(folder, tmp_path / "run", *six, "loop.max_steps=1") == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "taken again" in line]
+    for line, size, steps in zip(said, (3, 1), (2, 6), strict=True):
+        assert f"loop.micro_batch_size={size} loop.gradient_accumulation_steps={steps} (" in line
+    assert sizes(tmp_path / "run") == [1]
+
+
 def test_switched_off_it_stops_at_once(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
