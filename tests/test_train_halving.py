@@ -1,5 +1,7 @@
 """Whole runs that run out of memory: what they say, leave, and go on with."""
 
+import contextlib
+import io
 import shutil
 from pathlib import Path
 
@@ -13,10 +15,8 @@ from tiny_run import Shortage, adapter, arguments, exit_codes, losses, two_ranks
 from fttrain.cli import main
 from fttrain.track import read_metrics
 
-STEPS = 6
-SEQ_LEN = (
-    192  # documents are much shorter: packed rows are nearly full, so two never fit one's room
-)
+STEPS = 4
+SEQ_LEN = 192  # documents are much shorter: rows are nearly full, and two never fit where one does
 ONE_ROW = ("loop.micro_batch_size=1", "loop.gradient_accumulation_steps=4")
 
 
@@ -31,8 +31,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, output: Path, *more: str) -> int:
     """One rank, in this process: micro-batches of two rows, two of them in a step."""
-    steps = (f"loop.max_steps={STEPS}", "checkpoint.every=3", "loop.eval_every=3")
-    return main(arguments(folder, output, f"data.seq_len={SEQ_LEN}", *steps, *more))
+    settings = (f"data.seq_len={SEQ_LEN}", f"loop.max_steps={STEPS}", "loop.samples=0")
+    saving = ("checkpoint.every=2", "loop.eval_every=2")
+    return main(arguments(folder, output, *settings, *saving, *more))
+
+
+@pytest.fixture(scope="module")
+def halved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run that had memory for micro-batches of one row, and what it printed."""
+    output, said = tmp_path_factory.mktemp("halved") / "run", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        short_memory.limit(patch, "backward", SEQ_LEN, layer=1)
+        assert run(folder, output) == 0
+    return output, said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def small(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that began with micro-batches of one row."""
+    output = tmp_path_factory.mktemp("small") / "run"
+    assert run(folder, output, *ONE_ROW) == 0
+    return output
 
 
 def sizes(output: Path) -> list[int]:
@@ -41,61 +60,59 @@ def sizes(output: Path) -> list[int]:
     return [line["micro_batch_size"] for line in lines if "loss" in line]
 
 
-def test_it_goes_on_and_is_resumed_with_smaller_micro_batches(
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+def same(one: Path, other: Path) -> bool:
+    found, expected = adapter(one), adapter(other)
+    return losses(one) == losses(other) and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
+
+
+def test_it_goes_on_as_a_run_that_began_with_smaller_micro_batches(
+    halved: tuple[Path, str], small: Path
 ) -> None:
-    """To the bit as a run that began with them, before and after it was cut."""
-    assert run(folder, tmp_path / "small", *ONE_ROW) == 0
-    output = tmp_path / "run"
-    capsys.readouterr()
-    with monkeypatch.context() as patch:
-        short_memory.limit(patch, "backward", SEQ_LEN, layer=1)
-        assert run(folder, output) == 0
-    (line,) = [said for said in capsys.readouterr().out.splitlines() if "ran out" in said]
+    output, said = halved
+    (line,) = [line for line in said.splitlines() if "ran out" in line]
     assert line.startswith("warning: step 1: rank 0 ran out of memory on cpu (tried to allocate")
     assert "; the largest parts: " in line
     assert f"goes on, with {' '.join(ONE_ROW)} (put them into the configuration" in line
     assert sizes(output) == [1] * STEPS
-    _same(output, tmp_path / "small")
-    # Cut after step 3; there is memory again.
+    assert same(output, small)
+
+
+@pytest.mark.parametrize(
+    ("now", "size"),
+    [
+        ((), 1),
+        (("loop.halve_on_oom=false",), 2),
+        (("loop.micro_batch_size=4", "loop.gradient_accumulation_steps=1"), 4),
+    ],
+)
+def test_a_resumed_run_keeps_the_size_unless_the_user_says_otherwise(
+    now: tuple[str, ...],
+    size: int,
+    folder: Path,
+    halved: tuple[Path, str],
+    small: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """There is memory again by then."""
+    output = tmp_path / "run"
+    shutil.copytree(halved[0], output)
     shutil.rmtree(output / "adapter")
     shutil.rmtree(output / "checkpoints" / f"step_{STEPS:08d}")
-    again = tmp_path / "again"
-    shutil.copytree(output, again)
-    assert run(folder, output) == 0
-    said = capsys.readouterr().out
-    assert f"with {' '.join(ONE_ROW)}, since memory ran out before with" in said
-    assert sizes(output) == [1] * STEPS
-    _same(output, tmp_path / "small")
-    assert run(folder, again, "loop.halve_on_oom=false") == 0
-    assert sizes(again) == [1, 1, 1, 2, 2, 2]
-
-
-def _same(one: Path, other: Path) -> None:
-    assert losses(one) == losses(other)
-    found, expected = adapter(one), adapter(other)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_another_micro_batch_size_is_what_the_user_says(folder: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        short_memory.limit(patch, "backward", SEQ_LEN, layer=1)
-        assert run(folder, output) == 0
-    shutil.rmtree(output / "checkpoints" / f"step_{STEPS:08d}")
-    wide = ("loop.micro_batch_size=4", "loop.gradient_accumulation_steps=1")
-    assert run(folder, output, *wide) == 0
-    assert sizes(output) == [1, 1, 1, 4, 4, 4]
+    assert run(folder, output, *now) == 0
+    kept = f"with {' '.join(ONE_ROW)}, since memory ran out before with loop.micro_batch_size=2"
+    assert (kept in capsys.readouterr().out) is (size == 1)
+    assert sizes(output) == [1, 1, size, size]
+    assert same(output, small) is (size == 1)
 
 
 def test_rows_that_two_does_not_divide_are_still_those_of_the_step(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Six rows, three, one: a step never has more or fewer than it was configured to."""
-    six = ("loop.micro_batch_size=6", "loop.gradient_accumulation_steps=1", "data.holdout=0")
+    six = ("loop.micro_batch_size=6", "loop.gradient_accumulation_steps=1")
     with pytest.MonkeyPatch.context() as patch:
         short_memory.limit(patch, "backward", SEQ_LEN, layer=1)
         assert run(folder, tmp_path / "run", *six, "loop.max_steps=1") == 0
