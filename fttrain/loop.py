@@ -23,6 +23,8 @@ class LoopConfig:
     epochs: float = 1.0  # passes over the training rows; fractions are fine
     micro_batch_size: int = 4  # rows of one forward and backward on one rank
     gradient_accumulation_steps: int = 4  # micro-batches of one rank in one optimizer step
+    # memory that runs out in a step: True: halve the micro-batches and take it again | False: stop
+    halve_on_oom: bool = True
     seed: int = 42  # orders the rows and seeds dropout and the adapter's first weights
     eval_every: int = 0  # steps between held-out evaluations; 0: only before and after
     log_every: int = 1  # steps between lines of metrics

@@ -22,7 +22,7 @@ from fttrain.peers import uncut
 from fttrain.rig import memory
 from fttrain.strategy import usage
 from fttrain.strategy.build import build_strategy, silent
-from fttrain.strategy.protocol import Strategy
+from fttrain.strategy.protocol import OutOfMemory, Strategy
 from fttrain.strategy.recipe import Recipe, StepSize
 from fttrain.track import counting
 
@@ -184,6 +184,50 @@ def resume(run: Run, path: str, snapshot: Snapshot) -> None:
     history = run.figures.history
     run.figures.history = [entry for entry in history if entry["step"] <= run.step]
     run.say(f"resuming after step {run.step} from {path}")
+    _keep_split(run, snapshot.scalars.get("micro_batch_size"))
+
+
+def halve(run: Run, error: OutOfMemory) -> None:
+    """Smaller micro-batches, and as many more of them in a step: by half, or where that does not
+    divide their rows by as little as does. Every rank calls it.
+
+    Raises ``error`` where they have one row, or the settings say so.
+    """
+    size = run.loader.micro_batch_size
+    if size == 1 or not run.config.loop.halve_on_oom:
+        raise error
+    _divide(run, next(pieces for pieces in range(2, size + 1) if size % pieces == 0))
+    run.say(
+        f"warning: step {run.step + 1}: {error.what}; it is taken again, and the run goes on, with "
+        f"{_split(run)} (put them into the configuration to start with them)"
+    )
+
+
+def _divide(run: Run, pieces: int) -> None:
+    run.loader.divide(pieces)
+    run.loader.position = run.step  # the rows of a step that was not taken come again
+    run.strategy.divide(pieces)
+
+
+def _split(run: Run) -> str:
+    """The settings that make micro-batches what they are now."""
+    loop, size = run.config.loop, run.loader.micro_batch_size
+    steps = loop.gradient_accumulation_steps * loop.micro_batch_size // size
+    return f"loop.micro_batch_size={size} loop.gradient_accumulation_steps={steps}"
+
+
+def _keep_split(run: Run, saved: dict[str, int] | None) -> None:
+    """Micro-batches as small as the run had made them, unless their setting is another one now."""
+    loop = run.config.loop
+    if saved is None or saved["configured"] != loop.micro_batch_size or not loop.halve_on_oom:
+        return
+    if saved["used"] < loop.micro_batch_size:
+        _divide(run, loop.micro_batch_size // saved["used"])
+        run.say(
+            f"with {_split(run)}, since memory ran out before with "
+            f"loop.micro_batch_size={loop.micro_batch_size}; loop.halve_on_oom=false would try it "
+            "again"
+        )
 
 
 def save(run: Run) -> None:
@@ -195,7 +239,14 @@ def save(run: Run) -> None:
             run.step,
             adapter,
             optimizer,
-            {**_identity(run), "guard": run.guard.state()},
+            {
+                **_identity(run),
+                "guard": run.guard.state(),
+                "micro_batch_size": {
+                    "configured": run.config.loop.micro_batch_size,
+                    "used": run.loader.micro_batch_size,
+                },
+            },
             adapter_info(run.config),
             run.base_model,
             run.config.model.revision,

@@ -43,13 +43,14 @@ from fttrain.run import (
     adapter_info,
     build,
     describe,
+    halve,
     resume,
     sample_memory,
     save,
     tell_memory,
     wanted_snapshot,
 )
-from fttrain.strategy.protocol import StepStats
+from fttrain.strategy.protocol import OutOfMemory, StepStats
 from fttrain.track import Trackers, open_trackers
 from fttrain.track.report import write_report
 
@@ -104,16 +105,13 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
     every, eval_every = run.config.checkpoint.every, run.config.loop.eval_every
     memory_every, first = run.config.track.memory_every, run.step
     while run.step < run.total_steps:
-        started = time.perf_counter()
         lr = learning_rate(run.config.optim, run.step, run.total_steps)
-        stats = run.strategy.train_step(
-            run.loader.next_step(), run.step, lr, lambda *seen: _judge(run, *seen)
-        )
+        stats, step_s = _take_step(run, lr)
         run.step += 1
         if run.step == first + 1:
             tell_memory(run)
         if run.step % run.config.loop.log_every == 0 or run.step == run.total_steps:
-            trackers.log(run.step, _metrics(run, stats, lr, time.perf_counter() - started))
+            trackers.log(run.step, _metrics(run, stats, lr, step_s))
         if memory_every and (run.step % memory_every == 0 or run.step == run.total_steps):
             trackers.log_memory(run.step, sample_memory(run))
         if eval_every and run.step % eval_every == 0 and run.step < run.total_steps:
@@ -130,6 +128,19 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
             run.say(f"stopped after step {run.step}; the same command goes on from there")
             return True
     return False
+
+
+def _take_step(run: Run, lr: float) -> tuple[StepStats, float]:
+    """One step and its seconds; where memory runs out, again with smaller micro-batches."""
+    while True:
+        started = time.perf_counter()
+        try:
+            stats = run.strategy.train_step(
+                run.loader.next_step(), run.step, lr, lambda *seen: _judge(run, *seen)
+            )
+            return stats, time.perf_counter() - started
+        except OutOfMemory as error:
+            halve(run, error)
 
 
 def _judge(run: Run, loss: float, grad_norm: float) -> bool:
@@ -149,6 +160,7 @@ def _metrics(run: Run, stats: StepStats, lr: float, step_s: float) -> dict[str, 
         "lr": lr,
         "grad_norm": stats.grad_norm,
         "updated": stats.updated,
+        "micro_batch_size": run.loader.micro_batch_size,
         "epoch": run.step / run.loader.steps_per_epoch,
         "tokens": stats.tokens,
         "targets": stats.targets,
@@ -235,7 +247,7 @@ def _finish(run: Run, source: Source) -> None:
 
 
 def _holdout(run: Run) -> list[MicroBatch]:
-    rows, size = run.dataset.holdout, run.config.loop.micro_batch_size
+    rows, size = run.dataset.holdout, run.loader.micro_batch_size
     return evaluation_batches(rows, size, *run.strategy.data_parallel)
 
 

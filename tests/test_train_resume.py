@@ -9,7 +9,7 @@ import tiny
 import tiny_files
 import torch
 from safetensors.torch import load_file
-from tiny_run import Fault, adapter, arguments, inject, losses
+from tiny_run import Fault, adapter, arguments, losses
 
 from fttrain.cli import main
 from fttrain.data.loader import Loader
@@ -50,8 +50,8 @@ def run(folder: Path, output: Path, *more: str) -> int:
 def disturbed(folder: Path, output: Path, before: list[str], after: list[str]) -> Path:
     """Stopped by a signal in step ``STOPPED``, which is finished; then the same command again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loader, "next_step", Loader.next_step)  # what ``inject`` does is undone
-        inject(Fault(0, STOPPED - 1, signal.SIGTERM))
+        patch.setattr(Loader, "next_step", Loader.next_step)  # what the fault does is undone
+        Fault(0, STOPPED - 1, signal.SIGTERM).inject()
         assert run(folder, output, *before) == 128 + signal.SIGTERM
     assert os.listdir(output / "checkpoints") == [f"step_{STOPPED:08d}"]
     assert run(folder, output, *after) == 0

@@ -12,6 +12,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+import short_memory
 import torch
 from ranks import become_rank
 from safetensors.torch import load_file
@@ -70,29 +72,39 @@ class Fault:
     signum: int
     delay_s: float = 0.0
 
+    def inject(self) -> None:
+        """The real loader, and the signal once it is at the step."""
+        fetch, fault = Loader.next_step, self
+
+        def next_step(loader: Loader) -> list[MicroBatch]:
+            if loader.position == fault.step:
+                hit = functools.partial(os.kill, os.getpid(), fault.signum)
+                threading.Timer(fault.delay_s, hit).start() if fault.delay_s else hit()
+            return fetch(loader)
+
+        Loader.next_step = next_step  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """No memory for a micro-batch of more than ``tokens`` tokens on a rank."""
+
+    rank: int
+    tokens: int
+
+    def inject(self) -> None:
+        short_memory.limit(pytest.MonkeyPatch(), "backward", self.tokens, layer=1)
+
 
 def rank_main(
-    argv: list[str], rank: int, port: int, fault: Fault | None, stderr: Path | None
+    argv: list[str], rank: int, port: int, fault: Fault | Shortage | None, stderr: Path | None
 ) -> None:
     if stderr is not None:
         os.dup2(os.open(stderr / f"stderr{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
     become_rank(rank, 2, port)
     if fault is not None and fault.rank == rank:
-        inject(fault)
+        fault.inject()
     sys.exit(main(argv))
-
-
-def inject(fault: Fault) -> None:
-    """The real loader, and the signal once it is at the step."""
-    fetch = Loader.next_step
-
-    def next_step(loader: Loader) -> list[MicroBatch]:
-        if loader.position == fault.step:
-            signal_self = functools.partial(os.kill, os.getpid(), fault.signum)
-            threading.Timer(fault.delay_s, signal_self).start() if fault.delay_s else signal_self()
-        return fetch(loader)
-
-    Loader.next_step = next_step  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -113,7 +125,7 @@ def two_ranks() -> Iterator[Callable[..., list[BaseProcess]]]:
 
 
 def start_ranks(
-    argv: list[str], fault: Fault | None = None, stderr: Path | None = None
+    argv: list[str], fault: Fault | Shortage | None = None, stderr: Path | None = None
 ) -> list[BaseProcess]:
     """Two ranks as a launcher starts them, forked from a process that has imported everything.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fttrain.collectives import Handle
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.quant.scheme import QuantConfig
 from fttrain.store import Store, Traffic
@@ -55,6 +56,25 @@ def steady(store: Store) -> Traffic:
     store.take_traffic()
     read(store, [up, up[::-1]])
     return store.take_traffic()
+
+
+class CountingLane(ThreadLane):
+    """Counts the works that began and those that are done, each of which takes its time."""
+
+    def __init__(self, work_s: float = 0.0) -> None:
+        super().__init__()
+        self.started = self.ended = 0
+        self._work_s = work_s
+
+    def run(self, work: Work, after: Any = None) -> Handle:
+        def counted() -> Handle | None:
+            time.sleep(self._work_s)
+            handle = work()
+            self.ended += 1
+            return handle
+
+        self.started += 1
+        return super().run(counted, after)
 
 
 def delay_lanes(seed: int, most_s: float = 3e-3) -> None:

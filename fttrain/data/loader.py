@@ -42,7 +42,7 @@ class Loader:
         if len(rows) == 0:
             raise UserError("data: no rows to train on; use more data or a smaller data.holdout")
         self._rows, self._seed, self._shuffle = rows, seed, shuffle
-        self._micro_batch_size, self._accumulation = micro_batch_size, gradient_accumulation_steps
+        self.micro_batch_size, self._accumulation = micro_batch_size, gradient_accumulation_steps
         self._rank, self._world_size = rank, world_size
         self.position = position
         self._order: tuple[int, NDArray[np.int64]] | None = None  # (epoch, order of its rows)
@@ -50,7 +50,7 @@ class Loader:
     @property
     def rows_per_step(self) -> int:
         """Rows of a full step over all ranks."""
-        return self._micro_batch_size * self._accumulation * self._world_size
+        return self.micro_batch_size * self._accumulation * self._world_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -67,7 +67,14 @@ class Loader:
         ]
         self.position += 1
         places = (a * self._world_size + self._rank for a in range(self._accumulation))
-        return [_micro_batch(self._rows, chosen, place, self._micro_batch_size) for place in places]
+        return [_micro_batch(self._rows, chosen, place, self.micro_batch_size) for place in places]
+
+    def divide(self, pieces: int) -> None:
+        """Micro-batches of 1 / ``pieces`` of the rows from here on, and as many times more of them:
+        a step takes the rows that it would have taken. ``pieces`` divides ``micro_batch_size``.
+        """
+        self.micro_batch_size //= pieces
+        self._accumulation *= pieces
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order is None or self._order[0] != epoch:

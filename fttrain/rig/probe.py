@@ -86,6 +86,13 @@ def peak_host_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch's allocator, on the device or of the CPU, could not give what was asked."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 def available_host_bytes() -> int:
     """Memory that programs can still have without swapping: the machine's, or what a control group
     (a container, a batch system) leaves of its limit.

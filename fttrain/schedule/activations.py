@@ -38,6 +38,14 @@ class Policy(ABC):
     def backward(self, layer: Layer, saved: Any, grad: Tensor, rotary: Rotary) -> Tensor:
         """``grad`` of the output (N, C) -> that of the input (N, C). Adds to the adapters'."""
 
+    def forget(self) -> None:  # noqa: B027
+        """No backward of what was saved will come: every place is free again."""
+
+    def divide(self, pieces: int) -> None:  # noqa: B027
+        """Micro-batches have 1 / ``pieces`` of the rows from here on, and there are as many times
+        more of them. Nothing is saved now.
+        """
+
     def take_traffic(self) -> Traffic:
         """What it moved since the last call."""
         return Traffic()
@@ -61,12 +69,21 @@ class Recompute(Policy):
         self._boundaries.prefetch(saved)
 
     def backward(self, layer: Layer, saved: Any, grad: Tensor, rotary: Rotary) -> Tensor:
+        boundary = self._boundaries.load(saved)
         layer.state.recomputing = True
-        output, taken = _with_graph(layer, self._boundaries.load(saved), rotary)
-        layer.state.recomputing = False
+        try:
+            output, taken = _with_graph(layer, boundary, rotary)
+        finally:  # memory may run out; the layer is used again
+            layer.state.recomputing = False
         edge = get_gradient_edge(output)
         del output  # nothing reads it; the edge alone keeps the graph
         return _through(edge, grad, taken)
+
+    def forget(self) -> None:
+        self._boundaries.forget()
+
+    def divide(self, pieces: int) -> None:
+        self._boundaries.divide(pieces)
 
 
 class Keep(Policy):
@@ -103,6 +120,12 @@ class Offload(Policy):
         found = self._keep.backward(layer, graph, grad, rotary)
         self._host.drop(kept)
         return found
+
+    def forget(self) -> None:
+        self._host.forget()
+
+    def divide(self, pieces: int) -> None:
+        self._host.divide(pieces)
 
     def take_traffic(self) -> Traffic:
         return self._host.take_traffic()

@@ -40,6 +40,11 @@ class Work:
     # Of each layer passed its policy, and what that starts backward from
     saved: list[tuple[Policy, Any]] = field(default_factory=list)
 
+    def drop(self) -> None:
+        """Let go of all that it keeps, whoever still holds the work itself."""
+        self.saved.clear()
+        self.hidden = self.hidden.new_empty(0)
+
 
 def start(
     decoder: Decoder, micro_batch: MicroBatch, dropout: DropoutKey | None, hidden: Tensor | None

@@ -87,6 +87,10 @@ class StageLink:
         )
         return Arriving(ticket, buffer, self._group.device)
 
+    def nothing(self, rows: int) -> Tensor:
+        """Zeros (``rows``, C): what a stage sends that has nothing to say."""
+        return torch.zeros(rows, self._width, dtype=self._dtype, device=self._group.device)
+
     def flush(self) -> None:
         """Wait until all that was sent has left."""
         while self._sending:
@@ -125,10 +129,13 @@ class Inbox:
         self._open: deque[Arriving] = deque()
 
     def next(self) -> Tensor:
-        """The next tensor (N, C) on the device."""
+        """The next tensor (N, C) on the device. Where memory runs out it can be asked for again."""
         while self._rows and len(self._open) < AHEAD:
-            self._open.append(self._link.receive(self._rows.popleft(), self._step))
-        return self._open.popleft().tensor()
+            self._open.append(self._link.receive(self._rows[0], self._step))
+            self._rows.popleft()
+        tensor = self._open[0].tensor()
+        self._open.popleft()
+        return tensor
 
 
 @dataclass

@@ -1,17 +1,19 @@
 """A pipeline stage's part in one pass of micro-batches: receive, its own layers, send."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-import torch
+from torch import Tensor
 
 from fttrain.data.batch import MicroBatch
 from fttrain.model.decoder import Decoder
-from fttrain.model.linears import DropoutKey
 from fttrain.schedule import layer_pass
 from fttrain.schedule.activations import Policies
-from fttrain.schedule.layer_pass import Gradients, Work
-from fttrain.schedule.stage_link import DOWN, UP, StageLink
+from fttrain.schedule.attempt import Attempt, Dropout
+from fttrain.schedule.layer_pass import Gradients
+from fttrain.schedule.stage_link import DOWN, UP, Inbox, StageLink
 from fttrain.store import Store
+
+OLDEST, NEWEST = slice(0, 1), slice(-1, None)  # of the micro-batches under way
 
 
 class StagePass:
@@ -25,50 +27,47 @@ class StagePass:
         policies: Policies,
         gradients: Gradients,
         micro_batches: Sequence[MicroBatch],
-        dropout: Callable[[MicroBatch], DropoutKey | None],
+        dropout: Dropout,
     ) -> None:
         self._decoder, self._store, self._link = decoder, store, link
-        self._policies, self._gradients = policies, gradients
-        self._micro_batches, self._dropout = micro_batches, dropout
-        # Loss sum of the last stage, fp64; zero elsewhere
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=decoder.device)
-        rows = [len(batch.padded().input_ids) for batch in micro_batches]
-        self._from_before = None if link.is_first else link.inbox(rows, DOWN)
-        self._from_after = None if link.is_last else link.inbox(rows, UP)
-        self._works: dict[int, Work] = {}  # between forward and backward
+        self._gradients, self._micro_batches = gradients, micro_batches
+        # Its loss sum is that of the last stage; zero elsewhere
+        self.attempt = Attempt(decoder, policies, dropout)
+        self._rows = [len(batch.padded().input_ids) for batch in micro_batches]
+        self._from_before = None if link.is_first else link.inbox(self._rows, DOWN)
+        self._from_after = None if link.is_last else link.inbox(self._rows, UP)
 
     def __len__(self) -> int:
         return len(self._micro_batches)
 
     def forward(self, number: int) -> None:
         """Pass this stage's layers; keep what backward needs."""
-        work = self._works[number] = self._enter(number)
+        self.attempt.start(self._micro_batches[number], self._received(self._from_before))
         for layer in self._walk(range(len(self._store))):
-            layer_pass.forward(self._decoder.layers[layer], work, self._policies[layer])
-        if not self._link.is_last:
-            self._link.send(work.hidden, UP)
-            return
-        head, batch = self._decoder.head, work.micro_batch
-        with head.brought():
-            loss, work.hidden = head.loss_and_gradient(work.hidden, batch.targets, batch.trained)
-        self.loss_sum += loss
+            self.attempt.forward(layer, NEWEST)
+        if self._link.is_last:
+            self.attempt.head(NEWEST)
+        else:
+            self._send(number, NEWEST, UP)
 
     def backward(self, number: int) -> None:
-        """Pass back through the layers; adapter gradients are added where they live."""
-        work = self._works.pop(number)
-        if self._from_after is not None:
-            work.hidden = self._from_after.next()
-        last = number == len(self) - 1
+        """Pass back through the layers; adapter gradients are added where they live.
+
+        Micro-batches come back in the order in which they went: it is the oldest one's turn.
+        """
+        self._take_gradient()
         for layer in self._walk(range(len(self._store) - 1, -1, -1)):
             self._gradients.open(layer)
-            layer_pass.backward(self._decoder.layers[layer], work, work)
-            self._gradients.close(layer, last)
+            self.attempt.backward(layer, OLDEST)
+            self._gradients.close(layer, last=number == len(self) - 1)
         if not self._link.is_first:
-            self._link.send(work.hidden, DOWN)
+            self._send(number, OLDEST, DOWN)
+        del self.attempt.works[OLDEST]
 
     def evaluate(self, number: int) -> None:
         """Forward without keeping anything."""
-        work = self._enter(number)
+        hidden = None if self._from_before is None else self._from_before.next()
+        work = layer_pass.start(self._decoder, self._micro_batches[number], None, hidden)
         for layer in self._walk(range(len(self._store))):
             layer_pass.forward_only(self._decoder.layers[layer], work)
         if not self._link.is_last:
@@ -76,12 +75,32 @@ class StagePass:
             return
         head, batch = self._decoder.head, work.micro_batch
         with head.brought():
-            self.loss_sum += head.loss(work.hidden, batch.targets, batch.trained)
+            self.attempt.loss_sum += head.loss(work.hidden, batch.targets, batch.trained)
 
-    def _enter(self, number: int) -> Work:
-        batch = self._micro_batches[number]
-        hidden = None if self._from_before is None else self._from_before.next()
-        return layer_pass.start(self._decoder, batch, self._dropout(batch), hidden)
+    def _take_gradient(self) -> None:
+        """The last stage's head has left it there."""
+        gradient = self._received(self._from_after)
+        if gradient is not None:
+            for work in self.attempt.works[OLDEST]:
+                work.hidden = gradient
+
+    def _received(self, inbox: Inbox | None) -> Tensor | None:
+        """What the stage beside this one says next (N, C). Where there is no room for it, room is
+        made: the sender waits until it is taken.
+        """
+        if inbox is None:
+            return None
+        received: list[Tensor] = []
+        with self.attempt.computing():
+            received.append(inbox.next())
+        return received[0] if received else inbox.next()
+
+    def _send(self, number: int, works: slice, step: int) -> None:
+        """What ``works``, one at most, hold after micro-batch ``number``; the stage beside this one
+        waits for something of its shape in any case.
+        """
+        said = [work.hidden for work in self.attempt.works[works]]
+        self._link.send(said[0] if said else self._link.nothing(self._rows[number]), step)
 
     def _walk(self, order: range) -> Iterator[int]:
         return layer_pass.walk(self._decoder, self._store, order)

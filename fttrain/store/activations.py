@@ -113,6 +113,21 @@ class HostActivations:
         kept.tensors = kept.coming = None
         self._free.append(kept.place)
 
+    def forget(self) -> None:
+        """No backward of what was taken will come: all places are free again."""
+        # A place, and memory of the device, that a copy still uses must not be given out again.
+        self._out.synchronize()
+        self._back.synchronize()
+        self._leaving.clear()
+        self._free = list(range(len(self._host)))
+
+    def divide(self, pieces: int) -> None:
+        """Passes have 1 / ``pieces`` of the rows from here on, and there are as many times more of
+        them. Nothing is kept now.
+        """
+        self._host = self._host.view(len(self._host) * pieces, -1)
+        self._free = list(range(len(self._host)))
+
     def take_traffic(self) -> Traffic:
         """What came back to the device since the last call, and the waits for it."""
         moved, self._back_bytes = self._back_bytes, 0

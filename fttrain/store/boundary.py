@@ -36,6 +36,16 @@ class Boundaries(Protocol):
         """The boundary (N, C) on the device; its place is free again."""
         ...
 
+    def forget(self) -> None:
+        """What is kept will not be asked for."""
+        ...
+
+    def divide(self, pieces: int) -> None:
+        """Boundaries have 1 / ``pieces`` of the rows from here on, and there are as many times more
+        of them. Nothing is kept now.
+        """
+        ...
+
 
 class DeviceBoundaries:
     """They stay where they are."""
@@ -48,6 +58,12 @@ class DeviceBoundaries:
 
     def load(self, kept: Tensor) -> Tensor:
         return kept
+
+    def forget(self) -> None:
+        """Who saved them holds them."""
+
+    def divide(self, pieces: int) -> None:
+        """They are as large as they are."""
 
 
 @dataclass
@@ -71,10 +87,9 @@ class HostBoundaries:
         out: Lane | None = None,
         back: Lane | None = None,
     ) -> None:
-        places, _, _ = shape  # (places, rows, C)
-        self._host = buffer.view(dtype).view(shape)
+        self._host = buffer.view(dtype).view(shape)  # (places, rows, C)
         self._device = device
-        self._free = list(range(places))
+        self._free = list(range(len(self._host)))
         self._out, self._back = out or copy_lane(device), back or copy_lane(device)
         self._leaving: deque[tuple[Handle, Tensor]] = deque()
 
@@ -105,6 +120,18 @@ class HostBoundaries:
         kept.coming = None
         self._free.append(kept.place)
         return boundary
+
+    def forget(self) -> None:
+        # A place, and memory of the device, that a copy still uses must not be given out again.
+        self._out.synchronize()
+        self._back.synchronize()
+        self._leaving.clear()
+        self._free = list(range(len(self._host)))
+
+    def divide(self, pieces: int) -> None:
+        places, rows, width = self._host.shape
+        self._host = self._host.view(places * pieces, rows // pieces, width)
+        self._free = list(range(len(self._host)))
 
 
 def boundary_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from fttrain.data.batch import MicroBatch
 from fttrain.schedule import ScheduleConfig, generate, grouped
+from fttrain.schedule.attempt import Attempt, Dropout
 from fttrain.schedule.generate import Fresh, KeyValueCache
 from fttrain.store import FrozenBase, Store, Traffic
 from fttrain.strategy import parts
-from fttrain.strategy.native import Dropout, Joined, NativeStrategy, join
+from fttrain.strategy.native import Joined, NativeStrategy, join
 from fttrain.strategy.parts import Share
 from fttrain.strategy.recipe import Plan
 from fttrain.strategy.sync import gradient_sync
@@ -32,7 +33,7 @@ class DataParallel(NativeStrategy):
     def data_parallel(self) -> tuple[int, int]:
         return self._group.rank, self._group.world_size
 
-    def _forward_backward(self, micro_batches: list[MicroBatch], dropout: Dropout) -> Tensor:
+    def _forward_backward(self, micro_batches: list[MicroBatch], dropout: Dropout) -> Attempt:
         return grouped.forward_backward(
             self.decoder,
             self._store,

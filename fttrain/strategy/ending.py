@@ -9,7 +9,7 @@ from torch import Tensor
 from fttrain.dist import Group
 from fttrain.errors import UserError
 from fttrain.store.verify import VerifiedStore
-from fttrain.strategy.protocol import Judge, StepStats
+from fttrain.strategy.protocol import Judge, OutOfMemory, StepStats
 from fttrain.strategy.sync import SyncStats
 from fttrain.strategy.update import Update
 
@@ -32,18 +32,23 @@ class Ending:
         self._update, self._clip, self._first_layer = update, max_grad_norm, first_layer
         self._store, self._files, self._group = store, files, group
 
-    def totals(self, loss_sum: Tensor, targets: int, tokens: int) -> tuple[float, int, int]:
+    def totals(
+        self, loss_sum: Tensor, targets: int, tokens: int, ran_out: tuple[str, str] | None = None
+    ) -> tuple[float, int, int]:
         """Loss sum, target tokens and all tokens over all ranks.
 
-        Raises UserError, on every rank, where a layer that was checked since the last call is not
-        what the manifest says.
+        ``ran_out``: what ``usage.ran_out`` tells where memory ran out on this rank. Raises, on
+        every rank, UserError where a layer that was checked since the last call is not what the
+        manifest says, and OutOfMemory where memory ran out on any.
         """
-        damaged = torch.zeros(self._group.world_size, dtype=torch.float64)
-        damaged[self._group.rank] = self._first_damaged()
-        own = torch.cat([torch.tensor([targets, tokens], dtype=torch.float64), damaged])
+        ranks, rank = self._group.world_size, self._group.rank
+        by_rank = torch.zeros(2, ranks, dtype=torch.float64)
+        by_rank[:, rank] = torch.tensor([self._first_damaged(), ran_out is not None])
+        own = torch.cat([torch.tensor([targets, tokens], dtype=torch.float64), by_rank.flatten()])
         figures = torch.cat([loss_sum.view(1), own.to(loss_sum.device)])
         loss, all_targets, all_tokens, *found = self._group.all_reduce_(figures).tolist()
-        self._refuse_damaged(found)
+        self._refuse_damaged(found[:ranks])
+        self._refuse_short(found[ranks:], ran_out or ("", ""))
         return loss, int(all_targets), int(all_tokens)
 
     def check(self) -> None:
@@ -79,6 +84,12 @@ class Ending:
         """1 + the first damaged layer of this rank, 0 for none."""
         found = self._store.mismatched()
         return 1 + self._first_layer + min(found) if found else 0
+
+    def _refuse_short(self, found: list[float], own: tuple[str, str]) -> None:
+        """``found``: of each rank whether memory ran out; the first of them tells."""
+        for rank, short in enumerate(found):
+            if short:
+                raise OutOfMemory(*(self._group.share(text, rank) for text in own))
 
     def _refuse_damaged(self, found: list[float]) -> None:
         """``found``: of each rank what ``_first_damaged`` gave."""

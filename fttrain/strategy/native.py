@@ -5,7 +5,7 @@ A kind of strategy (``data_parallel``, ``pipeline_stage``) says who computes wha
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -19,6 +19,7 @@ from fttrain.optim.config import OptimConfig
 from fttrain.optim.optimizer import Optimizer
 from fttrain.schedule import generate, layer_pass
 from fttrain.schedule.activations import Policies
+from fttrain.schedule.attempt import Attempt, Dropout
 from fttrain.schedule.generate import Fresh, KeyValueCache
 from fttrain.store import FrozenBase, Store, Traffic
 from fttrain.store.hostpool import Booking
@@ -28,13 +29,11 @@ from fttrain.strategy.adapters import adapter_state, assemble, has_all, load_ada
 from fttrain.strategy.ending import Ending
 from fttrain.strategy.gradients import GradientHome
 from fttrain.strategy.parts import Share
-from fttrain.strategy.protocol import Judge, StepStats
+from fttrain.strategy.protocol import Judge, OutOfMemory, StepStats
 from fttrain.strategy.recipe import Plan
 from fttrain.strategy.sync import GradientSync
 from fttrain.strategy.update import DeviceUpdate, HostUpdate, Update
-from fttrain.strategy.usage import explained
-
-Dropout = Callable[[MicroBatch], DropoutKey | None]
+from fttrain.strategy.usage import explained, ran_out
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,10 @@ class NativeStrategy(ABC):
         self._store.take_traffic()  # it belongs to no step
 
     @abstractmethod
-    def _forward_backward(self, micro_batches: list[MicroBatch], dropout: Dropout) -> Tensor:
-        """Add a step's gradients; this rank's part of the loss sum, fp64."""
+    def _forward_backward(self, micro_batches: list[MicroBatch], dropout: Dropout) -> Attempt:
+        """Add a step's gradients, as far as memory suffices; with this rank's part of the loss
+        sum.
+        """
 
     @abstractmethod
     def _forward(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, int]:
@@ -138,13 +139,22 @@ class NativeStrategy(ABC):
         self._store.start_step(step)
         self._gradients.start()
         with self._explained():
-            loss_sum = self._forward_backward(
+            attempt = self._forward_backward(
                 micro_batches, lambda batch: DropoutKey(self._seed, step, batch.index)
             )
         norms, sync = self._gradients.finish()
-        totals, norms = self._totals(loss_sum, micro_batches), self._of_all_layers(norms)
+        try:
+            totals = self._totals(attempt.loss_sum, micro_batches, attempt.ran_out)
+        except OutOfMemory:
+            self._take_traffic()  # the next attempt counts its own
+            raise
+        norms = self._of_all_layers(norms)
         stats = self._ending.finish(totals, norms, sync, lr, accept)
         return replace(stats, traffic=self._take_traffic(), update=self._update.take_stats())
+
+    def divide(self, pieces: int) -> None:
+        for policy in dict.fromkeys(self._policies):
+            policy.divide(pieces)
 
     def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
         started = time.perf_counter()
@@ -167,11 +177,17 @@ class NativeStrategy(ABC):
     def _explained(self) -> AbstractContextManager[None]:
         return explained(self.bookings, self._group.rank, self._group.device)
 
-    def _totals(self, loss_sum: Tensor, micro_batches: list[MicroBatch]) -> tuple[float, int, int]:
+    def _totals(
+        self, loss_sum: Tensor, micro_batches: list[MicroBatch], said: str = ""
+    ) -> tuple[float, int, int]:
+        """``said``: by the allocator, where memory ran out on this rank."""
         counted = self._counted(micro_batches)
         targets = sum(batch.valid_tokens for batch in counted)
         tokens = sum(sum(batch.lengths) for batch in counted)
-        return self._ending.totals(loss_sum, targets, tokens)
+        group, told = self._group, None
+        if said:
+            told = ran_out(self.bookings, group.rank, group.device, said)
+        return self._ending.totals(loss_sum, targets, tokens, told)
 
     def adapter_state(self) -> dict[str, Tensor]:
         self._update.settle()

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from fttrain.data.batch import ROW_MULTIPLE
 from fttrain.model.decoder import Decoder
 from fttrain.model.lora import target_indices
 from fttrain.schedule.activations import Keep, Offload, Policies, Policy, Recompute
@@ -71,8 +70,10 @@ def dequantised_bytes(plan: Plan) -> int:
 def saved_bytes(plan: Plan, policy: str) -> int:
     """What a layer with ``policy`` keeps on the device for one micro-batch's backward."""
     if policy == "recompute":
-        on_device = plan.recipe.placement.boundaries == "device"
-        return _rows(plan) * plan.architecture.hidden * plan.dtype.itemsize * on_device
+        if plan.recipe.placement.boundaries == "host":
+            return 0
+        tokens = plan.recipe.size.micro_batch_tokens
+        return tokens * plan.architecture.hidden * plan.dtype.itemsize
     return 0 if policy == "offload" else activation_bytes(plan)
 
 
@@ -87,7 +88,7 @@ def activation_bytes(plan: Plan) -> int:
     """All that a layer's backward reads of one micro-batch: its input; q, k, v; attention's output
     and fp32 log-sum-exp; the second residual; gate and up; with DoRA what o and down gave.
     """
-    a, rows = plan.architecture, _rows(plan)
+    a, rows = plan.architecture, plan.recipe.size.row_tokens
     attention = a.heads * a.head_dim
     qkv, gate_up = attention + 2 * a.kv_heads * a.head_dim, 2 * a.config.intermediate_size
     widths = [a.hidden, qkv, attention, a.hidden, gate_up]
@@ -95,12 +96,8 @@ def activation_bytes(plan: Plan) -> int:
         targets = target_indices(a.groups, plan.recipe.lora)
         widths += [a.hidden for group in ("o", "down") if targets[group]]
     sizes = [rows * width * plan.dtype.itemsize for width in widths] + [rows * a.heads * 4]
-    return sum(round_up(size_bytes, ALIGN_BYTES) for size_bytes in sizes)
-
-
-def _rows(plan: Plan) -> int:
-    """The most tokens of a micro-batch, padding included."""
-    return round_up(plan.recipe.size.micro_batch_tokens, ROW_MULTIPLE)
+    of_a_row = sum(round_up(size_bytes, ALIGN_BYTES) for size_bytes in sizes)
+    return plan.recipe.size.micro_batch_size * of_a_row
 
 
 def own_policies(plan: Plan, share: Share) -> list[str]:
@@ -128,7 +125,7 @@ def policies(plan: Plan, share: Share, micro_batches: int) -> Policies:
 
 def _boundary_shape(plan: Plan, share: Share, micro_batches: int) -> tuple[int, int, int]:
     layers = own_policies(plan, share).count("recompute")
-    return micro_batches * layers, _rows(plan), plan.architecture.hidden
+    return micro_batches * layers, plan.recipe.size.micro_batch_tokens, plan.architecture.hidden
 
 
 def decoder(plan: Plan, base: FrozenBase, share: Share) -> Decoder:

@@ -5,12 +5,13 @@ from torch import Tensor
 
 from fttrain.data.batch import MicroBatch
 from fttrain.schedule import generate
+from fttrain.schedule.attempt import Attempt, Dropout
 from fttrain.schedule.generate import Fresh, KeyValueCache
 from fttrain.schedule.one_f_one_b import one_f_one_b
 from fttrain.schedule.stage_link import DOWN, UP, StageLink
 from fttrain.schedule.stage_pass import StagePass
 from fttrain.store import Traffic
-from fttrain.strategy.native import Dropout, Joined, NativeStrategy
+from fttrain.strategy.native import Joined, NativeStrategy
 
 
 class PipelineStage(NativeStrategy):
@@ -29,19 +30,19 @@ class PipelineStage(NativeStrategy):
     def data_parallel(self) -> tuple[int, int]:
         return 0, 1
 
-    def _forward_backward(self, micro_batches: list[MicroBatch], dropout: Dropout) -> Tensor:
+    def _forward_backward(self, micro_batches: list[MicroBatch], dropout: Dropout) -> Attempt:
         stage = self._pass(micro_batches, dropout)
         rank, world_size = self._group.rank, self._group.world_size
         one_f_one_b(rank, world_size, len(stage), stage.forward, stage.backward)
         self._link.flush()
-        return stage.loss_sum
+        return stage.attempt
 
     def _forward(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, int]:
         stage = self._pass(micro_batches, lambda batch: None)
         for number in range(len(stage)):
             stage.evaluate(number)
         self._link.flush()
-        return stage.loss_sum, len(stage)
+        return stage.attempt.loss_sum, len(stage)
 
     def _pass(self, micro_batches: list[MicroBatch], dropout: Dropout) -> StagePass:
         """What this stage does in a pass of those that have tokens."""

@@ -91,6 +91,16 @@ class StepStats:
     update: UpdateStats = field(default_factory=UpdateStats)  # this rank's, of the step before
 
 
+class OutOfMemory(UserError):
+    """Memory ran out on some rank in a step; raised on all of them. Nothing was updated, and the
+    step can be taken again with smaller micro-batches.
+    """
+
+    def __init__(self, what: str, helps: str) -> None:
+        super().__init__(f"{what}; {helps}")
+        self.what = what  # the rank and its largest parts
+
+
 Judge = Callable[[float, float], bool]  # (loss, grad_norm) -> whether the update is made
 
 
@@ -108,7 +118,14 @@ class Strategy(Protocol):
         """One optimizer step over this rank's ``micro_batches``, in host memory.
 
         The gradient is that of the loss summed over the target tokens of all ranks, divided by
-        their number. Raises UserError, before the update, where the frozen base is damaged.
+        their number. Raises, before the update, UserError where the frozen base is damaged and
+        OutOfMemory where memory does not suffice.
+        """
+        ...
+
+    def divide(self, pieces: int) -> None:
+        """Micro-batches have 1 / ``pieces`` of the rows from here on, and a step as many times more
+        of them.
         """
         ...
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from fttrain.checkpoint.frozen_cache import FrozenConfig
+from fttrain.data.batch import ROW_MULTIPLE
 from fttrain.dist import Group
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
@@ -17,6 +18,7 @@ from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.store.hostpool import HostPool
 from fttrain.strategy.protocol import SCHEDULES, StrategyConfig
+from fttrain.units import round_up
 
 POLICIES = ("recompute", "keep", "offload")
 
@@ -108,8 +110,16 @@ class StepSize:
     gradient_accumulation_steps: int = 1  # micro-batches
 
     @property
+    def row_tokens(self) -> int:
+        """What is reckoned for each row of a micro-batch: so much that the parts it may be divided
+        into (``Strategy.divide``) fit where it did, each with padding of its own.
+        """
+        return round_up(self.seq_len, ROW_MULTIPLE)
+
+    @property
     def micro_batch_tokens(self) -> int:
-        return self.micro_batch_size * self.seq_len
+        """The most tokens of a micro-batch, padding included."""
+        return self.micro_batch_size * self.row_tokens
 
 
 @dataclass(frozen=True)

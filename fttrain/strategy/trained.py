@@ -122,10 +122,10 @@ def _kept_gradients(plan: Plan) -> int:
 
 
 def _one_group(plan: Plan) -> bool:
-    """A layer's gradient is complete as its first backward ends."""
-    accumulation = plan.recipe.size.gradient_accumulation_steps
-    is_grouped = plan.recipe.schedule.kind == "grouped"
-    return is_grouped and plan.recipe.schedule.size(accumulation) == accumulation
+    """A layer's gradient is complete as its first backward ends, also where micro-batches are
+    divided and there are more of them.
+    """
+    return (plan.recipe.schedule.kind, plan.recipe.schedule.group) == ("grouped", "all")
 
 
 def _by_layer(buffer: Tensor, dtype: torch.dtype, layers: int) -> list[Tensor]:

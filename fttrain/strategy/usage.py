@@ -9,7 +9,7 @@ import torch
 
 from fttrain.errors import UserError, first_line
 from fttrain.rig.memory import peak_device_bytes
-from fttrain.rig.probe import peak_host_bytes
+from fttrain.rig.probe import is_out_of_memory, peak_host_bytes
 from fttrain.store.filling import LAYERS
 from fttrain.store.hostpool import Booking, largest
 from fttrain.strategy import ends, parts, trained
@@ -87,21 +87,23 @@ def explained(bookings: Sequence[Booking], rank: int, device: torch.device) -> I
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise UserError(_ran_out(bookings, rank, device, error)) from error
+        if is_out_of_memory(error):
+            told = ran_out(bookings, rank, device, first_line(error))
+            raise UserError("; ".join(told)) from error
         raise
 
 
-def _ran_out(
-    bookings: Sequence[Booking], rank: int, device: torch.device, error: RuntimeError
-) -> str:
+def ran_out(
+    bookings: Sequence[Booking], rank: int, device: torch.device, said: str
+) -> tuple[str, str]:
+    """What happened, with the largest parts; and what frees most. ``said``: by the allocator."""
     on_device = [booking for booking in bookings if booking.place == "device"]
     ordered = sorted(on_device, key=lambda booking: -booking.size_bytes)
     helps = [KNOBS[booking.what] for booking in ordered if booking.what in KNOBS][:2]
-    asked = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
+    asked = re.search(r"[Tt]ried to allocate [\d.]+ \w+", said)
     return (
-        f"rank {rank} ran out of memory on {device}"
-        f" ({asked[0] if asked else first_line(error)}); the largest parts: "
-        f"{largest(on_device) or 'unknown'}; what frees most: {'; '.join(helps)}; "
-        "or a smaller data.seq_len or loop.micro_batch_size"
+        f"rank {rank} ran out of memory on {device} "
+        f"({asked[0] if asked else said}); the largest parts: "
+        f"{largest(on_device) or 'unknown'}",
+        f"what frees most: {'; '.join(helps)}; or a smaller data.seq_len or loop.micro_batch_size",
     )

@@ -65,6 +65,22 @@ def test_every_split_takes_the_same_rows_in_a_step(mbs: int, gas: int, world: in
         assert ids(batches) == ids(reference.next_step())
 
 
+@pytest.mark.parametrize(("mbs", "pieces"), [(4, 2), (4, 4), (6, 3), (3, 3)])
+def test_divided_it_goes_on_as_one_that_began_so(mbs: int, pieces: int) -> None:
+    for rank in range(2):
+        loader = make(mbs=mbs, gas=2, rank=rank, world=2)
+        expected = make(mbs=mbs // pieces, gas=2 * pieces, rank=rank, world=2)
+        loader.next_step()
+        loader.divide(pieces)
+        expected.position = loader.position
+        assert loader.micro_batch_size == mbs // pieces
+        assert loader.rows_per_step == expected.rows_per_step == mbs * 4
+        for _ in range(5):
+            ours, theirs = loader.next_step(), expected.next_step()
+            assert [batch.index for batch in ours] == [batch.index for batch in theirs]
+            assert [ids([batch]) for batch in ours] == [ids([batch]) for batch in theirs]
+
+
 def test_a_partial_step_has_empty_micro_batches_not_fewer() -> None:
     loaders = [make(count=5, rank=rank, world=2) for rank in range(2)]
     assert [loader.steps_per_epoch for loader in loaders] == [1, 1]

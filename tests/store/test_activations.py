@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from fttrain.store.activations import UNDER_WAY, HostActivations
-from fttrain.store.lane import ThreadLane
+from fttrain.store.lane import Lane, ThreadLane
 
 PASSES, SIZE = 7, 50
 PLACE_BYTES = 4096
 
 
-def offloading(places: int = PASSES) -> HostActivations:
-    return HostActivations(
-        torch.zeros(places * PLACE_BYTES, dtype=torch.uint8), places, torch.device("cpu")
-    )
+def offloading(places: int = PASSES, *lanes: Lane) -> HostActivations:
+    buffer = torch.zeros(places * PLACE_BYTES, dtype=torch.uint8)
+    return HostActivations(buffer, places, torch.device("cpu"), *lanes)
 
 
 def layer(x: Tensor) -> Tensor:
@@ -82,6 +81,32 @@ def test_each_tensor_lies_there_once_and_only_the_last_ones_stay_on_the_device()
         host.drop(kept)
     assert host.take_traffic().activation_bytes == 4 * SIZE * (PASSES - UNDER_WAY)
     assert host.take_traffic().activation_bytes == 0
+
+
+def test_places_that_were_forgotten_and_divided_are_whole_again() -> None:
+    """Passes that failed, that left and that come back are forgotten; then there are halves of the
+    places, two times as many, and backward reads what forward left.
+    """
+    lanes = tiny_store.CountingLane(1e-3), tiny_store.CountingLane(1e-2)
+    host = offloading(PASSES, *lanes)
+    for attempt in range(4):
+        taken = []
+        for _ in range(PASSES - 1):
+            with host.taking() as kept:
+                layer(torch.randn(SIZE, requires_grad=True))
+            taken.append(kept)
+        with pytest.raises(RuntimeError, match="allocate memory"), host.taking():
+            layer(torch.randn(SIZE, requires_grad=True)).new_empty(1 << 60)
+        if attempt % 2:
+            for kept in taken:
+                host.bring(kept)
+        host.forget()
+        assert all(lane.ended == lane.started for lane in lanes)  # no copy is under way
+    assert all(lane.started for lane in lanes)
+    host.divide(2)
+    order = list(range(PASSES))[::-1]
+    for found, expected in zip(grads(order, host), grads(order, None), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_more_passes_than_places_is_an_error_and_not_an_overwritten_place() -> None:

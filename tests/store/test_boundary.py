@@ -54,21 +54,36 @@ def test_places_are_used_again() -> None:
     assert loaded > 80
 
 
-class Counting(tiny_store.ThreadLane):
-    """Counts what is under way, and was at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.started = 0
-
-    def run(self, work, after=None):  # type: ignore[no-untyped-def]
-        self.started += 1
-        return super().run(work, after)
+@pytest.mark.usefixtures("late_lanes")
+def test_places_that_were_forgotten_and_divided_are_whole_again() -> None:
+    """Copies out and back are under way as all is forgotten; then there are halves, two times as
+    many.
+    """
+    rows = 8
+    shape = (3, rows, WIDTH)
+    buffer = torch.zeros(boundary_bytes(shape, torch.float32), dtype=torch.uint8)
+    lanes = tiny_store.CountingLane(), tiny_store.CountingLane()
+    kept = HostBoundaries(buffer, shape, torch.float32, tiny_store.CPU, *lanes)
+    for attempt in range(4):
+        for number in range(3):
+            handle = kept.save(torch.full((rows, WIDTH), float(number)))
+        if attempt % 2:
+            kept.prefetch(handle)
+        kept.forget()
+        assert all(lane.ended == lane.started for lane in lanes)
+    assert all(lane.started for lane in lanes)
+    kept.divide(2)
+    given = [torch.randn(rows // 2, WIDTH) for _ in range(6)]
+    handles = [kept.save(boundary) for boundary in given]
+    for boundary, handle in zip(given, handles, strict=True):
+        assert torch.equal(kept.load(handle), boundary)
+    with pytest.raises(IndexError):
+        [kept.save(boundary) for boundary in (*given, given[0])]
 
 
 def test_a_prefetch_brings_once() -> None:
     shape = (3, ROWS, WIDTH)
-    back = Counting()
+    back = tiny_store.CountingLane()
     buffer = torch.zeros(boundary_bytes(shape, torch.float32), dtype=torch.uint8)
     kept = HostBoundaries(buffer, shape, torch.float32, tiny_store.CPU, back=back)
     handle = kept.save(torch.ones(2, WIDTH))

@@ -27,6 +27,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "activations offloaded": {"activations": "offload", "group": 1},
     "activations by layer": {"strategy": "stream", "activations": MIXED, **ON_HOST},
     "pipeline": {"strategy": "pipeline", **ON_HOST},
+    "optimizer in parts": {"shard": True},
+    "optimizer in parts, on the host": {"strategy": "stream", "shard": True, **ON_HOST},
+    "head in 4 bits": {"head": "nf4"},
+    "MLP in tiles": {"mlp_tile_tokens": 1024},
 }
 LAYERS = 7
 LAG_CYCLES = 2_000_000  # about a millisecond

@@ -98,8 +98,7 @@ def test_host_memory_of_offloaded_activations_is_what_a_layer_leaves(
     plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, HostPool(group))
     strategy = tiny_strategy.build(recipe, tiny_strategy.base(dtype="bfloat16"))
     assert strategy.decoder.layers[0].shell.mlp.tile_tokens == (0 if tile == "all" else tile)
-    rows = plan.recipe.size.micro_batch_tokens
-    batch = collate(tiny.documents((rows,)), 0)
+    batch = collate(tiny.documents((recipe.size.seq_len,)), 0)
     work = layer_pass.start(strategy.decoder, batch, None, None)
     for layer in layer_pass.walk(strategy.decoder, strategy._store, range(1)):
         layer_pass.forward(strategy.decoder.layers[layer], work, strategy._policies[layer])
