@@ -1,0 +1,210 @@
+"""What a rig can do, in numbers: a ``RigProfile``, measured here or shipped with its sources.
+
+    profile.json    {"form": 1, "name": ..., "measured": {date, machine, versions ...} | null,
+                     "cards": [...], "host": {...}, "links": [...], "sources": {...}}
+
+Rates are per second and in bytes or FLOP of SI (1e9, 1e12); times are seconds, medians. A rate that
+nobody has measured is None: whoever needs it says so by name.
+"""
+
+import bisect
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fttrain.errors import UserError
+
+FORM = 1  # of the file; another one is refused
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send_recv")
+
+
+@dataclass(frozen=True)
+class CopyRates:
+    """Copies between host and card, bytes a second of one card."""
+
+    pinned_bytes_per_s: float | None = None  # out of or into page-locked memory, nothing beside it
+    pageable_bytes_per_s: float | None = None
+    both_ways_bytes_per_s: float | None = None  # page-locked, while the other direction copies, too
+    all_cards_bytes_per_s: float | None = None  # page-locked, while all other cards do the same
+
+
+@dataclass(frozen=True)
+class CardProfile:
+    """One rank's device: a GPU, or a CPU's share of its cores and of the host's memory."""
+
+    name: str
+    kind: str  # cuda | cpu
+    memory_bytes: int  # that the card has, or of a CPU the share of a rank
+    gemm_flop_per_s: float | None = None  # in the training dtype, at the model's shapes
+    dequantise_bytes_per_s: float | None = None  # bytes of bf16 made out of 4 bits
+    memory_bytes_per_s: float | None = None  # read and written, of a large copy on the device
+    to_card: CopyRates = field(default_factory=CopyRates)
+    to_host: CopyRates = field(default_factory=CopyRates)
+    # None: not available. pcie_generation and pcie_width: now; *_most: what card and slot can do
+    pcie_generation: int | None = None
+    pcie_generation_most: int | None = None
+    pcie_width: int | None = None
+    pcie_width_most: int | None = None
+    nvlink_lanes: int | None = None
+    power_limit_w: float | None = None
+    price_per_h: float | None = None  # US dollars, of renting one
+    # Memory that is gone before the first tensor: context, communication buffers
+    overhead_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class HostProfile:
+    """The machine that the cards are in."""
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    memory_bytes_per_s: float | None = None  # read and written, of a large copy
+    disk_bytes_per_s: float | None = None  # reading the frozen cache, pages not in memory
+    adamw_values_per_s: float | None = None  # fp32 values that the CPU's AdamW updates
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A collective of one size."""
+
+    size_bytes: int  # of the whole tensor, as nccl-tests counts: all_gather's output, for example
+    seconds: float  # median
+
+
+@dataclass(frozen=True)
+class LinkProfile:
+    """How ranks talk over one transport."""
+
+    transport: str  # as it was asked for: default | no_p2p | sockets | gloo
+    seen: str  # what really carried the bytes, by the library's own log or the driver's counters
+    ranks: int
+    samples: dict[str, tuple[Sample, ...]]  # by collective, sizes ascending
+    wrong: str = ""  # what was wrong with a result; such a link is named, and not timed
+
+    def seconds(self, collective: str, size_bytes: float) -> float:
+        """Of a ``collective`` of ``size_bytes``: between two measured sizes on the line through
+        them, beyond the ends at the rate of the last one and no faster than the smallest.
+
+        Raises UserError where it was not measured.
+        """
+        found = self.samples.get(collective, ())
+        if not found:
+            raise UserError(f"link {self.transport}: {collective} was not measured")
+        sizes = [sample.size_bytes for sample in found]
+        place = bisect.bisect_left(sizes, size_bytes)
+        if place == 0:
+            return found[0].seconds
+        if place == len(found):
+            return found[-1].seconds * size_bytes / found[-1].size_bytes
+        low, high = found[place - 1], found[place]
+        share = (size_bytes - low.size_bytes) / (high.size_bytes - low.size_bytes)
+        return low.seconds + share * (high.seconds - low.seconds)
+
+
+def algorithm_bytes_per_s(sample: Sample) -> float:
+    """Size over time, nccl-tests' "algbw"."""
+    return sample.size_bytes / sample.seconds
+
+
+def bus_bytes_per_s(collective: str, sample: Sample, ranks: int) -> float:
+    """nccl-tests' "busbw" (its doc/PERFORMANCE.md): what each link would carry if it were the limit,
+    comparable between collectives and rank counts.
+    """
+    part = (ranks - 1) / ranks
+    factor = {
+        "all_reduce": 2 * part,
+        "all_gather": part,
+        "reduce_scatter": part,
+        "broadcast": 1.0,
+        "send_recv": 1.0,
+    }[collective]
+    return algorithm_bytes_per_s(sample) * factor
+
+
+@dataclass(frozen=True)
+class Measured:
+    """When, where and with what a profile was made."""
+
+    date: str  # ISO 8601, UTC
+    machine: str  # an identity that does not change with a reboot, hashed
+    versions: dict[str, str]  # of torch, CUDA, the driver, NCCL, bitsandbytes
+
+
+@dataclass(frozen=True)
+class RigProfile:
+    """Everything that a plan is made from."""
+
+    name: str
+    cards: tuple[CardProfile, ...]  # by local rank
+    host: HostProfile
+    links: tuple[LinkProfile, ...] = ()
+    measured: Measured | None = None  # None: shipped, its figures are those of ``sources``
+    sources: dict[str, str] = field(default_factory=dict)  # figure -> where it is from
+
+    def link(self, transport: str = "") -> LinkProfile:
+        """That of ``transport``; without one the first whose results are right.
+
+        Raises UserError where there is none.
+        """
+        for link in self.links:
+            if transport in ("", link.transport) and not link.wrong:
+                return link
+        known = ", ".join(link.transport for link in self.links) or "none"
+        raise UserError(f"rig {self.name}: no link {transport or 'that works'}; there are: {known}")
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        text = json.dumps({"form": FORM, **asdict(self)}, indent=1, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def load_profile(path: Path) -> RigProfile:
+    """The profile in ``path``. Raises UserError for a file that is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("form") != FORM:
+            raise UserError(
+                f"{path}: a profile of another version; `fttrain measure` makes a new one"
+            )
+        return _profile(content)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no rig profile is there; `fttrain measure` makes one") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path}: no rig profile ({type(error).__name__}: {error}); `fttrain measure` makes one"
+        ) from error
+
+
+def _profile(content: dict[str, Any]) -> RigProfile:
+    measured = content["measured"]
+    return RigProfile(
+        name=content["name"],
+        cards=tuple(_card(card) for card in content["cards"]),
+        host=HostProfile(**content["host"]),
+        links=tuple(_link(link) for link in content["links"]),
+        measured=None if measured is None else Measured(**measured),
+        sources=content["sources"],
+    )
+
+
+def _card(content: dict[str, Any]) -> CardProfile:
+    ways = {way: CopyRates(**content.pop(way)) for way in ("to_card", "to_host")}
+    return CardProfile(**content, **ways)
+
+
+def _link(content: dict[str, Any]) -> LinkProfile:
+    samples = {
+        name: tuple(Sample(**sample) for sample in found)
+        for name, found in _pairs(content.pop("samples"))
+    }
+    return LinkProfile(**content, samples=samples)
+
+
+def _pairs(samples: dict[str, Sequence[Any]]) -> Sequence[tuple[str, Sequence[Any]]]:
+    unknown = sorted(samples.keys() - set(COLLECTIVES))
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no collective")
+    return list(samples.items())
