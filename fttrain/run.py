@@ -154,7 +154,7 @@ def wanted_snapshot(run: Run) -> tuple[str, Snapshot] | None:
         return None
     snapshot = load_snapshot(path)
     for key, now in _identity(run).items():
-        before = snapshot.scalars.get(key)
+        before = snapshot.scalars.get(key, _BEFORE_THERE_WAS_A_CHOICE.get(key))
         if before != now:
             raise UserError(
                 f"resume={path}: {key} was {before} when it was saved and is {now} now, so the run "
@@ -277,7 +277,13 @@ def _identity(run: Run) -> dict[str, Any]:
         "lora.lora_dropout": config.lora.lora_dropout,
         "lora.target_modules": _as_json(config.lora.target_modules),
         "frozen base": run.base_digest,
-    } | ({"lora.use_dora": True} if config.lora.use_dora else {})  # older snapshots lack it
+        "lora.use_dora": config.lora.use_dora,
+        "head in 4 bits": config.placement.head == "nf4",
+    }
+
+
+# Of keys that older snapshots lack
+_BEFORE_THERE_WAS_A_CHOICE = {"lora.use_dora": False, "head in 4 bits": False}
 
 
 def _as_json(modules: str | tuple[str, ...]) -> str | list[str]:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fttrain.model.functions import row_tiles
+
 
 class Member(NamedTuple):
     """Where one adapted linear of a group has its parts."""
@@ -41,13 +43,17 @@ class Magnitudes:
             self._squares = torch.cat(norms).square_()
         return self._squares.sqrt()
 
-    def scale_(self, y: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """``y`` (T, out) without bias, times m / n where a linear is adapted, in place.
+    def prepare(self, weight: Tensor, a: Tensor, b: Tensor) -> None:
+        """Have m / n, once an update, before ``scale_``; backward follows a forward that had it.
 
         ``weight`` (out, in); ``a`` (R, in); ``b``: scaling * B (adapted outputs, r).
         """
         if self._scale is None:
             self._scale = self.values / self._norms(weight, a, b)
+
+    def scale_(self, y: Tensor) -> Tensor:
+        """``y`` (T, out) without bias, times m / n where a linear is adapted, in place."""
+        assert self._scale is not None
         for member in self._members:
             y[:, member.rows].mul_(self._scale[member.own])
         return y
@@ -56,10 +62,14 @@ class Magnitudes:
         """That of m, fp32 (adapted outputs,). ``grad`` of y and ``y`` (T, out), with bias."""
         found = []
         for member in self._members:
-            own = grad[:, member.rows]
-            product = (own * y[:, member.rows]).sum(0, dtype=torch.float32)
-            if bias is not None:
-                product -= own.sum(0, dtype=torch.float32) * bias[member.rows]
+            own, ours = grad[:, member.rows], y[:, member.rows]
+            if bias is None:
+                found.append((own * ours).sum(0, dtype=torch.float32))
+                continue
+            # A bias may be a hundred times what it is added to: it is taken off in fp32.
+            product, added = torch.zeros_like(self.values[member.own]), bias[member.rows].float()
+            for rows in row_tiles(own):
+                product += (own[rows].float() * (ours[rows].float() - added)).sum(0)
             found.append(product)
         # y without bias is u * m / n, and the gradient that of u / n; a row of zeros has none.
         return torch.where(self.values == 0, 0.0, torch.cat(found) / self.values)

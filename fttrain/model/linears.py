@@ -108,7 +108,8 @@ class LinearGroup:
         if self.adapter is not None and down is not None:
             self.adapter.add_to_(y, down)
             if magnitudes is not None:
-                magnitudes.scale_(y, weight, self.adapter.a, self.adapter.b)
+                magnitudes.prepare(weight, self.adapter.a, self.adapter.b)
+                magnitudes.scale_(y)
                 y = y if bias is None else y.add_(bias)
         return y
 
@@ -133,8 +134,7 @@ class LinearGroup:
         """
         if self.adapter is not None and self.reads_output:
             assert y is not None
-            weight, bias = self.frozen.weight(self.shape.name), self.frozen.bias(self.shape.name)
-            grad = self.adapter.undo_magnitudes(grad, y, weight, bias)
+            grad = self.adapter.undo_magnitudes(grad, y, self.frozen.bias(self.shape.name))
         inputs = self._prologue(x)
         if down is None:
             down = _down_projection(self, inputs, dropout)

@@ -159,18 +159,16 @@ class GroupAdapter:
             b_grad = (down[:, block].t() @ grad[:, rows]).t()
             self.b_grad[own].add_(b_grad, alpha=self.scaling)
 
-    def undo_magnitudes(
-        self, grad: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def undo_magnitudes(self, grad: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
         """``grad`` of y (N, out) -> that of what the magnitudes were applied to. Adds theirs to the
         fp32 gradient.
 
-        ``y`` (N, out) with the group's ``bias`` (out,); ``weight``: its frozen one (out, in).
+        ``y`` (N, out) with the group's ``bias`` (out,).
         """
         assert self.magnitudes is not None
         assert self.m_grad is not None
         self.m_grad.add_(self.magnitudes.gradient(grad, y, bias))
-        return self.magnitudes.scale_(grad.clone(), weight, self.a, self.b)
+        return self.magnitudes.scale_(grad.clone())
 
     def named(self, layer: int, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """(name, view) of each A (r, in), B (out, r) and magnitude vector (out,) in this adapter's

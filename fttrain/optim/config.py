@@ -22,7 +22,8 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.0  # decoupled, per step, times lr
-    loraplus_lr_ratio: float = 1.0  # lr of every B over that of every A (LoRA+, Hayou et al. 2024)
+    # lr of every B, and of DoRA's magnitudes, over that of every A (LoRA+, Hayou et al. 2024)
+    loraplus_lr_ratio: float = 1.0
     max_grad_norm: float = 1.0  # clip the global gradient norm; 0: no clipping
     lr_schedule: str = "cosine"  # after warm-up: constant | linear | cosine
     warmup_ratio: float = 0.03  # fraction of all steps, in [0, 1)

@@ -46,7 +46,7 @@ class CpuAdam(torch.optim.Optimizer):
         super().__init__(
             groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
-        self._kernel, self._name = _kernel(), next(self._names)
+        self._kernel, self._name = kernel(), next(self._names)
 
     def init_state(self, parameter: torch.Tensor) -> None:
         """As before the first step."""
@@ -83,8 +83,11 @@ class CpuAdam(torch.optim.Optimizer):
 
 
 @functools.cache
-def _kernel() -> Any:
-    """DeepSpeed's extension module, compiled if this machine has not done it yet."""
+def kernel() -> Any:
+    """DeepSpeed's extension module, compiled if this machine has not done it yet.
+
+    Raises UserError where it cannot be.
+    """
     if rank_from_environment()[2] == 0:  # a compiler says nothing for a minute
         print("DeepSpeed's kernel: its first use on a machine compiles it", flush=True)
     variables = {

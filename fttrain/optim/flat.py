@@ -62,6 +62,10 @@ class FlatLayout:
         """Of the sections, in order."""
         return list(self._sections)
 
+    def section_values(self, name: str) -> int:
+        """Of a section, padding included."""
+        return self._sections[name].stop - self._sections[name].start
+
     def tensors(self, flat: Tensor, name: str) -> list[Tensor]:
         """The tensors of a section in ``flat`` (values,), each flat."""
         start = self._sections[name].start

@@ -9,6 +9,7 @@ from bitsandbytes.optim.lion import Lion8bit
 from torch import Tensor, nn
 
 from fttrain.errors import UserError
+from fttrain.optim import cpu_adam
 from fttrain.optim.config import OptimConfig
 from fttrain.optim.cpu_adam import CpuAdam
 from fttrain.optim.flat import BLOCK_VALUES, Section
@@ -23,6 +24,14 @@ def moment_bytes(config: OptimConfig, values: int) -> int:
         return 8 * values
     blocks = -(-values // BLOCK_VALUES)
     return (1 if config.kind == "lion8bit" else 2) * (values + 4 * blocks)
+
+
+def check_available(config: OptimConfig) -> None:
+    """Raises UserError where a kernel of the optimizer cannot be had, which may take a minute to
+    find out.
+    """
+    if config.kind == "deepspeed_cpu_adam":
+        cpu_adam.kernel()
 
 
 class _Layer(NamedTuple):
@@ -50,7 +59,8 @@ class Optimizer:
         """
         parts = list(parts)
         self._first_layer = first_layer
-        self._ratios = {"b": config.loraplus_lr_ratio}
+        # LoRA+; the magnitudes with the B's, as PEFT's optimizer for it has them
+        self._ratios = dict.fromkeys(("b", "m"), config.loraplus_lr_ratio)
         # Views of the flat masters; autograd never sees them.
         self._layers = [
             _Layer(flat, [(part, nn.Parameter(flat.data[part.own])) for part in sections])

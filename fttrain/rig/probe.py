@@ -15,6 +15,13 @@ from fttrain.errors import UserError
 
 BACKENDS = ("auto", "nccl", "gloo")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+# What errors say that are no torch.OutOfMemoryError: torch's allocator of the CPU; cuBLAS, which
+# makes a handle at its first use on a thread; the driver
+_RAN_OUT = (
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
 
 
 @dataclass(frozen=True)
@@ -87,10 +94,12 @@ def peak_host_bytes() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch's allocator, on the device or of the CPU, could not give what was asked."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    """Whether torch's allocator, on the device or of the CPU, could not give what was asked, or
+    the driver and its libraries had no room for what they need beside it.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _RAN_OUT)
 
 
 def available_host_bytes() -> int:

@@ -54,6 +54,8 @@ class Attempt:
 
     def head(self, works: slice = slice(None)) -> None:
         """Add the loss of ``works``; from here on they hold the gradient."""
+        if not self.works[works]:
+            return  # a streamed head need not come
         head = self._decoder.head
         with self.computing(), head.brought():
             for work in self.works[works]:

@@ -15,7 +15,8 @@ from fttrain.model.decoder import Decoder
 def adapter_state(decoder: Decoder, group: Group) -> dict[str, Tensor]:
     """fp32 masters of the whole model, on rank 0; others may get less. Every rank calls it.
 
-    ``model.layers.0.self_attn.q_proj.lora_A`` (r, in), ``...lora_B`` (out, r).
+    ``model.layers.0.self_attn.q_proj.lora_A`` (r, in), ``...lora_B`` (out, r), and with DoRA
+    ``...lora_magnitude_vector`` (out,).
     """
     own = {str(layer.index): layer.adapters.flat.detach() for layer in decoder.layers}
     any_layer = decoder.layers[0].adapters  # all are laid out alike
@@ -40,31 +41,37 @@ def load_adapter_state(decoder: Decoder, state: dict[str, Tensor]) -> None:
     Raises UserError where names or shapes differ.
     """
     state = part_of(state, decoder)
-    masters = [
-        torch.zeros(layer.adapters.layout.values, device=layer.adapters.flat.device)
+    _check_fit(decoder, state)
+    for layer in decoder.layers:  # one at a time: whole masters may be more than a rank's own
+        adapters = layer.adapters
+        whole = torch.zeros(adapters.layout.values, device=adapters.flat.device)
+        for name, view in adapters.named(whole):
+            view.copy_(state[name])
+        adapters.load(whole)
+
+
+def _check_fit(decoder: Decoder, state: dict[str, Tensor]) -> None:
+    """Raises UserError where names or shapes differ."""
+    shapes = {
+        name: view.shape
         for layer in decoder.layers
-    ]
-    views = {
-        name: view
-        for layer, whole in zip(decoder.layers, masters, strict=True)
-        for name, view in layer.adapters.named(whole)
+        for name, view in layer.adapters.named(
+            torch.empty(layer.adapters.layout.values, device="meta")
+        )
     }
-    differing = sorted(views.keys() ^ state.keys())
+    differing = sorted(shapes.keys() ^ state.keys())
     if differing:
         raise UserError(
             f"adapter: {differing[0]} and {len(differing) - 1} more are only in one of the "
             "snapshot and the model; "
-            "lora.target_modules or the model differ"
+            "lora.target_modules, lora.use_dora or the model differ"
         )
-    for name, view in views.items():
-        if state[name].shape != view.shape:
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
             raise UserError(
                 f"adapter: {name} has shape {tuple(state[name].shape)} in the snapshot, "
-                f"{tuple(view.shape)} in the model; lora.r or the model differ"
+                f"{tuple(shape)} in the model; lora.r or the model differ"
             )
-        view.copy_(state[name])
-    for layer, whole in zip(decoder.layers, masters, strict=True):
-        layer.adapters.load(whole)
 
 
 def part_of(state: dict[str, Tensor], decoder: Decoder) -> dict[str, Tensor]:
@@ -95,4 +102,8 @@ def assemble(own: dict[str, Tensor], group: Group) -> dict[str, Tensor]:
             arrived = group.broadcast(tensor.contiguous(), source)
             if group.is_main:
                 found.setdefault(name, []).append(arrived)
-    return {name: torch.cat(parts) if parts[0].dim() else parts[0] for name, parts in found.items()}
+    return {name: _joined(found.pop(name)) for name in list(found)}
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 and parts[0].dim() else parts[0]

@@ -13,6 +13,7 @@ from fttrain.checkpoint.source import Source, load_config, quantisation_of
 from fttrain.dist import Group
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
+from fttrain.optim.optimizer import check_available
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.quant.scheme import QuantConfig
 from fttrain.store import FrozenBase
@@ -49,6 +50,7 @@ class Blueprint:
             raise UserError(
                 "model.dtype=float32: flash attention on a GPU takes model.dtype=bfloat16"
             )
+        check_available(recipe.optim)
         self._plan = Plan(recipe, group, architecture, frozen_format, HostPool(group))
         self._page = PAGES[recipe.strategy.name]
         self._share = self._page.book(self._plan)

@@ -150,7 +150,9 @@ class Strategy(Protocol):
         ...
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """fp32 masters by name: A (r, in) and B (out, r). Whole on rank 0; others may get less."""
+        """fp32 masters by name: A (r, in), B (out, r), with DoRA magnitudes (out,). Whole on rank
+        0; others may get less.
+        """
         ...
 
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:

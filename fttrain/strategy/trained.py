@@ -1,11 +1,11 @@
 """What trains: adapters, their gradients, the optimizer's state; where they are, what they take.
 
-                      on the device                          in host memory with optim.offload
-    compute copies    whole                                  own part, on its way to the device
-    masters, moments  own part                               own part
-    gradients         whole; own part where a step is one    the same
-                      group of micro-batches, and two of a
-                      layer that backward adds to
+                      on the device                      with optim.offload in host memory
+    compute copies    whole                              own part, on its way to the device
+    masters, moments  own part                           own part
+    gradients         whole; where a step is one group   the same; on the device two of a layer,
+                      of micro-batches own part, and     which backward adds to
+                      two of a layer
 
 The own part is everything, or with ``optim.shard`` one of as many parts as there are ranks.
 """
@@ -50,6 +50,8 @@ def adapter_bytes(plan: Plan) -> int:
     """What one layer's adapters take on the device for as long as the run lasts."""
     layout, optim = layout_of(plan), plan.recipe.optim
     copies = _copy_dtype(plan).itemsize * layout.values
+    if "m" in layout.names:  # squares of frozen rows' norms, and m / n
+        copies += 2 * FP32_BYTES * layout.section_values("m")
     if optim.offload:
         return copies
     masters = FP32_BYTES * layout.own_values
@@ -112,7 +114,7 @@ def gradients(plan: Plan, built: Decoder, sync: GradientSync) -> GradientHome:
 
 def _passing(plan: Plan) -> bool:
     """Whether the device holds no more than a few whole gradients."""
-    return plan.recipe.optim.offload or (plan.recipe.optim.shard and _one_group(plan))
+    return plan.recipe.optim.offload or (portion(plan).world_size > 1 and _one_group(plan))
 
 
 def _kept_gradients(plan: Plan) -> int:

@@ -23,7 +23,9 @@ from fttrain.store.lane import copy_lane
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """An update, of the step before: in host memory it goes on when its own step has ended."""
+    """An update: on the device of this step, in host memory, where it goes on when its own step has
+    ended, of the step before.
+    """
 
     optim_bytes: int = 0  # gradients that came to the host and weights that went to the device
     optim_gather_bytes: int = 0  # weights of other ranks' parts that came from them
@@ -43,7 +45,7 @@ class Update(Protocol):
         ...
 
     def take_stats(self) -> UpdateStats:
-        """Of the update before the last one that was started."""
+        """Of the last update that is over, once."""
         ...
 
 
@@ -62,19 +64,23 @@ class DeviceUpdate:
 
     def __init__(self, layers: Sequence[LayerAdapters], optimizer: Optimizer) -> None:
         self._layers, self._optimizer = layers, optimizer
+        self._stats = UpdateStats()
 
     def start(self, factor: float, lr: float) -> None:
+        self.settle()
         for place, layer in enumerate(self._layers):
             update_layer(layer, place, self._optimizer, factor, lr)
         for layer in self._layers:  # in the order in which the next forward needs them
             layer.expect(layer.gather())
+        self._stats = UpdateStats(optim_gather_bytes=_gather_bytes(self._layers))
 
     def settle(self) -> None:
         for layer in self._layers:
             layer.ready()
 
     def take_stats(self) -> UpdateStats:
-        return UpdateStats(optim_gather_bytes=_gather_bytes(self._layers))
+        stats, self._stats = self._stats, UpdateStats()
+        return stats
 
 
 class HostUpdate:

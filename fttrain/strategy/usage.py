@@ -22,7 +22,7 @@ KNOBS = {  # part on the device -> what makes it smaller
     ends.EMBEDDING: "embedding=host",
     ends.HEAD: "head=nf4 or head=streamed",
     ends.BROUGHT: "head=nf4",
-    trained.ADAPTERS: "optim.offload=true, optim.shard=true, optim=adamw8bit or a smaller lora.r",
+    trained.ADAPTERS: "optim.offload=true, optim=adamw8bit or a smaller lora.r",
     parts.WEIGHTS: "quant.dequant=tile",
     parts.SLOTS: "strategy.slots=2",
 }

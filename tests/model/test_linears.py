@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fttrain.model import linears
+from fttrain.model.dora import Magnitudes, Member
 from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.model.linears import MASK_TOKENS, DropoutKey, LayerState, LinearGroup
 from fttrain.model.lora import GroupMembers, LoraConfig
@@ -160,6 +161,19 @@ def test_magnitudes_start_as_the_norms_of_frozen_rows_and_change_no_bit(dtype: t
     magnitudes = dict(layer.named_masters())["model.layers.0.a.v_proj.lora_magnitude_vector"]
     rows = frozen.weight("qkv")[shape.rows[2]].float()
     torch.testing.assert_close(magnitudes, rows.norm(dim=1))
+
+
+def test_a_large_bias_does_not_drown_the_magnitudes_gradient() -> None:
+    """Both in bf16, a bias far larger than what it is added to; reference: the same in fp64."""
+    members = [Member(slice(0, 4), slice(0, 2), slice(0, 4))]
+    magnitudes = Magnitudes(torch.full((4,), 2.0), members)
+    torch.manual_seed(0)
+    u, grad = 3 * torch.randn(2048, 4).bfloat16(), torch.randn(2048, 4).bfloat16()
+    bias = torch.tensor([0.0, 10.0, 60.0, 100.0]).bfloat16()
+    y = u + bias
+    exact = (grad.double() * (y.double() - bias.double())).sum(0) / 2
+    found = magnitudes.gradient(grad, y, bias)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-3)
 
 
 def test_gradients_of_several_micro_batches_add_up() -> None:

@@ -52,8 +52,8 @@ def step(
         layer.shell.mlp.down.unread = not read
     policies = [POLICIES[policy]() for _ in decoder.layers]
     home, batches = tiny.gradient_home(decoder), [tiny.one_batch(DOCUMENTS)]
-    loss = grouped.forward_backward(decoder, store, batches, 1, policies, masks, home)
-    return float(loss), tiny.gradients(decoder)
+    attempt = grouped.forward_backward(decoder, store, batches, 1, policies, masks, home)
+    return float(attempt.loss_sum), tiny.gradients(decoder)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fttrain.errors import UserError
 from fttrain.optim.config import OptimConfig
 from fttrain.optim.cpu_adam import CpuAdam, build_folder
+from fttrain.optim.flat import Section
 from fttrain.optim.optimizer import Optimizer
 
 SIZES = ((9001, 5003), (600, 40))  # values of each layer, and of its A's; no multiple of a register
@@ -25,12 +26,22 @@ def settings(kind: str) -> OptimConfig:
     )
 
 
-def flats() -> list[tuple[nn.Parameter, int]]:
+Part = tuple[nn.Parameter, list[Section]]
+
+
+def flats() -> list[Part]:
+    """Sections without padding: the kernel has to do with any length."""
     generator = torch.Generator().manual_seed(0)
-    return [(nn.Parameter(torch.randn(n, generator=generator)), a) for n, a in SIZES]
+    return [
+        (
+            nn.Parameter(torch.randn(n, generator=generator)),
+            [Section("a", slice(0, a), 0, a), Section("b", slice(a, n), 0, n - a)],
+        )
+        for n, a in SIZES
+    ]
 
 
-def apply(optimizer: Optimizer, layers: list[tuple[nn.Parameter, int]], steps: range) -> None:
+def apply(optimizer: Optimizer, layers: list[Part], steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         for place, (flat, _) in enumerate(layers):

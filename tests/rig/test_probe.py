@@ -9,6 +9,7 @@ from fttrain.errors import UserError
 from fttrain.rig.probe import (
     RigConfig,
     free_device_bytes,
+    is_out_of_memory,
     peak_host_bytes,
     set_up,
 )
@@ -79,3 +80,23 @@ def test_peak_memory_grows_with_what_is_touched() -> None:
     size_bytes = before + 50 * 2**20  # more than this process has ever held
     torch.ones(min(size_bytes, 2 * 2**30) // 4)
     assert peak_host_bytes() >= min(size_bytes, 2 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (MemoryError(), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error: BaseException, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_the_cpu_allocators_error_counts() -> None:
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(found.value)
