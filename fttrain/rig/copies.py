@@ -59,7 +59,7 @@ def copy_rates(group: Group, device: torch.device) -> tuple[CopyRates, CopyRates
 
 
 def _rate(way: _Way, device: torch.device) -> float:
-    return COPY_BYTES / median_s(way.copy, device, budget_s=0.5)
+    return COPY_BYTES / median_s(way.copy, device)
 
 
 def _queue(way: _Way) -> None:

@@ -25,8 +25,9 @@ def disk_bytes_per_s(files: Sequence[Path], folder: Path) -> float | None:
             return _read_rate(files)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix="read-rate-") as made:
+            piece = os.urandom(PIECE_BYTES)
             for _ in range(TEMPORARY_BYTES // PIECE_BYTES):
-                made.write(os.urandom(PIECE_BYTES))
+                made.write(piece)
             made.flush()
             os.fsync(made.fileno())
             return _read_rate([Path(made.name)])

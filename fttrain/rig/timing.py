@@ -32,7 +32,7 @@ def repetitions(once_s: float, budget_s: float) -> int:
     return max(LEAST, min(MOST, int(budget_s / max(once_s, 1e-9))))
 
 
-def median_s(work: Callable[[], object], device: torch.device, budget_s: float = 1.0) -> float:
+def median_s(work: Callable[[], object], device: torch.device, budget_s: float = 0.5) -> float:
     """The median of some repetitions, after one that is not counted."""
     warm_up_s = elapsed_s(work, device)
     times = [elapsed_s(work, device) for _ in range(repetitions(warm_up_s, budget_s))]
