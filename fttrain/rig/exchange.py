@@ -128,8 +128,8 @@ def _send_recv(size_bytes: int, group: Group) -> Exchange:
         if staged:
             return _through_host(own, received, to, source)
         sides = [
+            torch_dist.P2POp(torch_dist.irecv, received, source),  # first, as in collectives.py
             torch_dist.P2POp(torch_dist.isend, own, to),
-            torch_dist.P2POp(torch_dist.irecv, received, source),
         ]
         return Handles(torch_dist.batch_isend_irecv(sides))
 
