@@ -26,6 +26,7 @@ SUM_DTYPE = torch.float32  # adapter gradients
 class Exchange:
     """A collective that can be run again and again."""
 
+    name: str  # of the collective
     size_bytes: int  # as nccl-tests counts: of the whole tensor
     reset: Callable[[], object]  # puts the data back that it begins with
     start: Callable[[], Handle]
@@ -38,8 +39,8 @@ class Exchange:
             return ""
         places = (self.result != self.expected).nonzero().view(-1)
         return (
-            f"{len(places)} of {self.result.numel()} values are not what they have to be, the "
-            f"first at {int(places[0])}"
+            f"{self.name} of {self.size_bytes} bytes: {len(places)} of {self.result.numel()} "
+            f"values are not what they have to be, the first at {int(places[0])}"
         )
 
 
@@ -65,7 +66,12 @@ def make(collective: str, size_bytes: int, group: Group) -> Exchange:
 def _all_reduce(size_bytes: int, group: Group) -> Exchange:
     flat, own, total = _summed(size_bytes, group)
     return Exchange(
-        size_bytes, lambda: flat.copy_(own), lambda: collectives.all_reduce(flat), flat, total
+        "all_reduce",
+        size_bytes,
+        lambda: flat.copy_(own),
+        lambda: collectives.all_reduce(flat),
+        flat,
+        total,
     )
 
 
@@ -73,6 +79,7 @@ def _reduce_scatter(size_bytes: int, group: Group) -> Exchange:
     flat, own, total = _summed(size_bytes, group)
     part, expected = (whole.view(group.world_size, -1)[group.rank] for whole in (flat, total))
     return Exchange(
+        "reduce_scatter",
         size_bytes,
         lambda: flat.copy_(own),
         lambda: collectives.reduce_scatter(flat),
@@ -96,7 +103,14 @@ def _all_gather(size_bytes: int, group: Group) -> Exchange:
     shards = [pattern(rank, share, torch.uint8, group.device) for rank in range(group.world_size)]
     expected, own = torch.cat(shards), shards[group.rank]
     out = torch.empty_like(expected)
-    return Exchange(size_bytes, out.zero_, lambda: collectives.all_gather(out, own), out, expected)
+    return Exchange(
+        "all_gather",
+        size_bytes,
+        out.zero_,
+        lambda: collectives.all_gather(out, own),
+        out,
+        expected,
+    )
 
 
 def _broadcast(size_bytes: int, group: Group) -> Exchange:
@@ -111,7 +125,7 @@ def _broadcast(size_bytes: int, group: Group) -> Exchange:
     def start() -> Handle:
         return Handles([torch_dist.broadcast(flat, 0, async_op=True)])
 
-    return Exchange(size_bytes, reset, start, flat, expected)
+    return Exchange("broadcast", size_bytes, reset, start, flat, expected)
 
 
 def _send_recv(size_bytes: int, group: Group) -> Exchange:
@@ -133,7 +147,7 @@ def _send_recv(size_bytes: int, group: Group) -> Exchange:
         ]
         return Handles(torch_dist.batch_isend_irecv(sides))
 
-    return Exchange(size_bytes, received.zero_, start, received, expected)
+    return Exchange("send_recv", size_bytes, received.zero_, start, received, expected)
 
 
 def _through_host(own: Tensor, received: Tensor, to: int, source: int) -> Handle:

@@ -1,13 +1,18 @@
 """How fast ranks talk: each collective at many sizes, its result compared with what is known."""
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
+
+from fttrain import collectives
+from fttrain.collectives import Handles
 from fttrain.dist import Group
 from fttrain.rig import exchange
 from fttrain.rig.profile import COLLECTIVES, Sample
-from fttrain.rig.timing import elapsed_s, repetitions
+from fttrain.rig.timing import LEAST, elapsed_s, repetitions
 from fttrain.units import KIB, MIB
 
 LEAST_BYTES = 64 * KIB
@@ -67,6 +72,38 @@ def measure_link(
     }
 
 
+def gradients_s(group: Group, layers: int, gradient_bytes: int) -> float:
+    """Seconds in which the adapter gradients of a step meet, as ``replicate`` launches them: a sum
+    a layer, all under way before the first is waited for. The compute that hides them is not there.
+    """
+    trial = exchange.make("all_reduce", gradient_bytes, group)
+    trial.reset()
+    own = trial.result.clone()
+    flats = [torch.empty_like(own) for _ in range(layers)]
+
+    def step() -> None:
+        Handles([collectives.all_reduce(flat) for flat in flats]).wait()
+
+    times = []
+    for _ in range(1 + LEAST):
+        for flat in flats:
+            flat.copy_(own)
+        group.barrier()
+        times.append(elapsed_s(step, group.device))
+        faults = (dataclasses.replace(trial, result=flat).fault() for flat in flats)
+        _refuse_faults(next(filter(None, faults), ""), group)
+    return group.maximum(statistics.median(times[1:]))
+
+
+def _refuse_faults(fault: str, group: Group) -> None:
+    """Raises WrongResult on every rank where any has a ``fault``: that of the first of them."""
+    if not group.any(bool(fault)):
+        return
+    problem = f"rank {group.rank}: {fault}" if fault else ""
+    problems = [group.share(problem, rank) for rank in range(group.world_size)]
+    raise WrongResult(next(told for told in problems if told))
+
+
 def _expected_s(samples: Sequence[Sample], size_bytes: int) -> float:
     """Of one run, at the rate of the largest size so far."""
     if not samples:
@@ -78,19 +115,15 @@ def _expected_s(samples: Sequence[Sample], size_bytes: int) -> float:
 def _measure(name: str, size_bytes: int, budget_s: float, group: Group) -> Sample:
     """The median of some runs: that of the rank that took longest."""
     trial = exchange.make(name, size_bytes, group)
-    warm_up_s = group.maximum(_once(name, trial, group))
-    times = [_once(name, trial, group) for _ in range(repetitions(warm_up_s, budget_s))]
+    warm_up_s = group.maximum(_once(trial, group))
+    times = [_once(trial, group) for _ in range(repetitions(warm_up_s, budget_s))]
     return Sample(trial.size_bytes, group.maximum(statistics.median(times)))
 
 
-def _once(name: str, trial: exchange.Exchange, group: Group) -> float:
+def _once(trial: exchange.Exchange, group: Group) -> float:
     """Seconds of one run, from when all ranks are ready until this one has its result."""
     trial.reset()
     group.barrier()
     seconds = elapsed_s(lambda: trial.start().wait(), group.device)
-    fault = trial.fault()
-    if group.any(bool(fault)):
-        problem = f"rank {group.rank}: {name} of {trial.size_bytes} bytes: {fault}" if fault else ""
-        problems = [group.share(problem, rank) for rank in range(group.world_size)]
-        raise WrongResult(next(told for told in problems if told))
+    _refuse_faults(trial.fault(), group)
     return seconds

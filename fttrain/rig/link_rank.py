@@ -10,7 +10,7 @@ import torch
 from fttrain.dist import Group, process_group
 from fttrain.errors import UserError
 from fttrain.launch import die_with_parent
-from fttrain.rig.link import WrongResult, measure_link
+from fttrain.rig.link import WrongResult, gradients_s, measure_link
 from fttrain.rig.probe import RigConfig, set_up_rank
 from fttrain.rig.topology import nvlink_bytes
 from fttrain.rig.transports import LinkJob
@@ -33,13 +33,16 @@ def main(argument: str) -> int:
 
 
 def _measure(job: LinkJob, group: Group) -> dict[str, Any]:
-    answer: dict[str, Any] = {"wrong": "", "samples": {}}
+    answer: dict[str, Any] = {"wrong": "", "samples": {}, "gradients_s": None}
     group.barrier()  # makes the communicator
     answer["overhead_bytes"] = _overhead_bytes(job, group.device)
     before = nvlink_bytes(group.device)
     show = counting(job.label) if group.is_main else lambda done, total: None
     try:
         found = measure_link(group, job.true_bytes, job.most_bytes, job.budget_s, show)
+        if "all_reduce" in job.true_bytes:
+            gradient_bytes = job.true_bytes["all_reduce"]
+            answer["gradients_s"] = gradients_s(group, job.layers, gradient_bytes)
     except WrongResult as error:
         answer["wrong"] = str(error)
         return answer

@@ -164,11 +164,17 @@ def _links(
         if device.type == "cpu":
             return (), None
         # The process alone still says what a context takes.
-        return (), measure_transport(TRANSPORTS[-1], group, device, {}, 0, 0.0)[1]
+        return (), measure_transport(TRANSPORTS[-1], group, device, 0, {}, 0, 0.0)[1]
     links, overheads = [], []
     for transport in transports(device, backend):
         link, overhead_bytes = measure_transport(
-            transport, group, device, work.true_bytes, MOST_BYTES[device.type], budget_s
+            transport,
+            group,
+            device,
+            work.layers,
+            work.true_bytes,
+            MOST_BYTES[device.type],
+            budget_s,
         )
         links.append(link)
         overheads.append(overhead_bytes)

@@ -142,7 +142,10 @@ def _copies(profile: RigProfile) -> Table:
     for name, of in (("host to card", "to_card"), ("card to host", "to_host")):
         for how, rate in _COPIES.items():
             rates = [getattr(getattr(card, of), rate) for card in profile.cards]
-            rows.append([f"{name}, {how}", *map(_gb, rates)])
+            if any(rates):
+                rows.append([f"{name}, {how}", *map(_gb, rates)])
+    if not rows:
+        rows.append(["between host and card", *(NONE for _ in profile.cards)])
     return Table("Copies", columns, rows)
 
 
@@ -195,33 +198,52 @@ def _sizes(profile: RigProfile, work: Work) -> Table:
 
 def _meaning(profile: RigProfile, work: Work) -> Table:
     """What each link costs a step of this model."""
-    rates = [card.gemm_flop_per_s for card in profile.cards if card.gemm_flop_per_s]
-    compute_s = PASSES * work.layers * work.micro_batches * work.gemm_flop / min(rates)
+    compute_s = _compute_s(profile, work)
+    links = [link for link in profile.links if not link.wrong]
     rows = []
-    for link in profile.links:
-        if link.wrong:
-            continue
-        sync_s = work.layers * link.seconds("all_reduce", work.gradient_bytes)
-        gather_s = max(0, 2 * work.layers - 4) * link.seconds("all_gather", work.layer_bytes)
-        stage_s = work.micro_batches * link.seconds("send_recv", work.boundary_bytes)
-        rows.append(
-            [
-                link.transport,
-                f"{compute_s:.3f}",
-                *(
-                    f"{taken:.3f} ({taken / compute_s:.0%})"
-                    for taken in (sync_s, gather_s, stage_s)
-                ),
-            ]
+    for link in links:
+        costs = (
+            link.gradients_s or work.layers * link.seconds("all_reduce", work.gradient_bytes),
+            max(0, 2 * work.layers - 4) * link.seconds("all_gather", work.layer_bytes),
+            work.micro_batches * link.seconds("send_recv", work.boundary_bytes),
         )
+        cells = (f"{cost:.3f} ({cost / compute_s:.1%})" for cost in costs)
+        rows.append([link.transport, f"{compute_s:.3f}", *cells])
+    below = (
+        f"{work.micro_batches} micro-batches of {work.tokens:,} tokens a rank, {work.layers} "
+        "layers. In brackets: of the time of the GEMMs, behind which most of it can hide; what is "
+        "above 100 % cannot. Gradients were measured all together, the others follow from one "
+        "layer and one boundary."
+    )
     return Table(
         f"What a step of {work.name} asks of a link",
         ["seconds a step", "frozen GEMMs", "gradients", "layers (shard)", "boundaries (pipeline)"],
         rows,
-        f"{work.micro_batches} micro-batches of {work.tokens:,} tokens a rank, {work.layers} "
-        "layers. In brackets: of the time of the GEMMs, behind which most of it can hide; what is "
-        "above 100 % cannot. `fttrain plan` predicts whole steps from these figures.",
+        "\n".join([below, *_savings(links, compute_s)]),
     )
+
+
+def _savings(links: Sequence[LinkProfile], compute_s: float) -> list[str]:
+    """What the link as it comes saves beside each slower one, if nothing hides the gradients."""
+    usual, *others = links
+    lines = []
+    for other in others:
+        if usual.gradients_s is None or other.gradients_s is None:
+            continue
+        whole_s = compute_s + other.gradients_s
+        saved = (other.gradients_s - usual.gradients_s) / whole_s
+        if saved > 0:
+            lines.append(
+                f"{usual.transport} ({usual.seen}) saves at most {saved:.1%} of a step with "
+                f"strategy=replicate beside {other.transport} ({other.seen})."
+            )
+    return lines
+
+
+def _compute_s(profile: RigProfile, work: Work) -> float:
+    """Of a step's GEMMs with frozen weights, on the slowest card."""
+    rates = [card.gemm_flop_per_s for card in profile.cards if card.gemm_flop_per_s]
+    return PASSES * work.layers * work.micro_batches * work.gemm_flop / min(rates)
 
 
 def told(profile: RigProfile, seconds: float) -> str:

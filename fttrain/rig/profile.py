@@ -88,6 +88,8 @@ class LinkProfile:
     samples: dict[str, tuple[Sample, ...]]  # by collective, sizes ascending
     wrong: str = ""  # what was wrong with a result; such a link is named, and not timed
     as_asked: bool = True  # whether what was seen is what the transport's name says
+    # Adapter gradients of a step of the model that was measured, layer after layer, nothing beside
+    gradients_s: float | None = None
 
     def seconds(self, collective: str, size_bytes: float) -> float:
         """Of a ``collective`` of ``size_bytes``: between two measured sizes on the line through

@@ -58,6 +58,7 @@ class LinkJob:
     backend: str
     threads: int
     label: str  # for its progress
+    layers: int  # of the model
     true_bytes: dict[str, int]  # by collective
     most_bytes: int
     budget_s: float
@@ -75,6 +76,7 @@ def measure_transport(
     transport: Transport,
     group: Group,
     device: torch.device,
+    layers: int,
     true_bytes: dict[str, int],
     most_bytes: int,
     budget_s: float,
@@ -93,6 +95,7 @@ def measure_transport(
             backend=transport.backend,
             threads=torch.get_num_threads(),
             label=f"link, {transport.name}",
+            layers=layers,
             true_bytes=true_bytes,
             most_bytes=most_bytes,
             budget_s=budget_s,
@@ -112,6 +115,7 @@ def measure_transport(
         {} if wrong else _samples(answer["samples"]),
         wrong,
         bool(wrong) or is_as_asked(transport, seen),
+        None if wrong else answer["gradients_s"],
     )
     return link, answer.get("overhead_bytes")
 

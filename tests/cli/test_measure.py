@@ -53,6 +53,8 @@ def test_two_ranks_leave_a_profile_and_a_report(tmp_path: Path) -> None:
 
     (link,) = profile.links
     assert (link.transport, link.ranks, link.wrong) == ("gloo", 2, "")
+    assert link.gradients_s is not None
+    assert link.gradients_s > 0
     assert link.seen.startswith("TCP on ")
     assert set(link.samples) == set(COLLECTIVES)
     architecture = Architecture(load_config(resolve(ModelConfig("tiny", str(model)))))

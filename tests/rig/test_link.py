@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 import torch.distributed as torch_dist
 from ranks import run_ranks
 
+from fttrain import collectives
 from fttrain.collectives import Handle, Handles
 from fttrain.dist import Group
 from fttrain.rig import exchange
-from fttrain.rig.link import LEAST_BYTES, WrongResult, measure_link, plan
+from fttrain.rig.link import LEAST_BYTES, WrongResult, gradients_s, measure_link, plan
 from fttrain.rig.profile import COLLECTIVES
 from fttrain.units import KIB, MIB
 
@@ -75,6 +77,7 @@ def on_rank() -> dict[str, Any]:
     found: dict[str, Any] = {
         "faults": {name: one_run(name, group) for name in COLLECTIVES},
         "samples": measure_link(group, TRUE_BYTES, 256 * KIB, 2.0),
+        "gradients": gradients_s(group, 3, 100_000),
         "no time": measure_link(group, TRUE_BYTES, 64 * MIB, 0.0),
     }
     for name in COLLECTIVES:
@@ -85,7 +88,26 @@ def on_rank() -> dict[str, Any]:
             found[f"wrong {name}"] = str(error)
         finally:
             exchange.make = _make
+    collectives.all_reduce = flip_last(collectives.all_reduce, group)
+    try:
+        gradients_s(group, 3, 100_000)
+    except WrongResult as error:
+        found["wrong gradients"] = str(error)
     return found
+
+
+def flip_last(all_reduce: Callable[[torch.Tensor], Handle], group: Group) -> Any:
+    """All sums are right but every third: a byte of it is wrong on rank 1."""
+    count = itertools.count(1)
+
+    def flipped(flat: torch.Tensor) -> Handle:
+        handle = all_reduce(flat)
+        if next(count) % 3 == 0 and group.rank == 1:
+            handle.wait()
+            flat.view(torch.uint8)[7] ^= 1
+        return handle
+
+    return flipped
 
 
 def one_run(name: str, group: Group) -> tuple[str, str, list[float]]:
@@ -143,6 +165,14 @@ def test_without_time_the_model_s_sizes_are_measured_all_the_same(
     }
     # Of the others the first size alone, of which nobody knows how long it takes.
     assert all(len(found) <= 1 for found in sizes.values())
+
+
+def test_gradients_of_a_step_are_checked_layer_by_layer(answers: list[dict[str, Any]]) -> None:
+    assert answers[0]["gradients"] == answers[1]["gradients"] > 0
+    for answer in answers:
+        assert answer["wrong gradients"].startswith(
+            "rank 1: all_reduce of 100000 bytes: 1 of 25000 values are not what they have to be"
+        )
 
 
 @pytest.mark.parametrize("name", COLLECTIVES)

@@ -62,7 +62,13 @@ def test_a_gpu_that_is_missing_is_told_as_the_link_s_fault(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(transports, "_taken_bytes", lambda device: 0)
     link, _ = transports.measure_transport(
-        Transport("default", "nccl", {}), Group(0, 1, 0, CPU), torch.device("cuda", 0), {}, 0, 0.0
+        Transport("default", "nccl", {}),
+        Group(0, 1, 0, CPU),
+        torch.device("cuda", 0),
+        0,
+        {},
+        0,
+        0.0,
     )
     assert link.wrong.startswith("it did not run: rig.backend=nccl: this machine has no GPU")
     assert link.samples == {}
@@ -72,6 +78,6 @@ def test_a_link_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(transports, "START_S", 1.0)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)  # the other one never comes
-    job = LinkJob("cpu", "gloo", 1, "test", {}, 0, 0.0, 0, str(tmp_path / "answer.json"))
+    job = LinkJob("cpu", "gloo", 1, "test", 0, {}, 0, 0.0, 0, str(tmp_path / "answer.json"))
     told = transports._run(job, {"MASTER_PORT": str(transports.free_port())}, tmp_path)
     assert told == "no answer within 1 s: it hangs"
