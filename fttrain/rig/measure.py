@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +35,7 @@ from fttrain.rig.profile import (
 from fttrain.rig.transports import TRANSPORTS, measure_transport, transports
 
 Say = Callable[[str], None]
+BUSY = 0.3  # of the cores, in the minute before: above that others spoil what is measured
 _CPU = torch.device("cpu")
 
 
@@ -95,6 +97,9 @@ def measure(
         budget_s: for each transport.
     """
     say: Say = _say if group.is_main else lambda text: None
+    load, cores = os.getloadavg()[0], machine.host().cores
+    if load > BUSY * cores:
+        say(f"other programs are at work (load {load:.1f} on {cores} cores): rates will be too low")
     say(f"computing as {work.name} does")
     card = _card(work, group, device)
     say("memory, copies and disk")

@@ -71,9 +71,9 @@ class Flips:
 _make = exchange.make
 
 
-def on_rank() -> dict[str, Any]:
+def on_rank(device: torch.device) -> dict[str, Any]:
     """Everything that needs ranks, in one start of them."""
-    group = Group(torch_dist.get_rank(), torch_dist.get_world_size(), 0, torch.device("cpu"))
+    group = Group(torch_dist.get_rank(), torch_dist.get_world_size(), 0, device)
     found: dict[str, Any] = {
         "faults": {name: one_run(name, group) for name in COLLECTIVES},
         "samples": measure_link(group, TRUE_BYTES, 256 * KIB, 2.0),
@@ -122,7 +122,7 @@ def one_run(name: str, group: Group) -> tuple[str, str, list[float]]:
 
 @pytest.fixture(scope="module")
 def answers() -> list[dict[str, Any]]:
-    return run_ranks(on_rank, 2)
+    return run_ranks(on_rank, 2, torch.device("cpu"))
 
 
 def test_results_are_those_of_the_definitions(answers: list[dict[str, Any]]) -> None:
@@ -182,3 +182,12 @@ def test_a_byte_that_flips_is_named_on_all_ranks(name: str, answers: list[dict[s
         assert answer[f"wrong {name}"].startswith(f"rank 1: {name} of {size_bytes} bytes: 1 of "), (
             answer
         )
+
+
+@pytest.mark.cuda
+def test_two_ranks_on_one_card(answers: list[dict[str, Any]]) -> None:
+    on_card = run_ranks(on_rank, 2, torch.device("cuda", 0))
+    for answer, expected in zip(on_card, answers, strict=True):
+        assert answer.keys() == expected.keys()
+        assert answer["faults"] == expected["faults"]
+        assert all(answer[name] == expected[name] for name in expected if name.startswith("wrong "))
