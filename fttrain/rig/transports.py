@@ -139,7 +139,7 @@ def _run(job: LinkJob, variables: Mapping[str, str], folder: Path) -> str:
         try:
             code = rank.wait(limit_s)
         except subprocess.TimeoutExpired:
-            return f"no answer within {limit_s:.0f} s: it hangs"
+            return f"no answer within {limit_s:.0f} s: it hangs, or needs a larger rig.link_s"
         finally:
             rank.kill()
             rank.wait()

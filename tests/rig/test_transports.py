@@ -80,4 +80,4 @@ def test_a_link_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         monkeypatch.setenv(name, value)  # the other one never comes
     job = LinkJob("cpu", "gloo", 1, "test", 0, {}, 0, 0.0, 0, str(tmp_path / "answer.json"))
     told = transports._run(job, {"MASTER_PORT": str(transports.free_port())}, tmp_path)
-    assert told == "no answer within 1 s: it hangs"
+    assert told.startswith("no answer within 1 s: it hangs")
