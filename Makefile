@@ -11,7 +11,7 @@ DEMO ?= experiment=demo
 DEMO_RANKS ?= $(shell test "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 && echo 1 || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench gpu-check clean
+.PHONY: help setup demo test lint format bench bench-link gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,11 @@ bench: setup ## run the benchmarks; figures go to outputs/bench/*.json
 	  $(BIN)/python "$$script" --json "outputs/bench/$$(basename "$$script" .py).json" || exit 1; \
 	done; test $$found = 1 || { echo "no benchmarks in benchmarks/"; exit 1; }
 
+# LINK: settings of the ranks and of the model whose sizes are measured, as LINK="launch=2x3090_nvlink model=llama3_8b"
+LINK ?= launch=cpu_demo launch.processes=$(DEMO_RANKS)
+bench-link: setup ## measure cards, host and the links between ranks; the profile goes to ~/.cache/fttrain/rig.json
+	@$(BIN)/python -m fttrain measure output=outputs/measure $(LINK)
+
 gpu-check: setup ## run the tests and benchmarks that need a GPU; fails, and says so, where there is none
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	  { echo "gpu-check: no CUDA device (or torch built without CUDA): nothing was checked"; exit 1; }
@@ -66,6 +71,7 @@ gpu-check: setup ## run the tests and benchmarks that need a GPU; fails, and say
 	@mkdir -p outputs/bench
 	@for script in benchmarks/gpu_*.py; do test -e "$$script" || continue; echo "== $$script"; \
 	  $(BIN)/python "$$script" --json "outputs/bench/$$(basename "$$script" .py).json" || exit 1; done
+	@echo "== fttrain measure"; $(BIN)/python -m fttrain measure output=outputs/measure $(LINK)
 	@echo "== benchmarks/fit70b.py"; \
 	  $(BIN)/python benchmarks/fit70b.py --longest --json outputs/bench/fit70b.json
 

@@ -47,14 +47,14 @@ def all_gather(out: Tensor, shard: Tensor) -> Handle:
         return Handles(
             [torch_dist.broadcast(parts[src], src, async_op=True) for src in range(world_size)]
         )
-    tag, works = next(_tags) % (1 << 16), []
-    for distance in range(1, world_size):
-        to, source = (rank + distance) % world_size, (rank - distance) % world_size
-        works += [
-            torch_dist.isend(shard, to, tag=tag),
-            torch_dist.irecv(parts[source], source, tag=tag),
-        ]
-    return Handles(works)
+    tag, others = next(_tags) % (1 << 16), range(1, world_size)
+    # Receives first: gloo tells the peer that it may send, over the same connection, and behind a
+    # shard that word would come when the shard has passed: one direction after the other.
+    sources = [(rank - distance) % world_size for distance in others]
+    receives = [torch_dist.irecv(parts[source], source, tag=tag) for source in sources]
+    targets = [(rank + distance) % world_size for distance in others]
+    sends = [torch_dist.isend(shard, target, tag=tag) for target in targets]
+    return Handles([*receives, *sends])
 
 
 def all_reduce(flat: Tensor) -> Handle:

@@ -33,6 +33,7 @@ class RigConfig:
     # how ranks talk: auto (nccl between GPUs, gloo between CPUs) | nccl | gloo (also between GPUs,
     # through host memory; ranks may share a GPU)
     backend: str = "auto"
+    link_s: float = 60.0  # seconds in which `fttrain measure` tries sizes over each transport
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
@@ -43,6 +44,8 @@ class RigConfig:
             raise UserError("rig.backend=nccl: it needs a GPU; rig.device=cpu goes with gloo")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"rig.threads={self.threads}: a whole number of 1 or more, or null")
+        if not 0 <= self.link_s < float("inf"):
+            raise UserError(f"rig.link_s={self.link_s}: a number of 0 or more seconds")
 
 
 def set_up_rank(config: RigConfig) -> torch.device:

@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fttrain.data.cache import cache_root
 from fttrain.errors import UserError
 
+FILE_NAME = "rig.json"  # in the cache folder: one profile a machine
 FORM = 1  # of the file; another one is refused
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send_recv")
 
@@ -48,6 +50,8 @@ class CardProfile:
     pcie_width: int | None = None
     pcie_width_most: int | None = None
     nvlink_lanes: int | None = None
+    numa_node: int | None = None
+    peer_access: bool | None = None  # whether it can read every other card's memory
     power_limit_w: float | None = None
     price_per_h: float | None = None  # US dollars, of renting one
     # Memory that is gone before the first tensor: context, communication buffers
@@ -83,6 +87,9 @@ class LinkProfile:
     ranks: int
     samples: dict[str, tuple[Sample, ...]]  # by collective, sizes ascending
     wrong: str = ""  # what was wrong with a result; such a link is named, and not timed
+    as_asked: bool = True  # whether what was seen is what the transport's name says
+    # Adapter gradients of a step of the model that was measured, layer after layer, nothing beside
+    gradients_s: float | None = None
 
     def seconds(self, collective: str, size_bytes: float) -> float:
         """Of a ``collective`` of ``size_bytes``: between two measured sizes on the line through
@@ -110,8 +117,8 @@ def algorithm_bytes_per_s(sample: Sample) -> float:
 
 
 def bus_bytes_per_s(collective: str, sample: Sample, ranks: int) -> float:
-    """nccl-tests' "busbw" (its doc/PERFORMANCE.md): what each link would carry if it were the limit,
-    comparable between collectives and rank counts.
+    """nccl-tests' "busbw" (its doc/PERFORMANCE.md): what each link would carry if it were the
+    limit, comparable between collectives and rank counts.
     """
     part = (ranks - 1) / ranks
     factor = {
@@ -161,6 +168,11 @@ class RigProfile:
         path.write_text(text + "\n", encoding="utf-8")
 
 
+def profile_path(cache_dir: str | None = None) -> Path:
+    """Where `fttrain measure` keeps this machine's profile. ``cache_dir``: as frozen.cache_dir."""
+    return cache_root(cache_dir) / FILE_NAME
+
+
 def load_profile(path: Path) -> RigProfile:
     """The profile in ``path``. Raises UserError for a file that is none."""
     try:
@@ -182,7 +194,7 @@ def _profile(content: dict[str, Any]) -> RigProfile:
     measured = content["measured"]
     return RigProfile(
         name=content["name"],
-        cards=tuple(_card(card) for card in content["cards"]),
+        cards=tuple(card_of(card) for card in content["cards"]),
         host=HostProfile(**content["host"]),
         links=tuple(_link(link) for link in content["links"]),
         measured=None if measured is None else Measured(**measured),
@@ -190,9 +202,10 @@ def _profile(content: dict[str, Any]) -> RigProfile:
     )
 
 
-def _card(content: dict[str, Any]) -> CardProfile:
+def card_of(content: dict[str, Any]) -> CardProfile:
+    """A card from what ``asdict`` makes of it."""
     ways = {way: CopyRates(**content.pop(way)) for way in ("to_card", "to_host")}
-    return CardProfile(**content, **ways)
+    return CardProfile(**{**content, **ways})
 
 
 def _link(content: dict[str, Any]) -> LinkProfile:

@@ -1,4 +1,4 @@
-"""Rig profiles: what is written comes back, bandwidth as nccl-tests defines it, bad files refused."""
+"""Rig profiles: what is written comes back, bandwidth as nccl-tests has it, bad files refused."""
 
 import json
 from pathlib import Path

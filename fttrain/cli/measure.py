@@ -1,0 +1,87 @@
+"""``fttrain measure``: what this machine can do, as a profile that plans are made from."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fttrain import launch
+from fttrain.config import RunConfig
+
+if TYPE_CHECKING:
+    from fttrain.rig.measure import Disk, Work
+
+
+def run(config: RunConfig, argv: list[str]) -> int:
+    """Measure cards, host and links at the sizes of ``config.model``; the exit code is 1 where a
+    link is wrong.
+
+    The profile goes to rig.json in the cache folder, and beside measure.md into ``config.output``.
+    """
+    if launch.wanted(config.launch):
+        return launch.start(config.launch, argv)
+    # Late: these load torch and transformers, and a launcher does without.
+    import torch
+    from rich.console import Console
+
+    from fttrain.dist import process_group
+    from fttrain.rig.measure import measure
+    from fttrain.rig.measure_report import tables, told, write_report
+    from fttrain.rig.probe import set_up_rank
+    from fttrain.rig.profile import profile_path
+
+    started = time.monotonic()
+    device = set_up_rank(config.rig)
+    work, disk = _work(config), _disk(config)
+    # The ranks agree over gloo: the links that are measured may not work.
+    with process_group(torch.device("cpu"), "gloo") as group:
+        profile = measure(work, disk, group, device, config.rig.backend, config.rig.link_s)
+        if group.is_main:
+            kept, output = profile_path(config.frozen.cache_dir), Path(config.output)
+            for folder in (kept.parent, output):
+                folder.mkdir(parents=True, exist_ok=True)
+            profile.save(kept)
+            profile.save(output / "profile.json")
+            console = Console()
+            for table in tables(profile, work):
+                table.show(console)
+            print(f"{told(profile, time.monotonic() - started)}\nprofile: {kept}")
+            print(f"report: {write_report(output, profile, work)}")
+    return int(any(link.wrong for link in profile.links))
+
+
+def _work(config: RunConfig) -> "Work":
+    """What the model makes a rig do, from its configuration alone."""
+    import torch
+
+    from fttrain.checkpoint.source import load_config, resolve
+    from fttrain.data.batch import ROW_MULTIPLE
+    from fttrain.model.decoder import Architecture
+    from fttrain.model.layer_adapters import LayerAdapters
+    from fttrain.rig.measure import Work
+    from fttrain.units import round_up
+
+    dtype = getattr(torch, config.model.dtype)
+    architecture = Architecture(load_config(resolve(config.model)))
+    adapters = LayerAdapters(0, architecture.groups, config.lora, torch.device("meta"), dtype)
+    tokens = round_up(config.loop.micro_batch_size * config.data.seq_len, ROW_MULTIPLE)
+    return Work(
+        name=config.model.name,
+        layers=architecture.layers,
+        tokens=tokens,
+        micro_batches=config.loop.gradient_accumulation_steps,
+        frozen_format=architecture.frozen_format(config.quant, dtype),
+        gradient_bytes=adapters.layout.values * 4,  # fp32
+        boundary_bytes=tokens * architecture.hidden * dtype.itemsize,
+    )
+
+
+def _disk(config: RunConfig) -> "Disk":
+    """The layers of any frozen base in the cache, the largest first."""
+    from fttrain.data.cache import cache_root
+    from fttrain.rig.measure import Disk
+
+    root = cache_root(config.frozen.cache_dir)
+    files = sorted(
+        root.glob("frozen/*/layer_*.bin"), key=lambda file: (-file.stat().st_size, file.name)
+    )
+    return Disk(files, root)

@@ -1,0 +1,170 @@
+"""One collective of one size, whose result is known beforehand.
+
+They are the product's own (``fttrain/collectives.py``) where a strategy uses one. Bytes are a
+random table that each rank can make for every other: a byte that changed, was left out or came to
+lie elsewhere is seen. Sums are of whole numbers from 0 to 255, exact in fp32.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from fttrain import collectives
+from fttrain.collectives import Handle, Handles
+from fttrain.dist import Group
+from fttrain.units import round_up
+
+# Values until the table begins anew: a prime, so no power of two shifts it onto itself
+PERIOD = 65521
+SUM_DTYPE = torch.float32  # adapter gradients
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A collective that can be run again and again."""
+
+    name: str  # of the collective
+    size_bytes: int  # as nccl-tests counts: of the whole tensor
+    reset: Callable[[], object]  # puts the data back that it begins with
+    start: Callable[[], Handle]
+    result: Tensor
+    expected: Tensor
+
+    def fault(self) -> str:
+        """What is wrong with the result; "" where it is what it has to be."""
+        if torch.equal(self.result, self.expected):
+            return ""
+        places = (self.result != self.expected).nonzero().view(-1)
+        return (
+            f"{self.name} of {self.size_bytes} bytes: {len(places)} of {self.result.numel()} "
+            f"values are not what they have to be, the first at {int(places[0])}"
+        )
+
+
+def pattern(rank: int, values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What ``rank`` gives: whole numbers from 0 to 255, (values,)."""
+    generator = torch.Generator().manual_seed(1 + rank)
+    table = torch.randint(0, 256, (min(values, PERIOD),), generator=generator)
+    return table.to(device, dtype).repeat(-(-values // len(table)))[:values]
+
+
+def rounded_bytes(size_bytes: int, world_size: int) -> int:
+    """The next size that divides among the ranks, in whole fp32 values."""
+    return round_up(size_bytes, world_size * SUM_DTYPE.itemsize)
+
+
+def make(collective: str, size_bytes: int, group: Group) -> Exchange:
+    """``collective`` (one of ``profile.COLLECTIVES``) of ``size_bytes``, rounded up so that ranks
+    divide it. Every rank makes the same one.
+    """
+    return _MAKERS[collective](rounded_bytes(size_bytes, group.world_size), group)
+
+
+def _all_reduce(size_bytes: int, group: Group) -> Exchange:
+    flat, own, total = _summed(size_bytes, group)
+    return Exchange(
+        "all_reduce",
+        size_bytes,
+        lambda: flat.copy_(own),
+        lambda: collectives.all_reduce(flat),
+        flat,
+        total,
+    )
+
+
+def _reduce_scatter(size_bytes: int, group: Group) -> Exchange:
+    flat, own, total = _summed(size_bytes, group)
+    part, expected = (whole.view(group.world_size, -1)[group.rank] for whole in (flat, total))
+    return Exchange(
+        "reduce_scatter",
+        size_bytes,
+        lambda: flat.copy_(own),
+        lambda: collectives.reduce_scatter(flat),
+        part,
+        expected,
+    )
+
+
+def _summed(size_bytes: int, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 (values,): a buffer, what this rank puts in, the sum over the ranks."""
+    values = size_bytes // SUM_DTYPE.itemsize
+    total = torch.zeros(values, dtype=SUM_DTYPE, device=group.device)
+    for rank in range(group.world_size):
+        total += pattern(rank, values, SUM_DTYPE, group.device)
+    own = pattern(group.rank, values, SUM_DTYPE, group.device)
+    return torch.empty_like(own), own, total
+
+
+def _all_gather(size_bytes: int, group: Group) -> Exchange:
+    share = size_bytes // group.world_size
+    shards = [pattern(rank, share, torch.uint8, group.device) for rank in range(group.world_size)]
+    expected, own = torch.cat(shards), shards[group.rank]
+    out = torch.empty_like(expected)
+    return Exchange(
+        "all_gather",
+        size_bytes,
+        out.zero_,
+        lambda: collectives.all_gather(out, own),
+        out,
+        expected,
+    )
+
+
+def _broadcast(size_bytes: int, group: Group) -> Exchange:
+    expected = pattern(0, size_bytes, torch.uint8, group.device)
+    flat = torch.empty_like(expected)
+
+    def reset() -> None:
+        flat.zero_()
+        if group.is_main:
+            flat.copy_(expected)
+
+    def start() -> Handle:
+        return Handles([torch_dist.broadcast(flat, 0, async_op=True)])
+
+    return Exchange("broadcast", size_bytes, reset, start, flat, expected)
+
+
+def _send_recv(size_bytes: int, group: Group) -> Exchange:
+    """Each rank sends to the next one and receives from the one before it, at the same time."""
+    rank, ranks = group.rank, group.world_size
+    to, source = (rank + 1) % ranks, (rank - 1) % ranks
+    own = pattern(rank, size_bytes, torch.uint8, group.device)
+    expected = pattern(source, size_bytes, torch.uint8, group.device)
+    received = torch.empty_like(own)
+    over_nccl = torch_dist.get_backend() == "nccl"
+    staged = group.device.type == "cuda" and not over_nccl
+
+    def start() -> Handle:
+        if staged:
+            return _through_host(own, received, to, source)
+        sides = [
+            torch_dist.P2POp(torch_dist.irecv, received, source),  # first, as in collectives.py
+            torch_dist.P2POp(torch_dist.isend, own, to),
+        ]
+        return Handles(torch_dist.batch_isend_irecv(sides))
+
+    return Exchange("send_recv", size_bytes, received.zero_, start, received, expected)
+
+
+def _through_host(own: Tensor, received: Tensor, to: int, source: int) -> Handle:
+    """As ``StageLink`` does where the backend sends no CUDA tensors."""
+    leaving, arriving = (torch.empty(own.shape, dtype=own.dtype, pin_memory=True) for _ in range(2))
+    arriving_work = torch_dist.irecv(arriving, source)
+    leaving.copy_(own)
+    leaving_work = torch_dist.isend(leaving, to)
+    Handles([arriving_work, leaving_work]).wait()
+    received.copy_(arriving)
+    return Handles(())
+
+
+_MAKERS: dict[str, Callable[[int, Group], Exchange]] = {
+    "all_reduce": _all_reduce,
+    "all_gather": _all_gather,
+    "reduce_scatter": _reduce_scatter,
+    "broadcast": _broadcast,
+    "send_recv": _send_recv,
+}

@@ -1,0 +1,67 @@
+"""``python -m fttrain.rig.link_rank JOB``: a rank of one transport; ``transports.py`` starts it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fttrain.dist import Group, process_group
+from fttrain.errors import UserError
+from fttrain.launch import die_with_parent
+from fttrain.rig.link import WrongResult, gradients_s, measure_link
+from fttrain.rig.probe import RigConfig, set_up_rank
+from fttrain.rig.topology import nvlink_bytes
+from fttrain.rig.transports import LinkJob
+from fttrain.track import counting
+
+
+def main(argument: str) -> int:
+    """Do the job and write the answer; the exit code of the process."""
+    die_with_parent()
+    job = LinkJob(**json.loads(argument))
+    try:
+        device = set_up_rank(RigConfig(job.device, job.threads, job.backend))
+        with process_group(device, job.backend) as group:
+            answer = _measure(job, group)
+    except UserError as error:
+        print(f"fttrain: error: {error}", file=sys.stderr)
+        return error.exit_code
+    Path(job.answer).write_text(json.dumps(answer))
+    return 0
+
+
+def _measure(job: LinkJob, group: Group) -> dict[str, Any]:
+    answer: dict[str, Any] = {"wrong": "", "samples": {}, "gradients_s": None}
+    group.barrier()  # makes the communicator
+    answer["overhead_bytes"] = _overhead_bytes(job, group.device)
+    before = nvlink_bytes(group.device)
+    show = counting(job.label) if group.is_main else lambda done, total: None
+    try:
+        found = measure_link(group, job.true_bytes, job.most_bytes, job.budget_s, show)
+        if "all_reduce" in job.true_bytes:
+            gradient_bytes = job.true_bytes["all_reduce"]
+            answer["gradients_s"] = gradients_s(group, job.layers, gradient_bytes)
+    except WrongResult as error:
+        answer["wrong"] = str(error)
+        return answer
+    answer["samples"] = {
+        name: [[sample.size_bytes, sample.seconds] for sample in samples]
+        for name, samples in found.items()
+    }
+    after = nvlink_bytes(group.device)
+    answer["nvlink_bytes"] = None if before is None or after is None else after - before
+    return answer
+
+
+def _overhead_bytes(job: LinkJob, device: torch.device) -> int | None:
+    """What this process takes of the card besides torch's allocator."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - job.taken_bytes - torch.cuda.memory_reserved(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,197 @@
+"""Everything that ``fttrain measure`` measures, put together into a ``RigProfile``."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+import torch
+
+from fttrain.dist import Group, local_world_size
+from fttrain.quant.frozen_layer import FrozenFormat
+from fttrain.rig import machine, topology
+from fttrain.rig.compute import (
+    adamw_values_per_s,
+    dequantise_bytes_per_s,
+    gemm_flop_per_s,
+    memory_bytes_per_s,
+)
+from fttrain.rig.copies import copy_rates
+from fttrain.rig.disk import disk_bytes_per_s
+from fttrain.rig.link import MOST_BYTES
+from fttrain.rig.profile import (
+    CardProfile,
+    HostProfile,
+    LinkProfile,
+    Measured,
+    RigProfile,
+    card_of,
+)
+from fttrain.rig.transports import TRANSPORTS, measure_transport, transports
+
+Say = Callable[[str], None]
+BUSY = 0.3  # of the cores, in the minute before: above that others spoil what is measured
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the model makes a rig do; all that has to be known of it."""
+
+    name: str
+    layers: int
+    tokens: int  # of a micro-batch
+    micro_batches: int  # of a rank in a step
+    frozen_format: FrozenFormat  # of a layer
+    gradient_bytes: int  # of a layer's adapters, fp32
+    boundary_bytes: int  # a micro-batch between two stages
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of a layer in the frozen base."""
+        return self.frozen_format.layout.size_bytes
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(out, in) of each GEMM with frozen weights."""
+        return [group.shape for group in self.frozen_format.groups.values()]
+
+    @property
+    def gemm_flop(self) -> int:
+        """Of a layer's frozen weights for a micro-batch, forward."""
+        return sum(2 * self.tokens * out * width for out, width in self.shapes)
+
+    @property
+    def true_bytes(self) -> dict[str, int]:
+        """By collective: the size in which a strategy uses it."""
+        return {
+            "all_reduce": self.gradient_bytes,
+            "reduce_scatter": self.gradient_bytes,
+            "all_gather": self.layer_bytes,
+            "broadcast": self.layer_bytes,
+            "send_recv": self.boundary_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What the read rate is measured on."""
+
+    files: Sequence[Path]  # of the frozen cache
+    folder: Path  # for a temporary file, where there are none
+
+
+def measure(
+    work: Work, disk: Disk, group: Group, device: torch.device, backend: str, budget_s: float
+) -> RigProfile:
+    """The profile of the ranks of ``group``, the same on each of them. Every rank calls it.
+
+    Args:
+        group: joins the ranks over gloo on the CPU; nothing of the links that are measured is used.
+        device: this rank's, ``backend``: as rig.backend.
+        budget_s: for each transport.
+    """
+    say: Say = _say if group.is_main else lambda text: None
+    load, cores = os.getloadavg()[0], machine.host().cores
+    if load > BUSY * cores:
+        say(f"other programs are at work (load {load:.1f} on {cores} cores): rates will be too low")
+    say(f"computing as {work.name} does")
+    card = _card(work, group, device)
+    say("memory, copies and disk")
+    to_card, to_host = copy_rates(group, device)
+    host = _host(disk, group)
+    links, overhead_bytes = _links(work, group, device, backend, budget_s, say)
+    card = dataclasses.replace(
+        card, to_card=to_card, to_host=to_host, overhead_bytes=overhead_bytes
+    )
+    return RigProfile(
+        name=f"{group.world_size}x {card.name}",
+        cards=tuple(card_of(json.loads(text)) for text in _each(group, json.dumps(asdict(card)))),
+        host=host,
+        links=links,
+        measured=Measured(
+            datetime.now(UTC).isoformat(timespec="seconds"), machine.identity(), machine.versions()
+        ),
+    )
+
+
+def _card(work: Work, group: Group, device: torch.device) -> CardProfile:
+    """All ranks compute at the same time: of a CPU each has a share, and cards share the power."""
+    dtype, frozen_format = work.frozen_format.dtype, work.frozen_format
+    group.barrier()
+    gemm = gemm_flop_per_s(work.shapes, work.tokens, dtype, device)
+    facts = topology.facts(device)  # while the card is awake
+    group.barrier()
+    dequantise = dequantise_bytes_per_s(frozen_format, device)
+    group.barrier()
+    rate = memory_bytes_per_s(device)
+    name, memory_bytes = machine.cpu_name(), psutil.virtual_memory().total // local_world_size()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the processes that come
+        properties = torch.cuda.get_device_properties(device)
+        name, memory_bytes = properties.name, properties.total_memory
+    return CardProfile(name, device.type, memory_bytes, gemm, dequantise, rate, **facts)
+
+
+def _host(disk: Disk, group: Group) -> HostProfile:
+    """Memory and update by all ranks at once, the disk by one of them."""
+    group.barrier()
+    copied = memory_bytes_per_s(_CPU)
+    group.barrier()
+    updated = adamw_values_per_s()
+    all_copied, all_updated = map(sum, zip(*group.gather([copied, updated]), strict=True))
+    read = disk_bytes_per_s(disk.files, disk.folder) if group.is_main else None
+    group.barrier()
+    return dataclasses.replace(
+        machine.host(),
+        memory_bytes_per_s=all_copied,
+        adamw_values_per_s=all_updated,
+        disk_bytes_per_s=json.loads(group.share(json.dumps(read))),
+    )
+
+
+def _links(
+    work: Work,
+    group: Group,
+    device: torch.device,
+    backend: str,
+    budget_s: float,
+    say: Say,
+) -> tuple[tuple[LinkProfile, ...], int | None]:
+    """Each transport; and what the first one's processes took of this rank's card."""
+    if group.world_size == 1:
+        say("one rank: there is no link to measure")
+        if device.type == "cpu":
+            return (), None
+        # The process alone still says what a context takes.
+        return (), measure_transport(TRANSPORTS[-1], group, device, 0, {}, 0, 0.0)[1]
+    links, overheads = [], []
+    for transport in transports(device, backend):
+        link, overhead_bytes = measure_transport(
+            transport,
+            group,
+            device,
+            work.layers,
+            work.true_bytes,
+            MOST_BYTES[device.type],
+            budget_s,
+        )
+        links.append(link)
+        overheads.append(overhead_bytes)
+        if link.wrong:
+            say(f"link, {link.transport}: {link.wrong}")
+    return tuple(links), overheads[0]
+
+
+def _each(group: Group, text: str) -> list[str]:
+    """``text`` of every rank, by rank."""
+    return [group.share(text, rank) for rank in range(group.world_size)]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,39 @@
+"""How long work takes on a device: by the device's own clock on CUDA, by the host's on the CPU."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+LEAST, MOST = 3, 20  # repetitions that a median is taken of
+
+
+def elapsed_s(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds from the call of ``work`` to the end of what it launched on the current stream.
+
+    It waits for what was launched earlier, so the time is that of this work alone.
+    """
+    if device.type != "cuda":
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+    torch.cuda.synchronize(device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def repetitions(once_s: float, budget_s: float) -> int:
+    """How often what takes ``once_s`` is repeated in ``budget_s``: ``LEAST`` to ``MOST`` times."""
+    return max(LEAST, min(MOST, int(budget_s / max(once_s, 1e-9))))
+
+
+def median_s(work: Callable[[], object], device: torch.device, budget_s: float = 0.5) -> float:
+    """The median of some repetitions, after one that is not counted."""
+    warm_up_s = elapsed_s(work, device)
+    times = [elapsed_s(work, device) for _ in range(repetitions(warm_up_s, budget_s))]
+    return statistics.median(times)

@@ -1,0 +1,87 @@
+"""``fttrain measure`` on two ranks over gloo, as a user starts it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_files
+import torch
+
+from fttrain.checkpoint.source import ModelConfig, load_config, resolve
+from fttrain.cli import main
+from fttrain.model.decoder import Architecture
+from fttrain.quant.scheme import QuantConfig
+from fttrain.rig.machine import identity
+from fttrain.rig.profile import COLLECTIVES, load_profile
+
+
+def test_two_ranks_leave_a_profile_and_a_report(tmp_path: Path) -> None:
+    model, output, cache = tmp_path / "model", tmp_path / "output", tmp_path / "cache"
+    tiny_files.save(tiny.model(), model)
+    settings = [
+        "model=local",
+        f"model.path={model}",
+        "lora.r=4",
+        "data.seq_len=128",
+        "loop.micro_batch_size=2",
+        f"frozen.cache_dir={cache}",
+        "launch.processes=2",
+        "rig.device=cpu",
+        "rig.link_s=0.5",
+        f"output={output}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "fttrain", "measure", *settings],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    profile = load_profile(cache / "rig.json")
+    assert load_profile(output / "profile.json") == profile
+    assert profile.measured is not None
+    assert profile.measured.machine == identity()
+
+    assert [card.kind for card in profile.cards] == ["cpu", "cpu"]
+    rates = [profile.host.memory_bytes_per_s, profile.host.adamw_values_per_s]
+    for card in profile.cards:
+        rates += [card.gemm_flop_per_s, card.dequantise_bytes_per_s, card.memory_bytes_per_s]
+        assert (card.to_card.pinned_bytes_per_s, card.nvlink_lanes) == (None, None)
+    assert all(rate is not None and rate > 0 for rate in rates)
+
+    (link,) = profile.links
+    assert (link.transport, link.ranks, link.wrong) == ("gloo", 2, "")
+    assert link.gradients_s is not None
+    assert link.gradients_s > 0
+    assert link.seen.startswith("TCP on ")
+    assert set(link.samples) == set(COLLECTIVES)
+    architecture = Architecture(load_config(resolve(ModelConfig("tiny", str(model)))))
+    frozen_format = architecture.frozen_format(QuantConfig(), torch.bfloat16)
+    sizes = {
+        name: [sample.size_bytes for sample in samples] for name, samples in link.samples.items()
+    }
+    assert all(found and found == sorted(found) for found in sizes.values())
+    assert frozen_format.layout.size_bytes in sizes["all_gather"]
+    assert tiny.adapters(architecture)[0].flat.numel() * 4 in sizes["all_reduce"]
+    assert 2 * 128 * architecture.hidden * 2 in sizes["send_recv"]  # bf16
+
+    report = (output / "measure.md").read_text()
+    assert all(f"gloo: {name}" in report for name in COLLECTIVES)
+    assert "![bus bandwidth over size](measure.png)" in report
+    assert (output / "measure.png").read_bytes().startswith(b"\x89PNG")
+    assert "1 of 1 links work" in done.stdout
+
+
+def test_a_gpu_that_is_missing_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["measure", "rig.device=cuda"]) == 2
+    assert "rig.device=cuda: rank 0 of this machine needs GPU 0" in capsys.readouterr().err
+
+
+def test_a_negative_time_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["measure", "rig.link_s=-1"]) == 2
+    assert "rig.link_s=-1.0: a number of 0 or more seconds" in capsys.readouterr().err

@@ -1,0 +1,39 @@
+"""What the driver says, and that it is None where nobody can say."""
+
+import pytest
+import torch
+
+from fttrain.rig import topology
+from fttrain.rig.machine import identity, versions
+
+
+def test_without_a_gpu_nothing_is_available() -> None:
+    cpu = torch.device("cpu")
+    assert topology.facts(cpu) == {}
+    assert topology.nvlink_bytes(cpu) is None
+
+
+def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*args: object) -> None:
+        raise topology.pynvml.NVMLError_LibraryNotFound
+
+    monkeypatch.setattr(topology.pynvml, "nvmlInit", gone)
+    assert topology.driver_version() is None
+    assert "driver" not in versions()
+
+
+def test_a_machine_is_known_again() -> None:
+    assert identity() == identity()
+    assert len(identity()) == 16
+    assert versions()["torch"] == torch.__version__
+
+
+@pytest.mark.cuda
+def test_a_card_s_facts_are_plausible() -> None:
+    facts = topology.facts(torch.device("cuda", 0))
+    assert topology.driver_version()
+    now, most = facts["pcie_generation"], facts["pcie_generation_most"]
+    assert now is None or 1 <= now <= most <= 7
+    assert facts["pcie_width"] is None or 1 <= facts["pcie_width"] <= facts["pcie_width_most"] <= 32
+    assert facts["nvlink_lanes"] >= 0
+    assert facts["power_limit_w"] is None or 10 < facts["power_limit_w"] < 2000

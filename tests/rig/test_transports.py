@@ -1,0 +1,83 @@
+"""A process for each transport: what carried the bytes, and those that fail or hang."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fttrain.dist import Group
+from fttrain.rig import transports
+from fttrain.rig.transports import TRANSPORTS, LinkJob, Transport, carriers, is_as_asked
+
+CPU = torch.device("cpu")
+BY_NAME = {transport.name: transport for transport in TRANSPORTS}
+# As NCCL 2.27 writes them.
+P2P = "rig:7:9 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM\n"
+SHM = "rig:7:9 [0] NCCL INFO Channel 01/0 : 1[1] -> 0[0] via SHM/direct/direct\n"
+NET = "rig:7:9 [0] NCCL INFO Channel 00/0 : 1[1] -> 0[0] [receive] via NET/Socket/0\n"
+OTHER = "rig:7:9 [0] NCCL INFO NET/Plugin: no plugin; 24 coll channels, 0 via nobody\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "nvlink_bytes", "seen"),
+    [
+        (OTHER + P2P + P2P, None, "P2P/CUMEM"),
+        (P2P, 1 << 30, "P2P/CUMEM over NVLink"),
+        (P2P, 0, "P2P/CUMEM over PCIe"),
+        (SHM, 0, "SHM/direct/direct"),
+        (NET + SHM, None, "NET/Socket, SHM/direct/direct"),
+        (OTHER, None, "not in NCCL's log"),
+    ],
+)
+def test_what_carried_the_bytes(log: str, nvlink_bytes: int | None, seen: str) -> None:
+    assert carriers(log, nvlink_bytes) == seen
+
+
+@pytest.mark.parametrize(
+    ("name", "log", "as_asked"),
+    [
+        ("default", P2P, True),
+        ("default", NET, True),
+        ("no_p2p", SHM, True),
+        ("no_p2p", P2P, False),
+        ("sockets", NET, True),
+        ("sockets", NET + SHM, False),
+        ("sockets", OTHER, False),
+    ],
+)
+def test_a_transport_that_is_another_one_is_told(name: str, log: str, as_asked: bool) -> None:
+    assert is_as_asked(BY_NAME[name], carriers(log, None)) == as_asked
+
+
+def test_which_transports_there_are() -> None:
+    cuda = torch.device("cuda", 0)
+    assert [found.name for found in transports.transports(CPU, "auto")] == ["gloo"]
+    assert [found.name for found in transports.transports(cuda, "gloo")] == ["gloo"]
+    assert [found.name for found in transports.transports(cuda, "auto")] == list(BY_NAME)
+
+
+def test_a_gpu_that_is_missing_is_told_as_the_link_s_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(transports, "_taken_bytes", lambda device: 0)
+    link, _ = transports.measure_transport(
+        Transport("default", "nccl", {}),
+        Group(0, 1, 0, CPU),
+        torch.device("cuda", 0),
+        0,
+        {},
+        0,
+        0.0,
+    )
+    assert link.wrong.startswith("it did not run: rig.backend=nccl: this machine has no GPU")
+    assert link.samples == {}
+
+
+def test_a_link_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(transports, "START_S", 1.0)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)  # the other one never comes
+    job = LinkJob("cpu", "gloo", 1, "test", 0, {}, 0, 0.0, 0, str(tmp_path / "answer.json"))
+    told = transports._run(job, {"MASTER_PORT": str(transports.free_port())}, tmp_path)
+    assert told.startswith("no answer within 1 s: it hangs")
