@@ -25,19 +25,15 @@ def run_rank(job_file: str) -> None:
     job = common.read_job(job_file)
     # Its default action ends the process, wherever that is: in a collective, in the driver.
     signal.alarm(job["limit_s"])
-    import torch
     from harness.multiprocessors import limited
 
     from fttrain.dist import process_group
-    from fttrain.strategy.protocol import OutOfMemory
 
     device = _device(job)
-    too_small = (OutOfMemory, torch.OutOfMemoryError)  # in a step, and outside of one
     try:
         with (
             process_group(device) as group,
             limited(job["limits"]["multiprocessors"], device),
-            answer(too_small, OUT_OF_MEMORY),
         ):
             figures = run_steps(job, group, memory)
             group.barrier()  # nobody hangs up while another rank still talks
@@ -53,6 +49,8 @@ def run_steps(job: dict[str, Any], group: Any, memory: common.HostMemory) -> dic
     from harness.fit_steps import build, train
     from harness.link import paced
 
+    from fttrain.strategy.protocol import OutOfMemory
+
     def say(text: str) -> None:
         if group.is_main:
             common.say(job["started_s"], f"  {text}")
@@ -63,6 +61,7 @@ def run_steps(job: dict[str, Any], group: Any, memory: common.HostMemory) -> dic
     with (
         DriverMemory(str(properties.uuid)) if properties else nullcontext() as driver,
         paced(job["limits"]["link"]) as ways,
+        answer((OutOfMemory, torch.OutOfMemoryError), OUT_OF_MEMORY),
     ):
         with answer(UserError, REFUSED):
             trained = build(job, group, say)
