@@ -18,6 +18,7 @@ from smoke import ROOT, smoke_run
 
 from fttrain.dist import process_group
 from fttrain.errors import UserError
+from fttrain.strategy.usage import explained
 
 Module = Callable[[str], ModuleType]
 
@@ -70,13 +71,23 @@ def test_a_refusal_is_a_row_and_the_next_side_runs(tmp_path: Path) -> None:
         assert f"refused: {result['side']}: host memory: " in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [("--tflops=71", "--device=cpu"), ("--only=nothing", "there are shard, stream k=2")],
+)
+def test_what_cannot_be_run_is_refused_at_once(tmp_path: Path, argument: str, told: str) -> None:
+    done, figures = run(tmp_path / "fit.json", argument)
+    assert (done.returncode, figures) == (2, {})
+    assert told in done.stderr
+
+
 def test_a_run_beyond_its_time_is_named_and_fails_the_whole(tmp_path: Path) -> None:
     done, figures = run(tmp_path / "fit.json", "--limit-s=1", "--only=shard", "--steps=1000")
     assert [result["outcome"] for result in figures["results"]] == ["time limit"]
     assert done.returncode == 1
 
 
-def runs_out_of_memory(benchmarks: str, when: str) -> tuple[int, str]:
+def runs_out_of_memory(benchmarks: str) -> tuple[int, str]:
     """Rank 1's memory does not suffice, rank 0's does: the exit code and the reason."""
     sys.path.insert(0, benchmarks)
     common, fit_rank = (importlib.import_module(name) for name in ("common", "harness.fit_rank"))
@@ -89,24 +100,38 @@ def runs_out_of_memory(benchmarks: str, when: str) -> tuple[int, str]:
             pytest.MonkeyPatch.context() as patch,
             process_group(torch.device("cpu")) as group,
         ):
-            if group.rank == 1 and when == "step":
+            if group.rank == 1:
                 short_memory.limit(patch, "forward", 32)
-            if group.rank == 1 and when == "build":
-                base = importlib.import_module("harness.random_base").RandomBase
-                patch.setattr(base, "read", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
             fit_rank.run_steps(job, group, memory)
     except UserError as error:
         return error.exit_code, str(error)
     raise AssertionError("nothing was raised")
 
 
-@pytest.mark.parametrize("when", ["build", "step"])
-def test_all_ranks_end_alike_where_one_runs_out_of_memory(module: Module, when: str) -> None:
+def test_all_ranks_end_alike_where_one_runs_out_of_memory(module: Module) -> None:
     outcomes = module("fit70b").OUTCOMES
-    benchmarks = str(ROOT / "benchmarks")
-    found = run_ranks(runs_out_of_memory, 2, benchmarks, when, process_group=False)
+    found = run_ranks(runs_out_of_memory, 2, str(ROOT / "benchmarks"), process_group=False)
     assert [outcomes[code] for code, _ in found] == ["out of memory"] * 2
     assert all("rank 1 ran out of memory" in said for _, said in found)
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "outcome"), [(1 << 60, "out of memory"), (1 << 10, "refused")]
+)
+def test_what_is_too_small_while_building_is_told_apart(
+    module: Module, size_bytes: int, outcome: str
+) -> None:
+    """Memory that really runs out, beside a machine that the books say is too small."""
+    fit_rank = module("harness.fit_rank")
+
+    def build() -> None:
+        with fit_rank.answer(UserError, fit_rank.REFUSED), explained((), 0, torch.device("cpu")):
+            torch.empty(size_bytes, dtype=torch.uint8)
+            raise UserError("host memory: 2 GiB are needed")
+
+    with pytest.raises(UserError) as caught:
+        build()
+    assert module("fit70b").OUTCOMES[caught.value.exit_code] == outcome
 
 
 @pytest.mark.parametrize("room", range(0, 90, 10))
