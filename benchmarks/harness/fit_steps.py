@@ -71,6 +71,9 @@ def train(job: dict[str, Any], group: Group, trained: Strategy, say: Say) -> lis
         step_s = time.perf_counter() - started
         say(f"step {number + 1} of {job['steps']}: {step_s:.1f} s, loss {stats.loss:.3f}")
         steps.append({"step_s": step_s, **_figures(stats)})
+    # What the last update still fetches comes before this. Where the strategy went first, gloo
+    # would have no place for it and read no further.
+    group.barrier()
     return steps
 
 
