@@ -127,10 +127,15 @@ def sent_bytes() -> float:
 
 
 def run_ranks(
-    script: str, job: dict[str, Any], folder: Path, link: Link | None = None
+    script: str,
+    job: dict[str, Any],
+    folder: Path,
+    link: Link | None = None,
+    option: str = "--rank",
 ) -> list[dict[str, Any]]:
     """Runs ``python script --rank JOB`` on the job's ``ranks`` over gloo, with its ``threads``
-    each; what they reported, by rank. ``link``: None for loopback.
+    each; what they reported, by rank. ``link``: None for loopback; ``option``: in the place of
+    ``--rank``.
 
     The script's rank reads its work with ``read_job`` and ends with ``report``. Raises SystemExit
     with the rank's code when one fails; its traceback is on stderr by then.
@@ -153,7 +158,7 @@ def run_ranks(
     }
     commands = [
         (
-            [*link.command(rank), sys.executable, script, "--rank", str(job_file)],
+            [*link.command(rank), sys.executable, script, option, str(job_file)],
             variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(world_size)

@@ -1,6 +1,7 @@
 """Llama-3-70B on two cards of 24 GB: does it fit, how fast is it, how long may a row be?
 
-    python benchmarks/fit70b.py [--json FILE] [--longest] [--only shard pipeline]
+    python benchmarks/fit70b.py [--json FILE] [--longest] [--only shard pipeline] [--levers]
+    python benchmarks/fit70b.py --tflops 71 --link-gb-s 12    # a datacentre GPU as a consumer card
     python benchmarks/fit70b.py --shape tiny --device cpu     # a smoke run
 
 The model's exact shape with random NF4 bytes, made directly in the stores: nothing is downloaded.
@@ -9,6 +10,10 @@ train r=16 on all linears for some real optimizer steps, each strategy at severa
 each in processes of its own. ``out of memory`` and ``refused`` are answers, not errors; a run that
 fails or goes beyond its time limit is named and makes the exit code 1, after all others have run.
 The JSON is written after each run.
+
+``--tflops`` leaves the compute a share of the multiprocessors, ``--link-gb-s`` paces the copies of
+lanes between host and card, each way: what offloading gives depends on how fast these are. Both are
+measured before the first run, without the limits and under them.
 
 Two ranks may share one GPU. NCCL then takes them only as if on two hosts and over sockets: seconds
 waited and tokens/s mean nothing for a rig (the table says so), memory does.
@@ -25,38 +30,22 @@ from pathlib import Path
 from typing import Any
 
 import common
+from harness.fit_goals import goals
+from harness.fit_limits import UNLIMITED, described, settle
 from harness.fit_rank import OUT_OF_MEMORY, REFUSED, reason, run_rank
-from harness.fit_report import CARD_GIB, goals, show
+from harness.fit_report import CARD_GIB, show
+from harness.fit_sides import SHAPES, Side, chosen_sides, usual_sides
 
+from fttrain.errors import UserError
 from fttrain.launch import read_env
 from fttrain.paths import launch_folder
 from fttrain.units import duration
 
-ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
-SHAPES = {  # as config.json has them
-    "llama3_70b": {
-        "vocab_size": 128256,
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        **ROPE,
-    },
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        **ROPE,
-    },
-}
-LAYERS_ON_CARD = {"llama3_70b": 30, "tiny": 2}  # of stream, chosen to fit beside the rest
 LONGER = (1.5, 2, 3, 4, 6, 8, 12, 16)  # times --seq-len, in search of the longest row
 LAUNCH_FILE = "2x3090_pcie.env"  # a rig's settings, as they ship
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
+# A copy that waits must not hold up another stream's work: streams share 8 queues by default.
+QUEUES = ("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 OUTCOMES: dict[object, str] = {  # by exit code
     OUT_OF_MEMORY: "out of memory",
     REFUSED: "refused",
@@ -67,27 +56,23 @@ STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # by the user: nothing is
 Result = dict[str, Any]
 
 
-def sides(shape: str) -> dict[str, dict[str, Any]]:
-    """Settings of each side; k: layers of ``stream`` that stay on the card."""
-    some = LAYERS_ON_CARD[shape]
-    return {
-        "shard": {"name": "shard"},
-        f"stream k={some}": {"name": "stream", "resident_layers": some},
-        "stream k=0": {"name": "stream", "resident_layers": 0},
-        "pipeline": {"name": "pipeline"},
-    }
-
-
 def main() -> None:
     """Measure, print, write."""
     arguments = _arguments()
     if arguments.rank:
         run_rank(arguments.rank)
         return
-    if arguments.device == "cuda":  # what the user has set wins
-        os.environ.setdefault(ALLOCATOR, read_env(launch_folder() / LAUNCH_FILE)[ALLOCATOR])
+    if arguments.gauge:
+        from harness.fit_gauge import run_gauge  # imports what a rank counts as its own
+
+        run_gauge(arguments.gauge)
+        return
+    sides = chosen_sides(arguments.shape, arguments.only, arguments.levers)
+    _set_environment(arguments)
     environment = common.environment()
-    settings = vars(arguments) | {"allocator": os.environ.get(ALLOCATOR)}
+    started_s = time.time()
+    limits = _limits(arguments, started_s)
+    settings = vars(arguments) | {"allocator": os.environ.get(ALLOCATOR), "limits": limits}
     results: list[Result] = []
     figures: dict[str, Any] = {
         "environment": environment,
@@ -95,8 +80,9 @@ def main() -> None:
         "results": results,
         "goals": [],
     }
-    for _ in measure(arguments, results):
-        figures["goals"] = goals(results, settings, list(sides(arguments.shape)))
+    usual = [side.name for side in usual_sides(arguments.shape)]
+    for _ in measure(arguments, sides, limits, started_s, results):
+        figures["goals"] = goals(results, settings, usual)
         common.write_json(arguments.json, figures)
     show(results, settings, environment)
     common.show_goals(figures["goals"])
@@ -104,24 +90,28 @@ def main() -> None:
     sys.exit(int(any(run["outcome"] in ("failed", "time limit") for run in runs)))
 
 
-def measure(arguments: argparse.Namespace, results: list[Result]) -> Iterator[None]:
-    """Adds to ``results``; comes back after each run."""
-    started_s = time.time()
+def measure(
+    arguments: argparse.Namespace,
+    sides: list[Side],
+    limits: dict[str, Any] | None,
+    started_s: float,
+    results: list[Result],
+) -> Iterator[None]:
+    """Adds to ``results``; comes back after each run. ``limits``: as ``settle`` has them."""
     names = ("device", "cap_gib", "steps", "ranks", "threads", "limit_s")
     usual = {name: getattr(arguments, name) for name in names} | {"started_s": started_s}
     usual["shape"] = SHAPES[arguments.shape]
+    usual["limits"] = limits["limits"] if limits else UNLIMITED
     for accumulation in arguments.accumulation:
-        for name, strategy in sides(arguments.shape).items():
-            if not any(word in name for word in arguments.only or [""]):
-                continue
-            side = f"{name}, accumulation {accumulation}"
-            job = {**usual, "strategy": strategy, "accumulation": accumulation, "side": side}
-            found = run(job | {"seq_len": arguments.seq_len})
-            result = {"side": side, "name": name, "strategy": strategy, **found}
+        for side in sides:
+            what = {"side": f"{side.name}, accumulation {accumulation}"}
+            what |= {"accumulation": accumulation, **side.settings}
+            job = usual | what
+            result = {"name": side.name, **what, **run(job | {"seq_len": arguments.seq_len})}
             results.append(result)
             yield
             first = accumulation == arguments.accumulation[0]
-            if arguments.longest and first and found["outcome"] == "fits":
+            if arguments.longest and first and result["outcome"] == "fits":
                 yield from longer_rows(result, job | {"steps": 1})
 
 
@@ -176,6 +166,38 @@ def run(job: dict[str, Any]) -> Result:
     }
 
 
+def _limits(arguments: argparse.Namespace, started_s: float) -> dict[str, Any] | None:
+    """What ``settle`` finds for those that were asked for; None: for none."""
+    tflops, link_gb_s = arguments.tflops, arguments.link_gb_s
+    if tflops is None and link_gb_s is None:
+        return None
+    names = ("device", "threads", "limit_s")
+    usual = {name: getattr(arguments, name) for name in names} | {"ranks": 1}
+    script = str(Path(__file__).resolve())
+
+    def measured(limits: dict[str, Any]) -> dict[str, Any]:
+        common.say(started_s, "measuring this machine's rates")
+        with tempfile.TemporaryDirectory(prefix="fttrain-fit-") as folder:
+            job = usual | {"limits": limits}
+            return common.run_ranks(script, job, Path(folder), option="--gauge")[0]
+
+    try:
+        found = settle(tflops, link_gb_s, measured)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    common.say(started_s, described(found))
+    return found
+
+
+def _set_environment(arguments: argparse.Namespace) -> None:
+    """For all processes that follow. What the user has set wins."""
+    if arguments.device == "cuda":
+        os.environ.setdefault(ALLOCATOR, read_env(launch_folder() / LAUNCH_FILE)[ALLOCATOR])
+    if arguments.link_gb_s is not None:
+        os.environ.setdefault(*QUEUES)
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
@@ -186,13 +208,31 @@ def _arguments() -> argparse.Namespace:
     add("--seq-len", type=int, default=2048)
     add("--steps", type=int, default=5)
     add("--accumulation", type=int, nargs="+", default=[1, 8])
-    add("--only", nargs="+", metavar="TEXT", help="sides with one of these in their name")
+    add("--only", nargs="+", metavar="TEXT", help="sides of this name, or with it in their name")
+    add("--levers", action="store_true", help="also the usual sides with one lever pulled")
     add("--longest", action="store_true", help="also look for the longest row that fits")
     add("--limit-s", type=int, default=1800, help="seconds for each run")
     add("--ranks", type=int, default=2)
     add("--threads", type=int, default=4, help="of each rank")
-    add("--rank", metavar="JOB", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    add("--tflops", type=positive, help="limit bf16 GEMMs to this rate, such as 71")
+    add("--link-gb-s", type=positive, help="pace copies to this rate, each way, such as 12")
+    for name in ("--rank", "--gauge"):
+        add(name, metavar="JOB", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.tflops is not None and arguments.device == "cpu":
+        parser.error("--tflops limits a GPU's multiprocessors; leave it out with --device=cpu")
+    if not chosen_sides(arguments.shape, arguments.only, arguments.levers):
+        names = chosen_sides(arguments.shape, None, with_levers=True)
+        parser.error(f"--only: no side is called so; there are {', '.join(s.name for s in names)}")
+    return arguments
+
+
+def positive(text: str) -> float:
+    """A rate."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: a number above 0")
+    return value
 
 
 if __name__ == "__main__":

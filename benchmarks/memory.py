@@ -7,7 +7,8 @@ else. Beside them stands plain transformers + PEFT + bitsandbytes under Distribu
 with and without gradient checkpointing, on the same packed rows from the same initial adapter. How
 speed, memory and traffic are measured: see ``step.py``. On a CPU the device's memory is the host's:
 what a lever moves there is only moved within it, and the table shows what that costs. On a card the
-same levers free its memory.
+same levers free its memory. The demo's micro-batches have 1024 tokens: tiles of as many show with
+--micro-batch-size 16.
 """
 
 import argparse
@@ -46,8 +47,12 @@ SIDES = (
     lever("boundaries=host", boundaries="host"),
     lever("embedding=host", embedding="host"),
     lever("head=streamed", head="streamed"),
+    lever("head=nf4", head="nf4"),
+    lever("mlp_tile_tokens=1024", mlp_tile_tokens=1024),
     lever("optim.offload", job={"changes": {"optim": {"offload": True}}}),
+    lever("optim.shard", job={"changes": {"optim": {"shard": True}}}),
     lever("optim=adamw8bit", job={"changes": {"optim": {"kind": "adamw8bit"}}}),
+    lever("lora=dora", job={"changes": {"lora": {"use_dora": True}}}),
     lever("quant.dequant=tile", job={"changes": {"quant": {"dequant": "tile"}}}),
     lever("strategy=stream", strategy="stream"),
 )

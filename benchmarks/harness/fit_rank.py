@@ -16,6 +16,8 @@ from fttrain.errors import UserError
 REFUSED, OUT_OF_MEMORY = 8, 9  # exit codes of all ranks, whichever of them it was
 CONTEXT_GIB = 0.6  # CUDA's context and NCCL's buffers, outside torch's allocator
 
+Kinds = type[Exception] | tuple[type[Exception], ...]
+
 
 def run_rank(job_file: str) -> None:
     """The steps of a job on this rank."""
@@ -23,24 +25,31 @@ def run_rank(job_file: str) -> None:
     job = common.read_job(job_file)
     # Its default action ends the process, wherever that is: in a collective, in the driver.
     signal.alarm(job["limit_s"])
-    import torch
+    from harness.multiprocessors import limited
 
     from fttrain.dist import process_group
 
     device = _device(job)
     try:
-        with process_group(device) as group, answer(torch.OutOfMemoryError, OUT_OF_MEMORY):
-            figures = _run(job, group, memory)
+        with (
+            process_group(device) as group,
+            limited(job["limits"]["multiprocessors"], device),
+        ):
+            figures = run_steps(job, group, memory)
             group.barrier()  # nobody hangs up while another rank still talks
             common.report(job_file, figures)
     except UserError as error:
         _give_up(job_file, error)
 
 
-def _run(job: dict[str, Any], group: Any, memory: common.HostMemory) -> dict[str, Any]:
+def run_steps(job: dict[str, Any], group: Any, memory: common.HostMemory) -> dict[str, Any]:
+    """Build, train; the figures of this rank."""
     import torch
     from harness.driver_memory import DriverMemory
     from harness.fit_steps import build, train
+    from harness.link import paced
+
+    from fttrain.strategy.protocol import OutOfMemory
 
     def say(text: str) -> None:
         if group.is_main:
@@ -49,7 +58,11 @@ def _run(job: dict[str, Any], group: Any, memory: common.HostMemory) -> dict[str
     started = time.perf_counter()
     on_cuda = group.device.type == "cuda"
     properties = torch.cuda.get_device_properties(group.device) if on_cuda else None
-    with DriverMemory(str(properties.uuid)) if properties else nullcontext() as driver:
+    with (
+        DriverMemory(str(properties.uuid)) if properties else nullcontext() as driver,
+        paced(job["limits"]["link"]) as ways,
+        answer((OutOfMemory, torch.OutOfMemoryError), OUT_OF_MEMORY),
+    ):
         with answer(UserError, REFUSED):
             trained = build(job, group, say)
         loading_s = time.perf_counter() - started
@@ -62,6 +75,7 @@ def _run(job: dict[str, Any], group: Any, memory: common.HostMemory) -> dict[str
         "shared_device": on_cuda and torch.cuda.device_count() < job["ranks"],
         "peak_host_bytes": memory.peak_bytes(),
         "shared_host_bytes": shared_bytes,
+        "carried_bytes": {name: way.carried_bytes for name, way in ways.items()},
         "reserved_bytes": torch.cuda.max_memory_reserved(group.device) if on_cuda else None,
         "nvml_bytes": driver.own_bytes if driver else None,
         "nvml_card_bytes": driver.card_bytes if driver else None,
@@ -69,12 +83,17 @@ def _run(job: dict[str, Any], group: Any, memory: common.HostMemory) -> dict[str
 
 
 @contextmanager
-def answer(kind: type[Exception], exit_code: int) -> Iterator[None]:
+def answer(kinds: Kinds, exit_code: int) -> Iterator[None]:
     """What a machine is too small for is an answer, told to all ranks by its exit code."""
+    from fttrain.rig.probe import is_out_of_memory
+
     try:
         yield
-    except kind as error:
-        raise UserError(str(error).splitlines()[0], exit_code) from error
+    except kinds as error:
+        # Memory that runs out while a strategy is built comes as a line that explains it.
+        short = error.__cause__ is not None and is_out_of_memory(error.__cause__)
+        code = OUT_OF_MEMORY if short else exit_code
+        raise UserError(str(error).splitlines()[0], code) from error
 
 
 def _give_up(job_file: str, error: UserError) -> NoReturn:

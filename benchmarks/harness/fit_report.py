@@ -1,14 +1,14 @@
-"""What ``fit70b.py`` says of its results: the table and the goals."""
+"""What ``fit70b.py`` says of its results: the table."""
 
 from typing import Any
 
 import common
+from harness.fit_limits import described
 from harness.fit_rank import CONTEXT_GIB
 
 GIB = 2**30
-GOAL = {"shape": "llama3_70b", "device": "cuda", "seq_len": 2048}  # for which goals are set
 CARD_GIB = 23.4  # of 24 GB, what a driver leaves
-STREAM_GIB = 8
+MOVED = ("gather_bytes", "h2d_bytes", "stage_bytes", "activation_bytes")
 COLUMNS = (
     "strategy",
     "fits",
@@ -45,6 +45,8 @@ def show(
             "is what it would be; waits, steps and tokens/s are not representative"
         )
     common.show(title, columns, map(row, results), environment)
+    if settings["limits"]:
+        print(described(settings["limits"]))
     for result in results:
         if result["reason"]:
             print(f"{result['outcome']}: {result['side']}: {result['reason']}")
@@ -57,11 +59,11 @@ def row(result: dict[str, Any]) -> list[str]:
         topic = result["reason"].split(":")[0]
         outcome = f"refused: {topic}" if result["outcome"] == "refused" else result["outcome"]
         return [result["side"], outcome, *["-"] * (len(COLUMNS) - 2)]
-    timed = [rank["steps"][1:] or rank["steps"] for rank in ranks]
-    step_s = max(sum(step["step_s"] for step in steps) / len(steps) for steps in timed)
+    timed = [_timed(rank) for rank in ranks]
+    step_s = _step_s(ranks)
     wait_s = max(sum(step["wait_s"] for step in steps) / len(steps) for steps in timed)
     last = [steps[-1] for steps in timed]
-    moved = max(s["gather_bytes"] + s["h2d_bytes"] + s["stage_bytes"] for s in last)
+    moved = max(sum(step[kind] for kind in MOVED) for step in last)
     return [
         result["side"],
         "yes",
@@ -69,12 +71,17 @@ def row(result: dict[str, Any]) -> list[str]:
         _gib(_highest(ranks, "nvml_bytes")),
         _gib(_highest(ranks, "nvml_card_bytes")),
         _gib(host_bytes(ranks)),
-        f"{last[0]['tokens'] / step_s:.0f}",
+        f"{tokens_per_s(ranks):.0f}",
         f"{step_s:.2f}",
         f"{wait_s:.2f}",
         f"{moved / 1e9:.2f}",
         str(longest(result)) if "tries" in result else "-",
     ]
+
+
+def tokens_per_s(ranks: list[dict[str, Any]]) -> float:
+    """Over all ranks, at the pace of the slowest."""
+    return float(_timed(ranks[0])[-1]["tokens"] / _step_s(ranks))
 
 
 def host_bytes(ranks: list[dict[str, Any]]) -> int:
@@ -94,39 +101,22 @@ def longest(result: dict[str, Any]) -> int:
     return int(max(fitted))
 
 
-def goals(
-    results: list[dict[str, Any]], settings: dict[str, Any], names: list[str]
-) -> list[dict[str, Any]]:
-    """What was aimed at with the sides ``names``, and what came out; None where this run does not
-    say.
-    """
-    if any(settings[name] != value for name, value in GOAL.items()):
-        results = []
-    of_side = {name: [r for r in results if r["name"] == name] for name in names}
-    fits = f"T={GOAL['seq_len']} fits in {CARD_GIB} GiB of each card"
-    return [
-        *(_goal(f"{name}: {fits}", own, CARD_GIB) for name, own in of_side.items()),
-        _goal(f"stream k=0: {STREAM_GIB} GiB or less", of_side["stream k=0"], STREAM_GIB),
-    ]
-
-
-def _goal(what: str, results: list[dict[str, Any]], most_gib: float) -> dict[str, Any]:
-    """At every accumulation. Values: GiB of a card, with what lies outside torch's allocator."""
-    values = {r["side"]: _card_gib(r["ranks"]) for r in results if r["ranks"]}
-    does_not_fit = any(r["outcome"] in ("refused", "out of memory") for r in results)
-    met: bool | None = None
-    if does_not_fit or any(value > most_gib for value in values.values()):
-        met = False
-    elif results and len(values) == len(results):
-        met = True
-    return {"goal": what, "values": values, "met": met}
-
-
-def _card_gib(ranks: list[dict[str, Any]]) -> float:
+def card_gib(ranks: list[dict[str, Any]]) -> float:
+    """With what lies outside torch's allocator."""
     nvml_bytes = _highest(ranks, "nvml_bytes")
     if nvml_bytes is not None:
         return nvml_bytes / GIB
     return (_highest(ranks, "reserved_bytes") or 0) / GIB + CONTEXT_GIB
+
+
+def _timed(rank: dict[str, Any]) -> list[dict[str, Any]]:
+    """Its steps without the first, which also finds its feet."""
+    return rank["steps"][1:] or rank["steps"]
+
+
+def _step_s(ranks: list[dict[str, Any]]) -> float:
+    means = (sum(step["step_s"] for step in _timed(rank)) / len(_timed(rank)) for rank in ranks)
+    return float(max(means))
 
 
 def _highest(ranks: list[dict[str, Any]], name: str) -> int | None:

@@ -43,15 +43,14 @@ def build(job: dict[str, Any], group: Group, say: Say) -> Strategy:
 
 
 def _recipe(job: dict[str, Any]) -> Recipe:
-    """What is not frozen layers is where 24 GB need it to be."""
     strategy = StrategyConfig(**job["strategy"])
     return Recipe(
         strategy,
         QuantConfig(),
         LoraConfig(r=16),
-        OptimConfig(offload=True),
-        ScheduleConfig(kind=SCHEDULES[strategy.name]),
-        Placement("recompute", boundaries="host", embedding="host", head="streamed"),
+        OptimConfig(**job["optim"]),
+        ScheduleConfig(**job["schedule"], kind=SCHEDULES[strategy.name]),
+        Placement(**job["placement"]),
         FrozenConfig(),
         StepSize(1, job["seq_len"], job["accumulation"]),
         "bfloat16",
@@ -72,6 +71,9 @@ def train(job: dict[str, Any], group: Group, trained: Strategy, say: Say) -> lis
         step_s = time.perf_counter() - started
         say(f"step {number + 1} of {job['steps']}: {step_s:.1f} s, loss {stats.loss:.3f}")
         steps.append({"step_s": step_s, **_figures(stats)})
+    # What the last update still fetches comes before this. Where the strategy went first, gloo
+    # would have no place for it and read no further.
+    group.barrier()
     return steps
 
 
@@ -95,5 +97,6 @@ def _figures(stats: StepStats) -> dict[str, Any]:
         "gather_bytes": stats.traffic.gather_bytes,
         "h2d_bytes": stats.traffic.h2d_bytes,
         "stage_bytes": stats.traffic.stage_bytes,
+        "activation_bytes": stats.traffic.activation_bytes,
         "sync_bytes": stats.sync.sync_bytes,
     }

@@ -36,7 +36,8 @@ class Native:
         )
         source = resolve(ModelConfig("benchmark", job["model"]))
         self._strategy, _ = build_strategy(recipe, source, group)
-        self._strategy.load_adapter_state(load_file(job["adapter"]))
+        if not job["lora"]["use_dora"]:  # it has no magnitudes; the seed starts from the same A
+            self._strategy.load_adapter_state(load_file(job["adapter"]))
         if not job.get("skip", True):
             for layer in self._strategy.decoder.layers:  # to see what leaving it out is worth
                 layer.shell.mlp.down.unread = False

@@ -16,6 +16,7 @@ from fttrain.collectives import Handle, Handles, all_gather
 from fttrain.model.lora import GroupAdapter, GroupMembers, LoraConfig, target_indices
 from fttrain.optim.flat import FlatLayout, Portion
 from fttrain.quant.frozen_layer import FrozenLayer
+from fttrain.store.lane import copy
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class LayerAdapters(nn.Module):
     def send(self) -> None:
         """Copy what is staged on the host to the device; the host does not wait for it."""
         if self._staging is not None:
-            self.layout.portion.of(self._copies).copy_(self._staging, non_blocking=True)
+            copy(self.layout.portion.of(self._copies), self._staging)
 
     def gather(self) -> Handle:
         """Start fetching the parts that other ranks update. Every rank calls it, in one order."""
