@@ -110,8 +110,8 @@ def algorithm_bytes_per_s(sample: Sample) -> float:
 
 
 def bus_bytes_per_s(collective: str, sample: Sample, ranks: int) -> float:
-    """nccl-tests' "busbw" (its doc/PERFORMANCE.md): what each link would carry if it were the limit,
-    comparable between collectives and rank counts.
+    """nccl-tests' "busbw" (its doc/PERFORMANCE.md): what each link would carry if it were the
+    limit, comparable between collectives and rank counts.
     """
     part = (ranks - 1) / ranks
     factor = {
@@ -191,7 +191,7 @@ def _profile(content: dict[str, Any]) -> RigProfile:
 
 
 def _card(content: dict[str, Any]) -> CardProfile:
-    ways = {way: CopyRates(**content.pop(way)) for way in ("to_card", "to_host")}
+    ways: dict[str, Any] = {way: CopyRates(**content.pop(way)) for way in ("to_card", "to_host")}
     return CardProfile(**content, **ways)
 
 

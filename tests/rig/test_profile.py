@@ -1,4 +1,4 @@
-"""Rig profiles: what is written comes back, bandwidth as nccl-tests defines it, bad files refused."""
+"""Rig profiles: they come back as written; bandwidth as in nccl-tests; bad files are refused."""
 
 import json
 from pathlib import Path
