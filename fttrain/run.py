@@ -12,7 +12,7 @@ from fttrain.checkpoint.resume import Snapshot, find_snapshot, load_snapshot, sa
 from fttrain.checkpoint.source import Source
 from fttrain.config import RunConfig
 from fttrain.data.dataset import Dataset
-from fttrain.data.loader import Loader
+from fttrain.data.loader import Loader, PackedRows
 from fttrain.dist import Group
 from fttrain.errors import UserError
 from fttrain.evaluation import Evaluation
@@ -70,22 +70,30 @@ def recipe(config: RunConfig) -> Recipe:
 
 
 def build(
-    config: RunConfig, group: Group, output: Path, source: Source, tokenizer: Any, dataset: Dataset
+    config: RunConfig,
+    group: Group,
+    output: Path,
+    source: Source,
+    tokenizer: Any,
+    dataset: Dataset,
+    rows: PackedRows | None = None,
 ) -> Run:
-    """Load the frozen base and make everything a run needs, at its start."""
+    """Load the frozen base and make everything a run needs, at its start.
+
+    ``rows``: to train on; None: the data set's.
+    """
     show = counting if group.is_main else silent
     strategy, cache = build_strategy(recipe(config), source, group, show)
     loop = config.loop
     place, places = strategy.data_parallel
     loader = Loader(
-        dataset.train,
+        dataset.train if rows is None else rows,
         loop.micro_batch_size,
         loop.gradient_accumulation_steps * group.world_size // places,
         place,
         places,
         loop.seed,
     )
-    steps = max(1, round(loop.epochs * loader.steps_per_epoch))
     return Run(
         config,
         group,
@@ -95,7 +103,7 @@ def build(
         dataset,
         loader,
         SpikeGuard(loop.spike_policy, loop.spike_rise),
-        min(steps, loop.max_steps or steps),
+        loop.total_steps(loader.steps_per_epoch),
         source.name,
         cache.digest,
     )
@@ -122,15 +130,24 @@ def tell_memory(run: Run) -> None:
 
     Every rank calls it.
     """
+    ranks = memory_uses(run)
+    if run.group.is_main:
+        write_json(run.output / "memory.json", {"step": run.step, "ranks": ranks})
+        show_fullest(run, ranks, f"step {run.step}")
+
+
+def memory_uses(run: Run) -> list[list[dict[str, Any]]]:
+    """Each rank's parts of memory so far (``usage.Use``), by rank. Every rank calls it."""
     own = usage.uses(run.strategy.bookings, run.group.device)
     written = json.dumps([dataclasses.asdict(use) for use in own])
-    ranks = [json.loads(run.group.share(written, rank)) for rank in range(run.group.world_size)]
-    if not run.group.is_main:
-        return
-    write_json(run.output / "memory.json", {"step": run.step, "ranks": ranks})
+    return [json.loads(run.group.share(written, rank)) for rank in range(run.group.world_size)]
+
+
+def show_fullest(run: Run, ranks: list[list[dict[str, Any]]], when: str) -> None:
+    """What ``memory_uses`` says of the rank with the fullest card."""
     fullest = max(range(len(ranks)), key=lambda rank: sum(u["device_bytes"] for u in ranks[rank]))
     shown = [usage.Use(**use) for use in ranks[fullest]]
-    for line in usage.table(shown, f"memory of rank {fullest} in step {run.step}"):
+    for line in usage.table(shown, f"memory of rank {fullest} in {when}"):
         run.say(line)
 
 

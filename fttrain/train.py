@@ -27,7 +27,7 @@ from fttrain.checkpoint.source import (
 )
 from fttrain.config import RunConfig, to_yaml
 from fttrain.data.batch import MicroBatch
-from fttrain.data.dataset import prepare
+from fttrain.data.dataset import Dataset, prepare
 from fttrain.data.loader import evaluation_batches
 from fttrain.data.samples import Sample, holdout_samples
 from fttrain.dist import process_group, rank_from_environment
@@ -64,11 +64,7 @@ def train(config: RunConfig) -> int:
     runs away.
     """
     device = set_up_rank(config.rig)
-    source = resolve(config.model)
-    tokenizer, tokenizer_id = load_tokenizer(config.model)
-    check_vocabulary(tokenizer, load_config(source))
-    check_length(config.data.seq_len, load_config(source))
-    dataset = prepare(config.data, tokenizer, tokenizer_id)
+    source, tokenizer, dataset = prepare_inputs(config)
     output = Path(config.output)
     is_main = rank_from_environment()[0] == 0
     claim = claim_output(output, config.resume) if is_main else nullcontext()
@@ -82,6 +78,18 @@ def train(config: RunConfig) -> int:
         if group.is_main:
             print(f"report: {write_report(output)}")
         return signals.exit_code if stopped else 0
+
+
+def prepare_inputs(config: RunConfig) -> tuple[Source, Any, Dataset]:
+    """The checkpoint, its tokenizer, and the data set, made where it is not there yet.
+
+    Raises UserError where they cannot be used, or not together.
+    """
+    source = resolve(config.model)
+    tokenizer, tokenizer_id = load_tokenizer(config.model)
+    check_vocabulary(tokenizer, load_config(source))
+    check_length(config.data.seq_len, load_config(source))
+    return source, tokenizer, prepare(config.data, tokenizer, tokenizer_id)
 
 
 def _start(run: Run) -> None:
@@ -106,7 +114,7 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
     memory_every, first = run.config.track.memory_every, run.step
     while run.step < run.total_steps:
         lr = learning_rate(run.config.optim, run.step, run.total_steps)
-        stats, step_s = _take_step(run, lr)
+        stats, step_s = take_step(run, lr)
         run.step += 1
         if run.step == first + 1:
             tell_memory(run)
@@ -130,7 +138,7 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
     return False
 
 
-def _take_step(run: Run, lr: float) -> tuple[StepStats, float]:
+def take_step(run: Run, lr: float) -> tuple[StepStats, float]:
     """One step and its seconds; where memory runs out, again with smaller micro-batches."""
     while True:
         started = time.perf_counter()
