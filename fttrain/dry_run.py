@@ -16,10 +16,11 @@ from fttrain.config import RunConfig
 from fttrain.data.dataset import Dataset
 from fttrain.data.excerpt import Excerpt
 from fttrain.dist import process_group
+from fttrain.instruments import memory_uses, show_fullest
 from fttrain.optim.config import learning_rate
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank
-from fttrain.run import Run, build, memory_uses, show_fullest
+from fttrain.run import Run, build
 from fttrain.strategy.protocol import StepStats
 from fttrain.track import Trackers, progress
 from fttrain.train import prepare_inputs, take_step

@@ -33,6 +33,7 @@ from fttrain.data.samples import Sample, holdout_samples
 from fttrain.dist import process_group, rank_from_environment
 from fttrain.errors import UserError
 from fttrain.evaluation import Evaluation
+from fttrain.instruments import card_watch, sample_cards, sample_memory, tell_memory
 from fttrain.loop import StopSignals
 from fttrain.optim.config import learning_rate
 from fttrain.peers import uncut
@@ -45,9 +46,7 @@ from fttrain.run import (
     describe,
     halve,
     resume,
-    sample_memory,
     save,
-    tell_memory,
     wanted_snapshot,
 )
 from fttrain.strategy.protocol import OutOfMemory, StepStats
@@ -112,6 +111,7 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
     """The steps that are left. True when a signal ended them early, on the same step everywhere."""
     every, eval_every = run.config.checkpoint.every, run.config.loop.eval_every
     memory_every, first = run.config.track.memory_every, run.step
+    watch = card_watch(run.group.device, run.config.frozen.cache_dir)
     while run.step < run.total_steps:
         lr = learning_rate(run.config.optim, run.step, run.total_steps)
         stats, step_s = take_step(run, lr)
@@ -121,7 +121,10 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
         if run.step % run.config.loop.log_every == 0 or run.step == run.total_steps:
             trackers.log(run.step, _metrics(run, stats, lr, step_s))
         if memory_every and (run.step % memory_every == 0 or run.step == run.total_steps):
-            trackers.log_memory(run.step, sample_memory(run))
+            cards = sample_cards(run.group)
+            trackers.log_memory(run.step, sample_memory(run), cards)
+            for line in watch.look(cards):
+                run.say(f"warning: step {run.step}: {line}")
         if eval_every and run.step % eval_every == 0 and run.step < run.total_steps:
             nll = evaluation.held_out_loss(run.strategy, _holdout(run))["nll"]
             run.figures.history.append({"step": run.step, "nll": nll})

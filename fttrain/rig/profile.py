@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fttrain.data.cache import cache_root
 from fttrain.errors import UserError
 
+FILE_NAME = "rig.json"  # in the cache folder: one profile a machine
 FORM = 1  # of the file; another one is refused
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send_recv")
 
@@ -159,6 +161,11 @@ class RigProfile:
         """Write it as JSON."""
         text = json.dumps({"form": FORM, **asdict(self)}, indent=1, allow_nan=False)
         path.write_text(text + "\n", encoding="utf-8")
+
+
+def profile_path(cache_dir: str | None = None) -> Path:
+    """Where `fttrain measure` keeps this machine's profile. ``cache_dir``: as frozen.cache_dir."""
+    return cache_root(cache_dir) / FILE_NAME
 
 
 def load_profile(path: Path) -> RigProfile:
