@@ -33,12 +33,13 @@ from fttrain.data.samples import Sample, holdout_samples
 from fttrain.dist import process_group, rank_from_environment
 from fttrain.errors import UserError
 from fttrain.evaluation import Evaluation
-from fttrain.instruments import card_watch, sample_cards, sample_memory, tell_memory
+from fttrain.instruments import sample_memory, tell_memory
 from fttrain.loop import StopSignals
 from fttrain.optim.config import learning_rate
 from fttrain.peers import uncut
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank
+from fttrain.rig.telemetry import card_watch, gather_samples
 from fttrain.run import (
     Run,
     adapter_info,
@@ -121,7 +122,7 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
         if run.step % run.config.loop.log_every == 0 or run.step == run.total_steps:
             trackers.log(run.step, _metrics(run, stats, lr, step_s))
         if memory_every and (run.step % memory_every == 0 or run.step == run.total_steps):
-            cards = sample_cards(run.group)
+            cards = gather_samples(run.group)
             trackers.log_memory(run.step, sample_memory(run), cards)
             for line in watch.look(cards):
                 run.say(f"warning: step {run.step}: {line}")

@@ -7,6 +7,7 @@
 not say of a card is left out; of a CPU nothing is known.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import pynvml
 import torch
 
+from fttrain.dist import Group
+from fttrain.errors import UserError
 from fttrain.rig.nvml import ask, handle_of
-from fttrain.rig.profile import CardProfile
+from fttrain.rig.profile import CardProfile, load_profile, profile_path
 
 GPU_SENSOR = pynvml.NVML_TEMPERATURE_GPU
 FIGURES: dict[str, Callable[[Any], float]] = {  # name -> what the driver is asked of a card
@@ -44,6 +47,17 @@ def sample(device: torch.device) -> dict[str, float]:
         return {}
     asked = {name: ask(partial(figure, card)) for name, figure in FIGURES.items()}
     return {name: value for name, value in asked.items() if value is not None}
+
+
+def gather_samples(group: Group) -> list[dict[str, float]]:
+    """Every rank's ``sample``, by rank; of CPUs nothing. Every rank calls it."""
+    if group.device.type != "cuda":
+        return []
+    own = sample(group.device)
+    # One driver may know what another does not; ranks exchange equally many figures all the same.
+    ranks = group.gather([own.get(name, math.nan) for name in FIGURES])
+    named = [dict(zip(FIGURES, figures, strict=True)) for figures in ranks]
+    return [{k: v for k, v in card.items() if not math.isnan(v)} for card in named]
 
 
 class CardWatch:
@@ -79,6 +93,23 @@ class CardWatch:
                     f"{before}; `fttrain doctor` says more"
                 )
         return ""
+
+
+def card_watch(device: torch.device, cache_dir: str | None) -> CardWatch:
+    """One that knows the cards as `fttrain measure` found them on this machine, if it did.
+
+    ``cache_dir``: where the profile is, as frozen.cache_dir.
+    """
+    path = profile_path(cache_dir)
+    if device.type != "cuda" or not path.is_file():
+        return CardWatch()
+    try:
+        profile = load_profile(path)
+    except UserError:  # of another version: no reason to stop a run
+        return CardWatch()
+    name = torch.cuda.get_device_name(device)
+    own = profile.measured is not None and any(card.name == name for card in profile.cards)
+    return CardWatch(profile.cards if own else ())
 
 
 def _throttle(card: Mapping[str, float]) -> str:
