@@ -116,7 +116,7 @@ def advice(config: RunConfig, waiting: float) -> list[str]:
 def _take_examples(run: Run, excerpt: Excerpt) -> Trial:
     """All steps of the excerpt, once the first one has warmed up. Every rank calls it."""
     steps = run.loader.steps_per_epoch
-    run.say(f"dry run: {excerpt.documents} examples in {steps} steps, after one to warm up")
+    run.say(f"dry run: {excerpt.documents} examples in {steps} step(s), after one to warm up")
     trackers = Trackers([progress(steps + 1)] if run.group.is_main else [])
     try:
         # Kernels are loaded and buffers made in the first step, which says nothing of the others.

@@ -145,5 +145,5 @@ def test_the_first_step_counts_for_nothing(
     monkeypatch.setattr(dry_run.time, "perf_counter", lambda: clock[0])
     assert main(arguments(folder, tmp_path / "run", "dry_run=20")) == 0
     said = capsys.readouterr().out
-    steps = int(re.search(r"in (\d+) steps, after one to warm up", said)[1])  # type: ignore[index]
+    steps = int(re.search(r"in (\d+) step\(s\), after one to warm up", said)[1])  # type: ignore[index]
     assert f" tokens in {steps:.1f} s:" in said

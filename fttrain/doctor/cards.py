@@ -10,6 +10,7 @@ import torch
 
 from fttrain.doctor.finding import NOT_AVAILABLE, Finding, failure, ok, warning
 from fttrain.rig.nvml import ask, handle_of
+from fttrain.units import gib
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,11 @@ def ecc(cards: Sequence[Card]) -> Finding:
 
 def host_memory(cards: Sequence[Card], memory_bytes: int) -> Finding:
     """At least twice what the cards have: frozen layers, boundaries and page cache live there."""
-    gb = memory_bytes / 1e9
     if not cards:
-        return ok(f"{gb:.0f} GB; no card to compare with")
-    vram = sum(card.memory_bytes for card in cards) / 1e9
-    figure = f"{gb:.0f} GB, the cards have {vram:.0f} GB"
-    if memory_bytes >= 2 * sum(card.memory_bytes for card in cards):
+        return ok(f"{gib(memory_bytes)}; no card to compare with")
+    card_bytes = sum(card.memory_bytes for card in cards)
+    figure = f"{gib(memory_bytes)}, the cards have {gib(card_bytes)}"
+    if memory_bytes >= 2 * card_bytes:
         return ok(figure)
     return warning(
         f"{figure}; twice as much is wanted",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -38,7 +39,6 @@ def all_checks(rig: RigConfig, wanted: Wanted) -> list[tuple[str, Check]]:
     """Every check with its name, the quick ones first."""
     usable = torch.cuda.is_available()
     on_card = usable and rig.device != "cpu"
-    device = torch.device("cuda", 0) if on_card else torch.device("cpu")
     there = cards.found_cards() if usable else []
     memory_bytes = psutil.virtual_memory().total
     driver, built_for = driver_version(), torch.version.cuda
@@ -61,11 +61,20 @@ def all_checks(rig: RigConfig, wanted: Wanted) -> list[tuple[str, Check]]:
         ("cpu governor", host.governor),
         ("disk, cache", lambda: _of_model(wanted, _cache)),
         ("disk, checkpoints", lambda: _of_model(wanted, _checkpoints)),
-        ("quantiser", lambda: kernels.quantiser(device)),
-        ("attention", lambda: kernels.attention(device)),
+        *_of_kernels(len(there) if on_card else 0),
         ("gloo", lambda: links.all_reduce("gloo", "cpu")),
         ("nccl", lambda: links.all_reduce("nccl", "cuda")),
         ("copies between cards", lambda: links.peer_copy(len(there))),
+    ]
+
+
+def _of_kernels(count: int) -> list[tuple[str, Check]]:
+    """On each of ``count`` cards; without any on the CPU."""
+    cards_named = [(f", card {i}", torch.device("cuda", i)) for i in range(count)]
+    return [
+        (f"{name}{where}", partial(check, device))
+        for name, check in (("quantiser", kernels.quantiser), ("attention", kernels.attention))
+        for where, device in cards_named or [("", torch.device("cpu"))]
     ]
 
 

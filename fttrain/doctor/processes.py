@@ -1,5 +1,6 @@
 """Processes with a time limit: what hangs there hangs no one here."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from typing import IO
 
 from fttrain.launch import PARENT_PID, free_port
 
+POLL_S = 0.05
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -18,7 +21,6 @@ class Outcome:
 
     answer: str = ""  # what the first one wrote, where all ended well
     problem: str = ""  # what went wrong; "" where nothing did
-    hung: bool = False  # they did not end in time
 
 
 def run_module(
@@ -44,43 +46,49 @@ def run_module(
         **(variables or {}),
     }
     command = [sys.executable, "-m", module, *arguments]
-    with tempfile.TemporaryFile() as errors:
-        processes = [
-            subprocess.Popen(
+    with contextlib.ExitStack() as files:
+        started = []
+        for rank in range(ranks):
+            errors = files.enter_context(tempfile.TemporaryFile())
+            process = subprocess.Popen(
                 command,
                 env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
                 stderr=errors,
             )
-            for rank in range(ranks)
-        ]
+            started.append(_Process(process, errors))
         try:
-            return _wait(processes, limit_s) or Outcome(problem=_last_line(errors, processes))
+            return _wait(started, limit_s)
         finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+            for each in started:
+                each.process.kill()
+                each.process.wait()
 
 
-def _wait(processes: Sequence["subprocess.Popen[bytes]"], limit_s: float) -> Outcome | None:
-    """None: some failed."""
+@dataclass(frozen=True)
+class _Process:
+    process: "subprocess.Popen[bytes]"
+    errors: IO[bytes]
+
+    def last_words(self) -> str:
+        """What it said last, or its exit code where it said nothing."""
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"exit code {self.process.returncode}"
+
+
+def _wait(started: Sequence[_Process], limit_s: float) -> Outcome:
+    """Until all have ended well, or the first has not: the others may wait for it for ever."""
     deadline = time.monotonic() + limit_s
-    try:
-        written, _ = processes[0].communicate(timeout=limit_s)
-        for process in processes[1:]:
-            process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        if any(process.poll() not in (None, 0) for process in processes):
-            return None  # the others wait for one that failed
-        return Outcome(problem=f"no answer within {limit_s:.0f} s: it hangs", hung=True)
-    if any(process.returncode for process in processes):
-        return None
-    return Outcome(written.decode(errors="replace").strip())
-
-
-def _last_line(errors: IO[bytes], processes: Sequence["subprocess.Popen[bytes]"]) -> str:
-    errors.seek(0)
-    lines = errors.read().decode(errors="replace").strip().splitlines()
-    codes = [process.poll() for process in processes]
-    return lines[-1] if lines else f"exit codes {codes}"
+    while True:
+        codes = [each.process.poll() for each in started]
+        failed = next((each for each, code in zip(started, codes, strict=True) if code), None)
+        if failed is not None:
+            return Outcome(problem=failed.last_words())
+        if None not in codes:
+            written, _ = started[0].process.communicate()
+            return Outcome(written.decode(errors="replace").strip())
+        if time.monotonic() > deadline:
+            return Outcome(problem=f"no answer within {limit_s:.0f} s: it hangs")
+        time.sleep(POLL_S)
