@@ -22,8 +22,8 @@ COMMANDS = {
     "train": "fine-tune a model with QLoRA",
     "evaluate": "held-out loss and answers of the base and of the tuned model of a run",
     "quantize": "quantise a model into the cache that runs start from, or verify the cache",
-    "data": "show a few examples as the model sees them, and their lengths",
     "doctor": "is this machine fit for a run, and what mends it (--json for programs)",
+    "data": "show a few examples as the model sees them, and their lengths",
     "report": "write report.md and the loss plot of a run",
 }
 FLAGS = {"doctor": {"--json"}}  # what a command takes beside key=value

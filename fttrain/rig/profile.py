@@ -189,7 +189,7 @@ def _profile(content: dict[str, Any]) -> RigProfile:
     measured = content["measured"]
     return RigProfile(
         name=content["name"],
-        cards=tuple(_card(card) for card in content["cards"]),
+        cards=tuple(card_of(card) for card in content["cards"]),
         host=HostProfile(**content["host"]),
         links=tuple(_link(link) for link in content["links"]),
         measured=None if measured is None else Measured(**measured),
@@ -197,9 +197,10 @@ def _profile(content: dict[str, Any]) -> RigProfile:
     )
 
 
-def _card(content: dict[str, Any]) -> CardProfile:
-    ways: dict[str, Any] = {way: CopyRates(**content.pop(way)) for way in ("to_card", "to_host")}
-    return CardProfile(**content, **ways)
+def card_of(content: dict[str, Any]) -> CardProfile:
+    """A card from what ``asdict`` makes of it."""
+    ways = {way: CopyRates(**content.pop(way)) for way in ("to_card", "to_host")}
+    return CardProfile(**{**content, **ways})
 
 
 def _link(content: dict[str, Any]) -> LinkProfile:

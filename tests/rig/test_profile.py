@@ -1,4 +1,4 @@
-"""Rig profiles: they come back as written; bandwidth as in nccl-tests; bad files are refused."""
+"""Rig profiles: what is written comes back, bandwidth as nccl-tests has it, bad files refused."""
 
 import json
 from pathlib import Path
