@@ -63,6 +63,15 @@ def _asked(card: Card, handle: Any) -> Card:
     )
 
 
+def present(cards: Sequence[Card]) -> Finding:
+    """Which there are, by torch's numbers."""
+    if not cards:
+        return ok(f"{NOT_AVAILABLE}: no GPU that torch can use")
+    return ok(
+        "; ".join(f"{i}: {card.name}, {gib(card.memory_bytes)}" for i, card in enumerate(cards))
+    )
+
+
 def pcie(cards: Sequence[Card]) -> Finding:
     """Lanes in use against what card and slot can do. The generation is no sign: a card that rests
     turns it down.

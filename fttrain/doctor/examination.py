@@ -39,13 +39,14 @@ def all_checks(rig: RigConfig, wanted: Wanted) -> list[tuple[str, Check]]:
     """Every check with its name, the quick ones first."""
     usable = torch.cuda.is_available()
     on_card = usable and rig.device != "cpu"
-    there = cards.found_cards() if usable else []
+    there = _cards() if usable else []
     memory_bytes = psutil.virtual_memory().total
     driver, built_for = driver_version(), torch.version.cuda
     return [
         ("python", versions.python),
         ("libraries", versions.libraries),
         ("cuda", lambda: versions.cuda(built_for, driver, usable, rig.device == "cuda")),
+        ("cards", lambda: cards.present(cards.found_cards() if usable else [])),
         ("wsl", host.wsl),
         ("pcie link", lambda: cards.pcie(there)),
         ("power limit", lambda: cards.power(there)),
@@ -66,6 +67,14 @@ def all_checks(rig: RigConfig, wanted: Wanted) -> list[tuple[str, Check]]:
         ("nccl", lambda: links.all_reduce("nccl", "cuda")),
         ("copies between cards", lambda: links.peer_copy(len(there))),
     ]
+
+
+def _cards() -> list[cards.Card]:
+    """None where CUDA does not even start: the check of that name then says why."""
+    try:
+        return cards.found_cards()
+    except RuntimeError:
+        return []
 
 
 def _of_kernels(count: int) -> list[tuple[str, Check]]:

@@ -30,6 +30,11 @@ def test_what_one_card_lacks(check, change: dict, verdict: str, text: str) -> No
         assert (check(nothing).verdict, check(nothing).figure) == (OK, "not available")
 
 
+def test_the_cards_are_listed() -> None:
+    assert cards.present([GOOD]).figure == "0: RTX 3090, 24.00 GiB"
+    assert "no GPU" in cards.present([]).figure
+
+
 def test_host_memory_against_the_cards() -> None:
     assert cards.host_memory([GOOD, GOOD], 96 << 30).verdict == OK
     assert cards.host_memory([GOOD, GOOD], (96 << 30) - 1).verdict == WARNING

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import tiny_files
+import torch
 
 from fttrain.checkpoint.source import ModelConfig
 from fttrain.cli import main
@@ -49,6 +50,27 @@ def test_a_model_that_is_not_there_leaves_the_disk_unknown(tmp_path: Path) -> No
     for name in ("disk, cache", "disk, checkpoints"):
         assert checks[name]().verdict == WARNING
         assert "no such folder" in checks[name]().figure
+
+
+def test_cuda_that_does_not_start_is_a_failure_and_stops_no_other_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch says it of a card that another program has for itself alone."""
+
+    def busy(device: object) -> None:
+        raise RuntimeError("CUDA-capable device(s) is/are busy or unavailable")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", busy)
+    model = ModelConfig("none", str(tmp_path / "none"))
+    wanted = Wanted(model, QuantConfig(), LoraConfig(), str(tmp_path), tmp_path, 2)
+    checks = [(name, check) for name, check in all_checks(RigConfig(), wanted) if name != "gloo"]
+    quick = [(name, check) for name, check in checks if name != "nccl"]
+    found = dict(examine(quick, lambda *_: None))
+    assert found["cards"].verdict == FAILURE
+    assert "busy or unavailable" in found["cards"].figure
+    assert found["python"].verdict == OK
 
 
 @pytest.fixture
