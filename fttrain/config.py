@@ -64,12 +64,17 @@ class RunConfig:
     mlp_tile_tokens: int | str  # that pass a layer's MLP at once: a multiple of 1024 | all
     resume: str  # auto (the newest whole snapshot in output) | none | path of a snapshot
     output: str  # folder of the run
+    dry_run: int = 0  # examples of a trial that leaves nothing behind; 0: the run itself
 
     def __post_init__(self) -> None:
         _ = self.placement  # refuses what does not exist
         check_together(self.strategy, self.schedule, self.optim)
         if not self.resume:
             raise UserError("resume is empty: auto, none or the path of a snapshot")
+        if self.dry_run < 0:
+            raise UserError(
+                f"dry_run={self.dry_run}: a number of examples such as 50, or 0 for the run itself"
+            )
         if not self.output:
             raise UserError("output is empty: the folder of the run")
         if self.quant.kind == "none" and self.quant.double_quant:

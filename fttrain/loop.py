@@ -58,6 +58,11 @@ class LoopConfig:
                 f"loop.spike_policy={self.spike_policy}: must be one of {', '.join(SPIKE_POLICIES)}"
             )
 
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        steps = max(1, round(self.epochs * steps_per_epoch))
+        return min(steps, self.max_steps or steps)
+
 
 @dataclass(frozen=True)
 class Verdict:

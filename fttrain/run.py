@@ -1,26 +1,22 @@
 """One run: everything its parts share, how it is put together, described, saved and resumed."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fttrain.checkpoint.adapter import AdapterInfo
-from fttrain.checkpoint.durable import write_json
 from fttrain.checkpoint.resume import Snapshot, find_snapshot, load_snapshot, save_snapshot
 from fttrain.checkpoint.source import Source
 from fttrain.config import RunConfig
 from fttrain.data.dataset import Dataset
-from fttrain.data.loader import Loader
+from fttrain.data.loader import Loader, PackedRows
 from fttrain.dist import Group
 from fttrain.errors import UserError
 from fttrain.evaluation import Evaluation
 from fttrain.loop import SpikeGuard
 from fttrain.model.attention_op import kernel_name
 from fttrain.peers import uncut
-from fttrain.rig import memory
-from fttrain.strategy import usage
 from fttrain.strategy.build import build_strategy, silent
 from fttrain.strategy.protocol import OutOfMemory, Strategy
 from fttrain.strategy.recipe import Recipe, StepSize
@@ -70,22 +66,30 @@ def recipe(config: RunConfig) -> Recipe:
 
 
 def build(
-    config: RunConfig, group: Group, output: Path, source: Source, tokenizer: Any, dataset: Dataset
+    config: RunConfig,
+    group: Group,
+    output: Path,
+    source: Source,
+    tokenizer: Any,
+    dataset: Dataset,
+    rows: PackedRows | None = None,
 ) -> Run:
-    """Load the frozen base and make everything a run needs, at its start."""
+    """Load the frozen base and make everything a run needs, at its start.
+
+    ``rows``: to train on; None: the data set's.
+    """
     show = counting if group.is_main else silent
     strategy, cache = build_strategy(recipe(config), source, group, show)
     loop = config.loop
     place, places = strategy.data_parallel
     loader = Loader(
-        dataset.train,
+        dataset.train if rows is None else rows,
         loop.micro_batch_size,
         loop.gradient_accumulation_steps * group.world_size // places,
         place,
         places,
         loop.seed,
     )
-    steps = max(1, round(loop.epochs * loader.steps_per_epoch))
     return Run(
         config,
         group,
@@ -95,7 +99,7 @@ def build(
         dataset,
         loader,
         SpikeGuard(loop.spike_policy, loop.spike_rise),
-        min(steps, loop.max_steps or steps),
+        loop.total_steps(loader.steps_per_epoch),
         source.name,
         cache.digest,
     )
@@ -115,30 +119,6 @@ def describe(run: Run) -> None:
         f"{config.data.seq_len} tokens -> {run.output}",
         flush=True,
     )
-
-
-def tell_memory(run: Run) -> None:
-    """Where memory went in the first step, of each rank into memory.json; the fullest one is shown.
-
-    Every rank calls it.
-    """
-    own = usage.uses(run.strategy.bookings, run.group.device)
-    written = json.dumps([dataclasses.asdict(use) for use in own])
-    ranks = [json.loads(run.group.share(written, rank)) for rank in range(run.group.world_size)]
-    if not run.group.is_main:
-        return
-    write_json(run.output / "memory.json", {"step": run.step, "ranks": ranks})
-    fullest = max(range(len(ranks)), key=lambda rank: sum(u["device_bytes"] for u in ranks[rank]))
-    shown = [usage.Use(**use) for use in ranks[fullest]]
-    for line in usage.table(shown, f"memory of rank {fullest} in step {run.step}"):
-        run.say(line)
-
-
-def sample_memory(run: Run) -> list[dict[str, int]]:
-    """Every rank's memory as it is now, by rank. Every rank calls it."""
-    own = memory.sample(run.group.device)
-    ranks = run.group.gather([float(size_bytes) for size_bytes in own.values()])
-    return [dict(zip(own, map(int, figures), strict=True)) for figures in ranks]
 
 
 def wanted_snapshot(run: Run) -> tuple[str, Snapshot] | None:

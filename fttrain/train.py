@@ -27,17 +27,19 @@ from fttrain.checkpoint.source import (
 )
 from fttrain.config import RunConfig, to_yaml
 from fttrain.data.batch import MicroBatch
-from fttrain.data.dataset import prepare
+from fttrain.data.dataset import Dataset, prepare
 from fttrain.data.loader import evaluation_batches
 from fttrain.data.samples import Sample, holdout_samples
 from fttrain.dist import process_group, rank_from_environment
 from fttrain.errors import UserError
 from fttrain.evaluation import Evaluation
+from fttrain.instruments import sample_memory, tell_memory
 from fttrain.loop import StopSignals
 from fttrain.optim.config import learning_rate
 from fttrain.peers import uncut
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank
+from fttrain.rig.telemetry import card_watch, gather_samples
 from fttrain.run import (
     Run,
     adapter_info,
@@ -45,9 +47,7 @@ from fttrain.run import (
     describe,
     halve,
     resume,
-    sample_memory,
     save,
-    tell_memory,
     wanted_snapshot,
 )
 from fttrain.strategy.protocol import OutOfMemory, StepStats
@@ -64,11 +64,7 @@ def train(config: RunConfig) -> int:
     runs away.
     """
     device = set_up_rank(config.rig)
-    source = resolve(config.model)
-    tokenizer, tokenizer_id = load_tokenizer(config.model)
-    check_vocabulary(tokenizer, load_config(source))
-    check_length(config.data.seq_len, load_config(source))
-    dataset = prepare(config.data, tokenizer, tokenizer_id)
+    source, tokenizer, dataset = prepare_inputs(config)
     output = Path(config.output)
     is_main = rank_from_environment()[0] == 0
     claim = claim_output(output, config.resume) if is_main else nullcontext()
@@ -82,6 +78,18 @@ def train(config: RunConfig) -> int:
         if group.is_main:
             print(f"report: {write_report(output)}")
         return signals.exit_code if stopped else 0
+
+
+def prepare_inputs(config: RunConfig) -> tuple[Source, Any, Dataset]:
+    """The checkpoint, its tokenizer, and the data set, made where it is not there yet.
+
+    Raises UserError where they cannot be used, or not together.
+    """
+    source = resolve(config.model)
+    tokenizer, tokenizer_id = load_tokenizer(config.model)
+    check_vocabulary(tokenizer, load_config(source))
+    check_length(config.data.seq_len, load_config(source))
+    return source, tokenizer, prepare(config.data, tokenizer, tokenizer_id)
 
 
 def _start(run: Run) -> None:
@@ -104,16 +112,20 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
     """The steps that are left. True when a signal ended them early, on the same step everywhere."""
     every, eval_every = run.config.checkpoint.every, run.config.loop.eval_every
     memory_every, first = run.config.track.memory_every, run.step
+    watch = card_watch(run.group.device, run.config.frozen.cache_dir)
     while run.step < run.total_steps:
         lr = learning_rate(run.config.optim, run.step, run.total_steps)
-        stats, step_s = _take_step(run, lr)
+        stats, step_s = take_step(run, lr)
         run.step += 1
         if run.step == first + 1:
             tell_memory(run)
         if run.step % run.config.loop.log_every == 0 or run.step == run.total_steps:
             trackers.log(run.step, _metrics(run, stats, lr, step_s))
         if memory_every and (run.step % memory_every == 0 or run.step == run.total_steps):
-            trackers.log_memory(run.step, sample_memory(run))
+            cards = gather_samples(run.group)
+            trackers.log_memory(run.step, sample_memory(run), cards)
+            for line in watch.look(cards):
+                run.say(f"warning: step {run.step}: {line}")
         if eval_every and run.step % eval_every == 0 and run.step < run.total_steps:
             nll = evaluation.held_out_loss(run.strategy, _holdout(run))["nll"]
             run.figures.history.append({"step": run.step, "nll": nll})
@@ -130,7 +142,7 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
     return False
 
 
-def _take_step(run: Run, lr: float) -> tuple[StepStats, float]:
+def take_step(run: Run, lr: float) -> tuple[StepStats, float]:
     """One step and its seconds; where memory runs out, again with smaller micro-batches."""
     while True:
         started = time.perf_counter()

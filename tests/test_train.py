@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import WAIT_S, Fault, adapter, arguments, exit_codes, losses, two_ranks
 from transformers import AutoModelForCausalLM
 
+from fttrain import train
 from fttrain.checkpoint.claim import claim_output
 from fttrain.cli import main
 from fttrain.data.dataset import DataConfig, prepare
@@ -133,6 +134,22 @@ def test_what_a_run_leaves(finished: Path) -> None:
     assert figures["tuned"]["nll"] < figures["base"]["nll"]
     assert figures["samples"][0]["prompt"].startswith("What is")
     assert list(losses(finished)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_card_that_throttles_is_told_once_and_written_down(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the driver would say it of a card that nobody here has."""
+    hot = {"throttle_reasons": 64.0, "temperature_c": 97.0}
+    monkeypatch.setattr(train, "gather_samples", lambda group: [hot])
+    assert run(folder, tmp_path / "run", "loop.max_steps=4", "track.memory_every=1") == 0
+    told = re.findall(r"warning: step (\d+): the card of rank 0 (.*)", capsys.readouterr().out)
+    assert told == [("1", "throttles (97 °C): it is far too hot")]
+    lines = (tmp_path / "run" / "memory.jsonl").read_text().splitlines()
+    assert [json.loads(line)["cards"] for line in lines] == [[hot]] * 4
 
 
 def test_plain_peft_gives_the_same_held_out_loss(folder: Path, finished: Path) -> None:

@@ -22,10 +22,12 @@ COMMANDS = {
     "train": "fine-tune a model with QLoRA",
     "evaluate": "held-out loss and answers of the base and of the tuned model of a run",
     "quantize": "quantise a model into the cache that runs start from, or verify the cache",
+    "doctor": "is this machine fit for a run, and what mends it (--json for programs)",
     "data": "show a few examples as the model sees them, and their lengths",
     "measure": "measure cards, host and links, and keep the figures as this machine's profile",
     "report": "write report.md and the loss plot of a run",
 }
+FLAGS = {"doctor": {"--json"}}  # what a command takes beside key=value
 _LATER_S = 5.0  # see _report
 
 
@@ -75,7 +77,8 @@ def _dispatch(arguments: list[str]) -> int:
     # Both are slow to import (torch); help and a wrong command do without.
     from fttrain.config import compose
 
-    config = compose(overrides)
+    flags = FLAGS.get(command, set())
+    config = compose([text for text in overrides if text not in flags])
     module = importlib.import_module(f"fttrain.cli.{command}")
     code: int = module.run(config, arguments)
     sys.stdout.flush()

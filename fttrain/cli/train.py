@@ -5,9 +5,17 @@ from fttrain.config import RunConfig
 
 
 def run(config: RunConfig, argv: list[str]) -> int:
-    """Train on this rank, or start the ranks that ``launch=`` asks for and wait for them."""
+    """Train on this rank, or start the ranks that ``launch=`` asks for and wait for them.
+
+    With ``dry_run`` only a few examples, to say how long it would take.
+    """
     if launch.wanted(config.launch):
         return launch.start(config.launch, argv)
-    from fttrain.train import train  # loads torch and transformers: a launcher does without
+    # Late: these load torch and transformers, and a launcher does without.
+    if config.dry_run:
+        from fttrain.dry_run import dry_run
+
+        return dry_run(config)
+    from fttrain.train import train
 
     return train(config)

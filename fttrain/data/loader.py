@@ -7,12 +7,22 @@ last step of an epoch takes what is left; the micro-batches it does not fill are
 every rank the same number of them.
 """
 
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
 from fttrain.data.batch import MicroBatch, collate
-from fttrain.data.dataset import Rows
+from fttrain.data.dataset import Document
 from fttrain.errors import UserError
+
+
+class PackedRows(Protocol):
+    """Packed rows: a row is a list of documents."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> list[Document]: ...
 
 
 class Loader:
@@ -24,7 +34,7 @@ class Loader:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: PackedRows,
         micro_batch_size: int,
         gradient_accumulation_steps: int,
         rank: int,
@@ -89,7 +99,7 @@ class Loader:
 
 
 def evaluation_batches(
-    rows: Rows, micro_batch_size: int, rank: int, world_size: int
+    rows: PackedRows, micro_batch_size: int, rank: int, world_size: int
 ) -> list[MicroBatch]:
     """All rows once, in order, over all ranks: the same number of micro-batches on each, the last
     ones maybe empty.
@@ -100,6 +110,6 @@ def evaluation_batches(
     return [_micro_batch(rows, order, place, micro_batch_size) for place in places]
 
 
-def _micro_batch(rows: Rows, chosen: NDArray[np.int64], place: int, size: int) -> MicroBatch:
+def _micro_batch(rows: PackedRows, chosen: NDArray[np.int64], place: int, size: int) -> MicroBatch:
     mine = chosen[place * size : (place + 1) * size]
     return collate([document for row in mine.tolist() for document in rows[row]], place)

@@ -14,6 +14,7 @@ from fttrain.dist import local_world_size, rank_from_environment
 from fttrain.errors import UserError
 
 BACKENDS = ("auto", "nccl", "gloo")
+CGROUPS = Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 # What errors say that are no torch.OutOfMemoryError: torch's allocator of the CPU; cuBLAS, which
 # makes a handle at its first use on a thread; the driver
@@ -122,27 +123,48 @@ def free_device_bytes(device: torch.device, local_world_size: int) -> int:
     return int(min(free / ranks, capped - torch.cuda.memory_reserved(device)))
 
 
-def _cgroup_rooms() -> list[int]:
-    """Limit less use of each control group (version 2) that this process is in; page cache that the
-    kernel can drop does not count as used.
+def cgroup_limit_bytes(root: Path = CGROUPS) -> int | None:
+    """The least memory that a control group (version 2) which this process is in may take; None
+    where none has a limit.
     """
+    limits = [_limit_bytes(level) for level in _cgroup_levels(root)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _cgroup_rooms() -> list[int]:
+    """Limit less use of each control group that this process is in; page cache that the kernel can
+    drop does not count as used.
+    """
+    rooms = []
+    for level in _cgroup_levels(CGROUPS):
+        try:
+            limit = _limit_bytes(level)
+            used = int((level / "memory.current").read_text())
+            stat = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue  # the root group and version 1 have no such files
+        if limit is not None:
+            rooms.append(limit - used + int(stat.get("inactive_file", 0)))
+    return rooms
+
+
+def _cgroup_levels(root: Path) -> list[Path]:
+    """The folders of the control groups (version 2) that this process is in, innermost first."""
     try:
         own = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
     path = next((line.split("::", 1)[1] for line in own if line.startswith("0::")), "/")
-    rooms = []
-    folder = Path("/sys/fs/cgroup") / path.lstrip("/")
-    for level in (folder, *folder.parents):
-        try:
-            limit = (level / "memory.max").read_text().strip()
-            used = int((level / "memory.current").read_text())
-            stat = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):
-            continue  # the root group has no limit; version 1 no such files
-        if limit != "max":
-            rooms.append(int(limit) - used + int(stat.get("inactive_file", 0)))
-    return rooms
+    folder = root / path.lstrip("/")
+    return [level for level in (folder, *folder.parents) if level.is_relative_to(root)]
+
+
+def _limit_bytes(level: Path) -> int | None:
+    """Of one control group; None where it has none."""
+    try:
+        return int((level / "memory.max").read_text())
+    except (OSError, ValueError):
+        return None  # "max"; the root group and version 1 have no such file
 
 
 def _share_of_cores(local_world_size: int) -> int:

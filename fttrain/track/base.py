@@ -56,10 +56,17 @@ class Trackers:
         for tracker in self._trackers:
             tracker.log(step, values)
 
-    def log_memory(self, step: int, ranks: Sequence[Mapping[str, int]]) -> None:
-        """Each rank's memory after ``step``, by rank: name -> bytes."""
+    def log_memory(
+        self,
+        step: int,
+        ranks: Sequence[Mapping[str, int]],
+        cards: Sequence[Mapping[str, float]] = (),
+    ) -> None:
+        """Each rank's memory after ``step``, by rank: name -> bytes; and of GPUs each rank's card:
+        name -> figure.
+        """
         if self._memory is not None:
-            self._memory.log(step, {"ranks": ranks})
+            self._memory.log(step, {"ranks": ranks} | ({"cards": cards} if cards else {}))
 
     def finish(self) -> None:
         """Finishes each one, the first given first."""

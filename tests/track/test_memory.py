@@ -62,6 +62,19 @@ def test_lines_go_on_after_a_resume_and_can_be_switched_off(tmp_path: Path) -> N
     assert start(2, 0) == []
 
 
+def test_what_cards_say_stands_beside_and_changes_no_sample(tmp_path: Path) -> None:
+    path = tmp_path / "memory.jsonl"
+    trackers = open_trackers(TrackConfig(memory_every=1), tmp_path, 9)
+    cards = [{"power_w": 341.5, "throttle_reasons": 4.0}]
+    trackers.log_memory(1, sampled(1, 5)["ranks"], cards)
+    trackers.log_memory(2, sampled(2, 6)["ranks"])
+    trackers.finish()
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    assert first == sampled(1, 5) | {"cards": cards}
+    assert second == sampled(2, 6), "of CPUs there is nothing to say"
+    assert [step for step, _ in read_samples(path)] == [1, 2]
+
+
 def test_samples_that_cannot_be_drawn_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "memory.jsonl"
     assert read_samples(path) == []

@@ -1,0 +1,1 @@
+"""``fttrain doctor``: is this machine fit for a run, and what mends it where it is not."""

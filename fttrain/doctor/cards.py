@@ -1,0 +1,148 @@
+"""The cards as the driver describes them: link, power, ECC, and what accelerate makes of them."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pynvml
+import torch
+
+from fttrain.doctor.finding import NOT_AVAILABLE, Finding, failure, ok, warning
+from fttrain.rig.nvml import ask, handle_of
+from fttrain.units import gib
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the checks want to know of a card. None: not available."""
+
+    name: str
+    memory_bytes: int
+    pcie_width: int | None = None
+    pcie_width_most: int | None = None  # that card and slot can do together
+    pcie_generation_most: int | None = None
+    power_limit_w: float | None = None
+    power_default_w: float | None = None
+    ecc: bool | None = None
+    ecc_errors: int | None = None  # that could not be corrected, since the driver was loaded
+
+
+def found_cards() -> list[Card]:
+    """By torch's numbers."""
+    return [_card(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+
+
+def _card(device: torch.device) -> Card:
+    properties = torch.cuda.get_device_properties(device)
+    plain = Card(properties.name, properties.total_memory)
+    handle = handle_of(device)
+    return plain if handle is None else _asked(plain, handle)
+
+
+def _asked(card: Card, handle: Any) -> Card:
+    ecc = ask(lambda: pynvml.nvmlDeviceGetEccMode(handle))
+    return Card(
+        card.name,
+        card.memory_bytes,
+        ask(lambda: pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle)),
+        ask(lambda: pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)),
+        ask(lambda: pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)),
+        ask(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3),
+        ask(lambda: pynvml.nvmlDeviceGetPowerManagementDefaultLimit(handle) / 1e3),
+        None if ecc is None else bool(ecc[0]),
+        ask(
+            lambda: int(
+                pynvml.nvmlDeviceGetTotalEccErrors(
+                    handle,
+                    pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
+                    pynvml.NVML_VOLATILE_ECC,
+                )
+            )
+        ),
+    )
+
+
+def present(cards: Sequence[Card]) -> Finding:
+    """Which there are, by torch's numbers."""
+    if not cards:
+        return ok(f"{NOT_AVAILABLE}: no GPU that torch can use")
+    return ok(
+        "; ".join(f"{i}: {card.name}, {gib(card.memory_bytes)}" for i, card in enumerate(cards))
+    )
+
+
+def pcie(cards: Sequence[Card]) -> Finding:
+    """Lanes in use against what card and slot can do. The generation is no sign: a card that rests
+    turns it down.
+    """
+    known = [(i, c) for i, c in enumerate(cards) if c.pcie_width and c.pcie_width_most]
+    if not known:
+        return ok(NOT_AVAILABLE)
+    told = [
+        f"card {i}: x{card.pcie_width} of x{card.pcie_width_most}, "
+        f"generation {card.pcie_generation_most or 'unknown'}"
+        for i, card in known
+    ]
+    if any((card.pcie_width or 0) < (card.pcie_width_most or 0) for _, card in known):
+        return warning(
+            "; ".join(told),
+            "seat the card and its riser anew; x16 slot and bifurcation in the BIOS",
+        )
+    return ok("; ".join(told))
+
+
+def power(cards: Sequence[Card]) -> Finding:
+    """The limit that holds against the one that the card comes with."""
+    known = [(i, c) for i, c in enumerate(cards) if c.power_limit_w and c.power_default_w]
+    if not known:
+        return ok(NOT_AVAILABLE)
+    told = [f"card {i}: {c.power_limit_w:.0f} of {c.power_default_w:.0f} W" for i, c in known]
+    for i, card in known:
+        if (card.power_limit_w or 0.0) < (card.power_default_w or 0.0) - 1:
+            remedy = f"sudo nvidia-smi -i {i} -pl {card.power_default_w:.0f} (unless it is wanted)"
+            return warning("; ".join(told), remedy)
+    return ok("; ".join(told))
+
+
+def ecc(cards: Sequence[Card]) -> Finding:
+    """Errors of a card's memory that could not be corrected."""
+    known = [(i, c) for i, c in enumerate(cards) if c.ecc is not None]
+    if not known:
+        return ok(NOT_AVAILABLE)
+    bad = [i for i, card in known if card.ecc_errors]
+    told = "; ".join(f"card {i}: {'on' if card.ecc else 'off'}" for i, card in known)
+    if bad:
+        errors = "; ".join(f"card {i}: {cards[i].ecc_errors} uncorrected errors" for i in bad)
+        return failure(errors, f"sudo nvidia-smi -r -i {bad[0]}; if they come again, another card")
+    return ok(told)
+
+
+def host_memory(cards: Sequence[Card], memory_bytes: int) -> Finding:
+    """At least twice what the cards have: frozen layers, boundaries and page cache live there."""
+    if not cards:
+        return ok(f"{gib(memory_bytes)}; no card to compare with")
+    card_bytes = sum(card.memory_bytes for card in cards)
+    figure = f"{gib(memory_bytes)}, the cards have {gib(card_bytes)}"
+    if memory_bytes >= 2 * card_bytes:
+        return ok(figure)
+    return warning(
+        f"{figure}; twice as much is wanted",
+        "more memory, or strategy=shard or pipeline, embedding=device, boundaries=device",
+    )
+
+
+def accelerate_habit(cards: Sequence[Card], fit: bool) -> Finding:
+    """NCCL_P2P_DISABLE: what the environment says, and whether `accelerate launch` would set it.
+
+    ``fit``: accelerate's own judgement of these cards and this driver.
+    """
+    value = os.environ.get("NCCL_P2P_DISABLE")
+    if len(cards) < 2:
+        return ok(f"NCCL_P2P_DISABLE={value or 'unset'}; it needs two cards to matter")
+    remedy = "fttrain train launch=NAME does not; with an NVLink bridge export NCCL_P2P_DISABLE=0"
+    if value not in (None, "", "0"):
+        return warning(f"NCCL_P2P_DISABLE={value}: cards talk through host memory", remedy)
+    if value is None and not fit:
+        return warning("`accelerate launch` would set NCCL_P2P_DISABLE=1 for these cards", remedy)
+    return ok(f"NCCL_P2P_DISABLE={value or 'unset'}, and `accelerate launch` leaves it alone")

@@ -1,0 +1,54 @@
+"""Is there room for the frozen base and for the checkpoints of the chosen model?"""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from fttrain.checkpoint.base import Base
+from fttrain.checkpoint.durable import MANIFEST
+from fttrain.doctor.finding import Finding, failure, ok
+from fttrain.model.decoder import Architecture
+from fttrain.model.layer_adapters import LayerAdapters
+from fttrain.model.lora import LoraConfig
+from fttrain.units import gib
+
+SAVED_BYTES = 12  # fp32, of each value that trains and of AdamW's two moments
+
+
+def cache(base: Base, cache_dir: str | None) -> Finding:
+    """For the frozen base, where it is not there yet."""
+    folder = base.folder(cache_dir)
+    if (folder / MANIFEST).is_file():
+        return ok(f"{folder} is there")
+    remedy = "free some space, or frozen.cache_dir=FOLDER with room"
+    return room("the frozen base", frozen_bytes(base), folder, remedy)
+
+
+def checkpoints(base: Base, lora: LoraConfig, keep_last: int, output: Path) -> Finding:
+    """For those that stay, the one that is being written, and the adapter."""
+    needed_bytes = (keep_last + 2) * SAVED_BYTES * trained_values(base.architecture, lora)
+    remedy = "free some space, output=FOLDER with room, or a smaller checkpoint.keep_last"
+    return room(f"checkpoint.keep_last={keep_last}", needed_bytes, output, remedy)
+
+
+def frozen_bytes(base: Base) -> int:
+    """Of the whole cache."""
+    shape = base.architecture
+    tables = 1 if shape.tied else 2  # embedding and head
+    table_bytes = shape.config.vocab_size * shape.hidden * base.frozen_format.dtype.itemsize
+    return shape.layers * base.frozen_format.layout.size_bytes + tables * table_bytes
+
+
+def trained_values(shape: Architecture, lora: LoraConfig) -> int:
+    """Of the adapters of all layers, padding included."""
+    meta = torch.device("meta")  # shapes without memory
+    return shape.layers * LayerAdapters(0, shape.groups, lora, meta, torch.float32).layout.values
+
+
+def room(what: str, needed_bytes: int, folder: Path, remedy: str) -> Finding:
+    """``needed_bytes`` against what is free where ``folder`` is or will be."""
+    home = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+    free_bytes = shutil.disk_usage(home).free
+    figure = f"{what} needs {gib(needed_bytes)}, {gib(free_bytes)} are free at {home}"
+    return ok(figure) if free_bytes >= needed_bytes else failure(figure, remedy)

@@ -1,0 +1,108 @@
+"""Do the kernels that a run rests on work here: quantiser and attention, called and compared."""
+
+import torch
+from torch import Tensor
+
+from fttrain.doctor.finding import Finding, failure, ok
+from fttrain.errors import first_line
+from fttrain.model.attention_op import kernel_name, varlen_attention
+from fttrain.quant.scheme import QuantConfig, dequantise, quantise
+
+# The 16 values of NF4 (Dettmers et al. 2023, appendix E).
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+BLOCKSIZE, ROWS, COLUMNS = 64, 128, 256
+ATTENTION_TOLERANCE = 0.02  # bf16 against fp32, of values about 1
+LENGTHS, HEADS, KV_HEADS, WIDTH = (37, 1, 90), 4, 2, 64
+
+
+def quantiser(device: torch.device) -> Finding:
+    """bitsandbytes' NF4 kernels on ``device``: values that are codes times a power of two come back
+    as they were, and their codes are known.
+    """
+    weight, packed = _known_weight()
+    try:
+        config = QuantConfig(blocksize=BLOCKSIZE, double_quant=False)
+        done = quantise(weight.to(device), config, "doctor's weight")
+        back = dequantise(done.packed, done.absmax, (ROWS, COLUMNS), config, torch.bfloat16)
+    except Exception as error:  # whatever a library that was built for another machine throws
+        return failure(f"bitsandbytes does not run on {device}: {first_line(error)}", REINSTALL)
+    codes = int((done.packed.cpu() != packed).sum())
+    expected = weight.bfloat16().float()
+    wrong = int(((back.cpu().float() - expected).abs() > expected.abs() / 128).sum())
+    if codes or wrong:
+        return failure(
+            f"NF4 on {device}: {wrong} of {weight.numel()} values and {codes} of {packed.numel()} "
+            "bytes of codes are not what they have to be",
+            REINSTALL,
+        )
+    return ok(f"NF4 on {device}: {weight.numel():,} values there and back, as they have to be")
+
+
+REINSTALL = (
+    "pip install --force-reinstall bitsandbytes (python -m bitsandbytes says what it finds); "
+    "quant=none does without"
+)
+
+
+def _known_weight() -> tuple[Tensor, Tensor]:
+    """fp32 (ROWS, COLUMNS), whose blocks each have the largest code, and its codes uint8 (n / 2,),
+    the first of two in the high half.
+    """
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (ROWS * COLUMNS // BLOCKSIZE, BLOCKSIZE), generator=generator)
+    codes[:, 0] = 15
+    scales = 2.0 ** torch.randint(-8, 8, (len(codes), 1), generator=generator)
+    weight = torch.tensor(NF4)[codes] * scales
+    pairs = codes.view(-1, 2)
+    return weight.view(ROWS, COLUMNS), (pairs[:, 0] * 16 + pairs[:, 1]).to(torch.uint8)
+
+
+def attention(device: torch.device) -> Finding:
+    """The kernel that a run would use, forward and backward on three documents, against a plain
+    softmax in fp32.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(sum(LENGTHS), heads, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    *qkv, grad = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+    try:
+        mine = [tensor.to(device).requires_grad_() for tensor in qkv]
+        out, _ = varlen_attention(*mine, list(LENGTHS), WIDTH**-0.5, 0)
+        found = [out, *torch.autograd.grad(out, mine, grad.to(device))]
+    except Exception as error:  # as above
+        return failure(
+            f"{kernel_name(device)}: it does not run: {first_line(error)}",
+            "a card of compute capability 8.0 (RTX 30) or newer, or rig.device=cpu",
+        )
+    plain = [tensor.float().requires_grad_() for tensor in qkv]
+    reference = _softmax_attention(*plain)
+    expected = [reference, *torch.autograd.grad(reference, plain, grad.float())]
+    worst = max(_error(*pair) for pair in zip(found, expected, strict=True))
+    if not worst < ATTENTION_TOLERANCE:  # NaN is not
+        return failure(
+            f"{kernel_name(device)}: it is off by {worst:.3f} of the largest value",
+            "another version of torch (fttrain's bounds: pip install 'torch>=2.11,<2.14')",
+        )
+    return ok(f"{kernel_name(device)}, forward and backward, off by {worst:.4f} in bf16")
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """fp32 (N, H, D), (N, K, D), (N, K, D) -> (N, H, D): each document by itself, causal."""
+    parts = []
+    for own_q, own_k, own_v in zip(*(t.split(LENGTHS) for t in (q, k, v)), strict=True):
+        wide_k, wide_v = (t.repeat_interleave(HEADS // KV_HEADS, 1) for t in (own_k, own_v))
+        scores = torch.einsum("qhd,khd->hqk", own_q, wide_k) * WIDTH**-0.5
+        later = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        parts.append(torch.einsum("hqk,khd->qhd", weights, wide_v))
+    return torch.cat(parts)
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a part of the largest value."""
+    difference = found.detach().cpu().float() - expected.detach()
+    return float(difference.abs().max() / expected.detach().abs().max())

@@ -1,0 +1,94 @@
+"""Processes with a time limit: what hangs there hangs no one here."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO
+
+from fttrain.launch import PARENT_PID, free_port
+
+POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How some processes ended, together."""
+
+    answer: str = ""  # what the first one wrote, where all ended well
+    problem: str = ""  # what went wrong; "" where nothing did
+
+
+def run_module(
+    module: str,
+    arguments: Sequence[str],
+    ranks: int,
+    limit_s: float,
+    variables: Mapping[str, str] | None = None,
+) -> Outcome:
+    """``python -m module arguments`` as so many ranks of this machine, none of which outlives the
+    call. ``variables``: beside those of a rank.
+    """
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TORCHELASTIC_USE_AGENT_STORE": "False",  # accelerate's store is not at this port
+        PARENT_PID: str(os.getpid()),
+        **(variables or {}),
+    }
+    command = [sys.executable, "-m", module, *arguments]
+    with contextlib.ExitStack() as files:
+        started = []
+        for rank in range(ranks):
+            errors = files.enter_context(tempfile.TemporaryFile())
+            process = subprocess.Popen(
+                command,
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
+                stderr=errors,
+            )
+            started.append(_Process(process, errors))
+        try:
+            return _wait(started, limit_s)
+        finally:
+            for each in started:
+                each.process.kill()
+                each.process.wait()
+
+
+@dataclass(frozen=True)
+class _Process:
+    process: "subprocess.Popen[bytes]"
+    errors: IO[bytes]
+
+    def last_words(self) -> str:
+        """What it said last, or its exit code where it said nothing."""
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"exit code {self.process.returncode}"
+
+
+def _wait(started: Sequence[_Process], limit_s: float) -> Outcome:
+    """Until all have ended well, or the first has not: the others may wait for it for ever."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        codes = [each.process.poll() for each in started]
+        failed = next((each for each, code in zip(started, codes, strict=True) if code), None)
+        if failed is not None:
+            return Outcome(problem=failed.last_words())
+        if None not in codes:
+            written, _ = started[0].process.communicate()
+            return Outcome(written.decode(errors="replace").strip())
+        if time.monotonic() > deadline:
+            return Outcome(problem=f"no answer within {limit_s:.0f} s: it hangs")
+        time.sleep(POLL_S)

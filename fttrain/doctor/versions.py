@@ -1,0 +1,102 @@
+"""Do Python, the libraries, CUDA and the driver fit together?"""
+
+import importlib.metadata
+import platform
+
+import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from fttrain.doctor.finding import Finding, failure, ok, warning
+
+PROJECT = "fttrain"
+# CUDA's major version -> the oldest Linux driver that runs it (NVIDIA, "CUDA Compatibility",
+# minor version compatibility).
+OLDEST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580"}
+NOT_INSTALLED = failure(
+    f"{PROJECT} is not installed, so nobody knows what it needs", "make setup, or pip install -e ."
+)
+
+
+def python(project: str = PROJECT) -> Finding:
+    """Python against what the project asks for."""
+    found = platform.python_version()
+    try:
+        wanted = importlib.metadata.metadata(project)["Requires-Python"] or ""
+    except importlib.metadata.PackageNotFoundError:
+        return NOT_INSTALLED
+    if Version(found) in SpecifierSet(wanted):
+        return ok(f"{found} ({wanted} is wanted)")
+    return failure(f"{found}, {wanted} is wanted", "make clean setup PYTHON=python3.12")
+
+
+def libraries(project: str = PROJECT) -> Finding:
+    """Every library against the bounds of the project; those of an extra where they are there."""
+    try:
+        texts = importlib.metadata.requires(project) or []
+    except importlib.metadata.PackageNotFoundError:
+        return NOT_INSTALLED
+    wanted = [Requirement(text) for text in texts]
+    misfits = {found: problem for found in wanted if (problem := _misfit(found))}
+    if not misfits:
+        return ok(f"torch {torch.__version__}; {len(wanted)} requirements looked at, all fit")
+    remedy = "pip install " + " ".join(f"'{found.name}{found.specifier}'" for found in misfits)
+    # A run imports what an extra asks for only where a setting wants it.
+    tell = failure if any(map(_is_needed, misfits)) else warning
+    return tell("; ".join(misfits.values()), remedy)
+
+
+def _is_needed(requirement: Requirement) -> bool:
+    """Whether every run does, and not those of an extra alone."""
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+
+
+def _misfit(requirement: Requirement) -> str:
+    """What is wrong with it; "" where it fits, or is missing and only an extra asks for it."""
+    try:
+        found = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{requirement.name} is missing" if _is_needed(requirement) else ""
+    if requirement.specifier.contains(found, prereleases=True):
+        return ""
+    return f"{requirement.name} {found}, {requirement.specifier} is wanted"
+
+
+def cuda(built_for: str | None, driver: str | None, usable: bool, wanted: bool = False) -> Finding:
+    """torch's CUDA against the driver.
+
+    ``built_for``: the CUDA version that torch was built with, None: without; ``driver``: its
+    version, None: there is none; ``usable``: whether torch finds a card; ``wanted``:
+    rig.device=cuda.
+    """
+    if built_for is None and driver is None:
+        return _on_cpu("torch without CUDA and no NVIDIA driver: runs compute on the CPU", wanted)
+    if built_for is None:
+        return failure(
+            f"driver {driver}, but torch {torch.__version__} is built without CUDA",
+            "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128",
+        )
+    if driver is None:
+        figure = f"torch is built for CUDA {built_for}, but no NVIDIA driver answers"
+        if wanted:
+            return failure(figure, "install the driver (sudo ubuntu-drivers install), then reboot")
+        return warning(figure, "install the driver, or rig.device=cpu if there is no card")
+    oldest = OLDEST_DRIVER.get(Version(built_for).major)
+    if oldest is not None and Version(driver) < Version(oldest):
+        return failure(
+            f"driver {driver} is too old for CUDA {built_for}: {oldest} or newer is needed",
+            "sudo ubuntu-drivers install, then reboot; or a torch built for an older CUDA",
+        )
+    if not usable:
+        return failure(
+            f"driver {driver} and CUDA {built_for}, but torch finds no card",
+            "nvidia-smi: does the driver see one? look at CUDA_VISIBLE_DEVICES, then reboot",
+        )
+    return ok(f"CUDA {built_for}, driver {driver}")
+
+
+def _on_cpu(figure: str, wanted: bool) -> Finding:
+    if wanted:
+        return failure(f"rig.device=cuda: {figure}", "rig.device=cpu, or install driver and torch")
+    return ok(figure)

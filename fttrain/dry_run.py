@@ -1,0 +1,182 @@
+"""``fttrain train dry_run=N``: N examples through the whole path, to say what a run would take.
+
+Data, frozen base, strategy and steps are those of the run, and so are rank count and settings. Of
+the run's own folder nothing is read or written; what stays are the caches, which the run would make
+as well.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fttrain.config import RunConfig
+from fttrain.data.dataset import Dataset
+from fttrain.data.excerpt import Excerpt
+from fttrain.dist import process_group
+from fttrain.instruments import memory_uses, show_fullest
+from fttrain.optim.config import learning_rate
+from fttrain.rig.memory import peak_device_bytes
+from fttrain.rig.probe import peak_host_bytes, set_up_rank
+from fttrain.run import Run, build
+from fttrain.strategy.protocol import StepStats
+from fttrain.track import Trackers, progress
+from fttrain.train import prepare_inputs, take_step
+from fttrain.units import duration, gib
+
+LONG_RUN_S, LONG_EPOCH_S = 12 * 3600.0, 6 * 3600.0  # from here on it warns
+WAITING = 0.2  # of the time: from here on what the strategy moves is what to look at
+SMALL_R = 8
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was measured, over all ranks, without the step that warms up."""
+
+    examples: int  # a text that was longer than data.seq_len counts as its pieces
+    tokens: int
+    seconds: float
+    waiting: float = 0.0  # share of the time that compute stood still for what is moved
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of the steps alone: held-out losses, answers and saves come on top."""
+
+    epoch_s: float
+    run_s: float
+
+
+def dry_run(config: RunConfig) -> int:
+    """Take ``config.dry_run`` examples through the run that ``config`` describes, and say how long
+    all of it would take. Exit code 0.
+
+    Raises UserError where the run would.
+    """
+    device = set_up_rank(config.rig)
+    source, tokenizer, dataset = prepare_inputs(config)
+    excerpt = Excerpt(dataset.train, config.dry_run, config.loop.seed)
+    with process_group(device, config.rig.backend) as group:
+        run = build(config, group, Path(config.output), source, tokenizer, dataset, excerpt)
+        trial = _take_examples(run, excerpt)
+        _tell(run, trial, dataset)
+    return 0
+
+
+def estimate(trial: Trial, epoch_tokens: int, epochs: float) -> Estimate:
+    """``epoch_tokens``: of one pass over the training rows; ``epochs``: passes of the run."""
+    epoch_s = epoch_tokens / trial.tokens_per_s
+    return Estimate(epoch_s, epochs * epoch_s)
+
+
+def warnings(found: Estimate, helps: Sequence[str]) -> list[str]:
+    """What takes long, and ``helps``; nothing where nothing does."""
+    too_long = [
+        f"{what} takes {took_s / 3600:.1f} hours, more than {limit_s / 3600:.0f}"
+        for what, took_s, limit_s in (
+            ("the run", found.run_s, LONG_RUN_S),
+            ("an epoch", found.epoch_s, LONG_EPOCH_S),
+        )
+        if took_s > limit_s
+    ]
+    return [f"warning: {'; '.join(too_long)}; what helps: {'; '.join(helps)}"] if too_long else []
+
+
+def advice(config: RunConfig, waiting: float) -> list[str]:
+    """What would make this run shorter, the surest first. ``waiting``: as in ``Trial``."""
+    helps = []
+    if waiting > WAITING:
+        helps.append(
+            f"another strategy: {waiting:.0%} of the time goes into waiting for what "
+            f"strategy={config.strategy.name} moves"
+        )
+    elif config.strategy.name != "replicate":
+        helps.append("strategy=replicate if the base fits each card")
+    if not config.data.packing:
+        helps.append("data.packing=true")
+    if config.activations == "recompute":
+        helps.append("activations=keep or offload if memory allows (no second forward)")
+    if config.loop.epochs > 1:
+        helps.append(f"fewer passes than loop.epochs={config.loop.epochs:g}")
+    if config.lora.r > SMALL_R:
+        helps.append(f"a lower rank than lora.r={config.lora.r}")
+    helps.append(
+        "fewer or shorter examples (data.max_rows; a smaller data.seq_len with "
+        "data.on_bad_row=truncate)"
+    )
+    return helps
+
+
+def _take_examples(run: Run, excerpt: Excerpt) -> Trial:
+    """All steps of the excerpt, once the first one has warmed up. Every rank calls it."""
+    steps = run.loader.steps_per_epoch
+    run.say(f"dry run: {excerpt.documents} examples in {steps} step(s), after one to warm up")
+    trackers = Trackers([progress(steps + 1)] if run.group.is_main else [])
+    try:
+        # Kernels are loaded and buffers made in the first step, which says nothing of the others.
+        stats, took_s = _step(run)
+        trackers.log(1, _figures(stats, took_s))
+        run.loader.position = run.step = 0
+        tokens, all_s, wait_s = 0, 0.0, 0.0
+        for step in range(steps):
+            stats, took_s = _step(run)
+            trackers.log(step + 2, _figures(stats, took_s))
+            tokens, all_s = tokens + stats.tokens, all_s + took_s
+            wait_s += stats.traffic.wait_s
+    finally:
+        trackers.finish()
+    return Trial(excerpt.documents, tokens, all_s, run.group.maximum(wait_s) / all_s)
+
+
+def _step(run: Run) -> tuple[StepStats, float]:
+    """A step and its seconds, with all that it left to the device."""
+    began = time.perf_counter()
+    stats, _ = take_step(run, learning_rate(run.config.optim, run.step, run.total_steps))
+    if run.group.device.type == "cuda":
+        torch.cuda.synchronize(run.group.device)
+    run.step += 1
+    return stats, time.perf_counter() - began
+
+
+def _figures(stats: StepStats, took_s: float) -> dict[str, float]:
+    return {"loss": stats.loss, "tokens_per_s": stats.tokens / took_s}
+
+
+def _tell(run: Run, trial: Trial, dataset: Dataset) -> None:
+    """Every rank calls it; rank 0 speaks."""
+    peaks = run.group.gather([float(peak_device_bytes(run.group.device)), float(peak_host_bytes())])
+    device_bytes, host_bytes = map(max, zip(*peaks, strict=True))
+    uses = memory_uses(run)
+    loop = run.config.loop
+    steps_per_epoch = -(-len(dataset.train) // run.loader.rows_per_step)
+    steps = loop.total_steps(steps_per_epoch)
+    epochs = steps / steps_per_epoch
+    found = estimate(trial, dataset.train.tokens, epochs)
+    run.say(
+        f"{trial.examples:,} examples, {trial.tokens:,} tokens in {trial.seconds:.1f} s: "
+        f"{trial.examples / trial.seconds:,.2f} samples/s, {trial.tokens_per_s:,.0f} tokens/s"
+    )
+    on_card = f"{gib(device_bytes)} on the card, " if device_bytes else ""
+    run.say(f"peaks, of the rank with the most: {on_card}{gib(host_bytes)} of host memory")
+    show_fullest(run, uses, "the dry run")
+    run.say(
+        f"estimate: {found.run_s / 3600:.2f} hours ({duration(found.run_s)}) for {steps:,} steps, "
+        f"{epochs:.2f} epochs of {dataset.train.tokens:,} tokens; {found.epoch_s / 3600:.2f} hours "
+        "an epoch; held-out losses, answers and saves come on top"
+    )
+    rows = trial.examples / max(1, len(dataset.train.document_tokens)) * len(dataset.train)
+    if rows < run.loader.rows_per_step <= len(dataset.train):
+        enough = run.loader.rows_per_step * trial.examples / rows
+        run.say(
+            f"warning: {trial.examples} examples do not fill one step of {run.loader.rows_per_step}"
+            f" rows, so the rates are rough; dry_run={-(-int(2 * enough) // 10) * 10} fills two"
+        )
+    for line in warnings(found, advice(run.config, trial.waiting)):
+        run.say(line)
+    run.say("nothing was saved; data and frozen base stay in their caches")

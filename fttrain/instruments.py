@@ -1,0 +1,43 @@
+"""Where the memory of a run's ranks goes, in the first step and over the others."""
+
+import dataclasses
+import json
+from typing import Any
+
+from fttrain.checkpoint.durable import write_json
+from fttrain.rig import memory
+from fttrain.run import Run
+from fttrain.strategy import usage
+
+
+def tell_memory(run: Run) -> None:
+    """Where memory went in the first step, of each rank into memory.json; the fullest one is shown.
+
+    Every rank calls it.
+    """
+    ranks = memory_uses(run)
+    if run.group.is_main:
+        write_json(run.output / "memory.json", {"step": run.step, "ranks": ranks})
+        show_fullest(run, ranks, f"step {run.step}")
+
+
+def memory_uses(run: Run) -> list[list[dict[str, Any]]]:
+    """Each rank's parts of memory so far (``usage.Use``), by rank. Every rank calls it."""
+    own = usage.uses(run.strategy.bookings, run.group.device)
+    written = json.dumps([dataclasses.asdict(use) for use in own])
+    return [json.loads(run.group.share(written, rank)) for rank in range(run.group.world_size)]
+
+
+def show_fullest(run: Run, ranks: list[list[dict[str, Any]]], when: str) -> None:
+    """What ``memory_uses`` says of the rank with the fullest card."""
+    fullest = max(range(len(ranks)), key=lambda rank: sum(u["device_bytes"] for u in ranks[rank]))
+    shown = [usage.Use(**use) for use in ranks[fullest]]
+    for line in usage.table(shown, f"memory of rank {fullest} in {when}"):
+        run.say(line)
+
+
+def sample_memory(run: Run) -> list[dict[str, int]]:
+    """Every rank's memory as it is now, by rank. Every rank calls it."""
+    own = memory.sample(run.group.device)
+    ranks = run.group.gather([float(size_bytes) for size_bytes in own.values()])
+    return [dict(zip(own, map(int, figures), strict=True)) for figures in ranks]

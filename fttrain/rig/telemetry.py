@@ -1,0 +1,123 @@
+"""How a card fares while it trains: power, temperature, clocks, what holds it back.
+
+    sample  {"power_w": 341.2, "temperature_c": 78, "sm_clock_mhz": 1695, "memory_clock_mhz": 9501,
+             "throttle_reasons": 4, "pcie_generation": 4, "pcie_width": 16}
+
+``throttle_reasons`` are the driver's bits (nvml.h, nvmlClocksEventReason...). What the driver does
+not say of a card is left out; of a CPU nothing is known.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import pynvml
+import torch
+
+from fttrain.dist import Group
+from fttrain.errors import UserError
+from fttrain.rig.nvml import ask, handle_of
+from fttrain.rig.profile import CardProfile, load_profile, profile_path
+
+GPU_SENSOR = pynvml.NVML_TEMPERATURE_GPU
+FIGURES: dict[str, Callable[[Any], float]] = {  # name -> what the driver is asked of a card
+    "power_w": lambda card: pynvml.nvmlDeviceGetPowerUsage(card) / 1e3,
+    "temperature_c": lambda card: pynvml.nvmlDeviceGetTemperature(card, GPU_SENSOR),
+    "sm_clock_mhz": lambda card: pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_SM),
+    "memory_clock_mhz": lambda card: pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_MEM),
+    "throttle_reasons": lambda card: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(card),
+    "pcie_generation": lambda card: pynvml.nvmlDeviceGetCurrPcieLinkGeneration(card),
+    "pcie_width": lambda card: pynvml.nvmlDeviceGetCurrPcieLinkWidth(card),
+}
+# A card at its power limit (SwPowerCap) is a card at work: it is written down, and no reason to
+# warn. These are faults of cooling or supply.
+THROTTLES = {
+    pynvml.nvmlClocksThrottleReasonHwSlowdown: "the hardware slows it down",
+    pynvml.nvmlClocksThrottleReasonSwThermalSlowdown: "it is too hot",
+    pynvml.nvmlClocksThrottleReasonHwThermalSlowdown: "it is far too hot",
+    pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown: "its power supply asks for less",
+}
+
+
+def sample(device: torch.device) -> dict[str, float]:
+    """The figures of this moment, by name; nothing waits for work on the device."""
+    card = handle_of(device)
+    if card is None:
+        return {}
+    asked = {name: ask(partial(figure, card)) for name, figure in FIGURES.items()}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def gather_samples(group: Group) -> list[dict[str, float]]:
+    """Every rank's ``sample``, by rank; of CPUs nothing. Every rank calls it."""
+    if group.device.type != "cuda":
+        return []
+    own = sample(group.device)
+    # One driver may know what another does not; ranks exchange equally many figures all the same.
+    ranks = group.gather([own.get(name, math.nan) for name in FIGURES])
+    named = [dict(zip(FIGURES, figures, strict=True)) for figures in ranks]
+    return [{k: v for k, v in card.items() if not math.isnan(v)} for card in named]
+
+
+class CardWatch:
+    """Says once of each card that it throttles, and once that its link is slower than it was."""
+
+    def __init__(self, profiles: Sequence[CardProfile] = ()) -> None:
+        """``profiles``: the cards as they were measured, by rank; () where nobody measured them."""
+        self._profiles = profiles
+        self._told: set[tuple[int, str]] = set()
+
+    def look(self, cards: Sequence[Mapping[str, float]]) -> list[str]:
+        """A line for each thing that is new in these samples, by rank."""
+        lines = []
+        for rank, card in enumerate(cards):
+            for kind, text in (("throttle", _throttle(card)), ("link", self._link(rank, card))):
+                if text and (rank, kind) not in self._told:
+                    self._told.add((rank, kind))
+                    lines.append(f"the card of rank {rank} {text}")
+        return lines
+
+    def _link(self, rank: int, card: Mapping[str, float]) -> str:
+        if rank >= len(self._profiles):
+            return ""
+        profile = self._profiles[rank]
+        for name, before in (
+            ("width", profile.pcie_width),
+            ("generation", profile.pcie_generation),
+        ):
+            now = card.get(f"pcie_{name}")
+            if before is not None and now is not None and now < before:
+                return (
+                    f"has a slower PCIe link than when it was measured: {name} {now:.0f}, it was "
+                    f"{before}; `fttrain doctor` says more"
+                )
+        return ""
+
+
+def card_watch(device: torch.device, cache_dir: str | None) -> CardWatch:
+    """One that knows the cards as `fttrain measure` found them on this machine, if it did.
+
+    ``cache_dir``: where the profile is, as frozen.cache_dir.
+    """
+    path = profile_path(cache_dir)
+    if device.type != "cuda" or not path.is_file():
+        return CardWatch()
+    try:
+        profile = load_profile(path)
+    except UserError:  # of another version: no reason to stop a run
+        return CardWatch()
+    name = torch.cuda.get_device_name(device)
+    own = profile.measured is not None and any(card.name == name for card in profile.cards)
+    return CardWatch(profile.cards if own else ())
+
+
+def _throttle(card: Mapping[str, float]) -> str:
+    bits = int(card.get("throttle_reasons", 0))
+    reasons = [text for bit, text in THROTTLES.items() if bits & bit]
+    if not reasons:
+        return ""
+    at = [f"{card['temperature_c']:.0f} °C"] if "temperature_c" in card else []
+    at += [f"{card['sm_clock_mhz']:.0f} MHz"] if "sm_clock_mhz" in card else []
+    where = f" ({', '.join(at)})" if at else ""
+    return f"throttles{where}: {', '.join(reasons)}"

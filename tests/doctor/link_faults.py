@@ -1,0 +1,34 @@
+"""A rank that hangs, dies or whose sum is wrong in one value, in the place of the real probe; FAULT
+in the environment says which.
+"""
+
+import os
+import sys
+import time
+
+
+def flip() -> None:
+    import torch.distributed
+
+    from fttrain.doctor import link_probe
+
+    right = torch.distributed.all_reduce
+
+    def flips(flat: torch.Tensor) -> None:
+        right(flat)
+        flat[77] += 1
+
+    torch.distributed.all_reduce = flips
+    link_probe.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    fault = os.environ["FAULT"]
+    if fault == "flips":
+        flip()
+    elif fault == "hangs":
+        time.sleep(600)
+    elif os.environ["RANK"] == "1":
+        sys.exit("libgloo: no interface")
+    else:
+        time.sleep(600)  # it waits for the other, as in a collective

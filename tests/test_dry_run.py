@@ -1,0 +1,149 @@
+"""A dry run: exactly the examples that were asked for, an estimate, and nothing left behind."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_files
+from tiny_run import arguments, exit_codes, two_ranks
+
+from fttrain import dry_run
+from fttrain.checkpoint.claim import claim_output
+from fttrain.cli import main
+from fttrain.config import compose
+from fttrain.data.batch import MicroBatch
+from fttrain.dry_run import Estimate, Trial, advice, estimate, warnings
+from fttrain.strategy.data_parallel import DataParallel
+
+HOUR_S = 3600.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("dry")
+    tiny_files.save(tiny.model(num_hidden_layers=2), place / "model")
+    tiny_files.write_data(place / "data.jsonl")
+    return place
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_exactly_n_examples_pass_and_nothing_stays(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Into the folder of another run that is under way: it is neither read nor touched."""
+    passed: list[list[MicroBatch]] = []
+    step = DataParallel.train_step
+
+    def counted(self: DataParallel, batches: list[MicroBatch], *rest: Any) -> Any:
+        passed.append(batches)
+        return step(self, batches, *rest)
+
+    monkeypatch.setattr(DataParallel, "train_step", counted)
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "metrics.jsonl").write_text('{"step": 1}\n')
+    with claim_output(output, "auto"):
+        before = files(tmp_path)
+        more = ("dry_run=23", "loop.epochs=3", "resume=none", "track=wandb", "track.mode=offline")
+        assert main(arguments(folder, output, *more)) == 0
+        assert files(tmp_path) == before
+    warm_up, *measured = passed
+    assert sum(len(batch.lengths) for batches in measured for batch in batches) == 23
+    assert [batch.lengths for batch in warm_up] == [batch.lengths for batch in measured[0]]
+    tokens = sum(len(batch.input_ids) for batches in measured for batch in batches)
+    said = capsys.readouterr().out
+    assert f"23 examples, {tokens:,} tokens in" in said
+    assert re.search(r"estimate: \d+\.\d\d hours \(.+\) for \d+ steps, 3\.00 epochs of", said)
+    assert f"step {len(passed)}/{len(passed)}" in said, "progress"
+
+
+def test_two_ranks_share_the_examples(folder: Path, tmp_path: Path) -> None:
+    with two_ranks() as start:
+        argv = arguments(folder, tmp_path / "run", "dry_run=10", "strategy=shard")
+        assert exit_codes(start(argv)) == [0, 0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_examples_than_there_are_and_fewer_than_a_step(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(folder, tmp_path / "run", "dry_run=1000")) == 0
+    assert "54 examples," in capsys.readouterr().out  # of 60, a tenth is held out
+    assert main(arguments(folder, tmp_path / "run", "dry_run=1")) == 0
+    said = capsys.readouterr().out
+    assert "warning: 1 examples do not fill one step of 4 rows" in said
+    assert re.search(r"dry_run=\d+ fills two", said)
+
+
+def test_the_estimate_is_tokens_over_rate() -> None:
+    trial = Trial(examples=50, tokens=30_000, seconds=15.0)
+    assert trial.tokens_per_s == 2000
+    found = estimate(trial, epoch_tokens=36_000_000, epochs=2.5)
+    assert found == Estimate(epoch_s=5 * HOUR_S, run_s=12.5 * HOUR_S)
+
+
+@pytest.mark.parametrize(
+    ("epoch_h", "run_h", "text"),
+    [
+        (6, 12, ""),
+        (6, 12.5, "the run takes 12.5 hours, more than 12"),
+        (6.5, 6.5, "an epoch takes 6.5 hours, more than 6"),
+        (7, 14, "the run takes 14.0 hours, more than 12; an epoch takes 7.0 hours"),
+    ],
+)
+def test_it_warns_where_it_takes_long(epoch_h: float, run_h: float, text: str) -> None:
+    lines = warnings(Estimate(epoch_h * HOUR_S, run_h * HOUR_S), ["this", "that"])
+    if not text:
+        assert lines == []
+        return
+    (line,) = lines
+    assert text in line
+    assert line.endswith("what helps: this; that")
+
+
+def test_what_helps_depends_on_the_run() -> None:
+    plain = " ".join(advice(compose(["lora.r=8"]), 0.0))
+    assert "lora.r" not in plain
+    assert "another strategy" not in plain
+    assert "activations=keep" in plain
+    assert "data.max_rows" in plain
+    settings = ["strategy=stream", "lora.r=64", "data.packing=false", "activations=keep"]
+    other = " ".join(advice(compose([*settings, "loop.epochs=3"]), 0.4))
+    assert "40% of the time goes into waiting for what strategy=stream moves" in other
+    for part in ("lora.r=64", "data.packing=true", "loop.epochs=3"):
+        assert part in other
+    assert "activations" not in other
+
+
+def test_a_negative_number_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "dry_run=-1"]) == 2
+    assert "dry_run=-1: a number of examples such as 50" in capsys.readouterr().err
+
+
+def test_the_first_step_counts_for_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    """A first step that takes half a minute by the clock does not change the rate."""
+    clock = [0.0]
+    step = dry_run.take_step
+
+    def slow_at_first(run: Any, lr: float) -> Any:
+        result = step(run, lr)
+        clock[0] += 1.0 if clock[0] else 30.0
+        return result
+
+    monkeypatch.setattr(dry_run, "take_step", slow_at_first)
+    monkeypatch.setattr(dry_run.time, "perf_counter", lambda: clock[0])
+    assert main(arguments(folder, tmp_path / "run", "dry_run=20")) == 0
+    said = capsys.readouterr().out
+    steps = int(re.search(r"in (\d+) step\(s\), after one to warm up", said)[1])  # type: ignore[index]
+    assert f" tokens in {steps:.1f} s:" in said
