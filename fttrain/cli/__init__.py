@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "held-out loss and answers of the base and of the tuned model of a run",
     "quantize": "quantise a model into the cache that runs start from, or verify the cache",
     "data": "show a few examples as the model sees them, and their lengths",
+    "plan": "memory and speed of every strategy on a rig, before anything is loaded",
     "report": "write report.md and the loss plot of a run",
 }
 _LATER_S = 5.0  # see _report

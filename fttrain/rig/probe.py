@@ -26,6 +26,9 @@ class RigConfig:
     # how ranks talk: auto (nccl between GPUs, gloo between CPUs) | nccl | gloo (also between GPUs,
     # through host memory; ranks may share a GPU)
     backend: str = "auto"
+    # what `fttrain plan` reckons with: measured (by `fttrain measure`, on this machine) | a name in
+    # conf/rig/profiles/ | path of a profile
+    profile: str = "measured"
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
@@ -34,6 +37,8 @@ class RigConfig:
             raise UserError(f"rig.backend={self.backend}: {', '.join(BACKENDS)}")
         if (self.device, self.backend) == ("cpu", "nccl"):
             raise UserError("rig.backend=nccl: it needs a GPU; rig.device=cpu goes with gloo")
+        if not self.profile:
+            raise UserError("rig.profile is empty: measured, the name of a rig, or a path")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"rig.threads={self.threads}: a whole number of 1 or more, or null")
 
