@@ -121,7 +121,8 @@ def run(plan: Plan) -> Peak:
     """
     dynamic_code(CPU)  # bitsandbytes makes it with real tensors and keeps it
     group = plan.group
-    with _fake_ranks(group), FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with _fake_ranks(group), fake, LiveBytes() as live, _Zeros():
         plan = replace(plan, pool=PlannedPool(group, plan.pool.free_device_bytes, live))
         page = PAGES[plan.recipe.strategy.name]
         share = page.book(plan)
@@ -135,8 +136,7 @@ def run(plan: Plan) -> Peak:
         batches = [full_batch(plan.recipe.size, index) for index in range(count)]
         live.start_peak()
         # Its sums are zero, so it counts as a step without targets, which updates nothing.
-        with _Zeros():
-            strategy.train_step(batches, 0, plan.recipe.optim.lr, lambda loss, norm: False)
+        strategy.train_step(batches, 0, plan.recipe.optim.lr, lambda loss, norm: False)
         return Peak(building_bytes, live.peak)
 
 

@@ -18,6 +18,7 @@ from fttrain.model.decoder import Architecture
 from fttrain.plan import fake
 from fttrain.plan.fake import AsksOthers, PlannedGroup, PlannedPool
 from fttrain.quant.frozen_layer import FrozenFormat
+from fttrain.store.activations import UNDER_WAY
 from fttrain.strategy.build import PAGES
 from fttrain.strategy.parts import Share
 from fttrain.strategy.protocol import StrategyConfig
@@ -120,7 +121,7 @@ def with_workspace(
     booked: Sequence[RankMemory], recipe: Recipe, architecture: Architecture, kind: str
 ) -> list[RankMemory]:
     """``booked`` and what kernels and what they pass on take beside it."""
-    group = recipe.schedule.size(recipe.size.gradient_accumulation_steps)
+    group = _together(recipe)
     workspaces = Workspaces.of(recipe, architecture, kind, len(booked))
     return [
         replace(own, device={**own.device, WORKSPACE: workspaces.at(own.rank, own.layers, group)})
@@ -129,16 +130,19 @@ def with_workspace(
 
 
 @dataclass(frozen=True)
-class _Line:
-    """Bytes as they grow with layers and micro-batches that pass a layer together."""
+class _Lines:
+    """Bytes as they grow with layers, with micro-batches that pass a layer together, and with one
+    for each of the other.
+    """
 
     start: float
     of_layer: float
     of_micro_batch: float
+    of_both: float
 
     def at(self, layers: int, micro_batches: int) -> int:
-        grown = self.start + self.of_layer * layers + self.of_micro_batch * micro_batches
-        return round(grown)
+        of_layer = self.of_layer + self.of_both * micro_batches
+        return round(self.start + self.of_micro_batch * micro_batches + of_layer * layers)
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class Workspaces:
     not there at the same time.
     """
 
-    by_policy: tuple[tuple[_Line, ...], ...]  # of each, the first, a middle and the last rank
+    by_policy: tuple[tuple[_Lines, ...], ...]  # of each, the first, a middle and the last rank
     world_size: int
 
     def at(self, rank: int, layers: int, micro_batches: int) -> int:
@@ -162,16 +166,14 @@ class Workspaces:
         What strategies of ``grouped`` differ in is booked: one stands for all of them.
         """
         strategy = recipe.strategy if recipe.strategy.name == "pipeline" else STANDS_FOR_GROUPED
-        together = recipe.schedule.size(recipe.size.gradient_accumulation_steps)
-        small = replace(
-            recipe,
-            strategy=strategy,
-            size=replace(recipe.size, gradient_accumulation_steps=min(2, together)),
-        )
+        # More micro-batches are extrapolated: steps that differ in their number alone are one.
+        count = min(UNDER_WAY + 3, _together(recipe))
+        size = replace(recipe.size, gradient_accumulation_steps=count)
+        small = replace(recipe, strategy=strategy, size=size)
         policies = dict.fromkeys(recipe.placement.policies(architecture.layers))
         alone = [replace(small, placement=_only(small, policy)) for policy in policies]
         return Workspaces(
-            tuple(_lines(own, _Shape(architecture.config), kind, world_size) for own in alone),
+            tuple(_of_ranks(own, _Shape(architecture.config), kind, world_size) for own in alone),
             world_size,
         )
 
@@ -213,34 +215,53 @@ def with_layers(config: Any, layers: int) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _lines(recipe: Recipe, shape: _Shape, kind: str, world_size: int) -> tuple[_Line, ...]:
+def _of_ranks(recipe: Recipe, shape: _Shape, kind: str, world_size: int) -> tuple[_Lines, ...]:
     """Of the first, a middle and the last rank. ``recipe``: one policy for all layers."""
     if recipe.strategy.name != "pipeline":
-        one = _line(recipe, shape, kind, world_size, 0)  # ranks differ in nothing
+        one = _of_rank(recipe, shape, kind, world_size, 0)  # ranks differ in nothing
         return (one,) * min(world_size, 3)
     ranks = sorted({0, 1, world_size - 1} & set(range(world_size)))
-    return tuple(_line(recipe, shape, kind, world_size, rank) for rank in ranks)
+    return tuple(_of_rank(recipe, shape, kind, world_size, rank) for rank in ranks)
 
 
-def _line(recipe: Recipe, shape: _Shape, kind: str, world_size: int, rank: int) -> _Line:
-    pipeline = recipe.strategy.name == "pipeline"
-    together = recipe.schedule.size(recipe.size.gradient_accumulation_steps)
-    points = [(layers, 1) for layers in LAYERS]
-    if together > 1 and not pipeline:
-        points.append((LAYERS[0], 2))
-    rows, found = [], []
+def _of_rank(recipe: Recipe, shape: _Shape, kind: str, world_size: int, rank: int) -> _Lines:
+    together = _together(recipe)
+    few = min(together, _few(recipe))
+    points = [(layers, few) for layers in LAYERS]
+    if together > few:
+        points += [(layers, few + 1) for layers in LAYERS[:2]]
+    found = []
     for layers, micro_batches in points:
         size = replace(recipe.size, gradient_accumulation_steps=micro_batches)
+        whole = layers * (world_size if recipe.strategy.name == "pipeline" else 1)
+        a = Architecture(with_layers(shape.config, whole))
         own = replace(recipe, size=size)
-        whole = layers * (world_size if pipeline else 1)
-        architecture = Architecture(with_layers(shape.config, whole))
-        plan = book(own, architecture, "cpu", [ROOMY_BYTES] * world_size)[rank].plan
-        booked = sum(b.size_bytes for b in plan.pool.bookings if b.place == "device")
-        peak = fake.run(plan)
-        taken = max(peak.step_bytes, peak.building_bytes if kind == "cpu" else 0)
-        rows.append((1.0, layers, micro_batches))
-        found.append(taken - booked)
+        plan = book(own, a, "cpu", [ROOMY_BYTES] * world_size)[rank].plan
+        found.append(_beyond_books(plan, kind))
+    rows = [(1.0, layers, count, layers * count) for layers, count in points]
+    if together == few:  # nothing is asked of other numbers of them
+        rows = [(1.0, layers, 0.0, 0.0) for layers, _ in points]
     solved, *_ = np.linalg.lstsq(np.array(rows), np.array(found, dtype=float), rcond=None)
-    if len(points) == len(LAYERS):  # nothing grows with micro-batches
-        return _Line(float(solved[0] + solved[2]), float(solved[1]), 0.0)
-    return _Line(*(float(value) for value in solved))
+    return _Lines(*(float(value) for value in solved))
+
+
+def _together(recipe: Recipe) -> int:
+    """Micro-batches between forward and backward, as far as a step's number of them matters."""
+    if recipe.strategy.name == "pipeline":
+        return 1  # its stages say how many
+    return recipe.schedule.size(recipe.size.gradient_accumulation_steps)
+
+
+def _few(recipe: Recipe) -> int:
+    """Micro-batches from which on memory grows evenly: with ``offload`` as many as have tensors on
+    the device that leave or come back.
+    """
+    return UNDER_WAY + 2 if recipe.placement.activations == "offload" else 1
+
+
+def _beyond_books(plan: Plan, kind: str) -> int:
+    """What the step of ``plan``, on the CPU, takes beyond what is booked on the device."""
+    booked = sum(b.size_bytes for b in plan.pool.bookings if b.place == "device")
+    peak = fake.run(plan)
+    taken = max(peak.step_bytes, peak.building_bytes) if kind == "cpu" else peak.step_bytes
+    return taken - booked
