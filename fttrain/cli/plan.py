@@ -7,6 +7,8 @@ from pathlib import Path
 
 from fttrain.config import RunConfig
 
+WIDE = 150  # columns
+
 
 def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     """Plans ``config`` for the rig that ``rig.profile`` names; downloads no weights.
@@ -32,6 +34,8 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     check_length(config.data.seq_len, model)
     verdicts = choose(recipe(config), Architecture(model), rig, counting("planning"))
     steps, console = config.loop.max_steps, Console()
+    if not console.is_terminal:  # a file has room for the table
+        console = Console(width=WIDE)
     console.print(table(verdicts, rig, steps))
     shown = next((verdict for verdict in verdicts if verdict.memory), None)
     if shown is not None:

@@ -133,7 +133,8 @@ def run(plan: Plan) -> Peak:
             strategy.update.start(1.0, plan.recipe.optim.lr)
         _, places = strategy.data_parallel
         count = plan.recipe.size.gradient_accumulation_steps * (group.world_size // places)
-        batches = [full_batch(plan.recipe.size, index) for index in range(count)]
+        with live.elsewhere():  # on the host until they are used, and small
+            batches = [full_batch(plan.recipe.size, index) for index in range(count)]
         live.start_peak()
         # Its sums are zero, so it counts as a step without targets, which updates nothing.
         strategy.train_step(batches, 0, plan.recipe.optim.lr, lambda loss, norm: False)
