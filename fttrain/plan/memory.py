@@ -18,6 +18,7 @@ from fttrain.model.decoder import Architecture
 from fttrain.plan import fake
 from fttrain.plan.fake import AsksOthers, PlannedGroup, PlannedPool
 from fttrain.quant.frozen_layer import FrozenFormat
+from fttrain.schedule.stage_link import AHEAD
 from fttrain.store.activations import UNDER_WAY
 from fttrain.strategy.build import PAGES
 from fttrain.strategy.parts import Share
@@ -25,7 +26,8 @@ from fttrain.strategy.protocol import StrategyConfig
 from fttrain.strategy.recipe import Plan, Recipe
 from fttrain.strategy.usage import WORKSPACE
 
-LAYERS = (2, 3, 4)  # of the models that are run on fake tensors, of a pipeline on each stage
+LAYERS = (2, 3, 4)  # of the models that are run on fake tensors
+STAGE_LAYERS = (1, 2, 3)  # of each stage, where they are run as a pipeline
 STANDS_FOR_GROUPED = StrategyConfig("stream")
 ROOMY_BYTES = 1 << 50  # of a card that everything fits: a small model is divided evenly
 
@@ -121,10 +123,12 @@ def with_workspace(
     booked: Sequence[RankMemory], recipe: Recipe, architecture: Architecture, kind: str
 ) -> list[RankMemory]:
     """``booked`` and what kernels and what they pass on take beside it."""
-    group = _together(recipe)
+    together = _together(recipe, len(booked))
     workspaces = Workspaces.of(recipe, architecture, kind, len(booked))
     return [
-        replace(own, device={**own.device, WORKSPACE: workspaces.at(own.rank, own.layers, group)})
+        replace(
+            own, device={**own.device, WORKSPACE: workspaces.at(own.rank, own.layers, together)}
+        )
         for own in booked
     ]
 
@@ -167,7 +171,7 @@ class Workspaces:
         """
         strategy = recipe.strategy if recipe.strategy.name == "pipeline" else STANDS_FOR_GROUPED
         # More micro-batches are extrapolated: steps that differ in their number alone are one.
-        count = min(UNDER_WAY + 3, _together(recipe))
+        count = min(UNDER_WAY + 3, _together(recipe, world_size))
         size = replace(recipe.size, gradient_accumulation_steps=count)
         small = replace(recipe, strategy=strategy, size=size)
         policies = dict.fromkeys(recipe.placement.policies(architecture.layers))
@@ -225,31 +229,35 @@ def _of_ranks(recipe: Recipe, shape: _Shape, kind: str, world_size: int) -> tupl
 
 
 def _of_rank(recipe: Recipe, shape: _Shape, kind: str, world_size: int, rank: int) -> _Lines:
-    together = _together(recipe)
-    few = min(together, _few(recipe))
-    points = [(layers, few) for layers in LAYERS]
+    pipeline = recipe.strategy.name == "pipeline"
+    together = recipe.size.gradient_accumulation_steps
+    few = together if pipeline else min(together, _few(recipe))
+    several = STAGE_LAYERS if pipeline else LAYERS
+    points = [(layers, few) for layers in several]
     if together > few:
-        points += [(layers, few + 1) for layers in LAYERS[:2]]
+        points += [(layers, few + 1) for layers in several[:2]]
     found = []
     for layers, micro_batches in points:
         size = replace(recipe.size, gradient_accumulation_steps=micro_batches)
-        whole = layers * (world_size if recipe.strategy.name == "pipeline" else 1)
-        a = Architecture(with_layers(shape.config, whole))
+        a = Architecture(with_layers(shape.config, layers * (world_size if pipeline else 1)))
         own = replace(recipe, size=size)
         plan = book(own, a, "cpu", [ROOMY_BYTES] * world_size)[rank].plan
         found.append(_beyond_books(plan, kind))
-    rows = [(1.0, layers, count, layers * count) for layers, count in points]
+    rows = [[1, layers, count, layers * count] for layers, count in points]
     if together == few:  # nothing is asked of other numbers of them
-        rows = [(1.0, layers, 0.0, 0.0) for layers, _ in points]
-    solved, *_ = np.linalg.lstsq(np.array(rows), np.array(found, dtype=float), rcond=None)
+        rows = [[1, layers, 0, 0] for layers, _ in points]
+    solved, *_ = np.linalg.lstsq(np.array(rows, float), np.array(found, float), rcond=None)
     return _Lines(*(float(value) for value in solved))
 
 
-def _together(recipe: Recipe) -> int:
-    """Micro-batches between forward and backward, as far as a step's number of them matters."""
+def _together(recipe: Recipe, stages: int) -> int:
+    """Micro-batches of a rank's step as far as memory knows them: those of a group, and of a
+    pipeline as many as fill it and open all the receives that it opens ahead.
+    """
+    steps = recipe.size.gradient_accumulation_steps
     if recipe.strategy.name == "pipeline":
-        return 1  # its stages say how many
-    return recipe.schedule.size(recipe.size.gradient_accumulation_steps)
+        return min(steps, -(-(stages + AHEAD) // stages))
+    return recipe.schedule.size(steps)
 
 
 def _few(recipe: Recipe) -> int:

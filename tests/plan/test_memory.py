@@ -31,7 +31,7 @@ ROOMY = [1 << 50] * RANKS
 TOLERANCE = 0.005  # bytes are the same but for a dispatcher's temporary here and there
 VARIANTS: dict[str, dict[str, Any]] = {
     "replicate": {},
-    "shard": {"strategy": "shard", "activations": "offload", "shard": True},
+    "shard": {"strategy": "shard", "activations": "offload", "shard": True, "group": 1},
     "stream": {
         "strategy": "stream",
         "resident_layers": 3,
