@@ -8,7 +8,7 @@ not hold it.
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,22 @@ from fttrain.checkpoint.frozen_cache import HELP
 from fttrain.data.cache import locked
 from fttrain.errors import UserError, first_line
 
-CONFIGURATION = ["*.json", "*.model", "*.jinja", "*.txt"]  # everything but the weights
+CONFIGURATION = ("*.json", "*.model", "*.jinja", "*.txt")  # everything but the weights
+SHAPES = ("config.json",)  # what a plan needs
 
 
-def configuration(repository: str, revision: str | None) -> Path:
-    """A folder with the configuration and the tokenizer of a repository, named by its commit.
+def configuration(
+    repository: str, revision: str | None, patterns: Sequence[str] = CONFIGURATION
+) -> Path:
+    """A folder with the configuration and the tokenizer of a repository, or those of its files that
+    match ``patterns``, named by its commit.
 
     From the hub's own cache where the hub cannot be reached. Raises UserError where neither has it.
     """
     from huggingface_hub import snapshot_download
 
     with _errors_of(repository):
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=CONFIGURATION))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
 
 
 class HubFiles:

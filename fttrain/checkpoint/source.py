@@ -5,7 +5,7 @@ that ships one.
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from fttrain.checkpoint.hub import configuration
+from fttrain.checkpoint.hub import CONFIGURATION, configuration
 from fttrain.data.cache import cache_root, load_or_build
 from fttrain.errors import UserError, first_line
 
@@ -64,8 +64,9 @@ class Source:
         )
 
 
-def resolve(config: ModelConfig) -> Source:
-    """The checkpoint that ``model.path`` names. Of a hub id all but the weights is downloaded.
+def resolve(config: ModelConfig, patterns: Sequence[str] = CONFIGURATION) -> Source:
+    """The checkpoint that ``model.path`` names. Of a hub id the files that match ``patterns`` are
+    downloaded: all but the weights.
 
     Raises UserError where nothing is found.
     """
@@ -83,7 +84,7 @@ def resolve(config: ModelConfig) -> Source:
         raise UserError(
             f"model.path={config.path}: no such folder; a hub id has the form owner/name"
         )
-    folder = _in_folder(configuration(config.path, config.revision)).folder
+    folder = _in_folder(configuration(config.path, config.revision, patterns)).folder
     return Source(folder, None, config.path, folder.name)
 
 

@@ -35,6 +35,9 @@ class RigConfig:
     # through host memory; ranks may share a GPU)
     backend: str = "auto"
     link_s: float = 60.0  # seconds in which `fttrain measure` tries sizes over each transport
+    # what `fttrain plan` reckons with: measured (by `fttrain measure`, on this machine) | a name in
+    # conf/rig/profiles/ | path of a profile
+    profile: str = "measured"
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
@@ -43,6 +46,8 @@ class RigConfig:
             raise UserError(f"rig.backend={self.backend}: {', '.join(BACKENDS)}")
         if (self.device, self.backend) == ("cpu", "nccl"):
             raise UserError("rig.backend=nccl: it needs a GPU; rig.device=cpu goes with gloo")
+        if not self.profile:
+            raise UserError("rig.profile is empty: measured, the name of a rig, or a path")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"rig.threads={self.threads}: a whole number of 1 or more, or null")
         if not 0 <= self.link_s < float("inf"):

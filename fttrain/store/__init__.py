@@ -77,8 +77,8 @@ class FrozenBase(Protocol):
         """
         ...
 
-    def checksum(self, layer: int) -> int:
-        """What ``quant.checksum`` makes of the whole layer."""
+    def checksum(self, layer: int) -> int | None:
+        """What ``quant.checksum`` makes of the whole layer; None: nobody knows."""
         ...
 
     def path(self, layer: int) -> Path:

@@ -54,6 +54,11 @@ class HostPool:
         """Which computes with what the buffers hold."""
         return self._group.device
 
+    @property
+    def free_device_bytes(self) -> int:
+        """Memory that this rank can still have on its device."""
+        return free_device_bytes(self.device, local_world_size())
+
     def book(self, what: str, size_bytes: int, shared: bool = False) -> None:
         """Say that ``what`` will take so many bytes; ``shared``: once for all ranks."""
         self._bookings[what] = Booking(what, size_bytes, "shared" if shared else "host")
@@ -102,7 +107,7 @@ class HostPool:
         if self.device.type == "cuda":
             on_device = [booking for booking in self.bookings if booking.place == "device"]
             needed = sum(booking.size_bytes for booking in on_device)
-            free = free_device_bytes(self.device, local_world_size())
+            free = self.free_device_bytes
             if needed > free:
                 problem = (
                     f"rank {self._group.rank}: {gib(needed)} are needed on {self.device}, "

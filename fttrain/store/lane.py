@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from fttrain.collectives import Handle, Handles
 
@@ -84,6 +85,14 @@ class ThreadLane(HostLane):
 
     def _start(self, work: Work) -> Callable[[], Any]:
         return self._thread.submit(_finish, work).result
+
+
+class InlineLane(HostLane):
+    """Copies on the CPU, each done before ``run`` returns."""
+
+    def _start(self, work: Work) -> Callable[[], Any]:
+        _finish(work)
+        return lambda: None
 
 
 class CollectiveLane(HostLane):
@@ -173,12 +182,20 @@ def copy_lane(device: torch.device, timed: bool = False) -> Lane:
     """A lane for copies between the host and ``device``. ``timed``: someone asks it for
     ``take_wait_s`` after every pass; without that its events would only pile up.
     """
-    return StreamLane(device, timed) if device.type == "cuda" else ThreadLane()
+    if device.type == "cuda":
+        return StreamLane(device, timed)
+    # Modes of torch's dispatcher, fake tensors among them, hold on the thread that entered them.
+    return InlineLane() if is_fake() else ThreadLane()
 
 
 def collective_lane(device: torch.device, timed: bool = False) -> Lane:
     """A lane for collectives of tensors on ``device``; ``timed`` as in ``copy_lane``."""
     return StreamLane(device, timed) if device.type == "cuda" else CollectiveLane()
+
+
+def is_fake() -> bool:
+    """Whether tensors that are made now are fake: shapes without memory."""
+    return detect_fake_mode() is not None
 
 
 def _finish(work: Work) -> None:

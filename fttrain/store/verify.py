@@ -17,13 +17,14 @@ from fttrain.store import Store, Traffic
 class VerifiedStore:
     """A store whose layers are checked on their way out.
 
-    ``expected``: the manifest's checksum of each layer of ``store``. ``verify_every`` 0: the first
-    use only.
+    ``expected``: the manifest's checksum of each layer of ``store``, None: there is nothing to
+    compare it with. ``verify_every`` 0: the first use only.
     """
 
-    def __init__(self, store: Store, expected: Sequence[int], verify_every: int) -> None:
+    def __init__(self, store: Store, expected: Sequence[int | None], verify_every: int) -> None:
         self._store, self._expected, self._every = store, expected, verify_every
-        self._due = set(range(len(store)))
+        self._known = [layer for layer, sum_ in enumerate(expected) if sum_ is not None]
+        self._due = set(self._known)
         self._found: dict[int, Tensor] = {}  # layer -> int64 (), as the device has it
 
     def __len__(self) -> int:
@@ -32,7 +33,7 @@ class VerifiedStore:
     def start_step(self, step: int) -> None:
         """Choose the layers that are checked in optimizer step ``step``."""
         if self._every:
-            self._due |= {layer for layer in range(len(self)) if (layer + step) % self._every == 0}
+            self._due |= {layer for layer in self._known if (layer + step) % self._every == 0}
 
     def mismatched(self) -> list[int]:
         """The layers, among those checked since the last call, that are not what they were made.

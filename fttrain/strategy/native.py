@@ -81,13 +81,13 @@ class NativeStrategy(ABC):
         adapters = [layer.adapters for layer in layers]
         own = [(layer.flat, layer.layout.own_sections()) for layer in adapters]
         self._optimizer = Optimizer(own, joined.optim, layers[0].index)
-        self._update: Update = (
+        self.update: Update = (
             HostUpdate(adapters, self._optimizer, self._group.device)
             if joined.optim.offload
             else DeviceUpdate(adapters, self._optimizer)
         )
         self._ending = Ending(
-            self._update,
+            self.update,
             joined.optim.max_grad_norm,
             joined.store,
             layers[0].index,
@@ -150,7 +150,7 @@ class NativeStrategy(ABC):
             raise
         norms = self._of_all_layers(norms)
         stats = self._ending.finish(totals, norms, sync, lr, accept)
-        return replace(stats, traffic=self._take_traffic(), update=self._update.take_stats())
+        return replace(stats, traffic=self._take_traffic(), update=self.update.take_stats())
 
     def divide(self, pieces: int) -> None:
         for policy in dict.fromkeys(self._policies):
@@ -190,18 +190,18 @@ class NativeStrategy(ABC):
         return self._ending.totals(loss_sum, targets, tokens, told)
 
     def adapter_state(self) -> dict[str, Tensor]:
-        self._update.settle()
+        self.update.settle()
         return adapter_state(self.decoder, self._group)
 
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:
-        self._update.settle()
+        self.update.settle()
         load_adapter_state(self.decoder, state)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        self._update.settle()
+        self.update.settle()
         own = self._optimizer.state()
         return own if has_all(self.decoder) else assemble(own, self._group)
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        self._update.settle()
+        self.update.settle()
         self._optimizer.restore(state)

@@ -4,8 +4,6 @@ activations and their gradients travel; each adapter has one home, so there is n
 
 from dataclasses import replace
 
-from fttrain.dist import local_world_size
-from fttrain.rig.probe import free_device_bytes
 from fttrain.schedule.one_f_one_b import in_flight
 from fttrain.store import FrozenBase
 from fttrain.store.filling import Progress, book_layers, to_device
@@ -65,7 +63,7 @@ def _shares(plan: Plan) -> list[Share]:
     own = [
         plan.layer_bytes + trained.adapter_bytes(plan) + _kept(plan) * saved_bytes,
         fixed_bytes(plan),
-        free_device_bytes(group.device, local_world_size()),
+        plan.pool.free_device_bytes,
     ]
     layer_bytes, fixed, free_bytes = (
         [int(value) for value in column]

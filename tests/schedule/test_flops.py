@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 from fttrain.model.decoder import Architecture, Layer
 from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.model.lora import LoraConfig
+from fttrain.plan.work import layer_work
 from fttrain.quant.frozen_layer import FrozenLayer
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule.activations import Keep, Policy, Recompute
@@ -102,6 +103,18 @@ def test_each_policy_computes_what_it_says(shape: str, tile: int) -> None:
     # Skipped in the second forward: down_proj and its B; A's projection is part of its backward.
     skipped = part["down"] + part["lora_b of down"]
     assert gemm_flops(a, Recompute(), True, tile) == TOKENS * (whole + forward - skipped)
+
+
+@pytest.mark.parametrize("policy", [Recompute(), Keep()])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_plan_reckons_with_what_is_computed(shape: str, policy: Policy) -> None:
+    a = Architecture(LlamaConfig(**SHAPES[shape]))
+    name = type(policy).__name__.lower()
+    work = layer_work(a, LoraConfig(r=RANK), name, TOKENS)
+    passes = 1 + 2.5 + (name == "recompute")
+    attention = passes * 2 * 2 * (TOKENS / 2) * a.heads * a.head_dim
+    counted = gemm_flops(a, policy, True) / TOKENS
+    assert work.forward + work.backward == pytest.approx(counted + attention)
 
 
 def test_the_ratios_of_a_70b_step_are_those_of_the_design() -> None:

@@ -3,21 +3,17 @@
 What attention's kernels take inside themselves is not seen; all that goes in and comes out is.
 """
 
-import weakref
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, Qwen3Config
 
 from fttrain.model.decoder import Architecture, Layer
 from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.model.lora import LoraConfig
+from fttrain.plan.live import LiveBytes
 from fttrain.quant.frozen_layer import FrozenLayer
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule.activations import Keep, Policy, Recompute
@@ -41,37 +37,6 @@ SHAPES = {
         head_dim=128,
     ),
 }
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators made and that something still holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: dict[int, Any] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        self.peak = max(self.peak, self.now)
-        return made
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        place, size_bytes = id(storage), storage.nbytes()
-        if place in self._seen:
-            return
-
-        def gone(_: Any) -> None:
-            self.now -= size_bytes
-            del self._seen[place]
-
-        self.now += size_bytes
-        self._seen[place] = weakref.ref(storage, gone)
 
 
 def peak_bytes(a: Architecture, policy: Policy, tokens: int, tile: int) -> int:

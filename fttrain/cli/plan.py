@@ -1,0 +1,53 @@
+"""``fttrain plan``: what every strategy would take and how fast it would be, before anything is
+loaded.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fttrain.config import RunConfig
+
+WIDE = 150  # columns
+
+
+def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
+    """Plans ``config`` for the rig that ``rig.profile`` names; downloads no weights.
+
+    Raises UserError where nothing fits, after the figures.
+    """
+    # Late: these load torch and transformers, and help does without.
+    from rich.console import Console
+
+    from fttrain.checkpoint.durable import write_json
+    from fttrain.checkpoint.hub import SHAPES
+    from fttrain.checkpoint.source import check_length, load_config, resolve
+    from fttrain.errors import UserError
+    from fttrain.model.decoder import Architecture
+    from fttrain.plan.choose import choose
+    from fttrain.plan.rigs import find_rig
+    from fttrain.plan.table import as_json, parts_table, summary, table
+    from fttrain.run import recipe
+    from fttrain.track import counting
+
+    rig = find_rig(config.rig.profile, config.frozen.cache_dir)
+    model = load_config(resolve(config.model, SHAPES))
+    check_length(config.data.seq_len, model)
+    verdicts = choose(recipe(config), Architecture(model), rig, counting("planning"))
+    steps, console = config.loop.max_steps, Console()
+    if not console.is_terminal:  # a file has room for the table
+        console = Console(width=WIDE)
+    console.print(table(verdicts, rig, steps))
+    shown = next((verdict for verdict in verdicts if verdict.memory), None)
+    if shown is not None:
+        console.print(parts_table(shown, rig))
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "plan.json", as_json(verdicts, rig, config.model.name))
+    best = verdicts[0]
+    if not best.fits:
+        raise UserError(
+            f"{config.model.name} does not fit {rig.name}; nearest is {best.settings}: "
+            f"{best.reason}"
+        )
+    console.print(summary(best, steps), highlight=False)
+    return 0

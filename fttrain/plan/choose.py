@@ -1,0 +1,193 @@
+"""Which strategy, with which knobs: each candidate's memory and time, the fastest that fits first.
+
+What a candidate changes: strategy, resident layers, G, activations, micro-batch (rows of a step
+stay as they are). Everything else is as the configuration says.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from fttrain.errors import UserError
+from fttrain.model.decoder import Architecture
+from fttrain.plan import memory
+from fttrain.plan.memory import RankMemory
+from fttrain.plan.time import StepTime, step_time
+from fttrain.rig.profile import CardProfile, RigProfile
+from fttrain.schedule import ScheduleConfig
+from fttrain.store.hostpool import Booking, largest
+from fttrain.strategy.protocol import SCHEDULES, StrategyConfig
+from fttrain.strategy.recipe import POLICIES, Placement, Recipe
+from fttrain.units import gib
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a candidate."""
+
+    recipe: Recipe
+    settings: str  # as they are typed
+    memory: tuple[RankMemory, ...] = ()  # empty: the books could not even be made
+    host_bytes: int = 0
+    time: StepTime | None = None
+    reason: str = ""  # why it does not fit; empty: it does
+    missing_bytes: int = 0  # of the fullest card or of the host
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.time.tokens_per_s if self.time else 0.0
+
+    @property
+    def fits(self) -> bool:
+        return not self.reason
+
+
+def room_bytes(card: CardProfile) -> int:
+    """What a card has for tensors."""
+    return card.memory_bytes - (card.overhead_bytes or 0)
+
+
+def choose(
+    recipe: Recipe, architecture: Architecture, rig: RigProfile, progress: Progress
+) -> list[Verdict]:
+    """The fastest that fits first; then those that do not fit, by what they lack.
+
+    ``recipe``: the configuration's. Raises UserError for a rate that ``rig`` lacks.
+    """
+    wanted = list(candidates(recipe, len(rig.cards)))
+    found = []
+    for done, candidate in enumerate(wanted, start=1):
+        verdict = judge(candidate, architecture, rig)
+        found.append(verdict)
+        if (candidate.strategy.name, candidate.strategy.resident_layers) == ("stream", 0):
+            found += _more_resident(verdict, architecture, rig)
+        progress(done, len(wanted))
+    unique = list({verdict.settings: verdict for verdict in found}.values())
+    fitting = [verdict for verdict in unique if verdict.fits]
+    others = [verdict for verdict in unique if not verdict.fits]
+    fitting.sort(key=lambda verdict: -verdict.tokens_per_s)
+    others.sort(key=lambda verdict: (not verdict.memory, verdict.missing_bytes))
+    return fitting + others
+
+
+def candidates(recipe: Recipe, world_size: int) -> Iterator[Recipe]:
+    """The configuration's own first, then all others."""
+    yield recipe
+    names = SCHEDULES if world_size > 1 else ("replicate", "stream")
+    activations = dict.fromkeys([recipe.placement.activations, *POLICIES])
+    for name in names:
+        if name == "pipeline" and recipe.optim.shard:
+            continue
+        for rows, steps in _splits(recipe):
+            for kept in activations:
+                for group in ("all", 1) if SCHEDULES[name] == "grouped" and steps > 1 else ("all",):
+                    yield replace(
+                        recipe,
+                        strategy=StrategyConfig(name),
+                        schedule=ScheduleConfig(group, SCHEDULES[name]),
+                        size=replace(
+                            recipe.size, micro_batch_size=rows, gradient_accumulation_steps=steps
+                        ),
+                        placement=_keeping(recipe, kept),
+                    )
+
+
+def _keeping(recipe: Recipe, kept: str | tuple[str, ...]) -> Placement:
+    if kept == recipe.placement.activations:
+        return recipe.placement
+    boundaries = recipe.placement.boundaries if kept == "recompute" else "device"
+    return replace(recipe.placement, activations=kept, boundaries=boundaries)
+
+
+def _splits(recipe: Recipe) -> list[tuple[int, int]]:
+    """(rows of a micro-batch, micro-batches): as it is, halved and doubled."""
+    rows, steps = recipe.size.micro_batch_size, recipe.size.gradient_accumulation_steps
+    found = [(rows, steps)]
+    if rows % 2 == 0:
+        found.append((rows // 2, steps * 2))
+    if steps % 2 == 0:
+        found.append((rows * 2, steps // 2))
+    return found
+
+
+def judge(recipe: Recipe, architecture: Architecture, rig: RigProfile) -> Verdict:
+    """``recipe`` on ``rig``: what it takes, whether that is there, how long a step lasts."""
+    settings, kind = written(recipe), rig.cards[0].kind
+    rooms = [room_bytes(card) for card in rig.cards]
+    try:
+        booked = memory.book(recipe, architecture, kind, rooms)
+    except UserError as error:
+        return Verdict(recipe, settings, reason=str(error))
+    taken = [memory.books(own) for own in booked]
+    if not _lacking(taken, rig)[0]:  # else the books alone are too much
+        taken = memory.with_workspace(taken, recipe, architecture, kind)
+    reason, missing_bytes = _lacking(taken, rig)
+    return Verdict(
+        recipe,
+        settings,
+        tuple(taken),
+        memory.host_bytes(taken, kind),
+        step_time(booked, rig),
+        reason,
+        missing_bytes,
+    )
+
+
+def _lacking(taken: Sequence[RankMemory], rig: RigProfile) -> tuple[str, int]:
+    """Why it does not fit, and what is missing; "" and 0 where it fits."""
+    kind = rig.cards[0].kind
+    for own, card in zip(taken, rig.cards, strict=True):
+        missing = _needed_bytes(own) - room_bytes(card)
+        if missing > 0:
+            parts = [Booking(what, size, "device") for what, size in own.device.items()]
+            return (
+                f"card {own.rank}: {gib(_needed_bytes(own))} of {gib(room_bytes(card))}: "
+                f"{largest(parts)}",
+                missing,
+            )
+    needed = memory.host_bytes(taken, kind)
+    missing = needed - rig.host.memory_bytes
+    if missing > 0:
+        return f"host: {gib(needed)} of {gib(rig.host.memory_bytes)}", missing
+    return "", 0
+
+
+def _needed_bytes(own: RankMemory) -> int:
+    """On the card: the peak, and no less than what is booked."""
+    return max(own.device_bytes, own.booked_bytes)
+
+
+def _more_resident(verdict: Verdict, architecture: Architecture, rig: RigProfile) -> list[Verdict]:
+    """A stream with as many resident layers as the cards have room for, if that is more."""
+    if not verdict.fits:
+        return []
+    layer_bytes = memory.layer_bytes(verdict.recipe, architecture)
+    rooms = [
+        (room_bytes(card) - _needed_bytes(own)) // layer_bytes
+        for own, card in zip(verdict.memory, rig.cards, strict=True)
+    ]
+    fitting = tuple(min(room, architecture.layers) for room in rooms)
+    if not any(fitting):
+        return []
+    kept = fitting[0] if len(set(fitting)) == 1 else fitting
+    strategy = replace(verdict.recipe.strategy, resident_layers=kept)
+    return [judge(replace(verdict.recipe, strategy=strategy), architecture, rig)]
+
+
+def written(recipe: Recipe) -> str:
+    """What makes a configuration this candidate, as it is typed."""
+    strategy, size, kept = recipe.strategy, recipe.size, recipe.placement.activations
+    said = [f"strategy={strategy.name}"]
+    if strategy.resident_layers:
+        resident = strategy.resident_layers
+        shown = list(resident) if isinstance(resident, tuple) else resident
+        said.append(f"strategy.resident_layers={str(shown).replace(' ', '')}")
+    if recipe.schedule.kind == "grouped":
+        said.append(f"schedule.group={recipe.schedule.group}")
+    said.append(f"activations={kept if isinstance(kept, str) else '[' + ','.join(kept) + ']'}")
+    if recipe.placement.boundaries != "device":
+        said.append(f"boundaries={recipe.placement.boundaries}")
+    said.append(f"loop.micro_batch_size={size.micro_batch_size}")
+    said.append(f"loop.gradient_accumulation_steps={size.gradient_accumulation_steps}")
+    return " ".join(said)

@@ -1,0 +1,178 @@
+"""A rank that does not exist: the real strategy, built and stepped on fake tensors.
+
+A card is stood in for by the CPU, since fake CUDA tensors need a build with CUDA. What the
+``HostPool`` allocates is host memory and does not count. Collectives go to torch's ``fake``
+backend, which answers at once; bytes are never read, for there are none.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fttrain.data.batch import MicroBatch
+from fttrain.dist import Group
+from fttrain.plan.live import LiveBytes
+from fttrain.quant.scheme import dynamic_code
+from fttrain.store.hostpool import HostPool
+from fttrain.strategy.build import PAGES
+from fttrain.strategy.recipe import Plan, StepSize
+from fttrain.strategy.update import DeviceUpdate
+
+CPU = torch.device("cpu")
+
+
+class AsksOthers(Exception):
+    """A rank wants figures of the others which are not known yet."""
+
+    def __init__(self, own: list[float]) -> None:
+        super().__init__()
+        self.own = own
+
+
+@dataclass(frozen=True)
+class PlannedGroup(Group):
+    """A place among ranks that are all at the same point and differ in nothing but ``known``."""
+
+    known: tuple[tuple[float, ...], ...] = ()  # what each rank says in ``gather``
+
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def maximum(self, value: float) -> float:
+        return value
+
+    def sum(self, value: int) -> int:
+        return value * self.world_size
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        if not self.known:
+            raise AsksOthers(values)
+        return [list(own) for own in self.known]
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        return tensor
+
+    def share(self, text: str, source: int = 0) -> str:
+        return text
+
+
+class PlannedPool(HostPool):
+    """Books, and buffers without memory. ``free_bytes``: of the card that is planned for."""
+
+    def __init__(self, group: Group, free_bytes: int, live: LiveBytes | None = None) -> None:
+        super().__init__(group)
+        self._free_bytes, self._live = free_bytes, live
+
+    @property
+    def free_device_bytes(self) -> int:
+        return self._free_bytes
+
+    def allocate(self, what: str) -> Tensor:
+        size_bytes = next(b.size_bytes for b in self.bookings if b.what == what)
+        assert self._live is not None, "this pool is for books"
+        with self._live.elsewhere():
+            return torch.empty(size_bytes, dtype=torch.uint8)
+
+
+class NoBase:
+    """A ``FrozenBase`` of so many layers whose bytes nobody needs."""
+
+    def __init__(self, layers: int, tied: bool) -> None:
+        self._layers, self.tied = layers, tied
+
+    def __len__(self) -> int:
+        return self._layers
+
+    def read(self, layer: int, into: Tensor, offset_bytes: int = 0) -> None:
+        """There is nothing to read."""
+
+    def checksum(self, layer: int) -> None:
+        return None
+
+    def path(self, layer: int) -> Path:
+        return Path("planned")
+
+    def read_end(self, name: str, into: Tensor) -> None:
+        """There is nothing to read."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that a rank's tensors took on its device."""
+
+    building_bytes: int
+    step_bytes: int
+
+
+def run(plan: Plan) -> Peak:
+    """Build ``plan``'s strategy on fake tensors, update it once, so that the optimizer has its
+    state, and step it. ``plan`` speaks of the CPU; its pool is replaced.
+    """
+    dynamic_code(CPU)  # bitsandbytes makes it with real tensors and keeps it
+    group = plan.group
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with _fake_ranks(group), fake, LiveBytes() as live, _Zeros():
+        plan = replace(plan, pool=PlannedPool(group, plan.pool.free_device_bytes, live))
+        page = PAGES[plan.recipe.strategy.name]
+        share = page.book(plan)
+        base = NoBase(plan.architecture.layers, plan.architecture.tied)
+        strategy = page.build(plan, base, share, lambda done, total: None)
+        building_bytes = live.peak
+        if isinstance(strategy.update, DeviceUpdate):
+            strategy.update.start(1.0, plan.recipe.optim.lr)
+        _, places = strategy.data_parallel
+        count = plan.recipe.size.gradient_accumulation_steps * (group.world_size // places)
+        with live.elsewhere():  # on the host until they are used, and small
+            batches = [full_batch(plan.recipe.size, index) for index in range(count)]
+        live.start_peak()
+        # Its sums are zero, so it counts as a step without targets, which updates nothing.
+        strategy.train_step(batches, 0, plan.recipe.optim.lr, lambda loss, norm: False)
+        return Peak(building_bytes, live.peak)
+
+
+def full_batch(size: StepSize, index: int) -> MicroBatch:
+    """A micro-batch of full rows, every token a target."""
+    tokens = size.micro_batch_size * size.seq_len
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    lengths = (size.seq_len,) * size.micro_batch_size
+    return MicroBatch(ids, ids.clone(), ids.clone(), lengths, index, torch.arange(tokens))
+
+
+class _Zeros(TorchDispatchMode):
+    """Whoever reads a number from the device reads 0: fake tensors have none."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0.0 if args[0].dtype.is_floating_point else 0
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _fake_ranks(group: Group) -> Iterator[None]:
+    """A process group whose other ranks do not exist."""
+    if group.world_size == 1:
+        yield
+        return
+    from torch.distributed._tools import fake_collectives  # noqa: F401  (registers fake kernels)
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch_dist.init_process_group(
+        "fake", rank=group.rank, world_size=group.world_size, store=FakeStore()
+    )
+    try:
+        yield
+    finally:
+        torch_dist.destroy_process_group()

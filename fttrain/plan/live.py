@@ -1,0 +1,61 @@
+"""Bytes that tensors hold, counted as operators make and drop them: real tensors or fake ones.
+
+What a kernel takes inside itself is not seen; all that goes in and comes out is.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operators made and that something still holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._counts = True
+        self._seen: dict[int, Any] = {}  # storage -> weak reference
+
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """What is made inside the block lies in other memory: neither it nor any view of it
+        counts.
+        """
+        self._counts = False
+        try:
+            yield
+        finally:
+            self._counts = True
+
+    def start_peak(self) -> None:
+        """The peak begins anew with what is held now."""
+        self.peak = self.now
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in self._seen:
+                    self._count(storage, storage.nbytes() if self._counts else 0)
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _count(self, storage: torch.UntypedStorage, size_bytes: int) -> None:
+        place = id(storage)
+
+        def gone(_: Any) -> None:
+            self.now -= size_bytes
+            del self._seen[place]
+
+        self.now += size_bytes
+        self._seen[place] = weakref.ref(storage, gone)

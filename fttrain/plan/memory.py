@@ -1,0 +1,275 @@
+"""What a run takes of each card and of the host, part by part, before anything is loaded.
+
+booked       by the strategy's own page, exactly, for the whole model
+workspace    what the real step takes on fake tensors (``fake.run``) beyond what is booked: with
+             2, 3 and 4 layers and 1 and 2 micro-batches, and from there on straight lines
+"""
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fttrain.model.decoder import Architecture
+from fttrain.plan import fake
+from fttrain.plan.fake import AsksOthers, PlannedGroup, PlannedPool
+from fttrain.quant.frozen_layer import FrozenFormat
+from fttrain.schedule.stage_link import AHEAD
+from fttrain.store.activations import UNDER_WAY
+from fttrain.strategy.build import PAGES
+from fttrain.strategy.parts import Share
+from fttrain.strategy.protocol import StrategyConfig
+from fttrain.strategy.recipe import Plan, Recipe
+from fttrain.strategy.usage import WORKSPACE
+
+LAYERS = (2, 3, 4)  # of the models that are run on fake tensors
+STAGE_LAYERS = (1, 2, 3)  # of each stage, where they are run as a pipeline
+STANDS_FOR_GROUPED = StrategyConfig("stream")
+ROOMY_BYTES = 1 << 50  # of a card that everything fits: a small model is divided evenly
+
+
+@dataclass(frozen=True)
+class Booked:
+    """One rank's plan, booked, and its part of the model."""
+
+    plan: Plan
+    share: Share
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank, by part."""
+
+    rank: int
+    layers: int  # that it computes
+    device: dict[str, int]
+    host: dict[str, int]  # its own
+    shared: dict[str, int]  # in host memory, once for all ranks of the machine
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def booked_bytes(self) -> int:
+        """Of the device, what a run refuses to start without."""
+        return self.device_bytes - self.device.get(WORKSPACE, 0)
+
+
+def host_bytes(ranks: Sequence[RankMemory], kind: str) -> int:
+    """Host memory of all ``ranks`` together; of CPUs what stands for cards is part of it."""
+    own = sum(sum(rank.host.values()) for rank in ranks)
+    if kind == "cpu":
+        own += sum(rank.device_bytes for rank in ranks)
+    return own + sum(ranks[0].shared.values())
+
+
+def book(
+    recipe: Recipe, architecture: Architecture, kind: str, free_bytes: Sequence[int]
+) -> list[Booked]:
+    """For each rank; ``free_bytes``: what each one's card has for it.
+
+    Raises UserError for settings that do not go together, and where a pipeline's stage does not
+    hold its part.
+    """
+    frozen_format = _frozen_format(recipe, architecture)
+    page = PAGES[recipe.strategy.name]
+
+    def booked(rank: int, known: tuple[tuple[float, ...], ...] = ()) -> Booked:
+        group = PlannedGroup(rank, len(free_bytes), rank, torch.device(kind), known)
+        pool = PlannedPool(group, free_bytes[rank])
+        plan = Plan(recipe, group, architecture, frozen_format, pool)
+        return Booked(plan, page.book(plan))
+
+    ranks = range(len(free_bytes))
+    try:
+        return [booked(rank) for rank in ranks]
+    except AsksOthers:  # a pipeline's stages are balanced by what all of them say
+        known = tuple(_said(booked, rank) for rank in ranks)
+    return [booked(rank, known) for rank in ranks]
+
+
+def _said(booked: Any, rank: int) -> tuple[float, ...]:
+    try:
+        booked(rank, ())
+    except AsksOthers as asked:
+        return tuple(asked.own)
+    raise AssertionError("every rank asks, or none")
+
+
+def layer_bytes(recipe: Recipe, architecture: Architecture) -> int:
+    """Of one frozen layer."""
+    return _frozen_format(recipe, architecture).layout.size_bytes
+
+
+def _frozen_format(recipe: Recipe, architecture: Architecture) -> FrozenFormat:
+    dtype: torch.dtype = getattr(torch, recipe.dtype)
+    return architecture.frozen_format(recipe.quant, dtype)
+
+
+def books(booked: Booked) -> RankMemory:
+    """All that is booked on a rank."""
+    parts: dict[str, dict[str, int]] = {"device": {}, "host": {}, "shared": {}}
+    for booking in booked.plan.pool.bookings:
+        parts[booking.place][booking.what] = booking.size_bytes
+    return RankMemory(booked.plan.group.rank, len(booked.share.layers), **parts)
+
+
+def with_workspace(
+    booked: Sequence[RankMemory], recipe: Recipe, architecture: Architecture, kind: str
+) -> list[RankMemory]:
+    """``booked`` and what kernels and what they pass on take beside it."""
+    together = _together(recipe, len(booked))
+    workspaces = Workspaces.of(recipe, architecture, kind, len(booked))
+    return [
+        replace(
+            own, device={**own.device, WORKSPACE: workspaces.at(own.rank, own.layers, together)}
+        )
+        for own in booked
+    ]
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Bytes as they grow with layers, with micro-batches that pass a layer together, and with one
+    for each of the other.
+    """
+
+    start: float
+    of_layer: float
+    of_micro_batch: float
+    of_both: float
+
+    def at(self, layers: int, micro_batches: int) -> int:
+        of_layer = self.of_layer + self.of_both * micro_batches
+        return round(self.start + self.of_micro_batch * micro_batches + of_layer * layers)
+
+
+@dataclass(frozen=True)
+class Workspaces:
+    """What a rank's step takes beyond its books: less than nothing where parts that are booked are
+    not there at the same time.
+    """
+
+    by_policy: tuple[tuple[_Lines, ...], ...]  # of each, the first, a middle and the last rank
+    world_size: int
+
+    def at(self, rank: int, layers: int, micro_batches: int) -> int:
+        """Of ``rank``: that of its hungriest policy."""
+        place = 0 if rank == 0 else -1 if rank == self.world_size - 1 else 1
+        return max(lines[place].at(layers, micro_batches) for lines in self.by_policy)
+
+    @staticmethod
+    def of(recipe: Recipe, architecture: Architecture, kind: str, world_size: int) -> "Workspaces":
+        """Measured on small models of the same shape.
+
+        What strategies of ``grouped`` differ in is booked: one stands for all of them.
+        """
+        strategy = recipe.strategy if recipe.strategy.name == "pipeline" else STANDS_FOR_GROUPED
+        # More micro-batches are extrapolated: steps that differ in their number alone are one.
+        count = min(UNDER_WAY + 3, _together(recipe, world_size))
+        size = replace(recipe.size, gradient_accumulation_steps=count)
+        small = replace(recipe, strategy=strategy, size=size)
+        policies = dict.fromkeys(recipe.placement.policies(architecture.layers))
+        alone = [replace(small, placement=_only(small, policy)) for policy in policies]
+        return Workspaces(
+            tuple(_of_ranks(own, _Shape(architecture.config), kind, world_size) for own in alone),
+            world_size,
+        )
+
+
+def _only(recipe: Recipe, policy: str) -> Any:
+    placement = replace(recipe.placement, activations="recompute")
+    if policy == "recompute":
+        return placement
+    return replace(placement, activations=policy, boundaries="device")
+
+
+class _Shape:
+    """A model's configuration as a key: equal for equal shapes, whatever their layers."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self._key = str(sorted(_plain(config, 1).items(), key=str))
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Shape) and self._key == other._key
+
+
+def _plain(config: Any, layers: int) -> dict[str, Any]:
+    found: dict[str, Any] = with_layers(config, layers).to_dict()
+    return found
+
+
+def with_layers(config: Any, layers: int) -> Any:
+    """transformers' ``config`` of a model of the same shape with so many layers."""
+    config = copy.deepcopy(config)
+    types = getattr(config, "layer_types", None)
+    config.num_hidden_layers = layers
+    if types:
+        config.layer_types = [types[layer % len(types)] for layer in range(layers)]
+    return config
+
+
+@functools.lru_cache(maxsize=256)
+def _of_ranks(recipe: Recipe, shape: _Shape, kind: str, world_size: int) -> tuple[_Lines, ...]:
+    """Of the first, a middle and the last rank. ``recipe``: one policy for all layers."""
+    if recipe.strategy.name != "pipeline":
+        one = _of_rank(recipe, shape, kind, world_size, 0)  # ranks differ in nothing
+        return (one,) * min(world_size, 3)
+    ranks = sorted({0, 1, world_size - 1} & set(range(world_size)))
+    return tuple(_of_rank(recipe, shape, kind, world_size, rank) for rank in ranks)
+
+
+def _of_rank(recipe: Recipe, shape: _Shape, kind: str, world_size: int, rank: int) -> _Lines:
+    pipeline = recipe.strategy.name == "pipeline"
+    together = recipe.size.gradient_accumulation_steps
+    few = together if pipeline else min(together, _few(recipe))
+    several = STAGE_LAYERS if pipeline else LAYERS
+    points = [(layers, few) for layers in several]
+    if together > few:
+        points += [(layers, few + 1) for layers in several[:2]]
+    found = []
+    for layers, micro_batches in points:
+        size = replace(recipe.size, gradient_accumulation_steps=micro_batches)
+        a = Architecture(with_layers(shape.config, layers * (world_size if pipeline else 1)))
+        own = replace(recipe, size=size)
+        plan = book(own, a, "cpu", [ROOMY_BYTES] * world_size)[rank].plan
+        found.append(_beyond_books(plan, kind))
+    rows = [[1, layers, count, layers * count] for layers, count in points]
+    if together == few:  # nothing is asked of other numbers of them
+        rows = [[1, layers, 0, 0] for layers, _ in points]
+    solved, *_ = np.linalg.lstsq(np.array(rows, float), np.array(found, float), rcond=None)
+    return _Lines(*(float(value) for value in solved))
+
+
+def _together(recipe: Recipe, stages: int) -> int:
+    """Micro-batches of a rank's step as far as memory knows them: those of a group, and of a
+    pipeline as many as fill it and open all the receives that it opens ahead.
+    """
+    steps = recipe.size.gradient_accumulation_steps
+    if recipe.strategy.name == "pipeline":
+        return min(steps, -(-(stages + AHEAD) // stages))
+    return recipe.schedule.size(steps)
+
+
+def _few(recipe: Recipe) -> int:
+    """Micro-batches from which on memory grows evenly: with ``offload`` as many as have tensors on
+    the device that leave or come back.
+    """
+    return UNDER_WAY + 2 if recipe.placement.activations == "offload" else 1
+
+
+def _beyond_books(plan: Plan, kind: str) -> int:
+    """What the step of ``plan``, on the CPU, takes beyond what is booked on the device."""
+    booked = sum(b.size_bytes for b in plan.pool.bookings if b.place == "device")
+    peak = fake.run(plan)
+    taken = max(peak.step_bytes, peak.building_bytes) if kind == "cpu" else peak.step_bytes
+    return taken - booked

@@ -1,0 +1,251 @@
+"""Seconds of an optimizer step, from what a step computes and moves and a rig's rates.
+
+    a pass      the longest of: compute, link between ranks, copies to the card, copies to the host;
+                they run beside each other
+    a step      its passes, and what nothing hides: a streamed head, the last gradient's sum, the
+                update on the device, what the host's update takes beyond the next forward
+
+A step is one in the middle of a run: what lies in slots where passes meet is not brought again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fttrain.errors import UserError
+from fttrain.plan.memory import Booked
+from fttrain.plan.work import (
+    dequantisations,
+    head_dequantised_bytes,
+    head_flops,
+    layer_work,
+    weight_bytes,
+)
+from fttrain.rig.profile import CardProfile, CopyRates, RigProfile
+from fttrain.store.sharded import SLOTS
+from fttrain.strategy import parts, trained
+from fttrain.strategy.recipe import Plan
+
+
+@dataclass
+class PassTime:
+    """Seconds of what runs beside each other in one pass over a rank's layers."""
+
+    compute_s: float = 0.0
+    link_s: float = 0.0
+    to_card_s: float = 0.0
+    to_host_s: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute_s, self.link_s, self.to_card_s, self.to_host_s)
+
+    @property
+    def limit(self) -> str:
+        """What takes longest."""
+        sides = {
+            "compute": self.compute_s,
+            "link": self.link_s,
+            "to the card": self.to_card_s,
+            "to the host": self.to_host_s,
+        }
+        return max(sides, key=lambda side: sides[side])
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Of an optimizer step."""
+
+    seconds: float
+    tokens_per_s: float  # of all ranks
+    limit: str  # what a pass waits for: compute | link | to the card | to the host
+
+
+def step_time(booked: Sequence[Booked], rig: RigProfile) -> StepTime:
+    """Of ``booked``, a plan for each rank. Raises UserError for a rate that ``rig`` lacks."""
+    ranks = [_Rank(own, rig) for own in booked]
+    if booked[0].plan.recipe.strategy.name == "pipeline":
+        seconds, slowest = _pipeline(ranks)
+    else:  # every rank waits for the slowest
+        seconds, slowest = max((rank.data_parallel_s(), rank) for rank in ranks)
+    size = booked[0].plan.recipe.size
+    tokens = size.micro_batch_size * size.seq_len * size.gradient_accumulation_steps * len(ranks)
+    return StepTime(seconds, tokens / seconds, slowest.backward(1).limit)
+
+
+def _pipeline(ranks: "Sequence[_Rank]") -> tuple[float, "_Rank"]:
+    """As long as its longest stage, which works off every micro-batch, and the pipe that fills and
+    empties.
+    """
+    slowest = max(ranks, key=lambda rank: rank.stage_s())
+    micro_batches = slowest.accumulation * len(ranks)
+    bubble_s = sum(rank.stage_s() for rank in ranks if rank is not slowest)
+    update_s = max(rank.update_s() for rank in ranks)
+    return micro_batches * slowest.stage_s() + bubble_s + update_s, slowest
+
+
+def rate(found: float | None, rig: RigProfile, name: str) -> float:
+    """``found``. Raises UserError where the profile lacks it."""
+    if found is None:
+        raise UserError(
+            f"rig {rig.name}: {name} is not in its profile; `fttrain measure`, or another "
+            "rig.profile helps"
+        )
+    return found
+
+
+class _Rank:
+    """One rank's work at its card's rates."""
+
+    def __init__(self, booked: Booked, rig: RigProfile) -> None:
+        self._plan, self._layers = booked.plan, booked.share.layers
+        self._share, self._rig = booked.share, rig
+        self._card: CardProfile = rig.cards[booked.plan.group.rank]
+        recipe = self._plan.recipe
+        self.accumulation = recipe.size.gradient_accumulation_steps
+        self._tokens = recipe.size.micro_batch_size * recipe.size.seq_len
+        self._policies = parts.own_policies(self._plan, booked.share)
+        self._layout = trained.layout_of(self._plan)
+        self._world_size = self._plan.group.world_size
+
+    def __lt__(self, other: "_Rank") -> bool:
+        return self._plan.group.rank < other._plan.group.rank
+
+    def data_parallel_s(self) -> float:
+        together = self._plan.recipe.schedule.size(self.accumulation)
+        full, rest = divmod(self.accumulation, together)
+        groups = [together] * full + [rest] * bool(rest)
+        seconds = 0.0
+        for number, group in enumerate(groups):
+            backward = self.backward(group)
+            if number == len(groups) - 1:
+                backward.link_s += self._sum_s() * len(self._layers)
+            seconds += self.forward(group).seconds + backward.seconds + self._head_s(group)
+        return seconds + self._sum_s() + self.update_s()
+
+    def stage_s(self) -> float:
+        """A micro-batch, there and back."""
+        found = self.forward(1).seconds + self.backward(1).seconds
+        return found + (self._head_s(1) if self._share.has_head else 0.0)
+
+    def forward(self, micro_batches: int) -> PassTime:
+        """A pass of so many micro-batches."""
+        found = self._pass(micro_batches, backward=False)
+        found.to_host_s += self._to_host_s(micro_batches * self._saved_bytes())
+        return found
+
+    def backward(self, micro_batches: int) -> PassTime:
+        """A pass back, of what was saved on the host as it comes back."""
+        found = self._pass(micro_batches, backward=True)
+        found.to_card_s += self._to_card_s(micro_batches * self._saved_bytes())
+        if self._plan.recipe.optim.offload:
+            values = self._layout.own_values * len(self._layers)
+            found.to_host_s += self._to_host_s(trained.FP32_BYTES * values)
+        return found
+
+    def _pass(self, micro_batches: int, backward: bool) -> PassTime:
+        found = PassTime(self._compute_s(micro_batches, backward))
+        layers = len(self._layers)
+        strategy = self._plan.recipe.strategy
+        if strategy.name == "shard" and self._world_size > 1:
+            moved = max(0, layers - SLOTS)
+            found.link_s += moved * self._link_s("all_gather", self._plan.layer_bytes)
+        elif strategy.name == "stream":
+            kept = strategy.resident(self._plan.group.rank, self._world_size, layers)
+            moved = max(0, layers - kept - strategy.slots)
+            found.to_card_s += self._to_card_s(moved * self._plan.layer_bytes)
+        elif strategy.name == "pipeline" and self._world_size > 1:
+            row_bytes = self._plan.architecture.hidden * self._plan.dtype.itemsize
+            found.link_s += micro_batches * self._link_s("send_recv", self._tokens * row_bytes)
+        return found
+
+    def _compute_s(self, micro_batches: int, backward: bool) -> float:
+        recipe, a = self._plan.recipe, self._plan.architecture
+        flops = 0.0
+        for policy in self._policies:
+            work = layer_work(a, recipe.lora, policy, recipe.size.seq_len)
+            flops += work.backward if backward else work.forward
+        made = dequantisations(self._plan, micro_batches) * len(self._layers)
+        seconds = micro_batches * self._tokens * flops / self._gemm()
+        return seconds + self._dequantise_s(made * weight_bytes(self._plan))
+
+    def _head_s(self, micro_batches: int) -> float:
+        """All tokens count as targets. A streamed table is brought first, and nothing hides it."""
+        plan = self._plan
+        seconds = micro_batches * self._tokens * head_flops(plan.architecture) / self._gemm()
+        seconds += self._dequantise_s(micro_batches * head_dequantised_bytes(plan))
+        if plan.recipe.placement.head == "streamed":
+            seconds += self._to_card_s(plan.table_bytes)
+        return seconds
+
+    def _saved_bytes(self) -> float:
+        """That one micro-batch's layers keep on the host."""
+        plan, found = self._plan, 0
+        boundary_bytes = self._tokens * plan.architecture.hidden * plan.dtype.itemsize
+        on_host = plan.recipe.placement.boundaries == "host"
+        for policy in self._policies:
+            if policy == "offload":
+                found += parts.activation_bytes(plan)
+            elif policy == "recompute" and on_host:
+                found += boundary_bytes
+        return found
+
+    def _sum_s(self) -> float:
+        """One layer's adapter gradient, over all ranks."""
+        if self._world_size == 1 or self._plan.recipe.strategy.name == "pipeline":
+            return 0.0
+        collective = "reduce_scatter" if self._plan.recipe.optim.shard else "all_reduce"
+        size_bytes = trained.FP32_BYTES * self._layout.values
+        return self._link_s(collective, size_bytes)
+
+    def update_s(self) -> float:
+        """Of the optimizer, where the next forward does not hide it."""
+        plan, rig, layers = self._plan, self._rig, len(self._layers)
+        layout = self._layout
+        if not plan.recipe.optim.offload:
+            moved = update_bytes(plan) * layers
+            found = moved / rate(self._card.memory_bytes_per_s, rig, "cards.memory_bytes_per_s")
+            if plan.recipe.optim.shard and self._world_size > 1:
+                found += layers * self._link_s("all_gather", plan.dtype.itemsize * layout.values)
+            return found
+        values = layout.own_values * layers * self._world_size  # of all ranks, on one host
+        host_s = values / rate(rig.host.adamw_values_per_s, rig, "host.adamw_values_per_s")
+        together = plan.recipe.schedule.size(self.accumulation)
+        return max(0.0, host_s - self.forward(together).seconds)
+
+    def _link_s(self, collective: str, size_bytes: float) -> float:
+        return self._rig.link().seconds(collective, size_bytes)
+
+    def _dequantise_s(self, made_bytes: float) -> float:
+        if not made_bytes:
+            return 0.0
+        known = self._card.dequantise_bytes_per_s
+        return made_bytes / rate(known, self._rig, "cards.dequantise_bytes_per_s")
+
+    def _gemm(self) -> float:
+        return rate(self._card.gemm_flop_per_s, self._rig, "cards.gemm_flop_per_s")
+
+    def _to_card_s(self, size_bytes: float) -> float:
+        return self._copied_s(size_bytes, self._card.to_card, "cards.to_card")
+
+    def _to_host_s(self, size_bytes: float) -> float:
+        return self._copied_s(size_bytes, self._card.to_host, "cards.to_host")
+
+    def _copied_s(self, size_bytes: float, ways: CopyRates, name: str) -> float:
+        """All cards copy at the same time. A CPU copies within its own memory."""
+        if not size_bytes:
+            return 0.0
+        known = ways.all_cards_bytes_per_s or ways.pinned_bytes_per_s
+        if self._card.kind == "cpu" and known is None:
+            known, name = self._card.memory_bytes_per_s, "cards.memory_bytes_per_s"
+        return size_bytes / rate(known, self._rig, name)
+
+
+def update_bytes(plan: Plan) -> int:
+    """Read and written on the device by one layer's update: masters and moments both ways, the
+    gradient, the compute copies.
+    """
+    layout = trained.layout_of(plan)
+    kept = trained.adapter_bytes(plan)
+    copies = plan.dtype.itemsize * layout.values
+    gradient = trained.FP32_BYTES * layout.own_values
+    return 2 * max(0, kept - copies - gradient) + gradient + copies

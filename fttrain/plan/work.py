@@ -1,0 +1,76 @@
+"""What a layer computes and moves, in FLOPs and bytes: exact for the linears, by formula for
+attention (``tests/schedule/test_flops.py`` counts the same on fake tensors).
+"""
+
+import math
+from dataclasses import dataclass
+
+from fttrain.model.decoder import Architecture
+from fttrain.model.head import chunk_rows
+from fttrain.model.lora import LoraConfig, target_indices
+from fttrain.model.projection import QuantisedTable
+from fttrain.strategy.recipe import Plan
+
+ATTENTION_BACKWARD = 2.5  # times its forward: five GEMMs instead of two
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """FLOPs of one token in one layer."""
+
+    forward: float
+    backward: float
+
+
+def layer_work(a: Architecture, lora: LoraConfig, policy: str, seq_len: int) -> LayerWork:
+    """With rows of ``seq_len`` tokens, each one document.
+
+    Backward has gradients of the inputs and of A and B, none of a frozen weight; A's projections
+    are made again; ``recompute`` runs the layer first, without ``down`` and its B.
+    """
+    frozen = lora_a = lora_b = 0
+    targets = target_indices(a.groups, lora)
+    for group in a.groups:
+        wide = group.shape.in_features
+        for member, out in enumerate(group.shape.out_features):
+            frozen += 2 * wide * out
+            if member in targets[group.shape.name]:
+                lora_a += 2 * wide * lora.r
+                lora_b += 2 * lora.r * out
+    attention = 2 * 2 * (seq_len / 2) * a.heads * a.head_dim  # two GEMMs over half of a square
+    forward = frozen + lora_a + lora_b + attention
+    backward = frozen + 2 * (lora_a + lora_b) + ATTENTION_BACKWARD * attention
+    if policy == "recompute":
+        skipped = 2 * a.config.intermediate_size * a.hidden
+        if targets["down"]:
+            skipped += 2 * lora.r * a.hidden
+        return LayerWork(forward, backward + forward - skipped)
+    return LayerWork(forward, backward + lora_a)
+
+
+def head_flops(a: Architecture) -> float:
+    """Of a token: its logits, and the gradient of what was projected."""
+    return 2.0 * 2 * a.hidden * int(a.config.vocab_size)
+
+
+def weight_bytes(plan: Plan) -> int:
+    """A layer's linears in the compute dtype: what dequantising one makes."""
+    shapes = plan.frozen_format.groups.values()
+    return sum(math.prod(group.shape) for group in shapes) * plan.dtype.itemsize
+
+
+def dequantisations(plan: Plan, micro_batches: int) -> int:
+    """Of a layer in a pass of so many micro-batches."""
+    if not plan.recipe.quant.is_quantised:
+        return 0
+    return 1 if plan.recipe.quant.dequant == "layer" else micro_batches
+
+
+def head_dequantised_bytes(plan: Plan) -> int:
+    """What a head in 4 bits makes of its table for one micro-batch: all of it, twice a chunk."""
+    if plan.recipe.placement.head != "nf4":
+        return 0
+    tokens = plan.recipe.size.micro_batch_tokens
+    vocabulary = int(plan.architecture.config.vocab_size)
+    rows = chunk_rows(vocabulary, plan.dtype, tokens, QuantisedTable.chunk_factor)
+    return 2 * plan.table_bytes * math.ceil(tokens / rows)

@@ -1,0 +1,105 @@
+"""The choice among candidates, on made-up rigs that a tiny model just fits or does not."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import tiny_strategy
+
+from fttrain.model.decoder import Architecture
+from fttrain.plan.choose import Verdict, candidates, choose, judge, room_bytes
+from fttrain.rig.profile import (
+    CardProfile,
+    CopyRates,
+    HostProfile,
+    LinkProfile,
+    RigProfile,
+    Sample,
+)
+from fttrain.strategy.recipe import Recipe, StepSize
+
+A = Architecture(tiny.model(num_hidden_layers=6).config)
+RECIPE = replace(tiny_strategy.variant(), size=StepSize(1, 64, 1))
+ROOMY = 1 << 40
+
+
+def rig(
+    memory_bytes: int,
+    host_bytes: int = ROOMY,
+    cards: int = 1,
+    link: float = 1e9,
+    copy: float = 1e9,
+) -> RigProfile:
+    copies = CopyRates(copy)
+    card = CardProfile("card", "cuda", memory_bytes, 1e10, 1e10, 1e10, copies, copies)
+    names = ("all_reduce", "all_gather", "send_recv")
+    samples = {name: (Sample(1, 1 / link), Sample(10**9, 1e9 / link)) for name in names}
+    host = HostProfile("cpu", 8, host_bytes, adamw_values_per_s=1e9)
+    links = (LinkProfile("default", "?", cards, samples),)
+    return RigProfile("made up", (card,) * cards, host, links)
+
+
+def chosen(on: RigProfile, recipe: Recipe = RECIPE) -> list[Verdict]:
+    return choose(recipe, A, on, lambda done, total: None)
+
+
+def test_the_fastest_that_fits_comes_first() -> None:
+    found = chosen(rig(ROOMY))
+    assert all(verdict.fits for verdict in found)
+    speeds = [verdict.tokens_per_s for verdict in found]
+    assert speeds == sorted(speeds, reverse=True)
+    assert found[0].recipe.placement.activations == "keep"
+    assert {verdict.recipe.strategy.name for verdict in found} == {"replicate", "stream"}
+
+
+def test_less_memory_leaves_less_of_the_model_on_the_card() -> None:
+    whole = judge(RECIPE, A, rig(ROOMY)).memory[0].device_bytes
+    found = chosen(rig(whole - 1, copy=1e5))
+    assert not next(v for v in found if v.recipe == RECIPE).fits
+    assert found[0].fits
+    assert found[0].recipe.strategy.name == "stream"
+    assert found[0].recipe.strategy.resident_layers  # as many as there is room for
+    assert all(v.memory[0].device_bytes < whole for v in found if v.fits)
+
+
+def test_what_does_not_fit_says_what_is_missing() -> None:
+    whole = judge(RECIPE, A, rig(ROOMY)).memory[0].device_bytes
+    verdict = judge(RECIPE, A, rig(whole - 1000))
+    assert verdict.missing_bytes == 1000
+    assert verdict.reason.startswith("card 0: ")
+    stream = replace(RECIPE, strategy=replace(RECIPE.strategy, name="stream"))
+    needed = judge(stream, A, rig(ROOMY)).host_bytes
+    assert judge(stream, A, rig(ROOMY, needed)).fits
+    assert judge(stream, A, rig(ROOMY, needed - 1)).reason.startswith("host: ")
+
+
+def test_nothing_fits_a_card_that_is_too_small() -> None:
+    found = chosen(rig(100_000))
+    assert not any(verdict.fits for verdict in found)
+    missing = [verdict.missing_bytes for verdict in found]
+    assert missing == sorted(missing)  # the nearest first
+    assert all(missing)
+
+
+def test_a_slow_link_changes_what_is_fastest() -> None:
+    own = replace(RECIPE, size=StepSize(1, 64, 2))
+
+    def fastest(link: float, strategy: str) -> float:
+        found = chosen(rig(ROOMY, host_bytes=1, cards=2, link=link), own)
+        return max(v.tokens_per_s for v in found if v.recipe.strategy.name == strategy)
+
+    assert fastest(1e12, "shard") > fastest(1e12, "pipeline")  # no bubble
+    assert fastest(1e5, "shard") < fastest(1e5, "pipeline")  # less to send
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_rows_of_a_step_stay(world_size: int) -> None:
+    own = replace(RECIPE, size=StepSize(2, 64, 4))
+    for candidate in candidates(own, world_size):
+        size = candidate.size
+        assert size.micro_batch_size * size.gradient_accumulation_steps == 8
+
+
+def test_a_cards_room_is_without_its_overhead() -> None:
+    card = replace(rig(1000).cards[0], overhead_bytes=400)
+    assert room_bytes(card) == 600

@@ -1,0 +1,164 @@
+"""What is predicted on fake tensors against what the real strategies take: live bytes of real
+tensors on two gloo ranks, with more layers and micro-batches than the prediction was made from.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+import tiny_strategy
+import torch
+from ranks import run_ranks
+from torch import Tensor
+from transformers import LlamaConfig
+
+from fttrain.model.decoder import Architecture
+from fttrain.optim.config import OptimConfig
+from fttrain.plan import memory
+from fttrain.plan.fake import NoBase, full_batch
+from fttrain.plan.live import LiveBytes
+from fttrain.strategy.build import Blueprint
+from fttrain.strategy.ends import LOADING
+from fttrain.strategy.recipe import Recipe, StepSize
+from fttrain.strategy.trained import MOMENTS
+from fttrain.strategy.usage import WORKSPACE
+
+LAYERS, ACCUMULATION, RANKS = 6, 3, 2
+SHAPE = {"num_hidden_layers": LAYERS, "hidden_size": 128}
+SIZE = StepSize(2, 96, ACCUMULATION)
+ROOMY = [1 << 50] * RANKS
+TOLERANCE = 0.005  # bytes are the same but for a dispatcher's temporary here and there
+VARIANTS: dict[str, dict[str, Any]] = {
+    "replicate": {},
+    "shard": {"strategy": "shard", "activations": "offload", "shard": True, "group": 1},
+    "stream": {
+        "strategy": "stream",
+        "resident_layers": 3,
+        "group": 1,
+        "activations": "keep",
+        "dtype": "bfloat16",
+        "head": "nf4",
+    },
+    "host": {
+        "strategy": "stream",
+        "group": 1,
+        "offload": True,
+        "boundaries": "host",
+        "embedding": "host",
+        "head": "streamed",
+    },
+    "pipeline": {"strategy": "pipeline"},
+}
+
+
+class Zeros(NoBase):
+    """Real bytes, all zero, and nothing beside them."""
+
+    def read(self, layer: int, into: Tensor, offset_bytes: int = 0) -> None:
+        into.zero_()
+
+    def read_end(self, name: str, into: Tensor) -> None:
+        into.zero_()
+
+
+def architecture() -> Architecture:
+    return Architecture(tiny.model(**SHAPE).config)
+
+
+def recipe(name: str) -> Recipe:
+    return replace(tiny_strategy.variant(verify_every=0, **VARIANTS[name]), size=SIZE)
+
+
+def measured_bytes(names: list[str]) -> dict[str, int]:
+    """On this rank: the most that a second step has alive on the device."""
+    found = {}
+    for name in names:
+        own = recipe(name)
+        a, group = architecture(), tiny_strategy.this_group()
+        frozen_format = a.frozen_format(own.quant, getattr(torch, own.dtype))
+        with LiveBytes() as live:
+            blueprint = Blueprint(own, a, frozen_format, group)
+            strategy: Any = blueprint.build(Zeros(LAYERS, a.tied), lambda done, total: None)
+            _, places = strategy.data_parallel
+            count = ACCUMULATION * (RANKS // places)
+            for step in range(2):  # the first one makes the optimizer's state
+                live.start_peak()
+                with live.elsewhere():
+                    batches = [full_batch(SIZE, index) for index in range(count)]
+                strategy.train_step(batches, step, 1e-3, lambda loss, norm: True)
+            strategy.update.settle()
+        # Neither is allocated where live bytes are counted: moments are made on a thread.
+        apart = ("device", LOADING, MOMENTS)
+        on_host = [b for b in strategy.bookings if b.place not in apart and b.what not in apart]
+        found[name] = live.peak - sum(booking.size_bytes for booking in on_host)
+    return found
+
+
+def test_predicted_peaks_are_those_of_real_steps() -> None:
+    names = list(VARIANTS)
+    measured = run_ranks(measured_bytes, RANKS, names)
+    for name in names:
+        own = recipe(name)
+        a = architecture()
+        booked = [memory.books(rank) for rank in memory.book(own, a, "cuda", ROOMY)]
+        for rank in memory.with_workspace(booked, own, a, "cuda"):
+            real = measured[rank.rank][name]
+            assert rank.device_bytes == pytest.approx(real, rel=TOLERANCE), (name, rank)
+
+
+def llama_70b() -> Architecture:
+    return Architecture(
+        LlamaConfig(
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_hidden_layers=80,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            vocab_size=128256,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def test_a_70b_models_parts_are_those_of_the_design() -> None:
+    own = replace(
+        tiny_strategy.variant("shard", dtype="bfloat16", boundaries="host", head="streamed"),
+        size=StepSize(1, 2048, 8),
+        lora=replace(tiny_strategy.RECIPE.lora, r=16, lora_dropout=0.0),
+        optim=OptimConfig(offload=True),
+    )
+    a = llama_70b()
+    assert memory.layer_bytes(own, a) == pytest.approx(441.4e6, rel=1e-3)
+    ranks = [memory.books(rank) for rank in memory.book(own, a, "cuda", ROOMY)]
+    for rank in ranks:
+        assert rank.device["frozen layers"] == pytest.approx(80 * 441.4e6 / 2, rel=1e-3)
+        assert rank.device["embedding"] == pytest.approx(2.1e9, rel=1e-2)
+        assert rank.shared["head"] == rank.device["head while it is used"]
+        assert rank.host["boundaries"] == pytest.approx(8 * 80 * 33.6e6, rel=1e-2)
+        assert rank.host["adapter masters"] == pytest.approx(4 * 207e6, rel=1e-2)
+    own_bytes = sum(sum(rank.host.values()) for rank in ranks)
+    assert memory.host_bytes(ranks, "cuda") == own_bytes + ranks[0].shared["head"]
+
+
+def test_cards_with_unequal_room_get_unequal_stages() -> None:
+    own = recipe("pipeline")
+    a = architecture()
+    even, _ = (memory.books(rank) for rank in memory.book(own, a, "cuda", ROOMY))
+    tight = [even.device_bytes * 2 // 3, 1 << 50]
+    first, last = (memory.books(rank) for rank in memory.book(own, a, "cuda", tight))
+    assert first.layers < even.layers
+    assert first.layers + last.layers == LAYERS
+    assert first.device_bytes <= tight[0]
+
+
+def test_nothing_fake_is_left_behind() -> None:
+    """Codes and weights that modules keep for later are made before, with real tensors."""
+    own = recipe("stream")
+    frozen = tiny_strategy.base(dtype=own.dtype, quant=own.quant, **SHAPE)
+    booked = [memory.books(rank) for rank in memory.book(own, frozen.architecture, "cpu", ROOMY)]
+    taken = memory.with_workspace(booked, own, frozen.architecture, "cpu")
+    assert all(rank.device[WORKSPACE] != 0 for rank in taken)
+    assert not torch.distributed.is_initialized()
+    strategy = tiny_strategy.build(own, frozen)
+    assert tiny_strategy.apply(strategy, 0).loss > 0
