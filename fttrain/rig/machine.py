@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from fttrain.rig.nvml import driver_version
 from fttrain.rig.profile import HostProfile
-from fttrain.rig.topology import driver_version
 
 _LIBRARIES = ("torch", "bitsandbytes", "transformers", "fttrain")
 

@@ -17,6 +17,7 @@ import torch
 
 from fttrain.dist import Group
 from fttrain.errors import UserError
+from fttrain.rig.machine import identity
 from fttrain.rig.nvml import ask, handle_of
 from fttrain.rig.profile import CardProfile, load_profile, profile_path
 
@@ -107,8 +108,7 @@ def card_watch(device: torch.device, cache_dir: str | None) -> CardWatch:
         profile = load_profile(path)
     except UserError:  # of another version: no reason to stop a run
         return CardWatch()
-    name = torch.cuda.get_device_name(device)
-    own = profile.measured is not None and any(card.name == name for card in profile.cards)
+    own = profile.measured is not None and profile.measured.machine == identity()
     return CardWatch(profile.cards if own else ())
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fttrain.rig import topology
+from fttrain.rig import nvml, topology
 from fttrain.rig.machine import identity, versions
 
 
@@ -18,7 +18,7 @@ def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         raise topology.pynvml.NVMLError_LibraryNotFound
 
     monkeypatch.setattr(topology.pynvml, "nvmlInit", gone)
-    assert topology.driver_version() is None
+    assert nvml.driver_version() is None
     assert "driver" not in versions()
 
 
@@ -31,7 +31,7 @@ def test_a_machine_is_known_again() -> None:
 @pytest.mark.cuda
 def test_a_card_s_facts_are_plausible() -> None:
     facts = topology.facts(torch.device("cuda", 0))
-    assert topology.driver_version()
+    assert nvml.driver_version()
     now, most = facts["pcie_generation"], facts["pcie_generation_most"]
     assert now is None or 1 <= now <= most <= 7
     assert facts["pcie_width"] is None or 1 <= facts["pcie_width"] <= facts["pcie_width_most"] <= 32
