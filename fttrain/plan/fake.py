@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fttrain.data.batch import MicroBatch
 from fttrain.dist import Group
+from fttrain.model.head import chunk_rows
+from fttrain.model.projection import QuantisedTable, Table
 from fttrain.plan.live import LiveBytes
 from fttrain.quant.scheme import dynamic_code
 from fttrain.store.hostpool import HostPool
@@ -134,19 +136,30 @@ def run(plan: Plan) -> Peak:
         _, places = strategy.data_parallel
         count = plan.recipe.size.gradient_accumulation_steps * (group.world_size // places)
         with live.elsewhere():  # on the host until they are used, and small
-            batches = [full_batch(plan.recipe.size, index) for index in range(count)]
+            targets = _chunk_tokens(plan)
+            batches = [full_batch(plan.recipe.size, index, targets) for index in range(count)]
         live.start_peak()
         # Its sums are zero, so it counts as a step without targets, which updates nothing.
         strategy.train_step(batches, 0, plan.recipe.optim.lr, lambda loss, norm: False)
         return Peak(building_bytes, live.peak)
 
 
-def full_batch(size: StepSize, index: int) -> MicroBatch:
-    """A micro-batch of full rows, every token a target."""
+def _chunk_tokens(plan: Plan) -> int:
+    """Tokens that fill one chunk of the head, and one more: further chunks take what these take."""
+    form = QuantisedTable if plan.recipe.placement.head == "nf4" else Table
+    vocabulary = int(plan.architecture.config.vocab_size)
+    tokens = plan.recipe.size.micro_batch_tokens
+    return chunk_rows(vocabulary, plan.dtype, tokens, form.chunk_factor) + 1
+
+
+def full_batch(size: StepSize, index: int, targets: int | None = None) -> MicroBatch:
+    """A micro-batch of full rows, the first ``targets`` tokens with a target, None: all."""
     tokens = size.micro_batch_size * size.seq_len
     ids = torch.zeros(tokens, dtype=torch.int64)
     lengths = (size.seq_len,) * size.micro_batch_size
-    return MicroBatch(ids, ids.clone(), ids.clone(), lengths, index, torch.arange(tokens))
+    return MicroBatch(
+        ids, ids.clone(), ids.clone(), lengths, index, torch.arange(min(tokens, targets or tokens))
+    )
 
 
 class _Zeros(TorchDispatchMode):

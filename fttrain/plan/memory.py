@@ -27,7 +27,7 @@ from fttrain.strategy.recipe import Plan, Recipe
 from fttrain.strategy.usage import WORKSPACE
 
 LAYERS = (2, 3, 4)  # of the models that are run on fake tensors
-STAGE_LAYERS = (1, 2, 3)  # of each stage, where they are run as a pipeline
+STAGE_LAYERS = (2, 3)  # of each stage, where they are run as a pipeline
 STANDS_FOR_GROUPED = StrategyConfig("stream")
 ROOMY_BYTES = 1 << 50  # of a card that everything fits: a small model is divided evenly
 
@@ -243,9 +243,8 @@ def _of_rank(recipe: Recipe, shape: _Shape, kind: str, world_size: int, rank: in
         own = replace(recipe, size=size)
         plan = book(own, a, "cpu", [ROOMY_BYTES] * world_size)[rank].plan
         found.append(_beyond_books(plan, kind))
-    rows = [[1, layers, count, layers * count] for layers, count in points]
-    if together == few:  # nothing is asked of other numbers of them
-        rows = [[1, layers, 0, 0] for layers, _ in points]
+    grow = together > few  # else nothing is asked of other numbers of micro-batches
+    rows = [[1, layers, grow * count, grow * layers * count] for layers, count in points]
     solved, *_ = np.linalg.lstsq(np.array(rows, float), np.array(found, float), rcond=None)
     return _Lines(*(float(value) for value in solved))
 

@@ -160,4 +160,4 @@ class HostActivations:
 
 def _begins(tensor: Tensor) -> tuple[int, int]:
     """Where it begins: storage, bytes from its start. Fake tensors have no address."""
-    return id(tensor.untyped_storage()), int(tensor.storage_offset()) * tensor.itemsize
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()) * tensor.itemsize

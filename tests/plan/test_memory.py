@@ -28,7 +28,7 @@ LAYERS, ACCUMULATION, RANKS = 6, 3, 2
 SHAPE = {"num_hidden_layers": LAYERS, "hidden_size": 128}
 SIZE = StepSize(2, 96, ACCUMULATION)
 ROOMY = [1 << 50] * RANKS
-TOLERANCE = 0.005  # bytes are the same but for a dispatcher's temporary here and there
+TOLERANCE = 0.03  # most are exact; a step of several groups keeps a little of the one before
 VARIANTS: dict[str, dict[str, Any]] = {
     "replicate": {},
     "shard": {"strategy": "shard", "activations": "offload", "shard": True, "group": 1},
