@@ -9,6 +9,7 @@ import pynvml
 import torch
 
 from fttrain.doctor.finding import NOT_AVAILABLE, Finding, failure, ok, warning
+from fttrain.rig import topology
 from fttrain.rig.nvml import ask, handle_of
 from fttrain.units import gib
 
@@ -37,18 +38,19 @@ def _card(device: torch.device) -> Card:
     properties = torch.cuda.get_device_properties(device)
     plain = Card(properties.name, properties.total_memory)
     handle = handle_of(device)
-    return plain if handle is None else _asked(plain, handle)
+    return plain if handle is None else _asked(plain, device, handle)
 
 
-def _asked(card: Card, handle: Any) -> Card:
+def _asked(card: Card, device: torch.device, handle: Any) -> Card:
+    known = topology.facts(device)
     ecc = ask(lambda: pynvml.nvmlDeviceGetEccMode(handle))
     return Card(
         card.name,
         card.memory_bytes,
-        ask(lambda: pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle)),
-        ask(lambda: pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)),
-        ask(lambda: pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)),
-        ask(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3),
+        known.get("pcie_width"),
+        known.get("pcie_width_most"),
+        known.get("pcie_generation_most"),
+        known.get("power_limit_w"),
         ask(lambda: pynvml.nvmlDeviceGetPowerManagementDefaultLimit(handle) / 1e3),
         None if ecc is None else bool(ecc[0]),
         ask(
