@@ -1,19 +1,22 @@
 """``python -m fttrain.rig.link_rank JOB``: a rank of one transport; ``transports.py`` starts it."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-from fttrain.dist import Group, process_group
+from fttrain.dist import Group, local_world_size, process_group
 from fttrain.errors import UserError
 from fttrain.launch import die_with_parent
 from fttrain.rig.link import WrongResult, gradients_s, measure_link
-from fttrain.rig.probe import RigConfig, set_up_rank
+from fttrain.rig.nvml import own_bytes
+from fttrain.rig.probe import RigConfig, ranks_a_device, set_up_rank
 from fttrain.rig.topology import nvlink_bytes
-from fttrain.rig.transports import LinkJob
+from fttrain.rig.transports import RUN, LinkJob
 from fttrain.track import counting
 
 
@@ -36,6 +39,7 @@ def _measure(job: LinkJob, group: Group) -> dict[str, Any]:
     answer: dict[str, Any] = {"wrong": "", "samples": {}, "gradients_s": None}
     group.barrier()  # makes the communicator
     answer["overhead_bytes"] = _overhead_bytes(job, group.device)
+    group.barrier()  # until here no rank has made a tensor
     before = nvlink_bytes(group.device)
     show = counting(job.label) if group.is_main else lambda done, total: None
     try:
@@ -55,12 +59,19 @@ def _measure(job: LinkJob, group: Group) -> dict[str, Any]:
     return answer
 
 
-def _overhead_bytes(job: LinkJob, device: torch.device) -> int | None:
-    """What this process takes of the card besides torch's allocator."""
+def _overhead_bytes(job: LinkJob, device: torch.device) -> int:
+    """What this process takes of the card besides torch's allocator; of a CPU what is resident of
+    one that has imported what a run imports.
+    """
     if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free - job.taken_bytes - torch.cuda.memory_reserved(device)
+        importlib.import_module(RUN)
+        return psutil.Process().memory_info().rss
+    own = own_bytes(device)
+    if own is None:  # the same of each rank that has its context there
+        free, total = torch.cuda.mem_get_info(device)
+        grown = total - free - job.taken_bytes
+        own = grown // ranks_a_device(device, local_world_size())
+    return own - torch.cuda.memory_reserved(device)
 
 
 if __name__ == "__main__":

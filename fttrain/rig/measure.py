@@ -24,6 +24,7 @@ from fttrain.rig.compute import (
 from fttrain.rig.copies import copy_rates
 from fttrain.rig.disk import disk_bytes_per_s
 from fttrain.rig.link import MOST_BYTES
+from fttrain.rig.probe import ranks_a_device
 from fttrain.rig.profile import (
     CardProfile,
     HostProfile,
@@ -130,11 +131,12 @@ def _card(work: Work, group: Group, device: torch.device) -> CardProfile:
     dequantise = dequantise_bytes_per_s(frozen_format, device)
     group.barrier()
     rate = memory_bytes_per_s(device)
-    name, memory_bytes = machine.cpu_name(), psutil.virtual_memory().total // local_world_size()
+    name, memory_bytes = machine.cpu_name(), psutil.virtual_memory().total
     if device.type == "cuda":
         torch.cuda.empty_cache()  # for the processes that come
         properties = torch.cuda.get_device_properties(device)
         name, memory_bytes = properties.name, properties.total_memory
+    memory_bytes //= ranks_a_device(device, local_world_size())
     return CardProfile(name, device.type, memory_bytes, gemm, dequantise, rate, **facts)
 
 
@@ -166,10 +168,11 @@ def _links(
     """Each transport; and what the first one's processes took of this rank's card."""
     if group.world_size == 1:
         say("one rank: there is no link to measure")
-        if device.type == "cpu":
-            return (), None
-        # The process alone still says what a context takes.
-        return (), measure_transport(TRANSPORTS[-1], group, device, 0, {}, 0, 0.0)[1]
+        # The process alone still says what is taken before the first tensor.
+        link, overhead_bytes = measure_transport(TRANSPORTS[-1], group, device, 0, {}, 0, 0.0)
+        if link.wrong:
+            say(f"what a run's process takes could not be measured: {link.wrong}")
+        return (), overhead_bytes
     links, overheads = [], []
     for transport in transports(device, backend):
         link, overhead_bytes = measure_transport(

@@ -124,8 +124,17 @@ def free_device_bytes(device: torch.device, local_world_size: int) -> int:
         return available_host_bytes() // local_world_size
     free, total = torch.cuda.mem_get_info(device)
     capped = torch.cuda.get_per_process_memory_fraction(device) * total
-    ranks = -(-local_world_size // torch.cuda.device_count())  # on this GPU
-    return int(min(free / ranks, capped - torch.cuda.memory_reserved(device)))
+    share = free / ranks_a_device(device, local_world_size)
+    return int(min(share, capped - torch.cuda.memory_reserved(device)))
+
+
+def ranks_a_device(device: torch.device, local_world_size: int) -> int:
+    """That share ``device``: all of the machine a CPU, of GPUs more than one with ``backend=gloo``
+    alone.
+    """
+    if device.type != "cuda":
+        return local_world_size
+    return -(-local_world_size // torch.cuda.device_count())
 
 
 def cgroup_limit_bytes(root: Path = CGROUPS) -> int | None:

@@ -38,7 +38,7 @@ class CardProfile:
 
     name: str
     kind: str  # cuda | cpu
-    memory_bytes: int  # that the card has, or of a CPU the share of a rank
+    memory_bytes: int  # that the card has; the share of a rank, where ranks share it, as a CPU
     gemm_flop_per_s: float | None = None  # in the training dtype, at the model's shapes
     dequantise_bytes_per_s: float | None = None  # bytes of bf16 made out of 4 bits
     memory_bytes_per_s: float | None = None  # read and written, of a large copy on the device
@@ -54,7 +54,8 @@ class CardProfile:
     peer_access: bool | None = None  # whether it can read every other card's memory
     power_limit_w: float | None = None
     price_per_h: float | None = None  # US dollars, of renting one
-    # Memory that is gone before the first tensor: context, communication buffers
+    # Of one rank, before its first tensor: context and communication buffers; of a CPU all that is
+    # resident of a process with its libraries
     overhead_bytes: int | None = None
 
 

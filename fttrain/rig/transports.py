@@ -27,6 +27,7 @@ from fttrain.launch import PARENT_PID, free_port
 from fttrain.rig.profile import LinkProfile, Sample
 from fttrain.units import MIB
 
+RUN = "fttrain.train"  # what a process of a run has imported; by name, for it is far above
 START_S = 120.0  # for the imports, the first collective, and a slow first size
 GRACE = 4.0  # how many times its budget a transport may take before it counts as hanging
 _NVLINK_LEAST_BYTES = MIB  # less is somebody else's
@@ -82,7 +83,7 @@ def measure_transport(
     budget_s: float,
 ) -> tuple[LinkProfile, int | None]:
     """The link, and the bytes of this rank's card that went before its first tensor (context,
-    buffers of the transport), None on the CPU.
+    buffers of the transport; on the CPU the process with its libraries), None where it failed.
 
     ``group``: the ranks that start the processes; every rank calls it, and gets the same link. One
     that fails, hangs or corrupts is told in ``wrong``.

@@ -45,10 +45,13 @@ def test_two_ranks_leave_a_profile_and_a_report(tmp_path: Path) -> None:
     assert profile.measured.machine == identity()
 
     assert [card.kind for card in profile.cards] == ["cpu", "cpu"]
+    imported_bytes = _resident_after("import fttrain.train")
     rates = [profile.host.memory_bytes_per_s, profile.host.adamw_values_per_s]
     for card in profile.cards:
         rates += [card.gemm_flop_per_s, card.dequantise_bytes_per_s, card.memory_bytes_per_s]
         assert (card.to_card.pinned_bytes_per_s, card.nvlink_lanes) == (None, None)
+        # To which joining the other rank adds little
+        assert card.overhead_bytes == pytest.approx(imported_bytes, rel=0.1)
     assert all(rate is not None and rate > 0 for rate in rates)
 
     (link,) = profile.links
@@ -72,6 +75,13 @@ def test_two_ranks_leave_a_profile_and_a_report(tmp_path: Path) -> None:
     assert "![bus bandwidth over size](measure.png)" in report
     assert (output / "measure.png").read_bytes().startswith(b"\x89PNG")
     assert "1 of 1 links work" in done.stdout
+
+
+def _resident_after(imports: str) -> int:
+    """Bytes of a fresh interpreter."""
+    script = f"{imports}; print(__import__('psutil').Process().memory_info().rss)"
+    command = [sys.executable, "-c", script]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def test_a_gpu_that_is_missing_is_said_in_one_line(

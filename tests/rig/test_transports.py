@@ -1,13 +1,16 @@
 """A process for each transport: what carried the bytes, and those that fail or hang."""
 
+import os
 from pathlib import Path
 
+import pynvml
 import pytest
 import torch
 
 from fttrain.dist import Group
-from fttrain.rig import transports
+from fttrain.rig import link_rank, transports
 from fttrain.rig.transports import TRANSPORTS, LinkJob, Transport, carriers, is_as_asked
+from fttrain.units import MIB
 
 CPU = torch.device("cpu")
 BY_NAME = {transport.name: transport for transport in TRANSPORTS}
@@ -81,3 +84,32 @@ def test_a_link_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     job = LinkJob("cpu", "gloo", 1, "test", 0, {}, 0, 0.0, 0, str(tmp_path / "answer.json"))
     told = transports._run(job, {"MASTER_PORT": str(transports.free_port())}, tmp_path)
     assert told.startswith("no answer within 1 s: it hangs")
+
+
+class SharedCard:
+    """The driver of a card of 24 GiB on which two ranks have contexts of 500 and 300 MiB, and of
+    which 1 GiB was gone before. ``pid``: of the process that it knows.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, pid: int) -> None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        free = (24 - 1) * 1024 * MIB - 800 * MIB
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 24 * 1024 * MIB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * MIB)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        properties = type("Properties", (), {"uuid": "1234"})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        process = type("Process", (), {"pid": pid, "usedGpuMemory": 500 * MIB})
+        monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: "card")
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda card: [process])
+
+
+@pytest.mark.parametrize(("pid", "taken_mib"), [(os.getpid(), 498), (1, 398)])
+def test_a_shared_card_s_context_is_that_of_one_rank(
+    pid: int, taken_mib: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By the driver, where it knows the process; else the growth is divided."""
+    SharedCard(monkeypatch, pid)
+    job = LinkJob("cuda", "gloo", 1, "", 0, {}, 0, 0.0, 1024 * MIB, str(tmp_path))
+    assert link_rank._overhead_bytes(job, torch.device("cuda", 0)) == taken_mib * MIB
