@@ -60,7 +60,7 @@ bench: setup ## run the benchmarks; figures go to outputs/bench/*.json
 
 # LINK: settings of the ranks and of the model whose sizes are measured, as LINK="launch=2x3090_nvlink model=llama3_8b"
 LINK ?= launch=cpu_demo launch.processes=$(DEMO_RANKS)
-bench-link: setup ## measure cards, host and the links between ranks; the profile goes to ~/.cache/fttrain/rig.json
+bench-link: setup ## measure cards, host and the links between ranks; the profile goes to ~/.cache/fttrain/rig_N.json, N ranks
 	@$(BIN)/python -m fttrain measure output=outputs/measure $(LINK)
 
 gpu-check: setup ## run the tests and benchmarks that need a GPU; fails, and says so, where there is none

@@ -78,7 +78,7 @@ def _measured(link: Veth, folder: Path, arguments: argparse.Namespace) -> LinkPr
     )
     if code:
         raise SystemExit(code)
-    (found,) = load_profile(folder / "rig.json").links
+    (found,) = load_profile(folder / "rig_2.json").links
     return found
 
 

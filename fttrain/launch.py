@@ -59,6 +59,16 @@ def wanted(config: LaunchConfig) -> bool:
     return not is_rank() and (config.file is not None or (config.processes or 1) > 1)
 
 
+def ranks_wanted(config: LaunchConfig) -> int | None:
+    """As the launcher has it, or would start them; None where nobody says a number.
+
+    Raises UserError when the launch file cannot be used.
+    """
+    if is_rank():
+        return int(os.environ["WORLD_SIZE"])
+    return config.processes or _integer(_read_files(config)[0], "num_processes", 0) or None
+
+
 def start(config: LaunchConfig, argv: list[str]) -> int:
     """Runs ``python -m fttrain argv`` on every rank and returns the exit code of the run.
 

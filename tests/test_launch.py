@@ -226,6 +226,18 @@ def test_the_number_of_ranks() -> None:
     assert len(launch.commands(LaunchConfig(file="one_card.yaml"), [])) == 1
 
 
+def test_how_many_ranks_there_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert launch.ranks_wanted(LaunchConfig()) is None
+    for config in (LaunchConfig(file="cpu_demo.yaml", processes=3), LaunchConfig(processes=3)):
+        assert launch.ranks_wanted(config) == len(launch.commands(config, [])) == 3
+    assert launch.ranks_wanted(LaunchConfig(file="cpu_demo.yaml")) == 2
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")  # of a launcher that has already started them
+    assert launch.ranks_wanted(LaunchConfig()) == 4
+
+
 def test_who_is_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

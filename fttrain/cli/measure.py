@@ -15,7 +15,8 @@ def run(config: RunConfig, argv: list[str]) -> int:
     """Measure cards, host and links at the sizes of ``config.model``; the exit code is 1 where a
     link is wrong.
 
-    The profile goes to rig.json in the cache folder, and beside measure.md into ``config.output``.
+    The profile goes to rig_N.json in the cache folder, N for the number of ranks, and beside
+    measure.md into ``config.output``.
     """
     if launch.wanted(config.launch):
         return launch.start(config.launch, argv)
@@ -36,7 +37,8 @@ def run(config: RunConfig, argv: list[str]) -> int:
     with process_group(torch.device("cpu"), "gloo") as group:
         profile = measure(work, disk, group, device, config.rig.backend, config.rig.link_s)
         if group.is_main:
-            kept, output = profile_path(config.frozen.cache_dir), Path(config.output)
+            kept = profile_path(group.world_size, config.frozen.cache_dir)
+            output = Path(config.output)
             for folder in (kept.parent, output):
                 folder.mkdir(parents=True, exist_ok=True)
             profile.save(kept)

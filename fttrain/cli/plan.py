@@ -5,6 +5,7 @@ loaded.
 from collections.abc import Sequence
 from pathlib import Path
 
+from fttrain import launch
 from fttrain.config import RunConfig
 
 WIDE = 150  # columns
@@ -29,7 +30,8 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     from fttrain.run import recipe
     from fttrain.track import counting
 
-    rig = find_rig(config.rig.profile, config.frozen.cache_dir)
+    ranks = launch.ranks_wanted(config.launch)
+    rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks)
     model = load_config(resolve(config.model, SHAPES))
     check_length(config.data.seq_len, model)
     verdicts = choose(recipe(config), Architecture(model), rig, counting("planning"))

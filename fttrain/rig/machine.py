@@ -13,6 +13,9 @@ import torch
 from fttrain.rig.nvml import driver_version
 from fttrain.rig.profile import HostProfile
 
+# Containers often have none of the first two and another host name each time; their root may read
+# the third, the mainboard's.
+_IDENTITIES = ("/etc/machine-id", "/var/lib/dbus/machine-id", "/sys/class/dmi/id/product_uuid")
 _LIBRARIES = ("torch", "bitsandbytes", "transformers", "fttrain")
 
 
@@ -20,7 +23,7 @@ def identity() -> str:
     """Sixteen hex digits that stay the same over reboots; hashed, as the system asks for its own
     (machine-id(5)).
     """
-    for file in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+    for file in _IDENTITIES:
         try:
             found = Path(file).read_text().strip()
         except OSError:

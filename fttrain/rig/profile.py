@@ -9,6 +9,7 @@ nobody has measured is None: whoever needs it says so by name.
 
 import bisect
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 from fttrain.data.cache import cache_root
 from fttrain.errors import UserError
 
-FILE_NAME = "rig.json"  # in the cache folder: one profile a machine
+FILE_NAME = "rig_{ranks}.json"  # in the cache folder: fewer ranks never replace more
+OLD_FILE_NAME = "rig.json"  # of any number of ranks, where there is no other
 FORM = 1  # of the file; another one is refused
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send_recv")
 
@@ -166,12 +168,28 @@ class RigProfile:
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         text = json.dumps({"form": FORM, **asdict(self)}, indent=1, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(text + "\n", encoding="utf-8")
+        os.replace(part, path)
 
 
-def profile_path(cache_dir: str | None = None) -> Path:
-    """Where `fttrain measure` keeps this machine's profile. ``cache_dir``: as frozen.cache_dir."""
-    return cache_root(cache_dir) / FILE_NAME
+def profile_path(ranks: int, cache_dir: str | None = None) -> Path:
+    """Where `fttrain measure` keeps what so many ranks have. ``cache_dir``: as frozen.cache_dir."""
+    return cache_root(cache_dir) / FILE_NAME.format(ranks=ranks)
+
+
+def kept_profile(cache_dir: str | None = None, ranks: int | None = None) -> Path | None:
+    """The file of so many ``ranks``; where it is not there, or None is asked for, that of the most.
+    None where nothing was measured.
+    """
+    root = cache_root(cache_dir)
+    paths = root.glob(FILE_NAME.format(ranks="*"))
+    numbers = {path.stem.rpartition("_")[2]: path for path in paths}
+    found = {int(number): path for number, path in numbers.items() if number.isdecimal()}
+    if found:
+        return found.get(ranks or 0, found[max(found)])
+    old = root / OLD_FILE_NAME
+    return old if old.is_file() else None
 
 
 def load_profile(path: Path) -> RigProfile:

@@ -17,9 +17,9 @@ import torch
 
 from fttrain.dist import Group
 from fttrain.errors import UserError
-from fttrain.rig.machine import identity
+from fttrain.rig.changes import is_here
 from fttrain.rig.nvml import ask, handle_of
-from fttrain.rig.profile import CardProfile, load_profile, profile_path
+from fttrain.rig.profile import CardProfile, kept_profile, load_profile
 
 GPU_SENSOR = pynvml.NVML_TEMPERATURE_GPU
 FIGURES: dict[str, Callable[[Any], float]] = {  # name -> what the driver is asked of a card
@@ -101,14 +101,14 @@ def card_watch(device: torch.device, cache_dir: str | None) -> CardWatch:
 
     ``cache_dir``: where the profile is, as frozen.cache_dir.
     """
-    path = profile_path(cache_dir)
-    if device.type != "cuda" or not path.is_file():
+    path = kept_profile(cache_dir)
+    if device.type != "cuda" or path is None:
         return CardWatch()
     try:
         profile = load_profile(path)
     except UserError:  # of another version: no reason to stop a run
         return CardWatch()
-    own = profile.measured is not None and profile.measured.machine == identity()
+    own = profile.measured is not None and is_here(profile)
     return CardWatch(profile.cards if own else ())
 
 

@@ -39,7 +39,7 @@ def test_two_ranks_leave_a_profile_and_a_report(tmp_path: Path) -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    profile = load_profile(cache / "rig.json")
+    profile = load_profile(cache / "rig_2.json")
     assert load_profile(output / "profile.json") == profile
     assert profile.measured is not None
     assert profile.measured.machine == identity()

@@ -131,7 +131,7 @@ def test_cards_are_compared_with_their_own_measured_profile(
     change: dict[str, Any], lines: int, tmp_path: Path
 ) -> None:
     """Not with a shipped one, nor with that of another machine."""
-    replace(PROFILE, **change).save(profile_path(str(tmp_path)))
+    replace(PROFILE, **change).save(profile_path(2, str(tmp_path)))
     watch = telemetry.card_watch(torch.device("cuda", 0), str(tmp_path))
     assert len(watch.look([COOL | {"pcie_width": 8}, COOL])) == lines
 
@@ -139,7 +139,7 @@ def test_cards_are_compared_with_their_own_measured_profile(
 @pytest.mark.parametrize("text", ["", "{"])
 def test_no_profile_and_a_broken_one_stop_nobody(text: str, tmp_path: Path) -> None:
     if text:
-        profile_path(str(tmp_path)).write_text(text)
+        profile_path(2, str(tmp_path)).write_text(text)
     watch = telemetry.card_watch(torch.device("cuda", 0), str(tmp_path))
     assert watch.look([COOL | {"pcie_width": 8}]) == []
 

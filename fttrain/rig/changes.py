@@ -1,0 +1,69 @@
+"""Whether a measured profile still speaks of the machine that it is read on."""
+
+import psutil
+import torch
+
+from fttrain.rig import machine
+from fttrain.rig.probe import ranks_a_device
+from fttrain.rig.profile import RigProfile
+from fttrain.units import GIB
+
+SAME = 0.02  # memory that differs by no more: what a kernel or a driver keeps for itself
+WATCHED = ("torch", "driver")  # versions that rates depend on most
+
+Kind = tuple[str, int]  # name and memory of a rank's card
+
+
+def is_here(profile: RigProfile) -> bool:
+    """Whether it was measured on this machine, or nowhere: one that is shipped."""
+    return profile.measured is None or profile.measured.machine == machine.identity()
+
+
+def changes(profile: RigProfile) -> list[str]:
+    """A line for each thing that is another one since this machine's ``profile`` was measured:
+    cards, memory, versions.
+    """
+    if profile.measured is None:
+        return []
+    lines = []
+    before = [(card.name, card.memory_bytes) for card in profile.cards]
+    now = _cards_now(profile)
+    if not _alike(before, now):
+        lines.append(f"its cards were {_listed(before)}, now they are {_listed(now)}")
+    had, has = profile.host.memory_bytes, psutil.virtual_memory().total
+    if abs(has - had) > SAME * had:
+        lines.append(f"the host had {had / GIB:.1f} GiB, now it has {has / GIB:.1f} GiB")
+    versions = machine.versions()
+    for name in WATCHED:
+        was, is_now = profile.measured.versions.get(name), versions.get(name)
+        if was != is_now:
+            lines.append(f"{name} was {was or 'not there'}, now it is {is_now or 'not there'}")
+    return lines
+
+
+def _cards_now(profile: RigProfile) -> list[Kind]:
+    """What as many ranks would find, as ``measure`` counts it."""
+    ranks = len(profile.cards)
+    if profile.cards[0].kind == "cpu":
+        return [(machine.cpu_name(), psutil.virtual_memory().total // ranks)] * ranks
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not there:
+        return []
+    found = []
+    for rank in range(ranks):
+        device = torch.device("cuda", rank % there)
+        properties = torch.cuda.get_device_properties(device)
+        found.append((properties.name, properties.total_memory // ranks_a_device(device, ranks)))
+    return found
+
+
+def _alike(before: list[Kind], now: list[Kind]) -> bool:
+    return len(before) == len(now) and all(
+        was == is_now and abs(size - had) <= SAME * had
+        for (was, had), (is_now, size) in zip(before, now, strict=True)
+    )
+
+
+def _listed(cards: list[Kind]) -> str:
+    told = [f"{name} ({size / GIB:.1f} GiB)" for name, size in cards]
+    return ", ".join(told) or "not there"
