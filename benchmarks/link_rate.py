@@ -9,7 +9,6 @@ and measures nothing.
 """
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import common
+from harness.measured import measured
 from harness.netns import Veth, veth_pair
 
 from fttrain.errors import UserError
-from fttrain.launch import PARENT_PID, free_port, supervise
-from fttrain.rig.profile import LinkProfile, bus_bytes_per_s, load_profile
+from fttrain.rig.profile import LinkProfile, bus_bytes_per_s
 
 WITHIN = 0.1
 # Over gloo reduce_scatter is an all_reduce, which sends twice what its bus bandwidth counts.
@@ -52,33 +51,10 @@ def main() -> None:
 
 def _measured(link: Veth, folder: Path, arguments: argparse.Namespace) -> LinkProfile:
     """What ``fttrain measure`` says of ``link`` as it is limited now."""
-    settings = [
-        "rig.device=cpu",
-        f"rig.link_s={arguments.link_s}",
-        f"frozen.cache_dir={folder}",
-        f"output={folder}",
-    ]
+    settings = [f"rig.link_s={arguments.link_s}"]
     if arguments.model:
         settings += ["model=local", f"model.path={arguments.model}"]
-    variables = os.environ | {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": link.address,
-        "MASTER_PORT": str(free_port()),
-        "GLOO_SOCKET_IFNAME": link.interface,
-        "OMP_NUM_THREADS": "1",
-        PARENT_PID: str(os.getpid()),
-    }
-    command = [sys.executable, "-m", "fttrain", "measure", *settings]
-    code = supervise(
-        [
-            ([*link.command(rank), *command], variables | {"RANK": str(rank), "LOCAL_RANK": "0"})
-            for rank in range(2)
-        ]
-    )
-    if code:
-        raise SystemExit(code)
-    (found,) = load_profile(folder / "rig_2.json").links
+    (found,) = measured(link, folder, settings, threads=1).links
     return found
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness.random_base import RandomBase
 from transformers import LlamaConfig
 
 from fttrain.checkpoint.frozen_cache import FrozenConfig
@@ -14,6 +13,7 @@ from fttrain.dist import Group
 from fttrain.model.decoder import Architecture
 from fttrain.model.lora import LoraConfig
 from fttrain.optim.config import OptimConfig
+from fttrain.plan.random_base import RandomBase
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.build import Blueprint

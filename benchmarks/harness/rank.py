@@ -1,5 +1,6 @@
 """What one rank of a benchmark does: the steps of its job, against the clock."""
 
+import importlib
 import time
 from typing import Any
 
@@ -10,6 +11,8 @@ def run_rank(job_file: str) -> None:
     """Do the steps of a job on this rank and report the figures."""
     memory = common.HostMemory()
     job = common.read_job(job_file)
+    for name in job.get("imports", ()):
+        importlib.import_module(name)
     import torch
 
     from fttrain.dist import process_group

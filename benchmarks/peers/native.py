@@ -18,22 +18,27 @@ from fttrain.strategy.protocol import StrategyConfig
 from fttrain.strategy.recipe import Placement, Recipe, StepSize
 
 
+def recipe_of(job: dict[str, Any]) -> Recipe:
+    """What the job says of a run."""
+    return Recipe(
+        StrategyConfig(**job["strategy"]),
+        QuantConfig(**job["quant"]),
+        LoraConfig(**job["lora"]),
+        OptimConfig(**job["optim"]),
+        ScheduleConfig(**job["schedule"]),
+        Placement(**job["placement"]),
+        FrozenConfig(job["cache_dir"]),
+        StepSize(job["micro_batch_size"], job["seq_len"], job["gradient_accumulation_steps"]),
+        "bfloat16",
+        job["seed"],
+    )
+
+
 class Native:
     """One rank of fttrain."""
 
     def __init__(self, job: dict[str, Any], group: Group) -> None:
-        recipe = Recipe(
-            StrategyConfig(**job["strategy"]),
-            QuantConfig(**job["quant"]),
-            LoraConfig(**job["lora"]),
-            OptimConfig(**job["optim"]),
-            ScheduleConfig(**job["schedule"]),
-            Placement(**job["placement"]),
-            FrozenConfig(job["cache_dir"]),
-            StepSize(job["micro_batch_size"], job["seq_len"], job["gradient_accumulation_steps"]),
-            "bfloat16",
-            job["seed"],
-        )
+        recipe = recipe_of(job)
         source = resolve(ModelConfig("benchmark", job["model"]))
         self._strategy, _ = build_strategy(recipe, source, group)
         if not job["lora"]["use_dora"]:  # it has no magnitudes; the seed starts from the same A

@@ -24,11 +24,14 @@ def run(config: RunConfig, argv: list[str]) -> int:
     import torch
     from rich.console import Console
 
+    from fttrain.checkpoint.source import load_config, resolve
     from fttrain.dist import process_group
+    from fttrain.plan.calibrate import calibrate, python
     from fttrain.rig.measure import measure
     from fttrain.rig.measure_report import tables, told, write_report
     from fttrain.rig.probe import set_up_rank
     from fttrain.rig.profile import profile_path
+    from fttrain.run import recipe
 
     started = time.monotonic()
     device = set_up_rank(config.rig)
@@ -36,6 +39,13 @@ def run(config: RunConfig, argv: list[str]) -> int:
     # The ranks agree over gloo: the links that are measured may not work.
     with process_group(torch.device("cpu"), "gloo") as group:
         profile = measure(work, disk, group, device, config.rig.backend, config.rig.link_s)
+        profile = calibrate(
+            profile,
+            recipe(config),
+            load_config(resolve(config.model)),
+            group,
+            python("fttrain.cli.trial_rank", *argv[1:]),
+        )
         if group.is_main:
             kept = profile_path(group.world_size, config.frozen.cache_dir)
             output = Path(config.output)

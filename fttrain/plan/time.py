@@ -1,7 +1,9 @@
 """Seconds of an optimizer step, from what a step computes and moves and a rig's rates.
 
+    compute     GEMMs at their rate, dequantisation, and the rest of a layer at that of real steps
     a pass      the longest of: compute, link between ranks, copies to the card, copies to the host;
-                they run beside each other
+                they run beside each other. A CPU computes, copies and sends with the same cores,
+                one after the other
     a step      its passes, and what nothing hides: a streamed head, the last gradient's sum, the
                 update on the device, what the host's update takes beyond the next forward
 
@@ -17,6 +19,7 @@ from fttrain.plan.work import (
     dequantisations,
     head_dequantised_bytes,
     head_flops,
+    layer_values,
     layer_work,
     weight_bytes,
 )
@@ -24,6 +27,8 @@ from fttrain.rig.profile import CardProfile, CopyRates, RigProfile
 from fttrain.store.sharded import SLOTS
 from fttrain.strategy import parts, trained
 from fttrain.strategy.recipe import Plan
+
+BACKWARD_SHARE = 2 / 3  # of a layer's work that is no GEMM
 
 
 @dataclass
@@ -34,16 +39,17 @@ class PassTime:
     link_s: float = 0.0
     to_card_s: float = 0.0
     to_host_s: float = 0.0
+    cores_s: float = 0.0  # of cores that compute: what sending and copying take of them
 
     @property
     def seconds(self) -> float:
-        return max(self.compute_s, self.link_s, self.to_card_s, self.to_host_s)
+        return max(self.compute_s + self.cores_s, self.link_s, self.to_card_s, self.to_host_s)
 
     @property
     def limit(self) -> str:
         """What takes longest."""
         sides = {
-            "compute": self.compute_s,
+            "compute": self.compute_s + self.cores_s,
             "link": self.link_s,
             "to the card": self.to_card_s,
             "to the host": self.to_host_s,
@@ -106,6 +112,7 @@ class _Rank:
         self._policies = parts.own_policies(self._plan, booked.share)
         self._layout = trained.layout_of(self._plan)
         self._world_size = self._plan.group.world_size
+        self._on_cpu = self._card.kind == "cpu"
 
     def __lt__(self, other: "_Rank") -> bool:
         return self._plan.group.rank < other._plan.group.rank
@@ -118,7 +125,7 @@ class _Rank:
         for number, group in enumerate(groups):
             backward = self.backward(group)
             if number == len(groups) - 1:
-                backward.link_s += self._sum_s() * len(self._layers)
+                self._add_sums(backward)
             seconds += self.forward(group).seconds + backward.seconds + self._head_s(group)
         return seconds + self._sum_s() + self.update_s()
 
@@ -131,7 +138,7 @@ class _Rank:
         """A pass of so many micro-batches."""
         found = self._pass(micro_batches, backward=False)
         found.to_host_s += self._to_host_s(micro_batches * self._saved_bytes())
-        return found
+        return self._on_cores(found)
 
     def backward(self, micro_batches: int) -> PassTime:
         """A pass back, of what was saved on the host as it comes back."""
@@ -140,6 +147,13 @@ class _Rank:
         if self._plan.recipe.optim.offload:
             values = self._layout.own_values * len(self._layers)
             found.to_host_s += self._to_host_s(trained.FP32_BYTES * values)
+        return self._on_cores(found)
+
+    def _on_cores(self, found: PassTime) -> PassTime:
+        """Copies within a CPU's own memory are its cores' work."""
+        if self._on_cpu:
+            found.cores_s += found.to_card_s + found.to_host_s
+            found.to_card_s = found.to_host_s = 0.0
         return found
 
     def _pass(self, micro_batches: int, backward: bool) -> PassTime:
@@ -148,15 +162,23 @@ class _Rank:
         strategy = self._plan.recipe.strategy
         if strategy.name == "shard" and self._world_size > 1:
             moved = max(0, layers - SLOTS)
-            found.link_s += moved * self._link_s("all_gather", self._plan.layer_bytes)
+            self._add_messages(found, moved, "all_gather", self._plan.layer_bytes)
         elif strategy.name == "stream":
             kept = strategy.resident(self._plan.group.rank, self._world_size, layers)
             moved = max(0, layers - kept - strategy.slots)
             found.to_card_s += self._to_card_s(moved * self._plan.layer_bytes)
         elif strategy.name == "pipeline" and self._world_size > 1:
             row_bytes = self._plan.architecture.hidden * self._plan.dtype.itemsize
-            found.link_s += micro_batches * self._link_s("send_recv", self._tokens * row_bytes)
+            size_bytes = self._tokens * row_bytes
+            self._add_messages(found, micro_batches, "send_recv", size_bytes)
         return found
+
+    def _add_messages(
+        self, found: PassTime, count: int, collective: str, size_bytes: float
+    ) -> None:
+        found.link_s += count * self._link_s(collective, size_bytes)
+        if self._on_cpu:
+            found.cores_s += count * self._rig.link().cores_s(collective, size_bytes)
 
     def _compute_s(self, micro_batches: int, backward: bool) -> float:
         recipe, a = self._plan.recipe, self._plan.architecture
@@ -165,13 +187,25 @@ class _Rank:
             work = layer_work(a, recipe.lora, policy, recipe.size.seq_len)
             flops += work.backward if backward else work.forward
         made = dequantisations(self._plan, micro_batches) * len(self._layers)
-        seconds = micro_batches * self._tokens * flops / self._gemm()
+        tokens = micro_batches * self._tokens
+        seconds = tokens * flops / self._gemm() + tokens * self._beside_gemms_s(backward)
         return seconds + self._dequantise_s(made * weight_bytes(self._plan))
+
+    def _beside_gemms_s(self, backward: bool) -> float:
+        """A token in all layers. Whether a layer is recomputed matters little: norms, rotary and
+        SwiGLU are made again under every policy.
+        """
+        known = self._card.layer_values_per_s
+        if known is None:
+            return 0.0
+        share = BACKWARD_SHARE if backward else 1 - BACKWARD_SHARE
+        return share * len(self._layers) * layer_values(self._plan.architecture) / known
 
     def _head_s(self, micro_batches: int) -> float:
         """All tokens count as targets. A streamed table is brought first, and nothing hides it."""
         plan = self._plan
-        seconds = micro_batches * self._tokens * head_flops(plan.architecture) / self._gemm()
+        known = self._card.head_flop_per_s or self._gemm()
+        seconds = micro_batches * self._tokens * head_flops(plan.architecture) / known
         seconds += self._dequantise_s(micro_batches * head_dequantised_bytes(plan))
         if plan.recipe.placement.head == "streamed":
             seconds += self._to_card_s(plan.table_bytes)
@@ -189,13 +223,23 @@ class _Rank:
                 found += boundary_bytes
         return found
 
+    def _add_sums(self, found: PassTime) -> None:
+        """Adapter gradients over all ranks, layer after layer."""
+        if self._sum_bytes():
+            self._add_messages(found, len(self._layers), self._sum_name(), self._sum_bytes())
+
     def _sum_s(self) -> float:
-        """One layer's adapter gradient, over all ranks."""
+        """Of the last layer, which nothing hides."""
+        return self._link_s(self._sum_name(), self._sum_bytes()) if self._sum_bytes() else 0.0
+
+    def _sum_name(self) -> str:
+        return "reduce_scatter" if self._plan.recipe.optim.shard else "all_reduce"
+
+    def _sum_bytes(self) -> int:
+        """Of a layer's adapter gradient; 0 where it has nobody to meet."""
         if self._world_size == 1 or self._plan.recipe.strategy.name == "pipeline":
-            return 0.0
-        collective = "reduce_scatter" if self._plan.recipe.optim.shard else "all_reduce"
-        size_bytes = trained.FP32_BYTES * self._layout.values
-        return self._link_s(collective, size_bytes)
+            return 0
+        return trained.FP32_BYTES * self._layout.values
 
     def update_s(self) -> float:
         """Of the optimizer, where the next forward does not hide it."""

@@ -48,6 +48,15 @@ def layer_work(a: Architecture, lora: LoraConfig, policy: str, seq_len: int) -> 
     return LayerWork(forward, backward + lora_a)
 
 
+def layer_values(a: Architecture) -> int:
+    """That a layer's forward writes for one token: both residuals and what their norms make; q, k,
+    v; attention's output; gate, up and their product. What is not a GEMM grows with them.
+    """
+    attention = a.heads * a.head_dim
+    qkv = attention + 2 * a.kv_heads * a.head_dim
+    return 4 * a.hidden + qkv + attention + 3 * int(a.config.intermediate_size)
+
+
 def head_flops(a: Architecture) -> float:
     """Of a token: its logits, and the gradient of what was projected."""
     return 2.0 * 2 * a.hidden * int(a.config.vocab_size)

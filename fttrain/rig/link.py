@@ -115,15 +115,20 @@ def _expected_s(samples: Sequence[Sample], size_bytes: int) -> float:
 def _measure(name: str, size_bytes: int, budget_s: float, group: Group) -> Sample:
     """The median of some runs: that of the rank that took longest."""
     trial = exchange.make(name, size_bytes, group)
-    warm_up_s = group.maximum(_once(trial, group))
+    warm_up_s = group.maximum(_once(trial, group)[0])
     times = [_once(trial, group) for _ in range(repetitions(warm_up_s, budget_s))]
-    return Sample(trial.size_bytes, group.maximum(statistics.median(times)))
+    seconds, cores_s = map(statistics.median, zip(*times, strict=True))
+    return Sample(trial.size_bytes, group.maximum(seconds), group.maximum(cores_s))
 
 
-def _once(trial: exchange.Exchange, group: Group) -> float:
-    """Seconds of one run, from when all ranks are ready until this one has its result."""
+def _once(trial: exchange.Exchange, group: Group) -> tuple[float, float]:
+    """Seconds of one run, from when all ranks are ready until this one has its result; and those
+    of the processor's cores, by all threads of this process.
+    """
     trial.reset()
     group.barrier()
+    busy_s = time.process_time()
     seconds = elapsed_s(lambda: trial.start().wait(), group.device)
+    busy_s = time.process_time() - busy_s
     _refuse_faults(trial.fault(), group)
-    return seconds
+    return seconds, busy_s

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,7 @@ def _measure(job: LinkJob, group: Group) -> dict[str, Any]:
         answer["wrong"] = str(error)
         return answer
     answer["samples"] = {
-        name: [[sample.size_bytes, sample.seconds] for sample in samples]
-        for name, samples in found.items()
+        name: [list(astuple(sample)) for sample in samples] for name, samples in found.items()
     }
     after = nvlink_bytes(group.device)
     answer["nvlink_bytes"] = None if before is None or after is None else after - before

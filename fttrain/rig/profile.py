@@ -10,7 +10,7 @@ nobody has measured is None: whoever needs it says so by name.
 import bisect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,9 @@ class CardProfile:
     # Of one rank, before its first tensor: context and communication buffers; of a CPU all that is
     # resident of a process with its libraries
     overhead_bytes: int | None = None
+    # Of real steps (fttrain/plan/trial.py). None: what is not a GEMM takes no time
+    layer_values_per_s: float | None = None  # as plan/work.py counts them: all but GEMMs
+    head_flop_per_s: float | None = None  # the head's GEMMs, the loss and its gradient included
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Sample:
 
     size_bytes: int  # of the whole tensor, as nccl-tests counts: all_gather's output, for example
     seconds: float  # median
+    cores_s: float = 0.0  # that it keeps the processor's cores busy, of the busiest rank
 
 
 @dataclass(frozen=True)
@@ -100,18 +104,25 @@ class LinkProfile:
 
         Raises UserError where it was not measured.
         """
+        return self._between(collective, size_bytes, lambda sample: sample.seconds)
+
+    def cores_s(self, collective: str, size_bytes: float) -> float:
+        """Of a processor's core, as ``seconds``: what a CPU cannot compute meanwhile."""
+        return self._between(collective, size_bytes, lambda sample: sample.cores_s)
+
+    def _between(self, collective: str, size_bytes: float, of: Callable[[Sample], float]) -> float:
         found = self.samples.get(collective, ())
         if not found:
             raise UserError(f"link {self.transport}: {collective} was not measured")
         sizes = [sample.size_bytes for sample in found]
         place = bisect.bisect_left(sizes, size_bytes)
         if place == 0:
-            return found[0].seconds
+            return of(found[0])
         if place == len(found):
-            return found[-1].seconds * size_bytes / found[-1].size_bytes
+            return of(found[-1]) * size_bytes / found[-1].size_bytes
         low, high = found[place - 1], found[place]
         share = (size_bytes - low.size_bytes) / (high.size_bytes - low.size_bytes)
-        return low.seconds + share * (high.seconds - low.seconds)
+        return of(low) + share * (of(high) - of(low))
 
 
 def algorithm_bytes_per_s(sample: Sample) -> float:

@@ -10,8 +10,8 @@ import tiny_strategy
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.plan import memory
-from fttrain.plan.time import StepTime, step_time
-from fttrain.plan.work import head_flops, layer_work, weight_bytes
+from fttrain.plan.time import StepTime, step_time, update_bytes
+from fttrain.plan.work import head_flops, layer_values, layer_work, weight_bytes
 from fttrain.rig.profile import (
     CardProfile,
     CopyRates,
@@ -121,3 +121,38 @@ def test_a_rate_that_is_missing_is_named() -> None:
         timed(recipe("replicate"), replace(known, cards=cards))
     with pytest.raises(UserError, match="no link"):
         timed(recipe("shard"), replace(known, links=()))
+
+
+def test_a_cpu_computes_sends_and_copies_one_after_the_other() -> None:
+    card = replace(rig(gemm=1e9).cards[0], kind="cpu", memory_bytes_per_s=1e6)
+    sent = {
+        name: (Sample(1, 1 / 1e8, 1 / 4e8), Sample(10**9, 1e9 / 1e8, 1e9 / 4e8))
+        for name in ("all_reduce", "all_gather", "send_recv")
+    }
+    on = replace(rig(gemm=1e9), cards=(card, card), links=(LinkProfile("gloo", "TCP", 2, sent),))
+    own = recipe("shard")
+    plan = memory.book(own, A, "cpu", [1 << 50] * 2)[0].plan
+    gathered_s = 2 * (LAYERS - 2) * plan.layer_bytes / 1e8
+    sum_s = 4 * trained.layout_of(plan).values / 1e8
+    cores_s = (gathered_s + LAYERS * sum_s) / 4
+    adapters_s = update_bytes(plan) * LAYERS / 1e6
+    found = step_time(memory.book(own, A, "cpu", [1 << 50] * 2), on)
+    assert found.seconds == pytest.approx(flops() / 1e9 + cores_s + sum_s + adapters_s)
+    assert found.limit == "compute"
+    host = recipe("stream")
+    copied_s = 2 * (LAYERS - 2) * plan.layer_bytes / 1e6
+    found = step_time(memory.book(host, A, "cpu", [1 << 50] * 2), on)
+    cores_s = copied_s + LAYERS * sum_s / 4
+    assert found.seconds == pytest.approx(flops() / 1e9 + cores_s + sum_s + adapters_s)
+
+
+@pytest.mark.parametrize("activations", ["recompute", "keep"])
+def test_what_is_no_gemm_takes_as_long_as_real_steps_say(activations: str) -> None:
+    known = rig(gemm=1e9)
+    cards = (replace(known.cards[0], layer_values_per_s=1e6, head_flop_per_s=1e8),) * 2
+    own = recipe("replicate", activations=activations)
+    tokens = ACCUMULATION * TOKENS
+    more_s = tokens * LAYERS * layer_values(A) / 1e6
+    more_s += tokens * head_flops(A) * (1 / 1e8 - 1 / 1e9)
+    found = timed(own, replace(known, cards=cards)).seconds
+    assert found == pytest.approx(timed(own, known).seconds + more_s)

@@ -1,14 +1,12 @@
 """The base of random bytes: its layers can be told apart, and their checksums are true."""
 
-import importlib
 import itertools
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fttrain.plan.random_base import RandomBase
 from fttrain.quant.checksum import checksum
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer, GroupShape
 from fttrain.quant.scheme import QuantConfig
@@ -23,24 +21,23 @@ FORMAT = FrozenFormat(
 
 
 @pytest.fixture
-def base(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    return importlib.import_module("harness.random_base").RandomBase(LAYERS, FORMAT)
+def base() -> RandomBase:
+    return RandomBase(LAYERS, FORMAT)
 
 
-def read(base: Any, layer: int) -> Tensor:
+def read(base: RandomBase, layer: int) -> Tensor:
     flat = torch.empty(FORMAT.layout.size_bytes, dtype=torch.uint8)
     base.read(layer, flat)
     return flat
 
 
-def test_a_layers_checksum_is_its_own(base: Any) -> None:
+def test_a_layers_checksum_is_its_own(base: RandomBase) -> None:
     flats = [read(base, layer) for layer in range(LAYERS)]
     assert [base.checksum(layer) for layer in range(LAYERS)] == [int(checksum(f)) for f in flats]
     assert len({base.checksum(layer) for layer in range(LAYERS)}) == LAYERS
 
 
-def test_layers_differ_in_every_packed_byte_and_nowhere_else(base: Any) -> None:
+def test_layers_differ_in_every_packed_byte_and_nowhere_else(base: RandomBase) -> None:
     one, other = (FORMAT.layout.views(read(base, layer)) for layer in (0, 254))
     for name in one:
         if name.endswith(".packed"):
@@ -53,7 +50,7 @@ def test_layers_differ_in_every_packed_byte_and_nowhere_else(base: Any) -> None:
 
 
 @pytest.mark.parametrize("parts", [2, 11])
-def test_a_layer_read_in_parts_is_the_layer(base: Any, parts: int) -> None:
+def test_a_layer_read_in_parts_is_the_layer(base: RandomBase, parts: int) -> None:
     size_bytes = FORMAT.layout.size_bytes
     cuts = [size_bytes * part // parts // 8 * 8 for part in range(parts)] + [size_bytes]
     found = torch.empty(size_bytes, dtype=torch.uint8)
@@ -62,7 +59,7 @@ def test_a_layer_read_in_parts_is_the_layer(base: Any, parts: int) -> None:
     assert torch.equal(found, read(base, 130))
 
 
-def test_an_end_does_not_depend_on_what_was_read_before(base: Any) -> None:
+def test_an_end_does_not_depend_on_what_was_read_before(base: RandomBase) -> None:
     head, again = torch.empty(2, 32, 64).unbind(0)
     base.read_end("head", head)
     base.read_end("embedding", again)

@@ -1,0 +1,35 @@
+"""``python -m fttrain.cli.trial_rank [key=value ...] FILE``: a rank's trial (``plan/trial.py``) of
+the configuration's model, written to FILE; ``fttrain measure`` starts it.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from fttrain.checkpoint.source import load_config, resolve
+from fttrain.config import compose
+from fttrain.errors import UserError
+from fttrain.launch import die_with_parent
+from fttrain.plan.trial import take
+from fttrain.rig.probe import set_up_rank
+from fttrain.run import recipe
+
+
+def main(overrides: Sequence[str], answer: str) -> int:
+    """Takes the trial; the exit code of the process."""
+    die_with_parent()
+    try:
+        config = compose(overrides)
+        device = set_up_rank(config.rig)
+        found = take(recipe(config), load_config(resolve(config.model)), device)
+    except UserError as error:
+        print(f"fttrain: error: {error}", file=sys.stderr)
+        return error.exit_code
+    Path(answer).write_text(json.dumps(asdict(found)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:-1], sys.argv[-1]))

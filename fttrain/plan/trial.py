@@ -1,0 +1,76 @@
+"""A few real steps of a small model of the same shape: what a layer and the head take on this
+device beside their GEMMs, and what a process takes before its first tensor.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fttrain.dist import Group
+from fttrain.model.decoder import Architecture
+from fttrain.plan.fake import full_batch
+from fttrain.plan.live import LiveBytes
+from fttrain.plan.memory import with_layers
+from fttrain.plan.random_base import RandomBase
+from fttrain.rig.probe import peak_host_bytes
+from fttrain.rig.timing import median_s
+from fttrain.schedule import ScheduleConfig
+from fttrain.strategy.build import Blueprint
+from fttrain.strategy.protocol import StrategyConfig
+from fttrain.strategy.recipe import Placement, Recipe
+
+LAYERS = 4
+MICRO_BATCHES = 2
+BUDGET_S = 6.0  # of each median; timing.py takes a few runs at least
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was measured. Seconds of one micro-batch."""
+
+    layer_s: float  # forward, recomputed, backward
+    head_s: float  # loss and its gradient, every token a target
+    overhead_bytes: int | None  # of host memory, of a process on the CPU; None elsewhere
+
+
+def recipe_of(recipe: Recipe) -> Recipe:
+    """``recipe``'s shapes, everything on the device and nothing that another rank is needed for."""
+    return replace(
+        recipe,
+        strategy=StrategyConfig("replicate"),
+        schedule=ScheduleConfig(),
+        placement=Placement(),
+        optim=replace(recipe.optim, offload=False, shard=False),
+        size=replace(recipe.size, gradient_accumulation_steps=MICRO_BATCHES),
+    )
+
+
+def take(recipe: Recipe, config: Any, device: torch.device) -> Trial:
+    """Of ``recipe_of(recipe)`` with a model of the shape of transformers' ``config``.
+
+    Ranks that share a device or a host take it at the same time.
+    """
+    recipe = recipe_of(recipe)
+    architecture = Architecture(with_layers(config, LAYERS))
+    dtype: torch.dtype = getattr(torch, recipe.dtype)
+    frozen_format = architecture.frozen_format(recipe.quant, dtype)
+    alone = Group(0, 1, 0, device)
+    with LiveBytes() as live:
+        blueprint = Blueprint(recipe, architecture, frozen_format, alone)
+        strategy = blueprint.build(RandomBase(LAYERS, frozen_format), lambda done, total: None)
+        _step(strategy, recipe, None)
+    overhead_bytes = peak_host_bytes() - live.peak if device.type == "cpu" else None
+    # With a single target there is next to nothing to do behind the layers.
+    layers_s = median_s(lambda: _step(strategy, recipe, 1), device, BUDGET_S)
+    whole_s = median_s(lambda: _step(strategy, recipe, None), device, BUDGET_S)
+    return Trial(
+        layers_s / (LAYERS * MICRO_BATCHES),
+        max(0.0, whole_s - layers_s) / MICRO_BATCHES,
+        overhead_bytes,
+    )
+
+
+def _step(strategy: Any, recipe: Recipe, targets: int | None) -> None:
+    batches = [full_batch(recipe.size, index, targets) for index in range(MICRO_BATCHES)]
+    strategy.train_step(batches, 0, recipe.optim.lr, lambda loss, norm: True)
