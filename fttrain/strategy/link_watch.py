@@ -63,8 +63,8 @@ class LinkWatch:
 
 
 def link_watch(group: Group, cache_dir: str | None) -> LinkWatch:
-    """One that knows the links as `fttrain measure` found them with as many cards, if it did. Of CPUs
-    it says nothing: what computes there carries the bytes, too, and whoever else is at work slows it.
+    """One that knows the links as `fttrain measure` found them with as many cards, if it did. Of
+    CPUs it says nothing: what computes there carries the bytes, too.
 
     ``cache_dir``: where the profile is, as frozen.cache_dir.
     """
