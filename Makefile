@@ -53,7 +53,7 @@ format: setup ## put the code into the format that lint asks for
 bench: setup ## run the benchmarks; figures go to outputs/bench/*.json
 	@mkdir -p outputs/bench
 	@found=0; for script in benchmarks/*.py; do \
-	  case "$$script" in *'*'*|*/gpu_*|*/fit70b.py|*/common.py) continue;; esac; \
+	  case "$$script" in *'*'*|*/gpu_*|*/fit70b.py|*/fit_plan.py|*/common.py) continue;; esac; \
 	  found=1; echo "== $$script"; \
 	  $(BIN)/python "$$script" --json "outputs/bench/$$(basename "$$script" .py).json" || exit 1; \
 	done; test $$found = 1 || { echo "no benchmarks in benchmarks/"; exit 1; }
@@ -74,6 +74,8 @@ gpu-check: setup ## run the tests and benchmarks that need a GPU; fails, and say
 	@echo "== fttrain measure"; $(BIN)/python -m fttrain measure output=outputs/measure $(LINK)
 	@echo "== benchmarks/fit70b.py"; \
 	  $(BIN)/python benchmarks/fit70b.py --longest --json outputs/bench/fit70b.json
+	@echo "== benchmarks/fit_plan.py"; $(BIN)/python benchmarks/fit_plan.py outputs/bench/fit70b.json \
+	  --rig outputs/measure/profile.json --json outputs/bench/fit_plan.json
 
 clean: ## delete .venv, caches and built files (outputs/ stays)
 	rm -rf $(VENV) dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

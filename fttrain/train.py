@@ -50,6 +50,7 @@ from fttrain.run import (
     save,
     wanted_snapshot,
 )
+from fttrain.strategy.link_watch import link_watch
 from fttrain.strategy.protocol import OutOfMemory, StepStats
 from fttrain.track import Trackers, open_trackers
 from fttrain.track.report import write_report
@@ -113,6 +114,7 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
     every, eval_every = run.config.checkpoint.every, run.config.loop.eval_every
     memory_every, first = run.config.track.memory_every, run.step
     watch = card_watch(run.group.device, run.config.frozen.cache_dir)
+    links = link_watch(run.group, run.config.frozen.cache_dir)
     while run.step < run.total_steps:
         lr = learning_rate(run.config.optim, run.step, run.total_steps)
         stats, step_s = take_step(run, lr)
@@ -124,7 +126,8 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
         if memory_every and (run.step % memory_every == 0 or run.step == run.total_steps):
             cards = gather_samples(run.group)
             trackers.log_memory(run.step, sample_memory(run), cards)
-            for line in watch.look(cards):
+            slow = links.look(run.group, stats.traffic)
+            for line in [*watch.look(cards), *([slow] if slow else [])]:
                 run.say(f"warning: step {run.step}: {line}")
         if eval_every and run.step % eval_every == 0 and run.step < run.total_steps:
             nll = evaluation.held_out_loss(run.strategy, _holdout(run))["nll"]

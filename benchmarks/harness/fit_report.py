@@ -67,9 +67,9 @@ def row(result: dict[str, Any]) -> list[str]:
     return [
         result["side"],
         "yes",
-        _gib(_highest(ranks, "reserved_bytes")),
-        _gib(_highest(ranks, "nvml_bytes")),
-        _gib(_highest(ranks, "nvml_card_bytes")),
+        _gib(highest(ranks, "reserved_bytes")),
+        _gib(highest(ranks, "nvml_bytes")),
+        _gib(highest(ranks, "nvml_card_bytes")),
         _gib(host_bytes(ranks)),
         f"{tokens_per_s(ranks):.0f}",
         f"{step_s:.2f}",
@@ -103,10 +103,10 @@ def longest(result: dict[str, Any]) -> int:
 
 def card_gib(ranks: list[dict[str, Any]]) -> float:
     """With what lies outside torch's allocator."""
-    nvml_bytes = _highest(ranks, "nvml_bytes")
+    nvml_bytes = highest(ranks, "nvml_bytes")
     if nvml_bytes is not None:
         return nvml_bytes / GIB
-    return (_highest(ranks, "reserved_bytes") or 0) / GIB + CONTEXT_GIB
+    return (highest(ranks, "reserved_bytes") or 0) / GIB + CONTEXT_GIB
 
 
 def _timed(rank: dict[str, Any]) -> list[dict[str, Any]]:
@@ -119,7 +119,8 @@ def _step_s(ranks: list[dict[str, Any]]) -> float:
     return float(max(means))
 
 
-def _highest(ranks: list[dict[str, Any]], name: str) -> int | None:
+def highest(ranks: list[dict[str, Any]], name: str) -> int | None:
+    """Of the ranks' figures of this ``name``; None where none has one."""
     values = [rank[name] for rank in ranks if rank[name] is not None]
     return max(values, default=None)
 

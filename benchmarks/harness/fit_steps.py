@@ -29,9 +29,7 @@ def build(job: dict[str, Any], group: Group, say: Say) -> Strategy:
 
     Raises UserError for a machine that is too small.
     """
-    recipe = _recipe(job)
-    # Where a row is longer than the model was made for, only the rotary angles are extrapolated.
-    architecture = Architecture(LlamaConfig(**job["shape"], max_position_embeddings=1 << 20))
+    recipe, architecture = recipe_of(job), architecture_of(job["shape"])
     frozen_format = architecture.frozen_format(recipe.quant, torch.bfloat16)
     blueprint = Blueprint(recipe, architecture, frozen_format, group)
 
@@ -42,7 +40,13 @@ def build(job: dict[str, Any], group: Group, say: Say) -> Strategy:
     return blueprint.build(RandomBase(architecture.layers, frozen_format), progress)
 
 
-def _recipe(job: dict[str, Any]) -> Recipe:
+def architecture_of(shape: dict[str, Any]) -> Architecture:
+    """Where a row is longer than the model was made for, rotary angles alone are extrapolated."""
+    return Architecture(LlamaConfig(**shape, max_position_embeddings=1 << 20))
+
+
+def recipe_of(job: dict[str, Any]) -> Recipe:
+    """What a job's strategy is built from."""
     strategy = StrategyConfig(**job["strategy"])
     return Recipe(
         strategy,

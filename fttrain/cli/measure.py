@@ -8,6 +8,7 @@ from fttrain import launch
 from fttrain.config import RunConfig
 
 if TYPE_CHECKING:
+    from fttrain.model.decoder import Architecture
     from fttrain.rig.measure import Disk, Work
 
 
@@ -24,9 +25,12 @@ def run(config: RunConfig, argv: list[str]) -> int:
     import torch
     from rich.console import Console
 
+    from fttrain.checkpoint.hub import SHAPES
     from fttrain.checkpoint.source import load_config, resolve
     from fttrain.dist import process_group
+    from fttrain.model.decoder import Architecture
     from fttrain.plan.calibrate import calibrate, python
+    from fttrain.plan.links import step_table
     from fttrain.rig.measure import measure
     from fttrain.rig.measure_report import tables, told, write_report
     from fttrain.rig.probe import set_up_rank
@@ -35,17 +39,13 @@ def run(config: RunConfig, argv: list[str]) -> int:
 
     started = time.monotonic()
     device = set_up_rank(config.rig)
-    work, disk = _work(config), _disk(config)
+    architecture = Architecture(load_config(resolve(config.model, SHAPES)))
+    work, disk = _work(config, architecture), _disk(config)
     # The ranks agree over gloo: the links that are measured may not work.
     with process_group(torch.device("cpu"), "gloo") as group:
         profile = measure(work, disk, group, device, config.rig.backend, config.rig.link_s)
-        profile = calibrate(
-            profile,
-            recipe(config),
-            load_config(resolve(config.model)),
-            group,
-            python("fttrain.cli.trial_rank", *argv[1:]),
-        )
+        trial = python("fttrain.cli.trial_rank", *argv[1:])
+        profile = calibrate(profile, recipe(config), architecture, group, trial)
         if group.is_main:
             kept = profile_path(group.world_size, config.frozen.cache_dir)
             output = Path(config.output)
@@ -54,26 +54,25 @@ def run(config: RunConfig, argv: list[str]) -> int:
             profile.save(kept)
             profile.save(output / "profile.json")
             console = Console()
-            for table in tables(profile, work):
+            over_links = step_table(recipe(config), architecture, profile)
+            printed = [*tables(profile, work), *([over_links] if over_links else [])]
+            for table in printed:
                 table.show(console)
             print(f"{told(profile, time.monotonic() - started)}\nprofile: {kept}")
-            print(f"report: {write_report(output, profile, work)}")
+            print(f"report: {write_report(output, profile, work, printed)}")
     return int(any(link.wrong for link in profile.links))
 
 
-def _work(config: RunConfig) -> "Work":
+def _work(config: RunConfig, architecture: "Architecture") -> "Work":
     """What the model makes a rig do, from its configuration alone."""
     import torch
 
-    from fttrain.checkpoint.source import load_config, resolve
     from fttrain.data.batch import ROW_MULTIPLE
-    from fttrain.model.decoder import Architecture
     from fttrain.model.layer_adapters import LayerAdapters
     from fttrain.rig.measure import Work
     from fttrain.units import round_up
 
     dtype = getattr(torch, config.model.dtype)
-    architecture = Architecture(load_config(resolve(config.model)))
     adapters = LayerAdapters(0, architecture.groups, config.lora, torch.device("meta"), dtype)
     tokens = round_up(config.loop.micro_batch_size * config.data.seq_len, ROW_MULTIPLE)
     return Work(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from fttrain.checkpoint.hub import SHAPES
 from fttrain.checkpoint.source import load_config, resolve
 from fttrain.config import compose
 from fttrain.errors import UserError
@@ -23,7 +24,7 @@ def main(overrides: Sequence[str], answer: str) -> int:
     try:
         config = compose(overrides)
         device = set_up_rank(config.rig)
-        found = take(recipe(config), load_config(resolve(config.model)), device)
+        found = take(recipe(config), load_config(resolve(config.model, SHAPES)), device)
     except UserError as error:
         print(f"fttrain: error: {error}", file=sys.stderr)
         return error.exit_code

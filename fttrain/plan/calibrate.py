@@ -27,12 +27,12 @@ LIMIT_S = 600.0  # that a trial may take before it counts as hanging
 def calibrate(
     profile: RigProfile,
     recipe: Recipe,
-    config: Any,
+    architecture: Architecture,
     group: Group,
     command: Sequence[str],
 ) -> RigProfile:
-    """``profile`` with what real steps of a small model like ``config``'s, transformers'
-    configuration, say of each card. Every rank of ``group`` calls it and gets the same.
+    """``profile`` with what real steps of a small model of ``architecture``'s shape say of
+    each card. Every rank of ``group`` calls it and gets the same.
 
     command: starts a process that takes the trial and writes what it was told to the file whose
         path is added to it. Where that fails it is told, and the card stays as it is.
@@ -48,7 +48,7 @@ def calibrate(
         if problem:
             _say(group, f"rank {rank}: no real steps could be timed: {problem}")
         else:
-            cards[rank] = calibrated(cards[rank], Trial(**figures), recipe, Architecture(config))
+            cards[rank] = calibrated(cards[rank], Trial(**figures), recipe, architecture)
     return replace(profile, cards=tuple(cards))
 
 

@@ -3,9 +3,10 @@
 import psutil
 import torch
 
+from fttrain.errors import UserError
 from fttrain.rig import machine
 from fttrain.rig.probe import ranks_a_device
-from fttrain.rig.profile import RigProfile
+from fttrain.rig.profile import RigProfile, kept_profile, load_profile
 from fttrain.units import GIB
 
 SAME = 0.02  # memory that differs by no more: what a kernel or a driver keeps for itself
@@ -17,6 +18,20 @@ Kind = tuple[str, int]  # name and memory of a rank's card
 def is_here(profile: RigProfile) -> bool:
     """Whether it was measured on this machine, or nowhere: one that is shipped."""
     return profile.measured is None or profile.measured.machine == machine.identity()
+
+
+def own_profile(cache_dir: str | None, ranks: int | None = None) -> RigProfile | None:
+    """What `fttrain measure` found on this machine (as ``kept_profile``); None where it did not, or
+    left what cannot be read any more: no reason to stop a run.
+    """
+    path = kept_profile(cache_dir, ranks)
+    try:
+        profile = None if path is None else load_profile(path)
+    except UserError:
+        return None
+    if profile is None or profile.measured is None or not is_here(profile):
+        return None
+    return profile
 
 
 def changes(profile: RigProfile) -> list[str]:

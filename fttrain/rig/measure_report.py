@@ -67,8 +67,10 @@ def tables(profile: RigProfile, work: Work) -> list[Table]:
     return found
 
 
-def write_report(folder: Path, profile: RigProfile, work: Work) -> Path:
-    """measure.md and its plot in ``folder``; returns the first."""
+def write_report(folder: Path, profile: RigProfile, work: Work, printed: Sequence[Table]) -> Path:
+    """measure.md and its plot in ``folder``; returns the first. ``printed``: the tables above that
+    of all sizes.
+    """
     assert profile.measured is not None
     versions = ", ".join(f"{name} {value}" for name, value in profile.measured.versions.items())
     parts = [
@@ -76,7 +78,7 @@ def write_report(folder: Path, profile: RigProfile, work: Work) -> Path:
         f"{versions}\n\nModel: {work.name}, micro-batches of {work.tokens:,} tokens. Rates are "
         "medians, GB and TFLOP of 1e9 and 1e12.\n"
     ]
-    parts += [table.markdown() for table in tables(profile, work)]
+    parts += [table.markdown() for table in printed]
     if any(link.samples for link in profile.links):
         parts.append(_sizes(profile, work).markdown())
         plot_links(folder / PLOT, profile.links)

@@ -1,10 +1,11 @@
 """How a card fares while it trains: power, temperature, clocks, what holds it back.
 
     sample  {"power_w": 341.2, "temperature_c": 78, "sm_clock_mhz": 1695, "memory_clock_mhz": 9501,
-             "throttle_reasons": 4, "pcie_generation": 4, "pcie_width": 16}
+             "throttle_reasons": 4, "throttled": 0, "pcie_generation": 4, "pcie_width": 16}
 
-``throttle_reasons`` are the driver's bits (nvml.h, nvmlClocksEventReason...). What the driver does
-not say of a card is left out; of a CPU nothing is known.
+``throttle_reasons`` are the driver's bits (nvml.h, nvmlClocksEventReason...), ``throttled`` whether
+one of ``THROTTLES`` is among them. What the driver does not say of a card is left out; of a CPU
+nothing is known.
 """
 
 import math
@@ -16,21 +17,11 @@ import pynvml
 import torch
 
 from fttrain.dist import Group
-from fttrain.errors import UserError
-from fttrain.rig.changes import is_here
+from fttrain.rig.changes import own_profile
 from fttrain.rig.nvml import ask, handle_of
-from fttrain.rig.profile import CardProfile, kept_profile, load_profile
+from fttrain.rig.profile import CardProfile
 
 GPU_SENSOR = pynvml.NVML_TEMPERATURE_GPU
-FIGURES: dict[str, Callable[[Any], float]] = {  # name -> what the driver is asked of a card
-    "power_w": lambda card: pynvml.nvmlDeviceGetPowerUsage(card) / 1e3,
-    "temperature_c": lambda card: pynvml.nvmlDeviceGetTemperature(card, GPU_SENSOR),
-    "sm_clock_mhz": lambda card: pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_SM),
-    "memory_clock_mhz": lambda card: pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_MEM),
-    "throttle_reasons": lambda card: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(card),
-    "pcie_generation": lambda card: pynvml.nvmlDeviceGetCurrPcieLinkGeneration(card),
-    "pcie_width": lambda card: pynvml.nvmlDeviceGetCurrPcieLinkWidth(card),
-}
 # A card at its power limit (SwPowerCap) is a card at work: it is written down, and no reason to
 # warn. These are faults of cooling or supply.
 THROTTLES = {
@@ -38,6 +29,18 @@ THROTTLES = {
     pynvml.nvmlClocksThrottleReasonSwThermalSlowdown: "it is too hot",
     pynvml.nvmlClocksThrottleReasonHwThermalSlowdown: "it is far too hot",
     pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown: "its power supply asks for less",
+}
+FIGURES: dict[str, Callable[[Any], float]] = {  # name -> what the driver is asked of a card
+    "power_w": lambda card: pynvml.nvmlDeviceGetPowerUsage(card) / 1e3,
+    "temperature_c": lambda card: pynvml.nvmlDeviceGetTemperature(card, GPU_SENSOR),
+    "sm_clock_mhz": lambda card: pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_SM),
+    "memory_clock_mhz": lambda card: pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_MEM),
+    "throttle_reasons": lambda card: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(card),
+    "throttled": lambda card: float(
+        any(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(card) & bit for bit in THROTTLES)
+    ),
+    "pcie_generation": lambda card: pynvml.nvmlDeviceGetCurrPcieLinkGeneration(card),
+    "pcie_width": lambda card: pynvml.nvmlDeviceGetCurrPcieLinkWidth(card),
 }
 
 
@@ -101,15 +104,8 @@ def card_watch(device: torch.device, cache_dir: str | None) -> CardWatch:
 
     ``cache_dir``: where the profile is, as frozen.cache_dir.
     """
-    path = kept_profile(cache_dir)
-    if device.type != "cuda" or path is None:
-        return CardWatch()
-    try:
-        profile = load_profile(path)
-    except UserError:  # of another version: no reason to stop a run
-        return CardWatch()
-    own = profile.measured is not None and is_here(profile)
-    return CardWatch(profile.cards if own else ())
+    profile = own_profile(cache_dir) if device.type == "cuda" else None
+    return CardWatch(profile.cards if profile else ())
 
 
 def _throttle(card: Mapping[str, float]) -> str:

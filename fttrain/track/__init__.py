@@ -42,9 +42,11 @@ def open_trackers(
     """
     trackers: list[Tracker] = [MetricsFile(Path(folder) / "metrics.jsonl", resumed_step, warn)]
     trackers.append(progress(total_steps, resumed_step))
+    charts: list[Tracker] = []
     if config.kind == "wandb":
-        trackers.append(WandbTracker(config, folder, run_config or {}, warn))
+        charts.append(WandbTracker(config, folder, run_config or {}, warn))
     memory = Path(folder) / "memory.jsonl"
     # One of an earlier start is cut to the resumed step even where nobody goes on with it.
     wanted = config.memory_every > 0 or memory.exists()
-    return Trackers(trackers, MetricsFile(memory, resumed_step, warn) if wanted else None)
+    samples = MetricsFile(memory, resumed_step, warn) if wanted else None
+    return Trackers([*trackers, *charts], samples, charts)

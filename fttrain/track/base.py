@@ -47,9 +47,16 @@ class Tracker(Protocol):
 class Trackers:
     """Several trackers as one; without any, it does nothing (what ranks other than 0 use)."""
 
-    def __init__(self, trackers: Sequence[Tracker] = (), memory: Tracker | None = None) -> None:
-        """``memory``: where samples of memory go, which are many and of no interest to the rest."""
-        self._trackers, self._memory = tuple(trackers), memory
+    def __init__(
+        self,
+        trackers: Sequence[Tracker] = (),
+        memory: Tracker | None = None,
+        charts: Sequence[Tracker] = (),
+    ) -> None:
+        """``memory``: where samples of memory and cards go as they are; ``charts``: those of
+        ``trackers`` that draw them, a figure a name. To the rest they are of no interest.
+        """
+        self._trackers, self._memory, self._charts = tuple(trackers), memory, tuple(charts)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Passes the metrics on."""
@@ -67,6 +74,9 @@ class Trackers:
         """
         if self._memory is not None:
             self._memory.log(step, {"ranks": ranks} | ({"cards": cards} if cards else {}))
+        named = _named("rank", ranks) | _named("card", cards)
+        for tracker in self._charts:
+            tracker.log(step, named)
 
     def finish(self) -> None:
         """Finishes each one, the first given first."""
@@ -74,6 +84,15 @@ class Trackers:
             tracker.finish()
         if self._memory is not None:
             self._memory.finish()
+
+
+def _named(what: str, samples: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Figures of each of several, such as ``card0/power_w``."""
+    return {
+        f"{what}{number}/{name}": figure
+        for number, sample in enumerate(samples)
+        for name, figure in sample.items()
+    }
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:

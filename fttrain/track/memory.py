@@ -13,6 +13,7 @@ from fttrain.track.metrics import read_metrics
 from fttrain.units import GIB
 
 Sample = tuple[int, list[dict[str, int]]]  # step; each rank's figures, in bytes
+CardSample = tuple[int, list[dict[str, float]]]  # step; the figures of each rank's card
 
 
 def memory_section(path: Path) -> str | None:

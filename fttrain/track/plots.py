@@ -1,12 +1,13 @@
 """The plots of report.md."""
 
+import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fttrain.track.memory import Sample
+from fttrain.track.memory import CardSample, Sample
 from fttrain.units import GIB
 
 SMOOTHING = 0.1  # weight of the newest loss in the smoothed line
@@ -15,6 +16,7 @@ DEVICE_LINES = {  # figure of a rank -> (how it is called, how it is drawn)
     "device_peak_bytes": ("peak of the allocator", "-"),
     "device_used_bytes": ("card, all programs", ":"),
 }
+CARD_PANELS = {"power_w": "power, W", "temperature_c": "temperature, °C"}
 HOST_LINES = {
     "host_resident_bytes": ("resident", "-"),
     "host_free_bytes": ("still free on its machine", ":"),
@@ -64,6 +66,24 @@ def plot_memory(path: Path, samples: Sequence[Sample]) -> None:
         panels[0].axhline(size_bytes / GIB, color="black", linestyle="--", label="size of a card")
     for axes in panels:
         axes.set_ylim(bottom=0)
+        axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def plot_cards(path: Path, samples: Sequence[CardSample]) -> None:
+    """One sample at least, all of as many cards: a panel for each figure, a line for each card, and
+    crosses where it throttled.
+    """
+    figure, panels = _panels(*CARD_PANELS.values())
+    steps = [step for step, _ in samples]
+    for axes, name in zip(panels, CARD_PANELS, strict=True):
+        for rank in range(len(samples[-1][1])):
+            values = [cards[rank].get(name, math.nan) for _, cards in samples]
+            axes.plot(steps, values, marker=".", color=f"C{rank}", label=f"rank {rank}")
+            hot = [i for i, (_, cards) in enumerate(samples) if cards[rank].get("throttled")]
+            if hot:
+                places, values = [steps[i] for i in hot], [values[i] for i in hot]
+                axes.plot(places, values, "x", color="black", label=f"rank {rank} throttled")
         axes.legend(fontsize="small")
     _save(figure, path)
 

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from fttrain.errors import UserError
+from fttrain.track.cards import cards_section
 from fttrain.track.memory import memory_section, read_samples
 from fttrain.track.metrics import read_metrics
 from fttrain.track.plots import plot_loss, plot_memory, plot_rate
@@ -69,6 +70,7 @@ def write_report(folder: Path | str) -> Path:
     if samples:
         plot_memory(plots / MEMORY_PLOT, samples)
         parts.append(f"## Memory over the steps\n\n![memory](plots/{MEMORY_PLOT})")
+    parts += cards_section(folder / "memory.jsonl", plots)
     memory = memory_section(folder / "memory.json")
     if memory is not None:
         parts.append(memory)

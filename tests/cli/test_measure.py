@@ -1,5 +1,6 @@
 """``fttrain measure`` on two ranks over gloo, as a user starts it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,8 @@ def test_two_ranks_leave_a_profile_and_a_report(tmp_path: Path) -> None:
 
     report = (output / "measure.md").read_text()
     assert all(f"gloo: {name}" in report for name in COLLECTIVES)
+    for strategy in ("replicate", "shard", "pipeline"):
+        assert re.search(rf"\| strategy={strategy} \| \d+\.\d\d\d \|", report)
     assert "![bus bandwidth over size](measure.png)" in report
     assert (output / "measure.png").read_bytes().startswith(b"\x89PNG")
     assert "1 of 1 links work" in done.stdout

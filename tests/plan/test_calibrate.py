@@ -19,6 +19,7 @@ from fttrain.rig.profile import CardProfile, HostProfile, RigProfile
 from fttrain.strategy.recipe import Recipe, StepSize
 
 CONFIG = tiny.model(num_hidden_layers=6).config
+A = Architecture(CONFIG)
 RECIPE = replace(tiny_strategy.variant(), size=StepSize(2, 64, 3))
 ALONE = Group(0, 1, 0, torch.device("cpu"))
 CARD = CardProfile("card", "cpu", 1 << 40, 1e9, 1e9, 1e30, overhead_bytes=7)
@@ -35,7 +36,7 @@ def test_a_plan_of_the_trials_own_steps_says_what_the_trial_measured() -> None:
     own = trial.recipe_of(RECIPE)
     per_layer = planned_s(own, 4, CARD) - planned_s(own, 3, CARD)
     found = Trial(1.5 * per_layer / trial.MICRO_BATCHES, 0.25, overhead_bytes=1000)
-    card = calibrated(CARD, found, RECIPE, Architecture(CONFIG))
+    card = calibrated(CARD, found, RECIPE, A)
     assert planned_s(own, 4, card) - planned_s(own, 3, card) == pytest.approx(1.5 * per_layer)
     whole_s = 4 * 1.5 * per_layer + trial.MICRO_BATCHES * 0.25
     assert planned_s(own, 4, card) == pytest.approx(whole_s)
@@ -43,7 +44,7 @@ def test_a_plan_of_the_trials_own_steps_says_what_the_trial_measured() -> None:
 
 
 def test_steps_as_fast_as_their_gemms_have_nothing_beside_them() -> None:
-    card = calibrated(CARD, Trial(1e-9, 0.0, None), RECIPE, Architecture(CONFIG))
+    card = calibrated(CARD, Trial(1e-9, 0.0, None), RECIPE, A)
     assert card == CARD
 
 
@@ -57,7 +58,7 @@ def test_real_steps_of_a_small_model() -> None:
 
 def test_a_trial_that_fails_leaves_the_card_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     command = python("fttrain.cli.trial_rank", "model=local", "model.path=/nowhere")
-    assert calibrate(RIG, RECIPE, CONFIG, ALONE, command) == RIG
+    assert calibrate(RIG, RECIPE, A, ALONE, command) == RIG
     said = capsys.readouterr().err
     assert "rank 0: no real steps could be timed: " in said
     assert "/nowhere" in said
@@ -67,5 +68,5 @@ def test_what_the_process_tells_is_taken(tmp_path: Path) -> None:
     told = '{"layer_s": 1.0, "head_s": 2.0, "overhead_bytes": 3}'
     script = tmp_path / "told.py"
     script.write_text(f"import sys; open(sys.argv[1], 'w').write({told!r})")
-    found = calibrate(RIG, RECIPE, CONFIG, ALONE, ["python3", str(script)])
-    assert found.cards == (calibrated(CARD, Trial(1.0, 2.0, 3), RECIPE, Architecture(CONFIG)),)
+    found = calibrate(RIG, RECIPE, A, ALONE, ["python3", str(script)])
+    assert found.cards == (calibrated(CARD, Trial(1.0, 2.0, 3), RECIPE, A),)

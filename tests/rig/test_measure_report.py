@@ -48,7 +48,7 @@ def profile() -> RigProfile:
 def test_the_report_says_what_a_link_saves_and_which_is_wrong(
     profile: RigProfile, tmp_path: Path
 ) -> None:
-    text = write_report(tmp_path, profile, WORK).read_text()
+    text = write_report(tmp_path, profile, WORK, tables(profile, WORK)).read_text()
     assert (
         "default (P2P/CUMEM over NVLink) saves at most 12.0% of a step with strategy=replicate "
         "beside no_p2p (SHM/direct/direct)." in text
@@ -64,10 +64,8 @@ def test_the_report_says_what_a_link_saves_and_which_is_wrong(
 
 def test_a_single_rank_has_no_links(profile: RigProfile, tmp_path: Path) -> None:
     alone = RigProfile("card", profile.cards[:1], profile.host, (), profile.measured)
-    titles = [table.title for table in tables(alone, WORK)]
-    assert titles == ["Cards", "Copies", "Host"]
-    assert (
-        "| between host and card | not available |"
-        in write_report(tmp_path, alone, WORK).read_text()
-    )
+    printed = tables(alone, WORK)
+    assert [table.title for table in printed] == ["Cards", "Copies", "Host"]
+    text = write_report(tmp_path, alone, WORK, printed).read_text()
+    assert "| between host and card | not available |" in text
     assert [file.name for file in tmp_path.iterdir()] == ["measure.md"]

@@ -71,10 +71,14 @@ def test_figures_have_their_units_and_unknown_ones_are_left_out(
         "power_w": 341.2,
         "temperature_c": 78,
         "sm_clock_mhz": 1695,
-        "throttle_reasons": 4,
+        "throttle_reasons": 4,  # its power limit
+        "throttled": 0,
         "pcie_generation": 4,
         "pcie_width": 8,
     }
+    hot = pynvml.nvmlClocksThrottleReasonHwThermalSlowdown | 4
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda card: hot)
+    assert telemetry.sample(torch.device("cuda", 0))["throttled"] == 1
 
 
 def test_a_card_that_throttles_is_named_once() -> None:

@@ -1,0 +1,110 @@
+"""What a link means: seconds of a step over each one that was measured, by the plan's own model of
+time.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from fttrain.errors import UserError
+from fttrain.model.decoder import Architecture
+from fttrain.plan import memory
+from fttrain.plan.choose import room_bytes
+from fttrain.plan.memory import Booked
+from fttrain.plan.time import step_time
+from fttrain.rig.measure_report import Table
+from fttrain.rig.profile import LinkProfile, RigProfile
+from fttrain.schedule import ScheduleConfig
+from fttrain.strategy.protocol import SCHEDULES, StrategyConfig
+from fttrain.strategy.recipe import Recipe
+
+COMPARED = ("replicate", "shard", "pipeline")  # beside the configured one
+
+
+@dataclass(frozen=True)
+class StrategySteps:
+    """A strategy's step over each of some links."""
+
+    strategy: str
+    seconds: tuple[float | None, ...]  # None: a link that lacks what the strategy does
+    fits: bool  # as far as its books go
+
+
+def steps(
+    recipe: Recipe, architecture: Architecture, rig: RigProfile, links: Sequence[LinkProfile]
+) -> list[StrategySteps]:
+    """The configured strategy first; those that cannot be booked for ``rig`` are left out."""
+    found = []
+    for own in _recipes(recipe):
+        rooms = [room_bytes(card) for card in rig.cards]
+        try:
+            booked = memory.book(own, architecture, rig.cards[0].kind, rooms)
+        except UserError:
+            continue
+        taken = (memory.books(one).booked_bytes for one in booked)
+        fits = all(size <= room for size, room in zip(taken, rooms, strict=True))
+        alone = (replace(rig, links=(link,)) for link in links)
+        seconds = tuple(_seconds(booked, over) for over in alone)
+        found.append(StrategySteps(own.strategy.name, seconds, fits))
+    return found
+
+
+def step_table(recipe: Recipe, architecture: Architecture, rig: RigProfile) -> Table | None:
+    """For people; None where no link was measured, or nothing can be said of any."""
+    links = [link for link in rig.links if not link.wrong]
+    found = steps(recipe, architecture, rig, links) if links else []
+    rows = [
+        [
+            f"strategy={one.strategy}" + ("" if one.fits else " (does not fit)"),
+            *("-" if second is None else f"{second:.3f}" for second in one.seconds),
+        ]
+        for one in found
+        if any(one.seconds)
+    ]
+    if not rows:
+        return None
+    size = recipe.size
+    below = (
+        f"As `fttrain plan` reckons: {size.gradient_accumulation_steps} micro-batches of "
+        f"{size.micro_batch_size} rows of {size.seq_len:,} tokens a rank, the other settings as "
+        "configured. What compute hides takes no time."
+    )
+    return Table(
+        "A step over each link",
+        ["seconds a step", *(link.transport for link in links)],
+        rows,
+        "\n".join([below, *_savings(found, links)]),
+    )
+
+
+def _recipes(recipe: Recipe) -> Iterator[Recipe]:
+    if recipe.strategy.name in SCHEDULES:
+        yield recipe
+    for name in COMPARED:
+        kind = SCHEDULES[name]
+        if name == recipe.strategy.name or (name == "pipeline" and recipe.optim.shard):
+            continue
+        group = recipe.schedule.group if kind == recipe.schedule.kind else "all"
+        yield replace(recipe, strategy=StrategyConfig(name), schedule=ScheduleConfig(group, kind))
+
+
+def _seconds(booked: Sequence[Booked], rig: RigProfile) -> float | None:
+    try:
+        return step_time(booked, rig).seconds
+    except UserError:
+        return None
+
+
+def _savings(found: Sequence[StrategySteps], links: Sequence[LinkProfile]) -> list[str]:
+    """What the link as it comes saves beside each slower one."""
+    usual, *others = links
+    lines = []
+    for one in (one for one in found if one.fits):
+        first_s, *others_s = one.seconds
+        for other, second in zip(others, others_s, strict=True):
+            if first_s is not None and second is not None and second > first_s:
+                saved = (second - first_s) / second
+                lines.append(
+                    f"{usual.transport} ({usual.seen}) saves {saved:.1%} of a step of "
+                    f"strategy={one.strategy} beside {other.transport} ({other.seen})."
+                )
+    return lines
