@@ -19,6 +19,7 @@ from fttrain.plan.rigs import MEASURED, find_rig
 from fttrain.rig.profile import RigProfile, profile_path
 from fttrain.run import recipe
 from fttrain.schedule import ScheduleConfig
+from fttrain.strategy.build import silent
 from fttrain.strategy.protocol import StrategyConfig
 from fttrain.track import counting, read_metrics
 from fttrain.track import plan as track_plan
@@ -104,7 +105,8 @@ def _foretold(config: RunConfig, ranks: int) -> Plan | None:
 
 
 def _answer(config: RunConfig, question: Question) -> Answer:
-    return answer(question, config.frozen.cache_dir, counting("planning"))
+    show = counting if config.left_open else silent  # of many candidates, or of one
+    return answer(question, config.frozen.cache_dir, show("planning"))
 
 
 def _question(config: RunConfig, rig: RigProfile) -> Question:
