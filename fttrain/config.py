@@ -34,7 +34,7 @@ from fttrain.quant.scheme import QuantConfig
 from fttrain.rig.probe import RigConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.secrets import is_secret, redact
-from fttrain.strategy.protocol import PLANNED, StrategyConfig
+from fttrain.strategy.protocol import AUTO, PLANNED, StrategyConfig
 from fttrain.strategy.recipe import Placement, check_together
 from fttrain.track import TrackConfig
 
@@ -57,6 +57,7 @@ class RunConfig:
     launch: LaunchConfig
     track: TrackConfig
     # recompute (only a layer's input is saved) | keep | offload (to the host), or a list by layer
+    # | auto: the fastest of the three that fits
     activations: str | tuple[str, ...]
     boundaries: str  # inputs of layers until their backward: device | host
     embedding: str  # the embedding table: device | host
@@ -94,10 +95,17 @@ class RunConfig:
 
     @property
     def placement(self) -> Placement:
-        """Where a step keeps what is not the frozen layers."""
-        return Placement(
-            self.activations, self.boundaries, self.embedding, self.head, self.mlp_tile_tokens
-        )
+        """Where a step keeps what is not the frozen layers; what is still to be chosen starts from
+        recompute.
+        """
+        kept = "recompute" if self.activations == AUTO else self.activations
+        return Placement(kept, self.boundaries, self.embedding, self.head, self.mlp_tile_tokens)
+
+    @property
+    def left_open(self) -> tuple[str, ...]:
+        """What the planner is to choose: strategy, activations, both or nothing."""
+        asked = {"strategy": self.strategy.name, "activations": self.activations}
+        return tuple(name for name, value in asked.items() if value == AUTO)
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:

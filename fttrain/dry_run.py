@@ -18,6 +18,7 @@ from fttrain.data.excerpt import Excerpt
 from fttrain.dist import process_group
 from fttrain.instruments import memory_uses, show_fullest
 from fttrain.optim.config import learning_rate
+from fttrain.planned import settle
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank
 from fttrain.run import Run, build
@@ -60,6 +61,7 @@ def dry_run(config: RunConfig) -> int:
     Raises UserError where the run would.
     """
     device = set_up_rank(config.rig)
+    config, _ = settle(config)
     source, tokenizer, dataset = prepare_inputs(config)
     excerpt = Excerpt(dataset.train, config.dry_run, config.loop.seed)
     with process_group(device, config.rig.backend) as group:

@@ -17,8 +17,9 @@ from fttrain.evaluation import Evaluation
 from fttrain.loop import SpikeGuard
 from fttrain.model.attention_op import kernel_name
 from fttrain.peers import uncut
+from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.build import build_strategy, silent
-from fttrain.strategy.protocol import OutOfMemory, Strategy
+from fttrain.strategy.protocol import AUTO, OutOfMemory, Strategy, StrategyConfig
 from fttrain.strategy.recipe import Recipe, StepSize
 from fttrain.track import counting
 
@@ -48,14 +49,16 @@ class Run:
 
 
 def recipe(config: RunConfig) -> Recipe:
-    """What a strategy is built from."""
-    loop = config.loop
+    """What a strategy is built from; what is still to be chosen starts from ``replicate``."""
+    loop, strategy, schedule = config.loop, config.strategy, config.schedule
+    if strategy.name == AUTO:
+        strategy, schedule = StrategyConfig(), ScheduleConfig()
     return Recipe(
-        config.strategy,
+        strategy,
         config.quant,
         config.lora,
         config.optim,
-        config.schedule,
+        schedule,
         config.placement,
         config.frozen,
         StepSize(loop.micro_batch_size, config.data.seq_len, loop.gradient_accumulation_steps),
@@ -76,8 +79,9 @@ def build(
 ) -> Run:
     """Load the frozen base and make everything a run needs, at its start.
 
-    ``rows``: to train on; None: the data set's.
+    ``config``: nothing is left open. ``rows``: to train on; None: the data set's.
     """
+    assert not config.left_open
     show = counting if group.is_main else silent
     strategy, cache = build_strategy(recipe(config), source, group, show)
     loop = config.loop

@@ -1,8 +1,8 @@
 """The training loop, as one would describe it.
 
-Prepare the data before the ranks meet; load the frozen base; measure it on what is held out; take
-the steps, judging each loss before it becomes an update and saving on the way; measure again; leave
-the adapter and a report.
+Choose what is left open, and prepare the data, before the ranks meet; load the frozen base; measure
+it on what is held out; take the steps, judging each loss before it becomes an update and saving on
+the way; measure again; leave the adapter and a report.
 """
 
 import time
@@ -37,6 +37,7 @@ from fttrain.instruments import sample_memory, tell_memory
 from fttrain.loop import StopSignals
 from fttrain.optim.config import learning_rate
 from fttrain.peers import uncut
+from fttrain.planned import keep, note_measured, settle
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank
 from fttrain.rig.telemetry import card_watch, gather_samples
@@ -65,18 +66,20 @@ def train(config: RunConfig) -> int:
     runs away.
     """
     device = set_up_rank(config.rig)
+    config, plan = settle(config)
     source, tokenizer, dataset = prepare_inputs(config)
     output = Path(config.output)
     is_main = rank_from_environment()[0] == 0
     claim = claim_output(output, config.resume) if is_main else nullcontext()
     with claim, StopSignals() as signals, process_group(device, config.rig.backend) as group:
         run = build(config, group, output, source, tokenizer, dataset)
-        _start(run)
+        _start(run, plan)
         with _trackers(run) as trackers:
             stopped = _take_steps(run, trackers, signals)
         if not stopped:
             _finish(run, source)
         if group.is_main:
+            note_measured(output)
             print(f"report: {write_report(output)}")
         return signals.exit_code if stopped else 0
 
@@ -93,7 +96,7 @@ def prepare_inputs(config: RunConfig) -> tuple[Source, Any, Dataset]:
     return source, tokenizer, prepare(config.data, tokenizer, tokenizer_id)
 
 
-def _start(run: Run) -> None:
+def _start(run: Run, plan: dict[str, Any] | None) -> None:
     """Say what is about to happen, measure the base and go on from a snapshot, if there is one.
 
     A snapshot that does not fit is refused before anything is measured or written.
@@ -101,6 +104,7 @@ def _start(run: Run) -> None:
     found = wanted_snapshot(run)
     if run.group.is_main:
         (run.output / "config.yaml").write_text(to_yaml(run.config))
+        keep(run.output, plan, found[1].step if found else 0)
         describe(run)
     run.figures = Evaluation.read(run.output)
     if run.figures.base is None and len(run.dataset.holdout):

@@ -171,7 +171,6 @@ WRONG = {
     "experiment=dmo": "did you mean demo?",
     "loop={epochs:3}": "no such option",
     "strategy=deepspeed": "strategy=deepspeed: not available yet; available: replicate, shard",
-    "strategy=auto": "strategy=auto: not available yet",
     "strategy=shrad": "strategy=shrad: no such option; did you mean shard?",
     "strategy.name=pipeline": "strategy=pipeline with schedule=grouped: they do not go together",
     "strategy.resident_layers=4": "strategy.resident_layers and strategy.slots belong to",

@@ -53,11 +53,14 @@ def _evaluate(config: RunConfig) -> int:
     from fttrain.data.samples import holdout_samples
     from fttrain.dist import process_group, rank_from_environment
     from fttrain.evaluation import Answer, Evaluation, answer, held_out_loss
+    from fttrain.planned import settle
     from fttrain.rig.probe import set_up_rank
     from fttrain.run import recipe
     from fttrain.strategy.build import build_strategy
 
     device = set_up_rank(config.rig)
+    if config.left_open:  # as the command line may say
+        config, _ = settle(config)
     output = Path(config.output)
     adapter, _ = load_adapter(_adapter_folder(output))
     tokenizer, tokenizer_id = load_tokenizer(config.model)

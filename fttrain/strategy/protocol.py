@@ -20,7 +20,8 @@ SCHEDULES = {
     "stream": "grouped",
     "pipeline": "one_f_one_b",
 }
-PLANNED = ("deepspeed", "auto")
+AUTO = "auto"  # the planner chooses, before anything is built; no strategy of its own
+PLANNED = ("deepspeed",)
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class StrategyConfig:
 
     # replicate: whole on each rank | shard: a part of each layer on each rank, gathered before use
     # | stream: in host memory, copied before use | pipeline: some layers on each rank
+    # | auto: the fastest of these that fits, with its schedule and split of a step's rows
     name: str = "replicate"
     # stream: layers that stay on the device: a number | all | a list with a number for each rank
     resident_layers: int | str | tuple[int, ...] = 0
@@ -39,8 +41,8 @@ class StrategyConfig:
             raise UserError(
                 f"strategy={self.name}: not available yet; available: {', '.join(SCHEDULES)}"
             )
-        if self.name not in SCHEDULES:
-            raise UserError(f"strategy={self.name}: {', '.join(SCHEDULES)}")
+        if self.name not in (*SCHEDULES, AUTO):
+            raise UserError(f"strategy={self.name}: {', '.join((*SCHEDULES, AUTO))}")
         if self.name != "stream" and (self.resident_layers, self.slots) != (0, 2):
             raise UserError(
                 f"strategy={self.name}: strategy.resident_layers and strategy.slots belong to "

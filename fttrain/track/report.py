@@ -8,6 +8,7 @@ evaluation.json   {"base": {"nll", "tokens"}, "tuned": {"nll", "tokens"},
                    "history": [{"step", "nll"}], "samples": [{"prompt", "reference", "before",
                    "after"}]}; nll in nats per token
 config.yaml       names of model and data
+plan.json         see track/plan.py
 """
 
 import json
@@ -23,6 +24,7 @@ from fttrain.errors import UserError
 from fttrain.track.cards import cards_section
 from fttrain.track.memory import memory_section, read_samples
 from fttrain.track.metrics import read_metrics
+from fttrain.track.plan import plan_section
 from fttrain.track.plots import plot_loss, plot_memory, plot_rate
 from fttrain.units import duration, gib
 
@@ -58,6 +60,9 @@ def write_report(folder: Path | str) -> Path:
     plots.mkdir(exist_ok=True)
     parts = [f"# {folder.resolve().name}", _status(folder, lines, evaluation)]
     parts.append(_table(_summary(folder, lines, evaluation)))
+    planned = plan_section(folder, lines)
+    if planned is not None:
+        parts.append(planned)
     losses, rates = _series(lines, "loss"), _series(lines, "tokens_per_s")
     heldout = _heldout(lines, evaluation)
     if losses or heldout:

@@ -35,7 +35,7 @@ def test_a_list_names_every_rank(world_size: int) -> None:
     [
         (("zero",), r"strategy=zero: replicate, shard, stream, pipeline"),
         (("deepspeed",), r"strategy=deepspeed: not available yet; available: replicate, shard"),
-        (("auto",), r"strategy=auto: not available yet"),
+        (("auto", 2), r"strategy=auto: strategy.resident_layers and .* belong to strategy=stream"),
         (
             ("shard", 2),
             r"strategy=shard: strategy.resident_layers and .* belong to strategy=stream",

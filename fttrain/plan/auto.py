@@ -1,0 +1,163 @@
+"""What ``strategy=auto`` and ``activations=auto`` become, and what is foretold of a run.
+
+An answer is kept in the cache: it is made once, and all ranks, a dry run, the run after it and the
+same run as it goes on take the same one.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from fttrain.checkpoint.durable import write_json
+from fttrain.data.cache import cache_root, load_or_build
+from fttrain.errors import UserError
+from fttrain.model.decoder import Architecture
+from fttrain.plan.choose import Progress, Verdict, candidates, choose, judge
+from fttrain.plan.table import as_json, summary
+from fttrain.rig.profile import RigProfile
+from fttrain.strategy.recipe import Recipe
+
+_FILE = "answer.json"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is planned, and for which rig."""
+
+    model: str  # for messages
+    recipe: Recipe  # the configuration's
+    architecture: Architecture
+    rig: RigProfile
+    left_open: tuple[str, ...]  # as ``RunConfig.left_open``
+    steps: int | None = None  # of the whole run, None: not known
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The candidate to run, as plain values."""
+
+    settings: dict[str, Any]  # of a RunConfig, what a candidate changes: name -> value
+    summary: str  # in one line; empty: it does not fit
+    problem: str  # why it does not fit; empty: it does
+    plan: dict[str, Any]  # content of the run's plan.json, see track/plan.py
+
+
+def ranked(question: Question, progress: Progress) -> list[Verdict]:
+    """Candidates that are as configured but for what is left open; the fastest that fits first,
+    then those that do not fit, by what they lack.
+
+    Raises UserError for a rate that the rig's profile lacks.
+    """
+    recipe, architecture, rig = question.recipe, question.architecture, question.rig
+    kept = recipe.placement.activations
+    if "strategy" in question.left_open:
+        found = choose(recipe, architecture, rig, progress)
+        if "activations" in question.left_open:
+            return found
+        return [verdict for verdict in found if verdict.recipe.placement.activations == kept]
+    placements = [recipe.placement]
+    if "activations" in question.left_open:
+        placements = list(dict.fromkeys(c.placement for c in candidates(recipe, 1)))
+    found = []
+    for done, placement in enumerate(placements, start=1):
+        found.append(judge(replace(recipe, placement=placement), architecture, rig))
+        progress(done, len(placements))
+    return sorted(found, key=_rank)
+
+
+def _rank(verdict: Verdict) -> tuple[bool, bool, float]:
+    """As ``choose`` ranks."""
+    figure = -verdict.tokens_per_s if verdict.fits else verdict.missing_bytes
+    return not verdict.fits, not verdict.memory, figure
+
+
+def answer(question: Question, cache_dir: str | None, progress: Progress) -> Answer:
+    """The first of ``ranked``, from the cache where the same was asked before.
+
+    Any number of ranks may ask at once: one plans, the others wait. ``cache_dir``: as
+    frozen.cache_dir. Raises UserError for a rate that the rig's profile lacks.
+    """
+
+    def write(folder: Path) -> None:
+        write_json(folder / _FILE, asdict(_answer(question, progress)))
+
+    folder = load_or_build(
+        cache_root(cache_dir), _key(question), write, kind="plans", setting="frozen.cache_dir"
+    )
+    return Answer(**json.loads((folder / _FILE).read_bytes()))
+
+
+def check_fits(question: Question, found: Answer) -> None:
+    """Raises UserError, with the figures, where nothing of what is left open fits."""
+    if found.problem:
+        asked = " ".join(f"{name}=auto" for name in question.left_open)
+        raise UserError(
+            f"{asked}: {question.model} does not fit {question.rig.name}; nearest is "
+            f"{found.plan['ran']}: {found.problem}"
+        )
+
+
+def _answer(question: Question, progress: Progress) -> Answer:
+    verdicts = ranked(question, progress)
+    best = verdicts[0]
+    plan = as_json(verdicts, question.rig, question.model)
+    plan["ran"] = best.settings
+    ours = next(c for c in plan["candidates"] if c["settings"] == best.settings)
+    ours["predicted"] = _predicted(best, question.rig)
+    said = summary(best, question.steps) if best.fits else ""
+    return Answer(_settings(best.recipe), said, best.reason, plan)
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "strategy": asdict(recipe.strategy),
+        "schedule": asdict(recipe.schedule),
+        "activations": recipe.placement.activations,
+        "boundaries": recipe.placement.boundaries,
+        "loop": {
+            "micro_batch_size": recipe.size.micro_batch_size,
+            "gradient_accumulation_steps": recipe.size.gradient_accumulation_steps,
+        },
+    }
+
+
+def _predicted(verdict: Verdict, rig: RigProfile) -> dict[str, float]:
+    """What metrics.jsonl will say, under the names that it has there; what is not known is left
+    out: on a CPU, for one, what a process takes before its first tensor.
+    """
+    if verdict.time is None:
+        return {}
+    found: dict[str, float] = {
+        "step_s": verdict.time.seconds,
+        "tokens_per_s": verdict.time.tokens_per_s,
+    }
+    # A rank's resident memory has what it shares with others, too.
+    host = [sum(own.host.values()) + sum(own.shared.values()) for own in verdict.memory]
+    if rig.cards[0].kind != "cpu":
+        found["peak_device_bytes"] = max(own.device_bytes for own in verdict.memory)
+        found["peak_host_bytes"] = max(host)
+        return found
+    before = [card.overhead_bytes for card in rig.cards]
+    if None not in before:
+        found["peak_host_bytes"] = max(
+            own.device_bytes + own_host + (first or 0)
+            for own, own_host, first in zip(verdict.memory, host, before, strict=True)
+        )
+    return found
+
+
+def _key(question: Question) -> str:
+    """Changes with everything that an answer depends on, this program's own text included."""
+    text = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        text.update(file.read_bytes())
+    shape = question.architecture.config.to_json_string(use_diff=False)
+    asked = (question.model, question.recipe, question.rig, question.left_open, question.steps)
+    versions = (torch.__version__, transformers.__version__)
+    meaning = repr((text.hexdigest(), shape, asked, versions))
+    return hashlib.sha256(meaning.encode()).hexdigest()[:32]

@@ -1,0 +1,133 @@
+"""The planner's part in a run: what is left open is chosen before anything is loaded, and what was
+predicted is kept in plan.json, beside what was measured.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fttrain import schema
+from fttrain.checkpoint import durable
+from fttrain.checkpoint.hub import SHAPES
+from fttrain.checkpoint.source import check_length, load_config, resolve
+from fttrain.config import RunConfig
+from fttrain.dist import rank_from_environment
+from fttrain.errors import UserError
+from fttrain.model.decoder import Architecture
+from fttrain.plan.auto import Answer, Question, answer, check_fits
+from fttrain.plan.rigs import MEASURED, find_rig
+from fttrain.rig.profile import RigProfile, profile_path
+from fttrain.run import recipe
+from fttrain.schedule import ScheduleConfig
+from fttrain.strategy.build import silent
+from fttrain.strategy.protocol import StrategyConfig
+from fttrain.track import counting, read_metrics
+from fttrain.track import plan as track_plan
+
+Plan = dict[str, Any]  # content of plan.json
+
+
+def settle(config: RunConfig) -> tuple[RunConfig, Plan | None]:
+    """``config`` with nothing left open, and on rank 0 the run's plan; None where no profile of
+    its rig is there.
+
+    Every rank calls it, before there is a process group: a plan makes one of its own, of ranks
+    that do not exist. Of the model at most config.json is downloaded. Raises UserError where
+    something is left open and there is no profile, it has another number of cards, or nothing fits.
+    """
+    rank, world_size, _ = rank_from_environment()
+    if not config.left_open:
+        return config, _foretold(config, world_size) if rank == 0 else None
+    asked = " ".join(f"{name}=auto" for name in config.left_open)
+    try:
+        rig = find_rig(config.rig.profile, config.frozen.cache_dir)
+    except UserError as error:
+        raise UserError(f"{asked} needs a rig's profile: {error}") from None
+    if len(rig.cards) != world_size:
+        raise UserError(
+            f"{asked}: rig.profile={config.rig.profile} has {len(rig.cards)} card(s), the run "
+            f"{world_size} rank(s); as many ranks help, or `fttrain measure "
+            f"launch.processes={world_size}`"
+        )
+    question = _question(config, rig)
+    found = _answer(config, question)
+    check_fits(question, found)
+    if rank == 0:
+        print(f"{asked}: {found.summary}", flush=True)
+    return _applied(config, found.settings), found.plan
+
+
+def keep(output: Path, plan: Plan | None, step: int) -> None:
+    """Writes plan.json of a run that starts, or goes on, after ``step``. Without a ``plan`` that of
+    an earlier start goes: it may speak of other settings.
+    """
+    path, before = output / track_plan.FILE, track_plan.read_plan(output)
+    if plan is not None:
+        same = before is not None and before["ran"] == plan["ran"]
+        since_step = before["since_step"] if before is not None and same else step
+        _write(path, {**plan, "since_step": since_step})
+    elif before is not None:
+        path.unlink()
+
+
+def note_measured(output: Path) -> None:
+    """Writes what the run took beside what was predicted, if anything was."""
+    plan = track_plan.read_plan(output)
+    if plan is None:
+        return
+    lines = read_metrics(output / "metrics.jsonl")
+    track_plan.candidate(plan)["measured"] = track_plan.measured(lines, plan["since_step"])
+    _write(output / track_plan.FILE, plan)
+
+
+def _foretold(config: RunConfig, ranks: int) -> Plan | None:
+    """The plan of settings that are all given; a warning where they do not fit: the stores' own
+    refusals are exact, so the run goes on.
+    """
+    cache_dir, profile = config.frozen.cache_dir, config.rig.profile
+    if profile == MEASURED and not profile_path(cache_dir).is_file():
+        return None
+    try:
+        rig = find_rig(profile, cache_dir)
+        if len(rig.cards) != ranks:
+            return None
+        found = _answer(config, _question(config, rig))
+    except UserError as error:
+        print(f"warning: the run is not planned: {error}", flush=True)
+        return None
+    if found.problem:
+        print(
+            f"warning: by its plan this run does not fit {rig.name}: {found.problem}; "
+            "`fttrain plan` with the same settings says what does",
+            flush=True,
+        )
+    return found.plan
+
+
+def _answer(config: RunConfig, question: Question) -> Answer:
+    show = counting if config.left_open else silent  # of many candidates, or of one
+    return answer(question, config.frozen.cache_dir, show("planning"))
+
+
+def _question(config: RunConfig, rig: RigProfile) -> Question:
+    model = load_config(resolve(config.model, SHAPES))
+    check_length(config.data.seq_len, model)
+    name, steps = config.model.name, config.loop.max_steps
+    return Question(name, recipe(config), Architecture(model), rig, config.left_open, steps)
+
+
+def _applied(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
+    """``config`` with what was chosen, checked as if it had been written."""
+    kept = schema.convert(str | tuple[str, ...], settings["activations"], "activations")
+    return replace(
+        config,
+        strategy=schema.build(StrategyConfig, settings["strategy"], "strategy"),
+        schedule=schema.build(ScheduleConfig, settings["schedule"], "schedule"),
+        loop=replace(config.loop, **settings["loop"]),
+        activations=kept,
+        boundaries=settings["boundaries"],
+    )
+
+
+def _write(path: Path, plan: Plan) -> None:
+    durable.replace(path, lambda part: durable.write_json(part, plan))

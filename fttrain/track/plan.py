@@ -1,0 +1,76 @@
+"""What was predicted of a run beside what it took, as report.md shows it.
+
+plan.json   of a run, beside what `fttrain plan` writes:
+            "ran": the settings of the candidate that ran
+            "since_step": the step after which it did, for a run that had gone on with others
+            in that candidate "predicted" and, once the run ends, "measured": {name: figure}, named
+            as in metrics.jsonl; what is not known is left out
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fttrain.units import gib
+
+FILE = "plan.json"
+
+# name -> its row, what is made of the steps' figures, how it is written
+_FIGURES: dict[str, tuple[str, Callable[[list[float]], float], Callable[[float], str]]] = {
+    "step_s": ("seconds a step, median", statistics.median, "{:.3f} s".format),
+    "tokens_per_s": ("tokens/s, median", statistics.median, "{:,.0f}".format),
+    "peak_device_bytes": ("peak device memory of a rank", max, gib),
+    "peak_host_bytes": ("peak host memory of a rank", max, gib),
+}
+
+
+def read_plan(folder: Path) -> dict[str, Any] | None:
+    """plan.json of the run in ``folder``; None where it is not there or not a run's."""
+    try:
+        plan = json.loads((folder / FILE).read_bytes())
+        _ = candidate(plan)["predicted"], int(plan["since_step"])
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        return None
+    return dict(plan)
+
+
+def candidate(plan: dict[str, Any]) -> dict[str, Any]:
+    """The one that ran, within ``plan``."""
+    found: dict[str, Any] = next(c for c in plan["candidates"] if c["settings"] == plan["ran"])
+    return found
+
+
+def measured(lines: Sequence[dict[str, Any]], since_step: int) -> dict[str, float]:
+    """From the ``lines`` of metrics.jsonl; empty before the first step."""
+    found = {}
+    for name, (_, fold, _) in _FIGURES.items():
+        values = [line.get(name) for line in lines if line["step"] > since_step]
+        numbers = [value for value in values if isinstance(value, int | float)]
+        if any(numbers):  # a CPU's device memory is the host's
+            found[name] = fold(numbers)
+    return found
+
+
+def plan_section(folder: Path, lines: Sequence[dict[str, Any]]) -> str | None:
+    """Markdown: predicted, measured, and by how much the latter is more; None where either is
+    missing.
+    """
+    plan = read_plan(folder)
+    if plan is None:
+        return None
+    predicted = candidate(plan)["predicted"]
+    taken = measured(lines, plan["since_step"])
+    rows = [
+        f"| {label} | {show(predicted[name])} | {show(taken[name])} | "
+        f"{100 * (taken[name] / predicted[name] - 1):+.1f} % |"
+        for name, (label, _, show) in _FIGURES.items()
+        if predicted.get(name) and name in taken
+    ]
+    if not rows:
+        return None
+    head = ["| | predicted | measured | difference |", "|---|---|---|---|"]
+    return "\n".join(
+        ["## Plan and measured", "", f"`{plan['ran']}`, for {plan['rig']}", "", *head, *rows]
+    )

@@ -1,0 +1,113 @@
+"""What is left open becomes what ``choose`` and ``judge`` rank first."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_rig
+import tiny_strategy
+
+from fttrain.errors import UserError
+from fttrain.model.decoder import Architecture
+from fttrain.plan import auto
+from fttrain.plan.auto import Question, answer, check_fits, ranked
+from fttrain.plan.choose import Verdict, choose, judge
+from fttrain.rig.profile import RigProfile
+from fttrain.strategy.recipe import POLICIES, Recipe, StepSize
+
+A = Architecture(tiny.model(num_hidden_layers=4).config)
+RECIPE = replace(tiny_strategy.variant(), size=StepSize(1, 64, 1))
+# Of its own accord the planner tries neither 3 resident layers nor 3 slots.
+STREAM = replace(
+    tiny_strategy.variant(strategy="stream", resident_layers=3, slots=3), size=RECIPE.size
+)
+
+
+def silent(done: int, total: int) -> None:
+    """Nobody watches."""
+
+
+def question(*left_open: str, recipe: Recipe = RECIPE, rig: RigProfile | None = None) -> Question:
+    return Question("tiny", recipe, A, rig or tiny_rig.rig(), left_open)
+
+
+def settings(verdicts: list[Verdict]) -> list[str]:
+    return [verdict.settings for verdict in verdicts]
+
+
+def test_strategy_alone_is_the_best_of_those_with_the_activations_that_are_given() -> None:
+    chosen = choose(RECIPE, A, tiny_rig.rig(), silent)
+    assert settings(ranked(question("strategy", "activations"), silent)) == settings(chosen)
+    allowed = [v for v in chosen if v.recipe.placement.activations == "recompute"]
+    assert settings(ranked(question("strategy"), silent)) == settings(allowed)
+    assert chosen[0] is not allowed[0]
+    assert len(allowed) > 1
+
+
+def test_activations_alone_leave_strategy_and_rows_as_they_are() -> None:
+    found = ranked(question("activations", recipe=STREAM), silent)
+    assert {v.recipe.placement.activations for v in found} == set(POLICIES)
+    for verdict in found:
+        assert replace(verdict.recipe, placement=STREAM.placement) == STREAM
+        assert verdict == judge(verdict.recipe, A, tiny_rig.rig())
+    rates = [verdict.tokens_per_s for verdict in found]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > rates[-1]
+
+
+def test_what_is_fastest_gives_way_to_what_fits() -> None:
+    found = ranked(question("activations", recipe=STREAM), silent)
+    peaks = {v.recipe.placement.activations: v.memory[0].device_bytes + 1000 for v in found}
+    assert found[0].recipe.placement.activations == "keep"
+    assert peaks["keep"] > max(peaks["recompute"], peaks["offload"])
+    short = tiny_rig.rig(memory_bytes=peaks["keep"] - 1)
+    again = ranked(question("activations", recipe=STREAM, rig=short), silent)
+    assert settings(again) == settings(found[1:] + found[:1])
+    assert [verdict.fits for verdict in again] == [True, True, False]
+
+
+def test_nothing_fits() -> None:
+    asked = question("activations", recipe=STREAM, rig=tiny_rig.rig(memory_bytes=10_000))
+    found = ranked(asked, silent)
+    assert not any(verdict.fits for verdict in found)
+    assert found[0].missing_bytes == min(verdict.missing_bytes for verdict in found)
+
+
+def test_an_answer_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = question("activations", recipe=STREAM)
+    found = answer(asked, str(tmp_path), silent)
+    best = ranked(asked, silent)[0]
+    assert found.settings["activations"] == best.recipe.placement.activations
+    assert found.settings["strategy"]["resident_layers"] == 3
+    assert found.plan["ran"] == best.settings
+    assert best.settings in found.summary
+
+    def planned_again(*_: object) -> None:
+        raise UserError("planned again")
+
+    monkeypatch.setattr(auto, "judge", planned_again)
+    assert answer(asked, str(tmp_path), silent) == found
+    others = {
+        "rig": replace(asked, rig=tiny_rig.rig(sums_bytes_per_s=1e8)),
+        "rows": replace(asked, recipe=replace(STREAM, size=StepSize(2, 64, 1))),
+        "model": replace(asked, architecture=Architecture(tiny.model(num_hidden_layers=5).config)),
+        "nothing open": replace(asked, left_open=()),
+    }
+    for other in others.values():
+        with pytest.raises(UserError, match="planned again"):
+            answer(other, str(tmp_path), silent)
+
+
+@pytest.mark.parametrize("overhead_bytes", [1000, None])
+def test_what_is_predicted_stands_in_the_plan(tmp_path: Path, overhead_bytes: int | None) -> None:
+    rig = tiny_rig.rig(overhead_bytes=overhead_bytes)
+    found = answer(question(recipe=STREAM, rig=rig), str(tmp_path), silent)
+    check_fits(question(), found)
+    verdict = judge(STREAM, A, rig)
+    assert verdict.time is not None
+    expected = {"step_s": verdict.time.seconds, "tokens_per_s": verdict.tokens_per_s}
+    if overhead_bytes is not None:  # on a CPU all of it is the process's memory
+        expected["peak_host_bytes"] = verdict.host_bytes + overhead_bytes
+    (ours,) = found.plan["candidates"]
+    assert ours["predicted"] == expected
