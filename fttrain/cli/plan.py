@@ -69,5 +69,5 @@ def _sizes(argv: Sequence[str]) -> int:
     console = Console()
     if not console.is_terminal:  # a file has room for the tables
         console = Console(width=WIDE)
-    show(console, counting("reckoning"))
+    show(console, counting("reckoning", Console(stderr=True)))
     return 0

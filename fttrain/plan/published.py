@@ -22,7 +22,7 @@ class Claim:
     value: float
     unit: str = "GB"
     if_low: str = ""  # why, should it be too low
-    if_high: str = ""
+    if_high: str = ""  # why, should it be too high
     by_torch: bool = False  # measured as torch counts: without the context
 
     @property
@@ -100,13 +100,10 @@ TORCHTUNE = ("torchtune", "https://github.com/pytorch/torchtune#memory-and-train
 PAPER = ("QLoRA paper", "https://arxiv.org/abs/2305.14314")
 ANSWER_AI = ("Answer.AI", "https://www.answer.ai/posts/2024-03-06-fsdp-qlora.html")
 
-CARD_SIZE = (
-    "the size of a card rather than a need: the rest is room for longer rows, more of them, or "
-    "logits that are kept whole"
-)
+CARD_SIZE = "a card's size rather than a need: it leaves room for longer rows, or more of them"
 WEIGHTS_ALONE = (
-    "it is the bf16 weights alone; adapters with gradients and moments, layer inputs, logits and "
-    "the context come on top"
+    "the bf16 weights alone; adapters with their moments, inputs of layers, logits and the context "
+    "come on top"
 )
 BF16_TABLES = "4 bits a parameter do not hold for embedding and head, which stay in bf16"
 BF16_ADAPTERS = "measured: adapters and moments there are in bf16, and kernels are compiled"
@@ -168,22 +165,6 @@ CLAIMS = (
         7.4,
         "GiB",
         BF16_ADAPTERS,
-        by_torch=True,
-    ),
-    Claim(
-        *TORCHTUNE,
-        Question("Llama-3.1-8B", "LoRA", rows=2, r=8),
-        16.2,
-        "GiB",
-        BF16_ADAPTERS,
-        by_torch=True,
-    ),
-    Claim(
-        *TORCHTUNE,
-        Question("Llama-3.1-8B", "full, 8-bit moments", "least", rows=2, r=8),
-        18.9,
-        "GiB",
-        if_high="measured, perhaps with what the allocator held and gave nobody",
         by_torch=True,
     ),
 )

@@ -29,7 +29,7 @@ QUANT = {"QLoRA": "nf4", "LoRA": "none"}  # method -> how the frozen base is sto
 WEIGHTS, GRADIENTS, MASTER, MOMENTS = "weights", "gradients", "fp32 master", "moments"
 FULL = {  # method -> bytes of a parameter
     "full": {WEIGHTS: 2, GRADIENTS: 2, MASTER: 4, MOMENTS: 8},
-    "full, 8-bit moments": {WEIGHTS: 2, GRADIENTS: 2, MASTER: 4, MOMENTS: 2},
+    "full, 8-bit Adam": {WEIGHTS: 2, GRADIENTS: 2, MASTER: 4, MOMENTS: 2},
 }
 METHODS = (*QUANT, *FULL)
 CONTEXT = "context, libraries"

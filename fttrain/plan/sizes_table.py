@@ -1,6 +1,6 @@
 """``fttrain plan --table``: what sizes of models take, beside what others publish."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +26,7 @@ from fttrain.strategy import ends, parts, trained
 from fttrain.strategy.usage import WORKSPACE
 from fttrain.units import GIB, gib
 
-SHOWN = {"whole": "one card", "two": "each of two", "least": "least of one"}  # place -> column
+SHOWN = {"whole": "one card", "two": "two, each", "least": "least"}  # place -> column
 STYLES = {LOW: "red", RIGHT: "green", HIGH: "yellow"}
 NAMES = {  # part of a card -> as it is shown, in this order
     LAYERS: "frozen base",
@@ -65,13 +65,11 @@ def show(
 def sizes_table(models: Sequence[str], claims: Sequence[Claim], needs: Needs) -> Table:
     """A line for each model and method; GiB of a card and of the host."""
     found = Table(
-        "model",
-        "method",
         title=f"GiB of memory, rows of {SEQ_LEN:,} tokens one by one, LoRA r=16 on all linears",
         title_justify="left",
         caption=(
-            "one card: all on it, layers recomputed. each of two: strategy=shard (pipeline takes "
-            "about two layers less); least of one: strategy=stream; both with boundaries=host, "
+            "one card: all on it, layers recomputed. two, each: strategy=shard (pipeline takes "
+            "about two layers less); least: one card, strategy=stream; both with boundaries=host, "
             "embedding=host, head=streamed and optim.offload=true. Full fine-tuning is not done "
             "here: by formula, "
             f"{' or '.join(str(sum(each.values())) for each in FULL.values())} bytes a parameter "
@@ -81,6 +79,8 @@ def sizes_table(models: Sequence[str], claims: Sequence[Claim], needs: Needs) ->
         ),
         caption_justify="left",
     )
+    found.add_column("model", no_wrap=True)
+    found.add_column("method", no_wrap=True)
     for name in SHOWN.values():
         found.add_column(name, justify="right")
         found.add_column("host", justify="right", style="dim")
@@ -91,11 +91,23 @@ def sizes_table(models: Sequence[str], claims: Sequence[Claim], needs: Needs) ->
             for place in SHOWN:
                 need = needs[Question(model, method, place)]
                 figures += [f"{need.card_bytes / GIB:.1f}", f"{need.host_bytes / GIB:.1f}"]
-            asked = [c for c in claims if (c.question.model, c.question.method) == (model, method)]
-            said = ", ".join(dict.fromkeys(claim.said for claim in asked))
-            found.add_row(model if method == METHODS[0] else "", method, *figures, said)
+            of_these = (
+                c for c in claims if (c.question.model, c.question.method) == (model, method)
+            )
+            name = model if method == METHODS[0] else ""
+            found.add_row(name, method, *figures, _said(of_these))
         found.add_section()
     return found
+
+
+def _said(claims: Iterable[Claim]) -> str:
+    """Their figures, each once, by unit."""
+    by_unit: dict[str, list[str]] = {}
+    for claim in claims:
+        values = by_unit.setdefault(claim.unit, [])
+        if f"{claim.value:g}" not in values:
+            values.append(f"{claim.value:g}")
+    return "; ".join(f"{', '.join(values)} {unit}" for unit, values in by_unit.items())
 
 
 def parts_table(models: Sequence[str], method: str, needs: Needs) -> Table:
@@ -129,7 +141,7 @@ def claims_table(claims: Sequence[Claim], needs: Needs) -> Table:
         "says",
         "it takes",
         "verdict",
-        title=f"published figures; right: within {TOLERANCE:.0%}, or a card that suffices",
+        title=f"published; right: within {TOLERANCE:.0%} of what it takes, a card: it suffices",
         title_justify="left",
         caption="\n".join(f"{who}: {source}" for who, source in sources),
         caption_justify="left",

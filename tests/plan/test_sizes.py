@@ -11,7 +11,16 @@ from transformers import AutoModelForCausalLM
 from fttrain.cli import main
 from fttrain.plan import shapes
 from fttrain.plan.published import CARD, CLAIMS, HIGH, LOW, RIGHT, Claim, judge
-from fttrain.plan.sizes import CONTEXT, Need, Question, answers, context_bytes, need
+from fttrain.plan.sizes import (
+    CONTEXT,
+    METHODS,
+    PLACES,
+    Need,
+    Question,
+    answers,
+    context_bytes,
+    need,
+)
 from fttrain.plan.sizes_table import show
 from fttrain.store.filling import LAYERS
 from fttrain.strategy import ends, parts, trained
@@ -73,7 +82,7 @@ def test_full_fine_tuning_is_bytes_of_a_parameter_and_a_step() -> None:
     step_bytes = lora.card_bytes - sum(lora.card[part] for part in base)
     whole = need(Question(SMALL, "full"))
     assert whole.card_bytes == 16 * count + step_bytes
-    assert need(Question(SMALL, "full, 8-bit moments")).card_bytes == 10 * count + step_bytes
+    assert need(Question(SMALL, "full, 8-bit Adam")).card_bytes == 10 * count + step_bytes
     least = need(Question(SMALL, "full", "least"))
     assert least.host_bytes == whole.host_bytes + 14 * count
     assert least.card_bytes > 2 * count + step_bytes
@@ -122,6 +131,16 @@ def test_a_card_is_right_where_it_suffices() -> None:
     assert judge(claim(16, CARD), NEED).why == "6.7 GiB to spare"
 
 
+def test_every_claim_can_be_asked_and_says_where_it_is_from() -> None:
+    for own in CLAIMS:
+        asked = own.question
+        assert shapes.size(asked.model), own
+        assert asked.method in METHODS, own
+        assert asked.place in PLACES, own
+        assert own.source.startswith("https://") or "without a source" in own.source, own
+        assert judge(own, Need({LAYERS: round(2 * own.size_bytes)}, 0)).word == LOW, own
+
+
 def test_the_tables_say_what_was_asked_for() -> None:
     written = io.StringIO()
     console = Console(file=written, width=150)
@@ -131,7 +150,7 @@ def test_the_tables_say_what_was_asked_for() -> None:
     show(console, lambda done, total: None, [SMALL], [*claims, wrong])
     printed = written.getvalue()
     one = need(Question(SMALL, "QLoRA"))
-    row = next(line for line in printed.splitlines() if "12 GB, 6 GB" in line)
+    row = next(line for line in printed.splitlines() if " 12, 6, " in line)
     assert f" {one.card_bytes / GIB:.1f} " in row
     assert f"{one.card_bytes / GIB:.2f} │" in printed  # the sum of the parts
     assert "by formula" in printed
