@@ -25,10 +25,10 @@ COMMANDS = {
     "doctor": "is this machine fit for a run, and what mends it (--json for programs)",
     "data": "show a few examples as the model sees them, and their lengths",
     "measure": "measure cards, host and links, and keep the figures as this machine's profile",
-    "plan": "memory and speed of every strategy on a rig, before anything is loaded",
+    "plan": "memory and speed of every strategy on a rig (--table: memory of common sizes)",
     "report": "write report.md and the loss plot of a run",
 }
-FLAGS = {"doctor": {"--json"}}  # what a command takes beside key=value
+FLAGS = {"doctor": {"--json"}, "plan": {"--table"}}  # what a command takes beside key=value
 _LATER_S = 5.0  # see _report
 
 

@@ -1,5 +1,5 @@
-"""``fttrain plan``: what every strategy would take and how fast it would be, before anything is
-loaded.
+"""``fttrain plan [--table]``: what every strategy would take and how fast it would be, before
+anything is loaded.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,16 @@ WIDE = 150  # columns
 
 
 def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
-    """Plans ``config`` for the rig that ``rig.profile`` names; downloads no weights.
+    """Plans ``config`` for the rig that ``rig.profile`` names; downloads no weights. With
+    ``--table``: what models of common sizes take.
 
     Raises UserError where nothing fits, after the figures.
     """
     # Late: these load torch and transformers, and help does without.
     from rich.console import Console
 
+    if "--table" in argv:
+        return _sizes(argv)
     from fttrain.checkpoint.durable import write_json
     from fttrain.checkpoint.hub import SHAPES
     from fttrain.checkpoint.source import check_length, load_config, resolve
@@ -52,4 +55,21 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
             f"{best.reason}"
         )
     console.print(summary(best, steps), highlight=False)
+    return 0
+
+
+def _sizes(argv: Sequence[str]) -> int:
+    """What models of common sizes take, beside published figures; writes nothing."""
+    from rich.console import Console
+
+    from fttrain.errors import UserError
+    from fttrain.plan.sizes_table import show
+    from fttrain.track import counting
+
+    if settings := [text for text in argv[1:] if text != "--table"]:
+        raise UserError(f"plan --table: {settings[0]}: it takes no settings; leave it out")
+    console = Console()
+    if not console.is_terminal:  # a file has room for the tables
+        console = Console(width=WIDE)
+    show(console, counting("reckoning", Console(stderr=True)))
     return 0

@@ -1,0 +1,164 @@
+"""What a model of a size takes of a card and of the host, by method and by where its parts lie.
+
+QLoRA and LoRA: as a run books it and as its real step takes it (``memory``). What a run refuses to
+start without counts, also where not all of it is taken at the same time.
+
+Full fine-tuning, which is not done here: by formula. The bytes of a parameter are those of mixed
+precision with Adam (Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054, section 3.1); what a step
+takes beside them is that of LoRA without its base and its adapters.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from fttrain.checkpoint.frozen_cache import FrozenConfig
+from fttrain.model.lora import LoraConfig
+from fttrain.optim.config import OptimConfig
+from fttrain.plan import memory, shapes
+from fttrain.plan.rigs import find_rig
+from fttrain.quant.scheme import QuantConfig
+from fttrain.schedule import ScheduleConfig
+from fttrain.store.filling import LAYERS
+from fttrain.strategy import ends, parts, trained
+from fttrain.strategy.protocol import StrategyConfig
+from fttrain.strategy.recipe import Placement, Recipe, StepSize
+from fttrain.strategy.usage import WORKSPACE
+
+SEQ_LEN = 2048
+QUANT = {"QLoRA": "nf4", "LoRA": "none"}  # method -> how the frozen base is stored
+WEIGHTS, GRADIENTS, MASTER, MOMENTS = "weights", "gradients", "fp32 master", "moments"
+FULL = {  # method -> bytes of a parameter
+    "full": {WEIGHTS: 2, GRADIENTS: 2, MASTER: 4, MOMENTS: 8},
+    "full, 8-bit Adam": {WEIGHTS: 2, GRADIENTS: 2, MASTER: 4, MOMENTS: 2},
+}
+METHODS = (*QUANT, *FULL)
+CONTEXT = "context, libraries"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model's parts lie. QLoRA and LoRA run so."""
+
+    strategy: str
+    cards: int
+    placement: Placement
+    optim: OptimConfig
+
+
+_ON_HOST = Placement(boundaries="host", embedding="host", head="streamed")
+_OFFLOADED = OptimConfig(offload=True)
+PLACES = {
+    # All on one card, layers recomputed: what is meant where nothing else is said
+    "whole": Place("replicate", 1, Placement(), OptimConfig()),
+    # The same, but layer inputs on the host, and moments in 8 bits
+    "frugal": Place("replicate", 1, Placement(boundaries="host"), OptimConfig(kind="adamw8bit")),
+    # Two cards share the layers; whatever else can be in host memory is there
+    "two": Place("shard", 2, _ON_HOST, _OFFLOADED),
+    # The layers are in host memory, too
+    "least": Place("stream", 1, _ON_HOST, _OFFLOADED),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked for: a model, a method, a place, and the work of a step."""
+
+    model: str  # a name in shapes
+    method: str  # of METHODS
+    place: str = "whole"  # of PLACES
+    rows: int = 1  # of a micro-batch
+    seq_len: int = SEQ_LEN
+    r: int = 16  # of LoRA, on all linears
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of each card, by part, and of the host, all ranks together."""
+
+    card: dict[str, int]
+    host_bytes: int
+
+    @property
+    def card_bytes(self) -> int:
+        return sum(self.card.values())
+
+
+def answers(
+    questions: Iterable[Question], progress: Callable[[int, int], None]
+) -> dict[Question, Need]:
+    """What each takes. ``progress``: (done, total)."""
+    unique = list(dict.fromkeys(questions))
+    found = {}
+    for done, question in enumerate(unique, start=1):
+        found[question] = need(question)
+        progress(done, len(unique))
+    return found
+
+
+def need(question: Question) -> Need:
+    """What ``question`` asks for."""
+    if question.method in FULL:
+        return _full(question)
+    place, a = PLACES[question.place], shapes.architecture(question.model)
+    recipe = _recipe(question, place)
+    rooms = [memory.ROOMY_BYTES] * place.cards
+    ranks = [memory.books(rank) for rank in memory.book(recipe, a, "cuda", rooms)]
+    # Ranks of these strategies differ in nothing: one is run on fake tensors, for all places alike.
+    [first] = memory.with_workspace(ranks[:1], recipe, a, "cuda")
+    card = first.device | {
+        WORKSPACE: max(0, first.device[WORKSPACE]),
+        CONTEXT: context_bytes(),
+    }
+    return Need(card, memory.host_bytes(ranks, "cuda"))
+
+
+def _recipe(question: Question, place: Place) -> Recipe:
+    return Recipe(
+        StrategyConfig(place.strategy),
+        QuantConfig(QUANT[question.method], dequant="tile"),
+        LoraConfig(r=question.r),
+        place.optim,
+        ScheduleConfig(),
+        place.placement,
+        FrozenConfig(),
+        StepSize(question.rows, question.seq_len),
+        "bfloat16",
+        seed=0,
+    )
+
+
+def _full(question: Question) -> Need:
+    """By formula.
+
+    whole    all of a parameter's bytes on the card
+    two      half of them on each (ZeRO stage 3), and two layers' weights, gathered
+    least    weights on the card, the rest on the host (Ren et al. 2021, ZeRO-Offload, arXiv
+             2101.06840), and gradients of two layers or of a table on their way there
+    """
+    a = shapes.architecture(question.model)
+    lora = need(replace(question, method="LoRA", place="whole"))
+    count, each = shapes.parameters(a), FULL[question.method]
+    two_layers = 2 * shapes.layer_parameters(a)
+    table = int(a.config.vocab_size) * a.hidden
+    states = {part: size * count for part, size in each.items()}
+    host_bytes = lora.host_bytes  # buffers that weights are loaded through
+    if question.place == "two":
+        states = {part: size_bytes // 2 for part, size_bytes in states.items()}
+        states[parts.SLOTS] = each[WEIGHTS] * two_layers
+        host_bytes *= 2
+    elif question.place == "least":
+        host_bytes += sum(states.values()) - states[WEIGHTS]
+        on_their_way = each[GRADIENTS] * max(two_layers, table)
+        states = {WEIGHTS: states[WEIGHTS], GRADIENTS: on_their_way}
+    return Need(states | _step(lora), host_bytes)
+
+
+def _step(lora: Need) -> dict[str, int]:
+    """What a step takes beside what is trained and what is frozen."""
+    model = {LAYERS, ends.EMBEDDING, ends.HEAD, trained.ADAPTERS}
+    return {part: size_bytes for part, size_bytes in lora.card.items() if part not in model}
+
+
+def context_bytes() -> int:
+    """What a card has taken before the first tensor, as shipped profiles allow for."""
+    return find_rig("one_24gb").cards[0].overhead_bytes or 0
