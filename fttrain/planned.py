@@ -16,13 +16,14 @@ from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.plan.auto import Answer, Question, answer, check_fits
 from fttrain.plan.rigs import MEASURED, find_rig
-from fttrain.rig.profile import RigProfile, profile_path
+from fttrain.rig.profile import RigProfile, kept_profile
 from fttrain.run import recipe
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.build import silent
 from fttrain.strategy.protocol import StrategyConfig
 from fttrain.track import counting, read_metrics
 from fttrain.track import plan as track_plan
+from fttrain.track.metrics import to_stderr
 
 Plan = dict[str, Any]  # content of plan.json
 
@@ -40,7 +41,8 @@ def settle(config: RunConfig) -> tuple[RunConfig, Plan | None]:
         return config, _foretold(config, world_size) if rank == 0 else None
     asked = " ".join(f"{name}=auto" for name in config.left_open)
     try:
-        rig = find_rig(config.rig.profile, config.frozen.cache_dir)
+        warn = to_stderr if rank == 0 else lambda text: None
+        rig = find_rig(config.rig.profile, config.frozen.cache_dir, world_size, warn)
     except UserError as error:
         raise UserError(f"{asked} needs a rig's profile: {error}") from None
     if len(rig.cards) != world_size:
@@ -85,10 +87,10 @@ def _foretold(config: RunConfig, ranks: int) -> Plan | None:
     refusals are exact, so the run goes on.
     """
     cache_dir, profile = config.frozen.cache_dir, config.rig.profile
-    if profile == MEASURED and not profile_path(cache_dir).is_file():
+    if profile == MEASURED and kept_profile(cache_dir, ranks) is None:
         return None
     try:
-        rig = find_rig(profile, cache_dir)
+        rig = find_rig(profile, cache_dir, ranks)
         if len(rig.cards) != ranks:
             return None
         found = _answer(config, _question(config, rig))
