@@ -167,6 +167,10 @@ class _FakeBytes(LiveBytes):
     ``FakeTensorMode`` is long and most operators need not go it.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and asking costs more than an operator
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

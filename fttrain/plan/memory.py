@@ -245,7 +245,7 @@ def _of_rank(recipe: Recipe, shape: _Shape, kind: str, world_size: int, rank: in
         a = Architecture(with_layers(shape.config, layers * (world_size if pipeline else 1)))
         own = replace(recipe, size=size)
         plan = book(own, a, "cpu", [ROOMY_BYTES] * world_size)[rank].plan
-        found.append(_beyond_books(plan, kind))
+        found.append(beyond_books(plan, kind))
     grow = together > few  # else nothing is asked of other numbers of micro-batches
     rows = [[1, layers, grow * count, grow * layers * count] for layers, count in points]
     solved, *_ = np.linalg.lstsq(np.array(rows, float), np.array(found, float), rcond=None)
@@ -271,6 +271,16 @@ def _together(recipe: Recipe, stages: int) -> int:
     return recipe.schedule.size(steps)
 
 
+def evenly_from(recipe: Recipe, layers: int, world_size: int) -> int:
+    """Micro-batches of a rank's step from which on memory is that of the lines."""
+    together = _together(recipe, world_size)
+    if recipe.strategy.name == "pipeline":
+        return together
+    policies = set(recipe.placement.policies(layers))
+    few = [_few(replace(recipe, placement=_only(recipe, policy))) for policy in policies]
+    return min(together, max(few) + 1)
+
+
 def _few(recipe: Recipe) -> int:
     """Micro-batches from which on memory grows evenly: with ``offload`` as many as have tensors on
     the device that leave or come back.
@@ -278,7 +288,7 @@ def _few(recipe: Recipe) -> int:
     return UNDER_WAY + 2 if recipe.placement.activations == "offload" else 1
 
 
-def _beyond_books(plan: Plan, kind: str) -> int:
+def beyond_books(plan: Plan, kind: str) -> int:
     """What the step of ``plan``, on the CPU, takes beyond what is booked on the device."""
     booked = sum(b.size_bytes for b in plan.pool.bookings if b.place == "device")
     peak = fake.run(plan)
