@@ -82,7 +82,7 @@ def _first_confirmed(
     fitting: list[Verdict], architecture: Architecture, rig: RigProfile
 ) -> tuple[list[Verdict], list[Verdict]]:
     """``fitting``, the first of which a full run has confirmed, and those that one has refused."""
-    refused = []
+    refused: list[Verdict] = []
     for place, verdict in enumerate(fitting):
         whole = confirm(verdict, architecture, rig)
         if whole.fits:
