@@ -114,8 +114,15 @@ def _answer(config: RunConfig, question: Question) -> Answer:
 def _question(config: RunConfig, rig: RigProfile) -> Question:
     model = load_config(resolve(config.model, SHAPES))
     check_length(config.data.seq_len, model)
-    name, steps = config.model.name, config.loop.max_steps
-    return Question(name, recipe(config), Architecture(model), rig, config.left_open, steps)
+    return Question(
+        config.model.name,
+        recipe(config),
+        Architecture(model),
+        rig,
+        config.left_open,
+        config.checkpoint.keep_last,
+        config.loop.max_steps,
+    )
 
 
 def _applied(config: RunConfig, settings: dict[str, Any]) -> RunConfig:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_cpu_rig
 import tiny_files
-import tiny_rig
 import yaml
 from tiny_run import Fault, adapter, arguments, exit_codes, losses, two_ranks
 
@@ -43,7 +43,7 @@ def test_a_run_under_auto_stopped_and_resumed_is_the_run_with_its_settings_writt
     folder: Path, tmp_path: Path
 ) -> None:
     """On two ranks whose sums are slow, so that the planner does not take the default."""
-    rig = tiny_rig.saved(tmp_path, tiny_rig.rig(cards=2, sums_bytes_per_s=1e3))
+    rig = tiny_cpu_rig.saved(tmp_path, tiny_cpu_rig.rig(cards=2, sums_bytes_per_s=1e3))
     common = (rig, "loop.max_steps=3", "data.holdout=0", *ONE_ROW)
     auto, written = tmp_path / "auto", tmp_path / "written"
     with two_ranks() as start:
@@ -69,7 +69,7 @@ def test_a_run_under_auto_stopped_and_resumed_is_the_run_with_its_settings_writt
 def test_train_dry_run_and_evaluate_take_the_same_activations(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rig = tiny_rig.saved(tmp_path, tiny_rig.rig())
+    rig = tiny_cpu_rig.saved(tmp_path, tiny_cpu_rig.rig())
     output = tmp_path / "run"
     argv = arguments(folder, output, rig, *ONE_ROW, "loop.max_steps=1", "activations=auto")
     assert main([*argv, "dry_run=3"]) == 0
@@ -89,9 +89,9 @@ def test_train_dry_run_and_evaluate_take_the_same_activations(
 def test_what_cannot_be_chosen_is_refused_before_anything_is_loaded(
     asked: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cards = tiny_rig.saved(tmp_path, tiny_rig.rig(cards=2))
+    cards = tiny_cpu_rig.saved(tmp_path, tiny_cpu_rig.rig(cards=2))
     (tmp_path / "small").mkdir()
-    small = tiny_rig.saved(tmp_path / "small", tiny_rig.rig(memory_bytes=10_000))
+    small = tiny_cpu_rig.saved(tmp_path / "small", tiny_cpu_rig.rig(memory_bytes=10_000))
     for rig, said in {
         "rig.profile=measured": (f"{asked} needs a rig's profile", "`fttrain measure`", "2x4090"),
         cards: (f"{asked}: ", "2 card(s), the run 1 rank(s)", "measure launch.processes=1"),
@@ -110,7 +110,7 @@ def test_what_cannot_be_chosen_is_refused_before_anything_is_loaded(
 def test_a_run_that_does_not_fit_by_its_plan_is_warned_and_goes_on(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rig = tiny_rig.saved(tmp_path, tiny_rig.rig(memory_bytes=10_000))
+    rig = tiny_cpu_rig.saved(tmp_path, tiny_cpu_rig.rig(memory_bytes=10_000))
     output = tmp_path / "run"
     assert main(arguments(folder, output, rig, "loop.max_steps=1", "data.holdout=0")) == 0
     assert "warning: by its plan this run does not fit made up: " in capsys.readouterr().out
@@ -123,7 +123,7 @@ def test_without_a_profile_that_says_something_there_is_no_plan(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = f"frozen.cache_dir={tmp_path}"
-    for rig in ("rig.profile=measured", tiny_rig.saved(tmp_path, tiny_rig.rig(cards=2))):
+    for rig in ("rig.profile=measured", tiny_cpu_rig.saved(tmp_path, tiny_cpu_rig.rig(cards=2))):
         config = compose(arguments(folder, tmp_path / "run", own, rig)[1:])
         assert settle(config) == (config, None)
         assert capsys.readouterr().out == ""

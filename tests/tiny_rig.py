@@ -1,30 +1,42 @@
-"""A made-up rig of CPU ranks, to plan tiny models for."""
+"""Made-up rigs, and a tiny model that just fits them or does not."""
 
-from pathlib import Path
+from dataclasses import replace
 
-from fttrain.rig.profile import CardProfile, HostProfile, LinkProfile, RigProfile, Sample
+import tiny
+import tiny_strategy
 
+from fttrain.model.decoder import Architecture
+from fttrain.plan.choose import Verdict, candidates, choose
+from fttrain.rig.profile import (
+    CardProfile,
+    CopyRates,
+    HostProfile,
+    LinkProfile,
+    RigProfile,
+    Sample,
+)
+from fttrain.strategy.recipe import Recipe, StepSize
+
+A = Architecture(tiny.model(num_hidden_layers=6).config)
+RECIPE = replace(tiny_strategy.variant(), size=StepSize(1, 64, 1))
 ROOMY = 1 << 40
 
 
 def rig(
+    memory_bytes: int,
+    host_bytes: int = ROOMY,
     cards: int = 1,
-    memory_bytes: int = ROOMY,
-    sums_bytes_per_s: float = 1e9,
-    overhead_bytes: int | None = 1000,
+    link: float = 1e9,
+    copy: float = 1e9,
 ) -> RigProfile:
-    """``sums_bytes_per_s``: of all_reduce; what else goes over the link is fast."""
-    card = CardProfile("core", "cpu", memory_bytes, 1e10, 1e10, 1e10, overhead_bytes=overhead_bytes)
-    rates = {"all_reduce": sums_bytes_per_s, "all_gather": 1e9, "send_recv": 1e9}
-    samples = {
-        name: (Sample(1, 1 / rate), Sample(10**9, 1e9 / rate)) for name, rate in rates.items()
-    }
-    host = HostProfile("cpu", 8, ROOMY, adamw_values_per_s=1e9)
-    return RigProfile("made up", (card,) * cards, host, (LinkProfile("gloo", "?", cards, samples),))
+    copies = CopyRates(copy)
+    card = CardProfile("card", "cuda", memory_bytes, 1e10, 1e10, 1e10, copies, copies)
+    names = ("all_reduce", "all_gather", "send_recv")
+    samples = {name: (Sample(1, 1 / link), Sample(10**9, 1e9 / link)) for name in names}
+    host = HostProfile("cpu", 8, host_bytes, adamw_values_per_s=1e9)
+    links = (LinkProfile("default", "?", cards, samples),)
+    return RigProfile("made up", (card,) * cards, host, links)
 
 
-def saved(folder: Path, profile: RigProfile) -> str:
-    """The setting that names ``profile``, written into ``folder``."""
-    path = folder / "made-up.json"
-    profile.save(path)
-    return f"rig.profile={path}"
+def chosen(on: RigProfile, recipe: Recipe = RECIPE) -> list[Verdict]:
+    return choose(list(candidates(recipe, len(on.cards))), A, on, lambda done, total: None)

@@ -27,9 +27,10 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     from fttrain.checkpoint.source import check_length, load_config, resolve
     from fttrain.errors import UserError
     from fttrain.model.decoder import Architecture
-    from fttrain.plan.choose import choose
+    from fttrain.plan.choose import candidates, choose
+    from fttrain.plan.cost import disk, run_steps, training_rows
     from fttrain.plan.rigs import find_rig
-    from fttrain.plan.table import as_json, parts_table, summary, table
+    from fttrain.plan.table import as_json, notes, parts_table, summary, table
     from fttrain.run import recipe
     from fttrain.track import counting
 
@@ -37,24 +38,32 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks)
     model = load_config(resolve(config.model, SHAPES))
     check_length(config.data.seq_len, model)
-    verdicts = choose(recipe(config), Architecture(model), rig, counting("planning"))
-    steps, console = config.loop.max_steps, Console()
+    own, architecture, loop = recipe(config), Architecture(model), config.loop
+    rows_per_step = loop.micro_batch_size * loop.gradient_accumulation_steps * len(rig.cards)
+    rows = training_rows(config.model, config.data)
+    steps = run_steps(loop.max_steps, loop.epochs, rows, rows_per_step)
+    stored = disk(own, architecture, config.checkpoint.keep_last)
+    wanted = list(candidates(own, len(rig.cards)))
+    verdicts = choose(wanted, architecture, rig, counting("planning"))
+    console = Console()
     if not console.is_terminal:  # a file has room for the table
         console = Console(width=WIDE)
     console.print(table(verdicts, rig, steps))
+    for line in notes(rig, stored, steps):
+        console.print(line, highlight=False)
     shown = next((verdict for verdict in verdicts if verdict.memory), None)
     if shown is not None:
         console.print(parts_table(shown, rig))
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "plan.json", as_json(verdicts, rig, config.model.name))
+    write_json(output / "plan.json", as_json(verdicts, rig, config.model.name, stored, steps))
     best = verdicts[0]
     if not best.fits:
         raise UserError(
             f"{config.model.name} does not fit {rig.name}; nearest is {best.settings}: "
             f"{best.reason}"
         )
-    console.print(summary(best, steps), highlight=False)
+    console.print(summary(best, rig, steps), highlight=False)
     return 0
 
 

@@ -23,6 +23,12 @@ def cache_root(cache_dir: str | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fttrain"
 
 
+def find(root: Path, key: str, kind: str = "data") -> Path | None:
+    """The folder ``root/kind/key``, if it is there and whole."""
+    folder = root / kind / key
+    return folder if fault(folder) is None else None
+
+
 def load_or_build(
     root: Path,
     key: str,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fttrain.data.batch import IGNORE
-from fttrain.data.cache import cache_root, load_or_build
+from fttrain.data.cache import cache_root, find, load_or_build
 from fttrain.data.report import Report
 from fttrain.errors import UserError
 
@@ -176,6 +176,28 @@ def prepare(
     does not fill one. Raises UserError for a bad row (by policy), an unusable template, a missing
     file, or an empty training split.
     """
+    fingerprint, builder = _described(config, tokenizer, tokenizer_id)
+    folder = load_or_build(cache_root(config.cache_dir), fingerprint, builder.write)
+    report = Report.from_json(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    dataset = Dataset(
+        Rows(folder, "train"), Rows(folder, "holdout"), Records(folder), report, fingerprint
+    )
+    _check_enough(config, dataset, rows_per_step)
+    return dataset
+
+
+def cached_rows(config: DataConfig, tokenizer: Any, tokenizer_id: str) -> int | None:
+    """Rows to train on of a data set that is in the cache already; None: it is not there.
+
+    Raises UserError as ``prepare``, of what says which data set it is.
+    """
+    fingerprint, _ = _described(config, tokenizer, tokenizer_id)
+    folder = find(cache_root(config.cache_dir), fingerprint)
+    return None if folder is None else len(Rows(folder, "train"))
+
+
+def _described(config: DataConfig, tokenizer: Any, tokenizer_id: str) -> tuple[str, Any]:
+    """What the tokenised data set is known by, and what would build it."""
     # Late: these are heavy, and the settings above are imported by every command.
     from fttrain.data.build import Builder
     from fttrain.data.chat import load_template
@@ -191,17 +213,7 @@ def prepare(
     meaning = [FORMAT_VERSION, settings, source.identity, tokenizer_id, encoder.identity, template]
     meaning += [sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())]
     fingerprint = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:32]
-    folder = load_or_build(
-        cache_root(config.cache_dir),
-        fingerprint,
-        Builder(config, source, tokenizer, encoder, template).write,
-    )
-    report = Report.from_json(json.loads((folder / "report.json").read_text(encoding="utf-8")))
-    dataset = Dataset(
-        Rows(folder, "train"), Rows(folder, "holdout"), Records(folder), report, fingerprint
-    )
-    _check_enough(config, dataset, rows_per_step)
-    return dataset
+    return fingerprint, Builder(config, source, tokenizer, encoder, template)
 
 
 def _source(config: DataConfig) -> Any:

@@ -18,6 +18,7 @@ from fttrain.data.cache import cache_root, load_or_build
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.plan.choose import Progress, Verdict, candidates, choose, judge
+from fttrain.plan.cost import disk
 from fttrain.plan.table import as_json, summary
 from fttrain.rig.profile import RigProfile
 from fttrain.strategy.recipe import Recipe
@@ -34,6 +35,7 @@ class Question:
     architecture: Architecture
     rig: RigProfile
     left_open: tuple[str, ...]  # as ``RunConfig.left_open``
+    keep_last: int  # snapshots, as checkpoint.keep_last
     steps: int | None = None  # of the whole run, None: not known
 
 
@@ -53,27 +55,23 @@ def ranked(question: Question, progress: Progress) -> list[Verdict]:
 
     Raises UserError for a rate that the rig's profile lacks.
     """
-    recipe, architecture, rig = question.recipe, question.architecture, question.rig
+    rig, architecture = question.rig, question.architecture
+    if not question.left_open:
+        return [judge(question.recipe, architecture, rig)]
+    strategy_is_open = "strategy" in question.left_open
+    return choose(_wanted(question), architecture, rig, progress, strategy_is_open)
+
+
+def _wanted(question: Question) -> list[Recipe]:
+    recipe, left_open = question.recipe, question.left_open
+    every = list(candidates(recipe, len(question.rig.cards)))
+    if "strategy" not in left_open:
+        placements = dict.fromkeys(candidate.placement for candidate in every)
+        return [replace(recipe, placement=placement) for placement in placements]
+    if "activations" in left_open:
+        return every
     kept = recipe.placement.activations
-    if "strategy" in question.left_open:
-        found = choose(recipe, architecture, rig, progress)
-        if "activations" in question.left_open:
-            return found
-        return [verdict for verdict in found if verdict.recipe.placement.activations == kept]
-    placements = [recipe.placement]
-    if "activations" in question.left_open:
-        placements = list(dict.fromkeys(c.placement for c in candidates(recipe, 1)))
-    found = []
-    for done, placement in enumerate(placements, start=1):
-        found.append(judge(replace(recipe, placement=placement), architecture, rig))
-        progress(done, len(placements))
-    return sorted(found, key=_rank)
-
-
-def _rank(verdict: Verdict) -> tuple[bool, bool, float]:
-    """As ``choose`` ranks."""
-    figure = -verdict.tokens_per_s if verdict.fits else verdict.missing_bytes
-    return not verdict.fits, not verdict.memory, figure
+    return [candidate for candidate in every if candidate.placement.activations == kept]
 
 
 def answer(question: Question, cache_dir: str | None, progress: Progress) -> Answer:
@@ -105,11 +103,12 @@ def check_fits(question: Question, found: Answer) -> None:
 def _answer(question: Question, progress: Progress) -> Answer:
     verdicts = ranked(question, progress)
     best = verdicts[0]
-    plan = as_json(verdicts, question.rig, question.model)
+    stored = disk(question.recipe, question.architecture, question.keep_last)
+    plan = as_json(verdicts, question.rig, question.model, stored, question.steps)
     plan["ran"] = best.settings
     ours = next(c for c in plan["candidates"] if c["settings"] == best.settings)
     ours["predicted"] = _predicted(best, question.rig)
-    said = summary(best, question.steps) if best.fits else ""
+    said = summary(best, question.rig, question.steps) if best.fits else ""
     return Answer(_settings(best.recipe), said, best.reason, plan)
 
 
@@ -157,7 +156,8 @@ def _key(question: Question) -> str:
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         text.update(file.read_bytes())
     shape = question.architecture.config.to_json_string(use_diff=False)
-    asked = (question.model, question.recipe, question.rig, question.left_open, question.steps)
+    asked = (question.model, question.recipe, question.rig, question.left_open)
+    asked += (question.keep_last, question.steps)
     versions = (torch.__version__, transformers.__version__)
     meaning = repr((text.hexdigest(), shape, asked, versions))
     return hashlib.sha256(meaning.encode()).hexdigest()[:32]

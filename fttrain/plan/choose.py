@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.plan import memory
+from fttrain.plan.confirm import confirmed
 from fttrain.plan.memory import RankMemory
 from fttrain.plan.time import StepTime, step_time
 from fttrain.rig.profile import CardProfile, RigProfile
@@ -33,6 +34,7 @@ class Verdict:
     time: StepTime | None = None
     reason: str = ""  # why it does not fit; empty: it does
     missing_bytes: int = 0  # of the fullest card or of the host
+    confirmed: bool = False  # whether its memory is that of a full run
 
     @property
     def tokens_per_s(self) -> float:
@@ -49,26 +51,51 @@ def room_bytes(card: CardProfile) -> int:
 
 
 def choose(
-    recipe: Recipe, architecture: Architecture, rig: RigProfile, progress: Progress
+    wanted: Sequence[Recipe],
+    architecture: Architecture,
+    rig: RigProfile,
+    progress: Progress,
+    more_resident: bool = True,
 ) -> list[Verdict]:
     """The fastest that fits first; then those that do not fit, by what they lack.
 
-    ``recipe``: the configuration's. Raises UserError for a rate that ``rig`` lacks.
+    wanted: such as ``candidates``
+    more_resident: whether a stream without resident layers may have as many as there is room for
+
+    Raises UserError for a rate that ``rig`` lacks.
     """
-    wanted = list(candidates(recipe, len(rig.cards)))
+    total = len(wanted) + 1  # the winner is run in full
     found = []
     for done, candidate in enumerate(wanted, start=1):
         verdict = judge(candidate, architecture, rig)
         found.append(verdict)
-        if (candidate.strategy.name, candidate.strategy.resident_layers) == ("stream", 0):
+        own = candidate.strategy
+        if more_resident and (own.name, own.resident_layers) == ("stream", 0):
             found += _more_resident(verdict, architecture, rig)
-        progress(done, len(wanted))
+        progress(done, total)
     unique = list({verdict.settings: verdict for verdict in found}.values())
     fitting = [verdict for verdict in unique if verdict.fits]
     others = [verdict for verdict in unique if not verdict.fits]
     fitting.sort(key=lambda verdict: -verdict.tokens_per_s)
-    others.sort(key=lambda verdict: (not verdict.memory, verdict.missing_bytes))
+    fitting, refused = _first_confirmed(fitting, architecture, rig)
+    progress(total, total)
+    others = sorted(
+        others + refused, key=lambda verdict: (not verdict.memory, verdict.missing_bytes)
+    )
     return fitting + others
+
+
+def _first_confirmed(
+    fitting: list[Verdict], architecture: Architecture, rig: RigProfile
+) -> tuple[list[Verdict], list[Verdict]]:
+    """``fitting``, the first of which a full run has confirmed, and those that one has refused."""
+    refused: list[Verdict] = []
+    for place, verdict in enumerate(fitting):
+        whole = confirm(verdict, architecture, rig)
+        if whole.fits:
+            return [whole, *fitting[place + 1 :]], refused
+        refused.append(whole)
+    return [], refused
 
 
 def candidates(recipe: Recipe, world_size: int) -> Iterator[Recipe]:
@@ -131,6 +158,21 @@ def judge(recipe: Recipe, architecture: Architecture, rig: RigProfile) -> Verdic
         step_time(booked, rig),
         reason,
         missing_bytes,
+    )
+
+
+def confirm(verdict: Verdict, architecture: Architecture, rig: RigProfile) -> Verdict:
+    """``verdict`` by the memory of one full run."""
+    kind, rooms = rig.cards[0].kind, [room_bytes(card) for card in rig.cards]
+    taken = confirmed(verdict.memory, verdict.recipe, architecture, kind, rooms)
+    reason, missing_bytes = _lacking(taken, rig)
+    return replace(
+        verdict,
+        memory=tuple(taken),
+        host_bytes=memory.host_bytes(taken, kind),
+        reason=reason,
+        missing_bytes=missing_bytes,
+        confirmed=True,
     )
 
 

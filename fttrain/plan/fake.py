@@ -5,6 +5,7 @@ A card is stood in for by the CPU, since fake CUDA tensors need a build with CUD
 backend, which answers at once; bytes are never read, for there are none.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +16,6 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fttrain.data.batch import MicroBatch
 from fttrain.dist import Group
@@ -124,7 +124,7 @@ def run(plan: Plan) -> Peak:
     dynamic_code(CPU)  # bitsandbytes makes it with real tensors and keeps it
     group = plan.group
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with _fake_ranks(group), fake, LiveBytes() as live, _Zeros():
+    with _fake_ranks(group), fake, _FakeBytes() as live:
         plan = replace(plan, pool=PlannedPool(group, plan.pool.free_device_bytes, live))
         page = PAGES[plan.recipe.strategy.name]
         share = page.book(plan)
@@ -162,15 +162,43 @@ def full_batch(size: StepSize, index: int, targets: int | None = None) -> MicroB
     )
 
 
-class _Zeros(TorchDispatchMode):
-    """Whoever reads a number from the device reads 0: fake tensors have none."""
+class _FakeBytes(LiveBytes):
+    """Of fake tensors. What makes no tensor is answered here, for the way through
+    ``FakeTensorMode`` is long and most operators need not go it.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and asking costs more than an operator
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
+        if func is torch.ops.aten._local_scalar_dense.default:  # fake tensors have no numbers
             return 0.0 if args[0].dtype.is_floating_point else 0
-        return func(*args, **(kwargs or {}))
+        written = _written(func)
+        if written is not None:
+            return args[written] if isinstance(written, int) else (kwargs or {})[written]
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@functools.cache
+def _written(func: Any) -> int | str | None:
+    """The argument that ``func`` writes into and returns as it is (``add_``, ``out=``): its place,
+    or its name where it has none. None: it may return something else.
+    """
+    schema = func._schema
+    if len(schema.returns) != 1 or schema.name in ("aten::resize_", "aten::set_"):
+        return None
+    alias = schema.returns[0].alias_info
+    if alias is None or not alias.is_write:
+        return None
+    for place, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            return argument.name if argument.kwarg_only else place
+    return None
 
 
 @contextmanager

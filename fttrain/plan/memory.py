@@ -1,8 +1,8 @@
 """What a run takes of each card and of the host, part by part, before anything is loaded.
 
 booked       by the strategy's own page, exactly, for the whole model
-workspace    what the real step takes on fake tensors (``fake.run``) beyond what is booked: with
-             2, 3 and 4 layers and 1 and 2 micro-batches, and from there on straight lines
+workspace    what the real step takes on fake tensors (``fake.run``) beyond what is booked: with a
+             few layers and micro-batches, and from there on straight lines
 """
 
 import copy
@@ -26,8 +26,6 @@ from fttrain.strategy.protocol import StrategyConfig
 from fttrain.strategy.recipe import Plan, Recipe
 from fttrain.strategy.usage import WORKSPACE
 
-LAYERS = (2, 3, 4)  # of the models that are run on fake tensors
-STAGE_LAYERS = (2, 3)  # of each stage, where they are run as a pipeline
 STANDS_FOR_GROUPED = StrategyConfig("stream")
 ROOMY_BYTES = 1 << 50  # of a card that everything fits: a small model is divided evenly
 
@@ -170,14 +168,20 @@ class Workspaces:
         What strategies of ``grouped`` differ in is booked: one stands for all of them.
         """
         strategy = recipe.strategy if recipe.strategy.name == "pipeline" else STANDS_FOR_GROUPED
-        # More micro-batches are extrapolated: steps that differ in their number alone are one.
-        count = min(UNDER_WAY + 3, _together(recipe, world_size))
-        size = replace(recipe.size, gradient_accumulation_steps=count)
-        small = replace(recipe, strategy=strategy, size=size)
+        together = _together(recipe, world_size)
+
+        def alone(policy: str) -> Recipe:
+            own = replace(recipe, strategy=strategy, placement=_only(recipe, policy))
+            # More micro-batches are extrapolated: steps that differ in their number alone are one.
+            count = together if strategy.name == "pipeline" else min(together, _few(own) + 1)
+            return replace(own, size=replace(recipe.size, gradient_accumulation_steps=count))
+
         policies = dict.fromkeys(recipe.placement.policies(architecture.layers))
-        alone = [replace(small, placement=_only(small, policy)) for policy in policies]
         return Workspaces(
-            tuple(_of_ranks(own, _Shape(architecture.config), kind, world_size) for own in alone),
+            tuple(
+                _of_ranks(alone(policy), _Shape(architecture.config), kind, world_size)
+                for policy in policies
+            ),
             world_size,
         )
 
@@ -232,21 +236,29 @@ def _of_rank(recipe: Recipe, shape: _Shape, kind: str, world_size: int, rank: in
     pipeline = recipe.strategy.name == "pipeline"
     together = recipe.size.gradient_accumulation_steps
     few = together if pipeline else min(together, _few(recipe))
-    several = STAGE_LAYERS if pipeline else LAYERS
-    points = [(layers, few) for layers in several]
-    if together > few:
-        points += [(layers, few + 1) for layers in several[:2]]
+    shallow = _shallow(recipe)
+    counts = (few, few + 1) if together > few else (few,)
+    points = [(layers, count) for count in counts for layers in (shallow, shallow + 1)]
     found = []
     for layers, micro_batches in points:
         size = replace(recipe.size, gradient_accumulation_steps=micro_batches)
         a = Architecture(with_layers(shape.config, layers * (world_size if pipeline else 1)))
         own = replace(recipe, size=size)
         plan = book(own, a, "cpu", [ROOMY_BYTES] * world_size)[rank].plan
-        found.append(_beyond_books(plan, kind))
+        found.append(beyond_books(plan, kind))
     grow = together > few  # else nothing is asked of other numbers of micro-batches
     rows = [[1, layers, grow * count, grow * layers * count] for layers, count in points]
     solved, *_ = np.linalg.lstsq(np.array(rows, float), np.array(found, float), rcond=None)
     return _Lines(*(float(value) for value in solved))
+
+
+def _shallow(recipe: Recipe) -> int:
+    """Layers, of a pipeline those of a stage, from which on memory grows evenly: the first and the
+    last one keep other things than those between. With ``offload`` a pipeline's stage has the
+    tensors of two under way as it turns round.
+    """
+    offloads = recipe.placement.activations == "offload"
+    return 3 if recipe.strategy.name == "pipeline" and offloads else 2
 
 
 def _together(recipe: Recipe, stages: int) -> int:
@@ -259,6 +271,16 @@ def _together(recipe: Recipe, stages: int) -> int:
     return recipe.schedule.size(steps)
 
 
+def evenly_from(recipe: Recipe, layers: int, world_size: int) -> int:
+    """Micro-batches of a rank's step from which on memory is that of the lines."""
+    together = _together(recipe, world_size)
+    if recipe.strategy.name == "pipeline":
+        return together
+    policies = set(recipe.placement.policies(layers))
+    few = [_few(replace(recipe, placement=_only(recipe, policy))) for policy in policies]
+    return min(together, max(few) + 1)
+
+
 def _few(recipe: Recipe) -> int:
     """Micro-batches from which on memory grows evenly: with ``offload`` as many as have tensors on
     the device that leave or come back.
@@ -266,7 +288,7 @@ def _few(recipe: Recipe) -> int:
     return UNDER_WAY + 2 if recipe.placement.activations == "offload" else 1
 
 
-def _beyond_books(plan: Plan, kind: str) -> int:
+def beyond_books(plan: Plan, kind: str) -> int:
     """What the step of ``plan``, on the CPU, takes beyond what is booked on the device."""
     booked = sum(b.size_bytes for b in plan.pool.bookings if b.place == "device")
     peak = fake.run(plan)

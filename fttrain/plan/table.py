@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from fttrain.plan.choose import Verdict, room_bytes
+from fttrain.plan.cost import PART_TOKENS, Disk, cost, renting
 from fttrain.plan.memory import RankMemory
 from fttrain.rig.profile import RigProfile
 from fttrain.units import GIB, duration, gib
@@ -15,25 +16,35 @@ SHOWN = 24  # candidates
 
 def table(verdicts: Sequence[Verdict], rig: RigProfile, steps: int | None) -> Table:
     """A line a candidate, the winner first. ``steps``: of the whole run, None: not known."""
-    title = f"{rig.name}: {len(rig.cards)} x {rig.cards[0].name}"
-    names = ("strategy", "G", "activations", "rows", "card GiB", "host GiB", "s a step", "tokens/s")
-    found = Table(*names, "hours", "limit", "fits", title=title, title_justify="left")
-    for column in found.columns[3:9]:
+    title = f"{rig.name}: {_cards(rig)}"
+    of = f"{steps:,} steps" if steps else "1M tokens"
+    names = ["strategy", "G", "activations", "rows", "card GiB", "host GiB", "s a step", "tokens/s"]
+    names += [f"{what} / {of}" for what in ("h", "kWh", "$")]
+    found = Table(*names, "limit", "fits", title=title, title_justify="left")
+    for column in found.columns[3:11]:
         column.justify = "right"
     for verdict in verdicts[:SHOWN]:
-        found.add_row(*_row(verdict, steps), style="" if verdict.fits else "dim")
+        found.add_row(*_row(verdict, rig, steps), style="" if verdict.fits else "dim")
     if len(verdicts) > SHOWN:
         found.caption = f"and {len(verdicts) - SHOWN} more in plan.json"
     return found
 
 
-def _row(verdict: Verdict, steps: int | None) -> list[str]:
+def _cards(rig: RigProfile) -> str:
+    """Each kind of card with its number."""
+    names = [card.name for card in rig.cards]
+    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+
+
+def _row(verdict: Verdict, rig: RigProfile, steps: int | None) -> list[str]:
     recipe, time = verdict.recipe, verdict.time
     kept, size = recipe.placement.activations, recipe.size
     resident = recipe.strategy.resident_layers
-    cards = " / ".join(f"{rank.device_bytes / GIB:.2f}" for rank in _different(verdict.memory))
+    shown = list(resident) if isinstance(resident, tuple) else resident
+    cards = " / ".join(f"{size_bytes / GIB:.2f}" for size_bytes in _of_cards(verdict.memory))
+    taken = cost(time, rig, steps) if time else None
     return [
-        recipe.strategy.name + (f" {resident} resident" if resident else ""),
+        recipe.strategy.name + (f" {shown} resident" if resident else ""),
         str(recipe.schedule.group) if recipe.schedule.kind == "grouped" else "",
         kept if isinstance(kept, str) else ",".join(kept),
         f"{size.micro_batch_size} x {size.gradient_accumulation_steps}",
@@ -41,7 +52,9 @@ def _row(verdict: Verdict, steps: int | None) -> list[str]:
         f"{verdict.host_bytes / GIB:.2f}" if verdict.memory else "-",
         f"{time.seconds:.2f}" if time else "-",
         f"{time.tokens_per_s:.0f}" if time else "-",
-        f"{time.seconds * steps / 3600:.1f}" if time and steps else "-",
+        f"{taken.hours:.2f}" if taken else "-",
+        f"{taken.kwh:.2f}" if taken and taken.kwh is not None else "-",
+        f"{taken.price:.2f}" if taken and taken.price is not None else "-",
         time.limit if time else "-",
         "yes" if verdict.fits else _short(verdict),
     ]
@@ -49,15 +62,38 @@ def _row(verdict: Verdict, steps: int | None) -> list[str]:
 
 def _short(verdict: Verdict) -> str:
     """Why it does not fit, in a few words; plan.json has all of them."""
-    if not verdict.missing_bytes:
-        return "no: " + verdict.reason.split(":")[0]
     where = verdict.reason.split(":")[0]
-    return f"no: {where}, {verdict.missing_bytes / GIB:.2f} GiB short"
+    if not verdict.missing_bytes:
+        return "no: " + where
+    return f"no: {where} +{verdict.missing_bytes / GIB:.2f} GiB"
 
 
-def _different(ranks: Sequence[RankMemory]) -> list[RankMemory]:
-    """One rank of those that take the same."""
-    return list({rank.device_bytes: rank for rank in ranks}.values())
+def notes(rig: RigProfile, disk: Disk, steps: int | None) -> list[str]:
+    """What the table leaves out, a line each."""
+    found = []
+    if rig.measured is None:
+        found.append(
+            "rates are ceilings from documents (plan.json has each one's source); those of "
+            "`fttrain measure` on the machine itself are better"
+        )
+    if steps is None:
+        found.append(
+            "the run's length is not known (loop.max_steps, or a data set that is tokenised "
+            "already, says it): hours, energy and price are those of a million tokens"
+        )
+    return [
+        *found,
+        f"disk, with every strategy: {gib(disk.total_bytes)}: frozen base {gib(disk.cache_bytes)}, "
+        f"snapshots {gib(disk.snapshots_bytes)}",
+        "energy: the cards at their power limit for all of that time, an upper bound",
+        renting(rig),
+    ]
+
+
+def _of_cards(ranks: Sequence[RankMemory]) -> list[int]:
+    """Bytes of each card; once where all take the same."""
+    each = [rank.device_bytes for rank in ranks]
+    return each[:1] if len(set(each)) == 1 else each
 
 
 def parts_table(verdict: Verdict, rig: RigProfile) -> Table:
@@ -86,39 +122,54 @@ def parts_table(verdict: Verdict, rig: RigProfile) -> Table:
     return found
 
 
-def summary(verdict: Verdict, steps: int | None) -> str:
+def summary(verdict: Verdict, rig: RigProfile, steps: int | None) -> str:
     """The winner in one line."""
     assert verdict.time is not None
     card = max(rank.device_bytes for rank in verdict.memory)
-    whole = f", {duration(verdict.time.seconds * steps)} for {steps} steps" if steps else ""
+    taken = cost(verdict.time, rig, steps)
+    whole = f", {duration(taken.hours * 3600)} for {steps:,} steps" if steps else ""
+    price = f", ${taken.price:,.2f} to rent" if steps and taken.price is not None else ""
     return (
-        f"{verdict.settings}: {gib(card)} on the fullest card, {gib(verdict.host_bytes)} of host "
-        f"memory, {verdict.time.seconds:.2f} s a step, {verdict.time.tokens_per_s:.0f} tokens/s"
-        f"{whole}"
+        f"{verdict.settings}: {gib(card)} on the fullest card (run in full on fake tensors), "
+        f"{gib(verdict.host_bytes)} of host memory, {verdict.time.seconds:.2f} s a step, "
+        f"{verdict.time.tokens_per_s:.0f} tokens/s{whole}{price}"
     )
 
 
-def as_json(verdicts: Sequence[Verdict], rig: RigProfile, model: str) -> dict[str, Any]:
-    """All of it. Bytes and seconds."""
+def as_json(
+    verdicts: Sequence[Verdict], rig: RigProfile, model: str, disk: Disk, steps: int | None
+) -> dict[str, Any]:
+    """All of it. Bytes, seconds, hours, kWh and US dollars; those of a candidate are of ``steps``,
+    or where that is None of ``part_tokens``.
+    """
     return {
         "model": model,
         "rig": rig.name,
         "room_bytes": [room_bytes(card) for card in rig.cards],
         "host_memory_bytes": rig.host.memory_bytes,
         "sources": rig.sources,
-        "candidates": [_candidate(verdict) for verdict in verdicts],
+        "disk": {"cache_bytes": disk.cache_bytes, "snapshots_bytes": disk.snapshots_bytes},
+        "steps": steps,
+        "part_tokens": None if steps else PART_TOKENS,
+        "renting": renting(rig),
+        "candidates": [_candidate(verdict, rig, steps) for verdict in verdicts],
     }
 
 
-def _candidate(verdict: Verdict) -> dict[str, Any]:
+def _candidate(verdict: Verdict, rig: RigProfile, steps: int | None) -> dict[str, Any]:
     time = verdict.time
+    taken = cost(time, rig, steps) if time else None
     return {
         "settings": verdict.settings,
         "fits": verdict.fits,
         "reason": verdict.reason,
+        "confirmed": verdict.confirmed,
         "step_s": time.seconds if time else None,
         "tokens_per_s": time.tokens_per_s if time else None,
         "limit": time.limit if time else None,
+        "hours": taken.hours if taken else None,
+        "kwh": taken.kwh if taken else None,
+        "price": taken.price if taken else None,
         "host_bytes": verdict.host_bytes,
         "ranks": [
             {

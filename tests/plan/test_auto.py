@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import tiny
-import tiny_rig
+import tiny_cpu_rig
 import tiny_strategy
 
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.plan import auto
 from fttrain.plan.auto import Question, answer, check_fits, ranked
-from fttrain.plan.choose import Verdict, choose, judge
+from fttrain.plan.choose import Verdict, candidates, choose, judge
 from fttrain.rig.profile import RigProfile
 from fttrain.strategy.recipe import POLICIES, Recipe, StepSize
 
@@ -29,7 +29,7 @@ def silent(done: int, total: int) -> None:
 
 
 def question(*left_open: str, recipe: Recipe = RECIPE, rig: RigProfile | None = None) -> Question:
-    return Question("tiny", recipe, A, rig or tiny_rig.rig(), left_open)
+    return Question("tiny", recipe, A, rig or tiny_cpu_rig.rig(), left_open, 2)
 
 
 def settings(verdicts: list[Verdict]) -> list[str]:
@@ -37,7 +37,7 @@ def settings(verdicts: list[Verdict]) -> list[str]:
 
 
 def test_strategy_alone_is_the_best_of_those_with_the_activations_that_are_given() -> None:
-    chosen = choose(RECIPE, A, tiny_rig.rig(), silent)
+    chosen = choose(list(candidates(RECIPE, 1)), A, tiny_cpu_rig.rig(), silent)
     assert settings(ranked(question("strategy", "activations"), silent)) == settings(chosen)
     allowed = [v for v in chosen if v.recipe.placement.activations == "recompute"]
     assert settings(ranked(question("strategy"), silent)) == settings(allowed)
@@ -50,7 +50,7 @@ def test_activations_alone_leave_strategy_and_rows_as_they_are() -> None:
     assert {v.recipe.placement.activations for v in found} == set(POLICIES)
     for verdict in found:
         assert replace(verdict.recipe, placement=STREAM.placement) == STREAM
-        assert verdict == judge(verdict.recipe, A, tiny_rig.rig())
+        assert verdict.time == judge(verdict.recipe, A, tiny_cpu_rig.rig()).time
     rates = [verdict.tokens_per_s for verdict in found]
     assert rates == sorted(rates, reverse=True)
     assert rates[0] > rates[-1]
@@ -61,14 +61,14 @@ def test_what_is_fastest_gives_way_to_what_fits() -> None:
     peaks = {v.recipe.placement.activations: v.memory[0].device_bytes + 1000 for v in found}
     assert found[0].recipe.placement.activations == "keep"
     assert peaks["keep"] > max(peaks["recompute"], peaks["offload"])
-    short = tiny_rig.rig(memory_bytes=peaks["keep"] - 1)
+    short = tiny_cpu_rig.rig(memory_bytes=peaks["keep"] - 1)
     again = ranked(question("activations", recipe=STREAM, rig=short), silent)
     assert settings(again) == settings(found[1:] + found[:1])
     assert [verdict.fits for verdict in again] == [True, True, False]
 
 
 def test_nothing_fits() -> None:
-    asked = question("activations", recipe=STREAM, rig=tiny_rig.rig(memory_bytes=10_000))
+    asked = question("activations", recipe=STREAM, rig=tiny_cpu_rig.rig(memory_bytes=10_000))
     found = ranked(asked, silent)
     assert not any(verdict.fits for verdict in found)
     assert found[0].missing_bytes == min(verdict.missing_bytes for verdict in found)
@@ -89,7 +89,7 @@ def test_an_answer_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(auto, "judge", planned_again)
     assert answer(asked, str(tmp_path), silent) == found
     others = {
-        "rig": replace(asked, rig=tiny_rig.rig(sums_bytes_per_s=1e8)),
+        "rig": replace(asked, rig=tiny_cpu_rig.rig(sums_bytes_per_s=1e8)),
         "rows": replace(asked, recipe=replace(STREAM, size=StepSize(2, 64, 1))),
         "model": replace(asked, architecture=Architecture(tiny.model(num_hidden_layers=5).config)),
         "nothing open": replace(asked, left_open=()),
@@ -101,7 +101,7 @@ def test_an_answer_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("overhead_bytes", [1000, None])
 def test_what_is_predicted_stands_in_the_plan(tmp_path: Path, overhead_bytes: int | None) -> None:
-    rig = tiny_rig.rig(overhead_bytes=overhead_bytes)
+    rig = tiny_cpu_rig.rig(overhead_bytes=overhead_bytes)
     found = answer(question(recipe=STREAM, rig=rig), str(tmp_path), silent)
     check_fits(question(), found)
     verdict = judge(STREAM, A, rig)

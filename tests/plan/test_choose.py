@@ -3,44 +3,10 @@
 from dataclasses import replace
 
 import pytest
-import tiny
-import tiny_strategy
+from tiny_rig import RECIPE, ROOMY, A, chosen, rig
 
-from fttrain.model.decoder import Architecture
-from fttrain.plan.choose import Verdict, candidates, choose, judge, room_bytes
-from fttrain.rig.profile import (
-    CardProfile,
-    CopyRates,
-    HostProfile,
-    LinkProfile,
-    RigProfile,
-    Sample,
-)
-from fttrain.strategy.recipe import Recipe, StepSize
-
-A = Architecture(tiny.model(num_hidden_layers=6).config)
-RECIPE = replace(tiny_strategy.variant(), size=StepSize(1, 64, 1))
-ROOMY = 1 << 40
-
-
-def rig(
-    memory_bytes: int,
-    host_bytes: int = ROOMY,
-    cards: int = 1,
-    link: float = 1e9,
-    copy: float = 1e9,
-) -> RigProfile:
-    copies = CopyRates(copy)
-    card = CardProfile("card", "cuda", memory_bytes, 1e10, 1e10, 1e10, copies, copies)
-    names = ("all_reduce", "all_gather", "send_recv")
-    samples = {name: (Sample(1, 1 / link), Sample(10**9, 1e9 / link)) for name in names}
-    host = HostProfile("cpu", 8, host_bytes, adamw_values_per_s=1e9)
-    links = (LinkProfile("default", "?", cards, samples),)
-    return RigProfile("made up", (card,) * cards, host, links)
-
-
-def chosen(on: RigProfile, recipe: Recipe = RECIPE) -> list[Verdict]:
-    return choose(recipe, A, on, lambda done, total: None)
+from fttrain.plan.choose import candidates, judge, room_bytes
+from fttrain.strategy.recipe import StepSize
 
 
 def test_the_fastest_that_fits_comes_first() -> None:

