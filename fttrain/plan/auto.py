@@ -6,7 +6,7 @@ same run as it goes on take the same one.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +156,8 @@ def _key(question: Question) -> str:
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         text.update(file.read_bytes())
     shape = question.architecture.config.to_json_string(use_diff=False)
-    asked = (question.model, question.recipe, question.rig, question.left_open)
-    asked += (question.keep_last, question.steps)
+    names = [field.name for field in fields(question) if field.name != "architecture"]
+    asked = [getattr(question, name) for name in names]
     versions = (torch.__version__, transformers.__version__)
     meaning = repr((text.hexdigest(), shape, asked, versions))
     return hashlib.sha256(meaning.encode()).hexdigest()[:32]

@@ -86,7 +86,8 @@ def test_an_answer_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def planned_again(*_: object) -> None:
         raise UserError("planned again")
 
-    monkeypatch.setattr(auto, "judge", planned_again)
+    for name in ("choose", "judge"):
+        monkeypatch.setattr(auto, name, planned_again)
     assert answer(asked, str(tmp_path), silent) == found
     others = {
         "rig": replace(asked, rig=tiny_cpu_rig.rig(sums_bytes_per_s=1e8)),
