@@ -18,6 +18,7 @@ from fttrain.data.excerpt import Excerpt
 from fttrain.dist import process_group
 from fttrain.instruments import memory_uses, show_fullest
 from fttrain.optim.config import learning_rate
+from fttrain.plan.cost import reference_price, references
 from fttrain.planned import settle
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank
@@ -77,8 +78,8 @@ def estimate(trial: Trial, epoch_tokens: int, epochs: float) -> Estimate:
     return Estimate(epoch_s, epochs * epoch_s)
 
 
-def warnings(found: Estimate, helps: Sequence[str]) -> list[str]:
-    """What takes long, and ``helps``; nothing where nothing does."""
+def warnings(found: Estimate, helps: Sequence[str], rents: Sequence[str] = ()) -> list[str]:
+    """What takes long, ``helps`` and what renting would cost; nothing where nothing does."""
     too_long = [
         f"{what} takes {took_s / 3600:.1f} hours, more than {limit_s / 3600:.0f}"
         for what, took_s, limit_s in (
@@ -87,7 +88,23 @@ def warnings(found: Estimate, helps: Sequence[str]) -> list[str]:
         )
         if took_s > limit_s
     ]
-    return [f"warning: {'; '.join(too_long)}; what helps: {'; '.join(helps)}"] if too_long else []
+    if not too_long:
+        return []
+    return [f"warning: {'; '.join(too_long)}; what helps: {'; '.join(helps)}", *rents]
+
+
+def rents(cards: Sequence[str], hours: float) -> list[str]:
+    """What renting would cost, a line each. ``cards``: names of those that the run has, for
+    ``hours``; without one, as on a CPU, what pairs of cards cost an hour.
+    """
+    found = [reference_price(name) for name in cards]
+    prices = [price for price, _ in found if price is not None]
+    if cards and len(prices) == len(cards):
+        return [
+            f"renting {len(cards)} x {cards[0]} for {hours:.1f} hours: ${sum(prices) * hours:,.2f} "
+            f"({found[0][1]})"
+        ]
+    return [*references(), "how long the run takes on them: `fttrain plan rig.profile=2x4090`"]
 
 
 def advice(config: RunConfig, waiting: float) -> list[str]:
@@ -179,6 +196,14 @@ def _tell(run: Run, trial: Trial, dataset: Dataset) -> None:
             f"warning: {trial.examples} examples do not fill one step of {run.loader.rows_per_step}"
             f" rows, so the rates are rough; dry_run={-(-int(2 * enough) // 10) * 10} fills two"
         )
-    for line in warnings(found, advice(run.config, trial.waiting)):
+    hours = found.run_s / 3600
+    for line in warnings(found, advice(run.config, trial.waiting), rents(_cards(run), hours)):
         run.say(line)
     run.say("nothing was saved; data and frozen base stay in their caches")
+
+
+def _cards(run: Run) -> list[str]:
+    """Names of the ranks' cards, of which all are taken to be rank 0's; none on a CPU."""
+    if run.group.device.type != "cuda":
+        return []
+    return [torch.cuda.get_device_name(run.group.device)] * run.group.world_size

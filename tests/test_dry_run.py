@@ -14,7 +14,8 @@ from fttrain.checkpoint.claim import claim_output
 from fttrain.cli import main
 from fttrain.config import compose
 from fttrain.data.batch import MicroBatch
-from fttrain.dry_run import Estimate, Trial, advice, estimate, warnings
+from fttrain.dry_run import Estimate, Trial, advice, estimate, rents, warnings
+from fttrain.plan.rigs import find_rig
 from fttrain.strategy.data_parallel import DataParallel
 
 HOUR_S = 3600.0
@@ -108,6 +109,22 @@ def test_it_warns_where_it_takes_long(epoch_h: float, run_h: float, text: str) -
     (line,) = lines
     assert text in line
     assert line.endswith("what helps: this; that")
+
+
+def test_a_long_run_says_what_renting_would_cost() -> None:
+    each = find_rig("2x3090_nvlink").cards[0].price_per_h
+    assert each
+    (line,) = rents(["NVIDIA GeForce RTX 3090"] * 2, 20.0)
+    assert f"2 x NVIDIA GeForce RTX 3090 for 20.0 hours: ${40 * each:.2f}" in line
+    found = Estimate(7 * HOUR_S, 20 * HOUR_S)
+    assert warnings(found, ["this"], [line])[1:] == [line]
+    assert warnings(Estimate(HOUR_S, HOUR_S), ["this"], [line]) == []
+    for cards in ([], ["a card that nobody rents out"]):  # prices, but no made-up speed
+        *known, last = rents(cards, 20.0)
+        assert any(f"2 x NVIDIA GeForce RTX 3090: ${2 * each:.2f} an hour" in one for one in known)
+        assert any("2 x NVIDIA GeForce RTX 4090: $" in one for one in known)
+        assert "20.0 hours" not in " ".join(known)
+        assert "fttrain plan" in last
 
 
 def test_what_helps_depends_on_the_run() -> None:

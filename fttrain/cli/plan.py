@@ -29,6 +29,7 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     from fttrain.model.decoder import Architecture
     from fttrain.plan.choose import candidates, choose
     from fttrain.plan.cost import disk, run_steps, training_rows
+    from fttrain.plan.relax import what_fits
     from fttrain.plan.rigs import find_rig
     from fttrain.plan.table import as_json, notes, parts_table, summary, table
     from fttrain.run import recipe
@@ -61,7 +62,7 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     if not best.fits:
         raise UserError(
             f"{config.model.name} does not fit {rig.name}; nearest is {best.settings}: "
-            f"{best.reason}"
+            f"{best.reason}; {what_fits(best, architecture, rig)}"
         )
     console.print(summary(best, rig, steps), highlight=False)
     return 0

@@ -1,5 +1,6 @@
 """What a run costs: disk, hours, energy, and what renting such cards would cost."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,15 +71,19 @@ def cost(time: StepTime, rig: RigProfile, steps: int | None) -> Cost:
 
 
 def price_per_h(card: CardProfile) -> tuple[float | None, str]:
-    """US dollars an hour of renting such a card, and where that is from: its own profile, or the
-    first shipped one with a card of the same name.
-    """
+    """US dollars an hour of renting such a card, and where that is from."""
     if card.price_per_h is not None:
-        return card.price_per_h, "the profile"
+        return card.price_per_h, "cards.price_per_h of the profile"
+    return reference_price(card.name)
+
+
+@functools.cache
+def reference_price(name: str) -> tuple[float | None, str]:
+    """As ``price_per_h``: that of the first shipped profile with a card of this ``name``."""
     for rig in map(find_rig, shipped()):
-        for known in rig.cards:
-            if known.name == card.name and known.price_per_h is not None:
-                return known.price_per_h, rig.sources["cards.price_per_h"]
+        for card in rig.cards:
+            if card.name == name and card.price_per_h is not None:
+                return card.price_per_h, rig.sources["cards.price_per_h"]
     return None, ""
 
 
@@ -94,6 +99,12 @@ def renting(rig: RigProfile, hours: float | None = None) -> str:
     source = rig.sources.get("cards.price_per_h", source)
     whole = f", ${total * hours:,.2f} for {hours:,.1f} hours" if hours is not None else ""
     return f"renting {name}: ${total:.2f} an hour{whole} ({source})"
+
+
+def references() -> list[str]:
+    """What renting each pair of cards that is shipped with a price costs, a line each."""
+    rigs = {rig.cards[0].name: rig for rig in map(find_rig, shipped()) if len(rig.cards) > 1}
+    return [renting(rig) for rig in rigs.values() if price_per_h(rig.cards[0])[0] is not None]
 
 
 def run_steps(

@@ -16,11 +16,11 @@ SHOWN = 24  # candidates
 
 def table(verdicts: Sequence[Verdict], rig: RigProfile, steps: int | None) -> Table:
     """A line a candidate, the winner first. ``steps``: of the whole run, None: not known."""
-    title = f"{rig.name}: {_cards(rig)}"
     of = f"{steps:,} steps" if steps else "1M tokens"
-    names = ["strategy", "G", "activations", "rows", "card GiB", "host GiB", "s a step", "tokens/s"]
-    names += [f"{what} / {of}" for what in ("h", "kWh", "$")]
-    found = Table(*names, "limit", "fits", title=title, title_justify="left")
+    title = f"{rig.name}: {_cards(rig)}; hours, kWh and $ of {of}"
+    names = ("strategy", "G", "activations", "rows", "card GiB", "host GiB", "s a step", "tokens/s")
+    prices = ("hours" if steps else "h / 1M", "kWh", "$")
+    found = Table(*names, *prices, "limit", "fits", title=title, title_justify="left")
     for column in found.columns[3:11]:
         column.justify = "right"
     for verdict in verdicts[:SHOWN]:
@@ -110,7 +110,8 @@ def parts_table(verdict: Verdict, rig: RigProfile) -> Table:
     for part, size_bytes in sorted({**own, **ranks[0].shared}.items(), key=lambda item: -item[1]):
         found.add_row(part, *("" for _ in ranks), f"{size_bytes / GIB:.2f}")
     overheads = [f"{(card.overhead_bytes or 0) / GIB:.2f}" for card in rig.cards]
-    found.add_row("context, communication", *overheads, "")
+    known = "measured" if rig.measured else "an allowance"
+    found.add_row(f"context, communication ({known})", *overheads, "")
     sums = [
         f"{(rank.device_bytes + (card.overhead_bytes or 0)) / GIB:.2f}"
         for rank, card in zip(ranks, rig.cards, strict=True)

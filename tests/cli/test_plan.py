@@ -1,6 +1,11 @@
 """``fttrain plan`` from a config.json alone: the table, plan.json, the exit code."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +13,7 @@ import tiny
 from transformers import LlamaConfig
 
 from fttrain.cli import main
+from fttrain.plan.rigs import find_rig
 
 RIG = "rig.profile=one_24gb"
 
@@ -39,9 +45,53 @@ def test_a_model_that_is_too_big_is_refused_with_what_is_nearest(
     captured = capsys.readouterr()
     assert "does not fit one_16gb; nearest is strategy=" in captured.err
     assert "GiB" in captured.err
-    assert "short" in captured.out
+    assert "no smaller rows, no lower rank and no rig" in captured.err
+    assert "no: card 0 +" in " ".join(captured.out.split())
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert not any(candidate["fits"] for candidate in plan["candidates"])
+
+
+def test_the_nearest_thing_that_fits_is_named_and_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of 64 need a little more than the card has, shorter ones do not."""
+    tiny.model(num_hidden_layers=2, max_position_embeddings=4096).config.save_pretrained(tmp_path)
+    small = ["loop.micro_batch_size=1", "loop.gradient_accumulation_steps=1", "lora.r=8"]
+    rig = find_rig("one_24gb")
+
+    def plan(memory_bytes: int, seq_len: int) -> int:
+        card = replace(rig.cards[0], memory_bytes=memory_bytes, overhead_bytes=0)
+        replace(rig, cards=(card,)).save(tmp_path / "own.json")
+        own = f"rig.profile={tmp_path / 'own.json'}"
+        return main(arguments(tmp_path, own, *small, f"data.seq_len={seq_len}"))
+
+    assert plan(1 << 40, 2048) == 0
+    planned = json.loads((tmp_path / "run" / "plan.json").read_text())["candidates"]
+    least = min(sum(one["ranks"][0]["device_bytes"].values()) for one in planned)
+    capsys.readouterr()
+    assert plan(least * 3 // 4, 2048) != 0
+    told = re.search(r"it fits with data.seq_len=(\d+)", capsys.readouterr().err)
+    assert told
+    assert plan(least * 3 // 4, int(told[1])) == 0
+
+
+def test_a_hub_behind_a_closed_port(tmp_path: Path) -> None:
+    """A process of its own, for the hub's address is read when its client is imported."""
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-m", "fttrain", "plan", "model.path=nobody/nothing", RIG]
+    ended = subprocess.run(
+        [*command, f"output={tmp_path / 'run'}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode not in (0, None)
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("fttrain: error")]
+    assert "model.path=nobody/nothing: not a folder here, and the hub did not deliver it" in line
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_hub_that_cannot_be_reached(

@@ -1,12 +1,23 @@
 """The choice among candidates, on made-up rigs that a tiny model just fits or does not."""
 
+import io
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 from tiny_rig import RECIPE, ROOMY, A, chosen, rig
 
+from fttrain.plan import memory
 from fttrain.plan.choose import candidates, judge, room_bytes
+from fttrain.plan.table import parts_table, table
+from fttrain.rig.profile import RigProfile
+from fttrain.schedule import ScheduleConfig
+from fttrain.strategy.protocol import StrategyConfig
 from fttrain.strategy.recipe import StepSize
+from fttrain.units import gib
+
+ONE_F_ONE_B = ScheduleConfig("all", "one_f_one_b")
 
 
 def test_the_fastest_that_fits_comes_first() -> None:
@@ -69,3 +80,47 @@ def test_rows_of_a_step_stay(world_size: int) -> None:
 def test_a_cards_room_is_without_its_overhead() -> None:
     card = replace(rig(1000).cards[0], overhead_bytes=400)
     assert room_bytes(card) == 600
+
+
+def unequal(needed_bytes: int) -> RigProfile:
+    """A card that has just that, and one with all that anybody wants."""
+    pair = rig(ROOMY, cards=2)
+    small = replace(pair.cards[0], name="small card", memory_bytes=needed_bytes)
+    return replace(pair, cards=(small, replace(pair.cards[1], name="large card")))
+
+
+def printed(shown: Table) -> str:
+    console = Console(width=150, file=io.StringIO())
+    console.print(shown)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_smaller_card_keeps_fewer_layers_of_a_stream() -> None:
+    stream = replace(RECIPE, strategy=StrategyConfig("stream"))
+    needed = judge(stream, A, rig(ROOMY, cards=2)).memory[0]
+    room = 2 * memory.layer_bytes(stream, A)
+    cards = unequal(max(needed.device_bytes, needed.booked_bytes) + room)
+    found = chosen(cards)
+    kept = next(v for v in found if v.recipe.strategy.resident_layers == (2, 6))
+    assert kept.fits
+    assert kept.memory[0].device_bytes <= cards.cards[0].memory_bytes
+    assert "strategy.resident_layers=[2,6]" in kept.settings
+    told = printed(table(found, cards, None))
+    assert "1 x small card, 1 x large card" in told
+    assert "[2, 6] resident" in " ".join(printed(table([kept], cards, None)).split())
+    both = printed(parts_table(kept, cards))
+    assert f"{gib(kept.memory[0].device['frozen layers'])}".split()[0] in both
+    assert "card 0" in both
+    assert "card 1" in both
+
+
+def test_a_smaller_card_has_a_shorter_stage() -> None:
+    pipeline = replace(RECIPE, strategy=StrategyConfig("pipeline"), schedule=ONE_F_ONE_B)
+    even = judge(pipeline, A, rig(ROOMY, cards=2)).memory
+    cards = unequal(max(even[0].device_bytes, even[0].booked_bytes) * 9 // 10)
+    verdict = judge(pipeline, A, cards)
+    assert verdict.fits
+    first, last = verdict.memory
+    assert first.layers < even[0].layers
+    assert first.layers + last.layers == A.layers
+    assert first.device_bytes <= cards.cards[0].memory_bytes
