@@ -31,8 +31,14 @@ def _memory_bytes(rig: RigProfile) -> int:
 
 
 def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """The mildest change first; each one keeps those before it."""
+    """The mildest change first; each one keeps those before it. What moves memory to the host
+    changes nothing of what is trained.
+    """
     said: list[str] = []
+    for setting, moved in list(_moved_to_host(recipe)):
+        said.append(setting)
+        recipe = moved
+        yield " ".join(said), recipe
     rows, steps = recipe.size.micro_batch_size, recipe.size.gradient_accumulation_steps
     if rows > 1:
         said.append(f"loop.micro_batch_size=1 loop.gradient_accumulation_steps={rows * steps}")
@@ -47,3 +53,19 @@ def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         seq_len = recipe.size.seq_len // 2
         recipe = replace(recipe, size=replace(recipe.size, seq_len=seq_len))
         yield " ".join([*said, f"data.seq_len={seq_len}"]), recipe
+
+
+def _moved_to_host(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """(setting, recipe) of each lever that is still to be pulled, one after the other."""
+    if not recipe.optim.offload:
+        recipe = replace(recipe, optim=replace(recipe.optim, offload=True))
+        yield "optim.offload=true", recipe
+    kept = recipe.placement
+    for lever, place in (("boundaries", "host"), ("embedding", "host"), ("head", "streamed")):
+        if getattr(kept, lever) == place:
+            continue
+        if lever == "boundaries" and "recompute" not in str(kept.activations):
+            continue  # there are none
+        kept = replace(kept, **{lever: place})
+        recipe = replace(recipe, placement=kept)
+        yield f"{lever}={place}", recipe
