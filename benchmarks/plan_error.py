@@ -3,17 +3,17 @@
     python benchmarks/plan_error.py [--json FILE] [--quick] [--only TEXT ...]
 
 `fttrain measure` measures this machine with the ranks and threads of the comparison, and the demo's
-model on it. From that profile alone each configuration of the grid is planned; then it is run, on
-rows of the demo's data, and what its ranks took is compared: resident memory above the interpreter
-with its libraries, and the median step. What is planned for full rows counts in proportion to the
-tokens that the rows really had.
+model on it. From that profile alone each configuration of the grid is planned; then it is run, and
+what its ranks took is compared: resident memory above the interpreter with its libraries, and the
+median step. A plan speaks of the most that a step may have, so the rows are full: text of the demo's
+data, one document each, every token a target.
 """
 
 import argparse
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from harness import turns
 from harness.measured import measured, model_settings, planned
 from harness.rank import run_rank
 from harness.turns import Side, Turn, native
+from peers.work import Document, Work
 
 from fttrain.rig.profile import RigProfile, load_profile
 
@@ -57,7 +58,7 @@ SIDES = (
     lever("replicate", "boundaries=host", boundaries="host"),
     lever("replicate", "head=nf4", head="nf4"),
     lever("replicate", "optim.offload", job={"changes": {"optim": {"offload": True}}}),
-    lever("replicate", "rows=8x2", job={"micro_batch_size": 8, "gradient_accumulation_steps": 2}),
+    lever("replicate", "rows=8", job={"micro_batch_size": 8}),
     lever("shard"),
     lever("shard", group=1),
     lever("shard", "keep", group=1, activations="keep"),
@@ -101,7 +102,7 @@ def main() -> None:
     with turns.prepared(arguments, ["packed"]) as (work, folder):
         job = work.job | {
             "data": "packed",
-            "steps": work.steps["packed"],
+            "steps": full_rows(work),
             "imports": ["fttrain.config", "fttrain.train"],  # as `fttrain train`
         }
         rig = _rig(arguments, job, folder)
@@ -111,12 +112,8 @@ def main() -> None:
             range(1, arguments.turns + 1),
             lambda side: common.run_ranks(__file__, jobs[side], folder),
         )
-        tokens = work.tokens("packed")[arguments.warmup :]
         settings = turns.settings(work, arguments)
-        results = [
-            compared(side, expected(jobs[side], rig), taken[side], tokens, jobs[side])
-            for side in jobs
-        ]
+        results = [compared(side, expected(jobs[side], rig), taken[side]) for side in jobs]
     reached = goals(results)
     _show(results, settings, environment)
     common.show_goals(reached)
@@ -150,7 +147,32 @@ def changed(job: dict[str, Any], side: Side) -> dict[str, Any]:
     if job["micro_batch_size"] != rows:
         joined = job["micro_batch_size"] // rows
         job["steps"] = [[_joined(rank, joined) for rank in step] for step in job["steps"]]
+        job["gradient_accumulation_steps"] //= joined
     return job
+
+
+def full_rows(work: Work) -> list[Any]:
+    """The work's steps with its text in rows of one document, as long as a row may be; labels are
+    the ids themselves.
+    """
+    seq_len = work.job["seq_len"]
+    text = cycle(
+        token
+        for step in work.steps["packed"]
+        for rank in step
+        for rows in rank
+        for row in rows
+        for ids, _ in row
+        for token in ids
+    )
+
+    def row() -> list[Document]:
+        ids = list(islice(text, seq_len))
+        return [(ids, ids)]
+
+    return [
+        [[[row() for _ in rows] for rows in rank] for rank in step] for step in work.steps["packed"]
+    ]
 
 
 def _joined(micro_batches: list[list[Any]], count: int) -> list[list[Any]]:
@@ -176,21 +198,15 @@ def compared(
     side: Side,
     plan: Expected,
     taken: Sequence[Turn],
-    tokens: Sequence[int],
-    job: dict[str, Any],
 ) -> dict[str, Any]:
-    """Predicted and measured figures of one configuration. ``tokens``: of each timed step."""
-    full = job["ranks"] * job["micro_batch_size"] * job["seq_len"]
-    full *= job["gradient_accumulation_steps"]
+    """Predicted and measured figures of one configuration."""
     steps = [
-        max(rank["step_s"][number] for rank in turn) * full / count
+        max(seconds)
         for turn in taken
-        for number, count in enumerate(tokens)
+        for seconds in zip(*(rank["step_s"] for rank in turn), strict=True)
     ]
-    peaks = [
-        statistics.median(turn[rank]["peak_host_bytes"] for turn in taken)
-        for rank in range(job["ranks"])
-    ]
+    ranks = range(len(taken[0]))
+    peaks = [statistics.median(turn[rank]["peak_host_bytes"] for turn in taken) for rank in ranks]
     step_s = statistics.median(steps)
     predicted = [
         peak - taken[0][rank]["interpreter_bytes"] for rank, peak in enumerate(plan.peak_bytes)
