@@ -1,6 +1,6 @@
 """Whether a plan made from a measured link chooses what is really faster over it.
 
-    python benchmarks/link_choice.py [--json FILE] [--mbit 20 1000]
+    python benchmarks/link_choice.py [--json FILE] [--mbit 50 1000]
 
 Two ranks in network namespaces count as one machine with a link of a known rate between them (root
 only). At each rate `fttrain measure` measures, shard and pipeline are planned from that, and both
@@ -40,7 +40,7 @@ SIDES = (
 def main() -> None:
     """Measure, print, write."""
     parser = turns.parser((__doc__ or "").partition("\n\n")[0], USUAL)
-    parser.add_argument("--mbit", type=float, nargs="+", default=[20.0, 1000.0])
+    parser.add_argument("--mbit", type=float, nargs="+", default=[50.0, 1000.0])
     parser.add_argument("--link-s", type=float, default=20.0, help="as rig.link_s")
     arguments = turns.parse(parser, USUAL)
     if arguments.rank:

@@ -5,8 +5,8 @@
 `fttrain measure` measures this machine with the ranks and threads of the comparison, and the demo's
 model on it. From that profile alone each configuration of the grid is planned; then it is run, and
 what its ranks took is compared: resident memory above the interpreter with its libraries, and the
-median step. A plan speaks of the most that a step may have, so the rows are full: text of the demo's
-data, one document each, every token a target.
+median step. A plan speaks of the most that a step may have, so the rows are full: text of the
+demo's data, one document each, every token a target.
 """
 
 import argparse

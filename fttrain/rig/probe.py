@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import resource
 import sys
 from dataclasses import dataclass
@@ -97,7 +98,17 @@ def set_up(config: RigConfig, local_rank: int, local_world_size: int) -> torch.d
 
 
 def peak_host_bytes() -> int:
-    """The most resident memory this process has had."""
+    """The most resident memory this process has had.
+
+    Linux's getrusage would count what its parent had when it started it, too (getrusage(2) keeps
+    the maximum over execve), so the kernel's own mark of this program is read where there is one.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        status = ""
+    if marked := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+        return int(marked[1]) * 1024
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
