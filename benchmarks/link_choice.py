@@ -22,6 +22,7 @@ from harness.rank import run_rank
 from harness.turns import native
 
 from fttrain.errors import UserError
+from fttrain.rig.profile import bus_bytes_per_s
 
 USUAL = {  # with --quick
     "warmup": (1, 1),
@@ -31,6 +32,7 @@ USUAL = {  # with --quick
     "gradient_accumulation_steps": (1, 1),
     "micro_batch_size": (1, 1),
 }
+WITHIN = 0.1
 SIDES = (
     native("shard", {"name": "shard"}, {"group": "all"}),
     native("pipeline", {"name": "pipeline"}, {"kind": "one_f_one_b"}),
@@ -80,6 +82,7 @@ def at_rate(
         range(1, arguments.turns + 1),
         lambda side: common.run_ranks(__file__, job | side.settings, folder, link),
     )
+    sent = rig.link().samples["send_recv"][-1]
     full = job["ranks"] * job["micro_batch_size"] * job["seq_len"]
     full *= job["gradient_accumulation_steps"]
     found = []
@@ -96,6 +99,7 @@ def at_rate(
                 "side": side.name,
                 "planned_step_s": time_of_plan.seconds,
                 "limit": time_of_plan.limit,
+                "reported_mbit": bus_bytes_per_s("send_recv", sent, 2) * 8 / 1e6,
                 "measured_step_s": statistics.median(step_s),
                 "step_s": step_s,
             }
@@ -117,6 +121,9 @@ def goals(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         what = f"{mbit:g} Mbit/s: {planned_first['side']} is chosen and is the faster"
         reached.append({"goal": what, "values": values, "met": planned_first is faster})
+        ratio = at[0]["reported_mbit"] / mbit
+        what = f"{mbit:g} Mbit/s: `fttrain measure` reports it within 10 %"
+        reached.append({"goal": what, "values": {"ratio": ratio}, "met": abs(ratio - 1) <= WITHIN})
     what = "the choice changes with the link"
     reached.append({"goal": what, "values": {}, "met": len(chosen) > 1})
     return reached
