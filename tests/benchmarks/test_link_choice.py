@@ -37,7 +37,7 @@ def test_a_slow_link_is_measured_and_changes_the_choice_for_the_better(
     deep_model: Path, tmp_path: Path
 ) -> None:
     rates = ["--mbit", str(SLOW), str(FAST), "--link-s", "4"]
-    usual = ["--quick", "--model", str(deep_model)]
+    usual = ["--quick", "--turns", "1", "--steps", "5", "--model", str(deep_model)]
     done, written = smoke_run("link_choice.py", tmp_path / "figures.json", *usual, *rates)
     if "a slow link needs" in done.stderr:
         pytest.skip(done.stderr.strip())
