@@ -16,6 +16,7 @@ from fttrain.model.decoder import Architecture
 from fttrain.quant.scheme import QuantConfig
 from fttrain.rig.machine import identity
 from fttrain.rig.profile import COLLECTIVES, load_profile
+from fttrain.units import MIB
 
 
 def test_two_ranks_leave_a_profile_and_a_report(tmp_path: Path) -> None:
@@ -51,8 +52,10 @@ def test_two_ranks_leave_a_profile_and_a_report(tmp_path: Path) -> None:
     for card in profile.cards:
         rates += [card.gemm_flop_per_s, card.dequantise_bytes_per_s, card.memory_bytes_per_s]
         assert (card.to_card.pinned_bytes_per_s, card.nvlink_lanes) == (None, None)
-        # To which joining the other rank adds little
-        assert card.overhead_bytes == pytest.approx(imported_bytes, rel=0.1)
+        # To which kernels, what they pass on and the threads of a step add some
+        assert card.overhead_bytes is not None
+        assert 0.9 * imported_bytes < card.overhead_bytes < imported_bytes + 256 * MIB
+        rates.append(card.layer_values_per_s)  # of real steps
     assert all(rate is not None and rate > 0 for rate in rates)
 
     (link,) = profile.links
