@@ -83,6 +83,8 @@ def notes(rig: RigProfile, disk: Disk, steps: int | None) -> list[str]:
         )
     return [
         *found,
+        "a step is the most that one may have: full rows, one document each, every token a target; "
+        "packed rows with prompts that are not trained take less of everything",
         f"disk, with every strategy: {gib(disk.total_bytes)}: frozen base {gib(disk.cache_bytes)}, "
         f"snapshots {gib(disk.snapshots_bytes)}",
         "energy: the cards at their power limit for all of that time, an upper bound",
