@@ -72,6 +72,7 @@ def calibrated(
         layer_values_per_s=values / beside_s if beside_s > 0 else None,
         head_flop_per_s=tokens * head_flops(architecture) / trial.head_s if trial.head_s else None,
         overhead_bytes=trial.overhead_bytes or card.overhead_bytes,
+        allocator_bytes=trial.allocator_bytes,
     )
 
 

@@ -47,7 +47,7 @@ class Verdict:
 
 def room_bytes(card: CardProfile) -> int:
     """What a card has for tensors."""
-    return card.memory_bytes - (card.overhead_bytes or 0)
+    return card.memory_bytes - card.beside_bytes
 
 
 def choose(

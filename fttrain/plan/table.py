@@ -114,8 +114,12 @@ def parts_table(verdict: Verdict, rig: RigProfile) -> Table:
     overheads = [f"{(card.overhead_bytes or 0) / GIB:.2f}" for card in rig.cards]
     known = "measured" if rig.measured else "an allowance"
     found.add_row(f"context, communication ({known})", *overheads, "")
+    if rig.cards[0].kind != "cpu":
+        held = [card.allocator_bytes for card in rig.cards]
+        shown = ("not measured" if size is None else f"{size / GIB:.2f}" for size in held)
+        found.add_row("allocator's rounding, libraries' workspaces", *shown, "")
     sums = [
-        f"{(rank.device_bytes + (card.overhead_bytes or 0)) / GIB:.2f}"
+        f"{(rank.device_bytes + card.beside_bytes) / GIB:.2f}"
         for rank, card in zip(ranks, rig.cards, strict=True)
     ]
     found.add_section()

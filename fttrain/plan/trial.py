@@ -31,7 +31,10 @@ class Trial:
 
     layer_s: float  # forward, recomputed, backward
     head_s: float  # loss and its gradient, every token a target
-    overhead_bytes: int | None  # of host memory, of a process on the CPU; None elsewhere
+    overhead_bytes: int | None = None  # of host memory, of a process on the CPU; None elsewhere
+    # That torch's allocator on a GPU held beyond live tensors: what it rounds up and cannot give
+    # out again, and workspaces of libraries; None elsewhere
+    allocator_bytes: int | None = None
 
 
 def recipe_of(recipe: Recipe) -> Recipe:
@@ -56,18 +59,23 @@ def take(recipe: Recipe, config: Any, device: torch.device) -> Trial:
     dtype: torch.dtype = getattr(torch, recipe.dtype)
     frozen_format = architecture.frozen_format(recipe.quant, dtype)
     alone = Group(0, 1, 0, device)
+    on_cpu = device.type == "cpu"
+    if not on_cpu:
+        torch.cuda.reset_peak_memory_stats(device)
     with LiveBytes() as live:
         blueprint = Blueprint(recipe, architecture, frozen_format, alone)
         strategy = blueprint.build(RandomBase(LAYERS, frozen_format), lambda done, total: None)
         _step(strategy, recipe, None)
-    overhead_bytes = peak_host_bytes() - live.peak if device.type == "cpu" else None
+    held_bytes = peak_host_bytes() if on_cpu else torch.cuda.max_memory_reserved(device)
+    beyond_bytes = held_bytes - live.peak
     # With a single target there is next to nothing to do behind the layers.
     layers_s = median_s(lambda: _step(strategy, recipe, 1), device, BUDGET_S)
     whole_s = median_s(lambda: _step(strategy, recipe, None), device, BUDGET_S)
     return Trial(
         layers_s / (LAYERS * MICRO_BATCHES),
         max(0.0, whole_s - layers_s) / MICRO_BATCHES,
-        overhead_bytes,
+        overhead_bytes=beyond_bytes if on_cpu else None,
+        allocator_bytes=None if on_cpu else beyond_bytes,
     )
 
 

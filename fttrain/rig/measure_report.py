@@ -123,7 +123,17 @@ def _cards(profile: RigProfile) -> Table:
             NONE if card.overhead_bytes is None else gib(card.overhead_bytes)
             for card in profile.cards
         ],
+        "held beside tensors by torch": [
+            NONE if card.allocator_bytes is None else gib(card.allocator_bytes)
+            for card in profile.cards
+        ],
         "GEMMs, TFLOP/s": [_scaled(card.gemm_flop_per_s, 1e12) for card in profile.cards],
+        "head with its loss, TFLOP/s": [
+            _scaled(card.head_flop_per_s, 1e12) for card in profile.cards
+        ],
+        "a layer but for GEMMs, million values/s": [
+            _scaled(card.layer_values_per_s, 1e6) for card in profile.cards
+        ],
         "dequantised, GB/s": [_gb(card.dequantise_bytes_per_s) for card in profile.cards],
         "its memory, GB/s": [_gb(card.memory_bytes_per_s) for card in profile.cards],
         "PCIe now": [_pcie(card.pcie_generation, card.pcie_width) for card in profile.cards],

@@ -59,9 +59,16 @@ class CardProfile:
     # Of one rank, before its first tensor: context and communication buffers; of a CPU all that is
     # resident of a process with its libraries
     overhead_bytes: int | None = None
+    # That torch's allocator holds beyond live tensors, of real steps; None: not measured
+    allocator_bytes: int | None = None
     # Of real steps (fttrain/plan/trial.py). None: what is not a GEMM takes no time
     layer_values_per_s: float | None = None  # as plan/work.py counts them: all but GEMMs
     head_flop_per_s: float | None = None  # the head's GEMMs, the loss and its gradient included
+
+    @property
+    def beside_bytes(self) -> int:
+        """Of its memory, what tensors cannot have."""
+        return (self.overhead_bytes or 0) + (self.allocator_bytes or 0)
 
 
 @dataclass(frozen=True)

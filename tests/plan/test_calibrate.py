@@ -44,8 +44,9 @@ def test_a_plan_of_the_trials_own_steps_says_what_the_trial_measured() -> None:
 
 
 def test_steps_as_fast_as_their_gemms_have_nothing_beside_them() -> None:
-    card = calibrated(CARD, Trial(1e-9, 0.0, None), RECIPE, A)
+    card = calibrated(CARD, Trial(1e-9, 0.0), RECIPE, A)
     assert card == CARD
+    assert calibrated(CARD, Trial(1e-9, 0.0, None, 5), RECIPE, A).beside_bytes == 7 + 5
 
 
 def test_real_steps_of_a_small_model() -> None:

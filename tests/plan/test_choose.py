@@ -1,6 +1,7 @@
 """The choice among candidates, on made-up rigs that a tiny model just fits or does not."""
 
 import io
+import re
 from dataclasses import replace
 
 import pytest
@@ -80,6 +81,19 @@ def test_rows_of_a_step_stay(world_size: int) -> None:
 def test_a_cards_room_is_without_its_overhead() -> None:
     card = replace(rig(1000).cards[0], overhead_bytes=400)
     assert room_bytes(card) == 600
+    assert room_bytes(replace(card, allocator_bytes=100)) == 500
+
+
+def test_what_tensors_cannot_have_is_lines_of_its_own() -> None:
+    on = rig(ROOMY)
+    cards = (replace(on.cards[0], overhead_bytes=1 << 30, allocator_bytes=2 << 30),)
+    known = replace(on, cards=cards)
+    verdict = judge(RECIPE, A, known)
+    shown = printed(parts_table(verdict, known))
+    assert re.search(r"context, communication.* 1\.00 ", shown)
+    assert re.search(r"allocator's rounding.* 2\.00 ", shown)
+    assert re.search(r"together.* 3\.00 ", shown)  # and next to nothing
+    assert "not measured" in printed(parts_table(verdict, on))
 
 
 def unequal(needed_bytes: int) -> RigProfile:
