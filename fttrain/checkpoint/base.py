@@ -47,3 +47,10 @@ class Base:
         readable = re.sub(r"[^\w.-]+", "-", name.lower().removesuffix(".gguf"))[:60]
         kind = self.frozen_format.quant.kind
         return cache_root(cache_dir) / "frozen" / f"{readable}-{kind}-{key}"
+
+
+def cache_bytes(shape: Architecture, frozen_format: FrozenFormat) -> int:
+    """Of the layers and tables in a frozen cache; the final norm, some KB, is not counted."""
+    tables = 1 if shape.tied else 2  # embedding and head
+    table_bytes = int(shape.config.vocab_size) * shape.hidden * frozen_format.dtype.itemsize
+    return shape.layers * frozen_format.layout.size_bytes + tables * table_bytes

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fttrain.data.json_array import elements
 from fttrain.errors import UserError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -219,7 +220,8 @@ def _read_json(path: Path) -> Iterator[Located]:
         raise UserError(
             f"data.path={path}: a .json file holds an array of objects ([{{...}}, ...])"
         )
-    yield from _elements(path, text, start + 1)
+    for line, element in elements(path, text, start + 1):
+        yield Located(path.name, line, _parse(element))
 
 
 def _one_object_a_line(data: bytes) -> bool:
@@ -229,40 +231,6 @@ def _one_object_a_line(data: bytes) -> bool:
 
 def _one_object(path: Path, text: str) -> Iterator[Located]:
     yield Located(path.name, 1, _parse(text.encode()))
-
-
-def _elements(path: Path, text: str, at: int) -> Iterator[Located]:
-    """The elements of the array whose ``[`` stands before ``at``, decoded one by one so that each
-    has its line.
-    """
-    decoder = (
-        json.JSONDecoder()
-    )  # NaN is looked for afterwards, so that one bad element does not hide the next
-    space = re.compile(r"[\s]*")
-    line, counted, first = 1, 0, True
-    while True:
-        at = space.match(text, at).end()  # type: ignore[union-attr]
-        if not first and text.startswith(",", at):
-            at = space.match(text, at + 1).end()  # type: ignore[union-attr]
-        elif text.startswith("]", at) or (not first and at >= len(text)):
-            break
-        elif not first:
-            at_line = line + text.count("\n", counted, at)
-            raise UserError(
-                f"data.path={path}:{at_line}: not JSON: a comma or ] is missing between two "
-                "elements"
-            )
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            _, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"data.path={path}:{line}: not JSON: {error}") from None
-        yield Located(path.name, line, _parse(text[at:end].encode("utf-8", "surrogatepass")))
-        at, first = end, False
-    if not text.startswith("]", at):
-        raise UserError(
-            f"data.path={path}: not JSON: the array has no end; the file looks truncated"
-        )
 
 
 def _read_csv(path: Path) -> Iterator[Located]:

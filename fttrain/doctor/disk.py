@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fttrain.checkpoint.base import Base
+from fttrain.checkpoint.base import Base, cache_bytes
 from fttrain.checkpoint.durable import MANIFEST
 from fttrain.doctor.finding import Finding, failure, ok
 from fttrain.model.decoder import Architecture
@@ -34,10 +34,7 @@ def checkpoints(base: Base, lora: LoraConfig, keep_last: int, output: Path) -> F
 
 def frozen_bytes(base: Base) -> int:
     """Of the whole cache."""
-    shape = base.architecture
-    tables = 1 if shape.tied else 2  # embedding and head
-    table_bytes = shape.config.vocab_size * shape.hidden * base.frozen_format.dtype.itemsize
-    return shape.layers * base.frozen_format.layout.size_bytes + tables * table_bytes
+    return cache_bytes(base.architecture, base.frozen_format)
 
 
 def trained_values(shape: Architecture, lora: LoraConfig) -> int:

@@ -18,6 +18,7 @@ from fttrain.model.decoder import Architecture
 from fttrain.plan import memory
 from fttrain.plan.trial import MICRO_BATCHES, Trial, recipe_of
 from fttrain.plan.work import dequantisations, head_flops, layer_values, layer_work, weight_bytes
+from fttrain.rig.measure import tell
 from fttrain.rig.profile import CardProfile, RigProfile
 from fttrain.strategy.recipe import Recipe
 
@@ -37,7 +38,8 @@ def calibrate(
     command: starts a process that takes the trial and writes what it was told to the file whose
         path is added to it. Where that fails it is told, and the card stays as it is.
     """
-    _say(group, "a few real steps")
+    say = tell if group.is_main else lambda text: None
+    say("a few real steps")
     group.barrier()
     problem, told = _run(command)
     ranks = [
@@ -46,7 +48,7 @@ def calibrate(
     cards = list(profile.cards)
     for rank, (problem, figures) in enumerate(ranks):
         if problem:
-            _say(group, f"rank {rank}: no real steps could be timed: {problem}")
+            say(f"rank {rank}: no real steps could be timed: {problem}")
         else:
             cards[rank] = calibrated(cards[rank], Trial(**figures), recipe, architecture)
     return replace(profile, cards=tuple(cards))
@@ -98,11 +100,6 @@ def _run(command: Sequence[str]) -> tuple[str, dict[str, Any]]:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             return said[-1].removeprefix("fttrain: error: "), {}
         return "", json.loads(answer.read_text())
-
-
-def _say(group: Group, text: str) -> None:
-    if group.is_main:
-        print(text, file=sys.stderr, flush=True)
 
 
 def python(module: str, *arguments: str) -> list[str]:

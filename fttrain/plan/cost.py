@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fttrain.checkpoint.base import cache_bytes
 from fttrain.checkpoint.source import ModelConfig, load_tokenizer
 from fttrain.data.dataset import DataConfig, cached_rows
 from fttrain.errors import UserError
@@ -40,12 +41,11 @@ def disk(recipe: Recipe, architecture: Architecture, keep_last: int) -> Disk:
     """
     (own,) = memory.book(_alone(recipe), architecture, "cpu", [memory.ROOMY_BYTES])
     plan, layers = own.plan, architecture.layers
-    tables = 1 if architecture.tied else 2
     norm_bytes = architecture.hidden * plan.dtype.itemsize
-    cache_bytes = layers * plan.layer_bytes + tables * plan.table_bytes + norm_bytes
+    whole_bytes = cache_bytes(architecture, plan.frozen_format) + norm_bytes
     values = layout_of(plan).values
     snapshot = layers * (FP32_BYTES * values + moment_bytes(recipe.optim, values))
-    return Disk(cache_bytes, (keep_last + 1) * snapshot)
+    return Disk(whole_bytes, (keep_last + 1) * snapshot)
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def measure(
         device: this rank's, ``backend``: as rig.backend.
         budget_s: for each transport.
     """
-    say: Say = _say if group.is_main else lambda text: None
+    say: Say = tell if group.is_main else lambda text: None
     load, cores = os.getloadavg()[0], machine.host().cores
     if load > BUSY * cores:
         say(f"other programs are at work (load {load:.1f} on {cores} cores): rates will be too low")
@@ -196,5 +196,6 @@ def _each(group: Group, text: str) -> list[str]:
     return [group.share(text, rank) for rank in range(group.world_size)]
 
 
-def _say(text: str) -> None:
+def tell(text: str) -> None:
+    """How far it is, beside what is printed as a result."""
     print(text, file=sys.stderr, flush=True)
