@@ -89,9 +89,9 @@ def at_rate(
     for side in SIDES:
         time_of_plan = planned(job | side.settings, rig).time
         step_s = [
-            max(rank["step_s"][number] for rank in turn) * full / count
+            seconds * full / count
             for turn in taken[side]
-            for number, count in enumerate(tokens)
+            for seconds, count in zip(turns.slowest_s(turn), tokens, strict=True)
         ]
         found.append(
             {

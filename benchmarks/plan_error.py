@@ -200,11 +200,7 @@ def compared(
     taken: Sequence[Turn],
 ) -> dict[str, Any]:
     """Predicted and measured figures of one configuration."""
-    steps = [
-        max(seconds)
-        for turn in taken
-        for seconds in zip(*(rank["step_s"] for rank in turn), strict=True)
-    ]
+    steps = [seconds for turn in taken for seconds in turns.slowest_s(turn)]
     ranks = range(len(taken[0]))
     peaks = [statistics.median(turn[rank]["peak_host_bytes"] for turn in taken) for rank in ranks]
     step_s = statistics.median(steps)

@@ -128,10 +128,7 @@ def take_turns(
 
 def figures(side: Side, turns: list[Turn], tokens: list[int]) -> dict[str, Any]:
     """One side's figures over its turns. ``tokens``: of each timed step over all ranks."""
-    step_s = [
-        [max(seconds) for seconds in zip(*(rank["step_s"] for rank in ranks), strict=True)]
-        for ranks in turns
-    ]
+    step_s = [slowest_s(ranks) for ranks in turns]
     speeds = [
         [count / seconds for count, seconds in zip(tokens, turn, strict=True)] for turn in step_s
     ]
@@ -152,6 +149,11 @@ def figures(side: Side, turns: list[Turn], tokens: list[int]) -> dict[str, Any]:
         "losses": turns[0][0]["losses"],
         "final_loss": turns[0][0]["losses"][-1],
     }
+
+
+def slowest_s(turn: Turn) -> list[float]:
+    """Seconds of each timed step: those of the rank that took longest."""
+    return [max(seconds) for seconds in zip(*(rank["step_s"] for rank in turn), strict=True)]
 
 
 def _median_of_highest(turns: list[Turn], name: str) -> float:

@@ -20,14 +20,9 @@ def deep_model(tiny_model: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "deep"
     shutil.copytree(tiny_model, folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=True,
+    wider = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 768}
+    config = LlamaConfig.from_pretrained(
+        tiny_model, **wider, num_hidden_layers=8, num_key_value_heads=4
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
