@@ -16,12 +16,13 @@ from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.plan.auto import Answer, Question, answer, check_fits
 from fttrain.plan.rigs import MEASURED, find_rig
+from fttrain.rig.measure_report import links_table
 from fttrain.rig.profile import RigProfile, kept_profile
 from fttrain.run import recipe
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.build import silent
 from fttrain.strategy.protocol import StrategyConfig
-from fttrain.track import counting, read_metrics
+from fttrain.track import Table, counting, read_metrics
 from fttrain.track import plan as track_plan
 from fttrain.track.metrics import to_stderr
 
@@ -80,6 +81,18 @@ def note_measured(output: Path) -> None:
     lines = read_metrics(output / "metrics.jsonl")
     track_plan.candidate(plan)["measured"] = track_plan.measured(lines, plan["since_step"])
     _write(output / track_plan.FILE, plan)
+
+
+def measured_links(config: RunConfig, ranks: int) -> dict[str, Table]:
+    """ "links", what those of the run's rig can do; empty where none of its was measured."""
+    try:
+        rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks, lambda text: None)
+    except UserError:
+        return {}
+    if not rig.links or len(rig.cards) != ranks:
+        return {}
+    found = links_table(rig)
+    return {"links": Table(found.columns, found.rows)}
 
 
 def _foretold(config: RunConfig, ranks: int) -> Plan | None:

@@ -37,7 +37,7 @@ from fttrain.instruments import sample_memory, tell_memory
 from fttrain.loop import StopSignals
 from fttrain.optim.config import learning_rate
 from fttrain.peers import uncut
-from fttrain.planned import keep, note_measured, settle
+from fttrain.planned import keep, measured_links, note_measured, settle
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank
 from fttrain.rig.telemetry import card_watch, gather_samples
@@ -53,7 +53,7 @@ from fttrain.run import (
 )
 from fttrain.strategy.link_watch import link_watch
 from fttrain.strategy.protocol import OutOfMemory, StepStats
-from fttrain.track import Trackers, open_trackers
+from fttrain.track import Results, Trackers, open_trackers, read_results
 from fttrain.track.report import write_report
 
 SPIKE_EXIT_CODE = 3
@@ -76,12 +76,14 @@ def train(config: RunConfig) -> int:
         _start(run, plan)
         with _trackers(run) as trackers:
             stopped = _take_steps(run, trackers, signals)
-        if not stopped:
-            _finish(run, source)
-        if group.is_main:
-            note_measured(output)
-            print(f"report: {write_report(output)}")
-        return signals.exit_code if stopped else 0
+            if not stopped:
+                _finish(run, source)
+            trackers.exit_code = signals.exit_code if stopped else 0
+            if group.is_main:
+                note_measured(output)
+                print(f"report: {write_report(output)}")
+                trackers.show(run.step, _results(run))
+        return trackers.exit_code
 
 
 def prepare_inputs(config: RunConfig) -> tuple[Source, Any, Dataset]:
@@ -286,8 +288,16 @@ def _trackers(run: Run) -> Iterator[Trackers]:
     if run.group.is_main:
         shown = yaml.safe_load(to_yaml(run.config))  # as text: secrets are redacted
         trackers = open_trackers(run.config.track, run.output, run.total_steps, run.step, shown)
+        trackers.show(run.step, _results(run))
     try:
         yield trackers
+    except BaseException as error:
+        trackers.exit_code = getattr(error, "exit_code", 1)
+        raise
     finally:
         with uncut:  # they limit their own time
             trackers.finish()
+
+
+def _results(run: Run) -> Results:
+    return read_results(run.output, run.step, measured_links(run.config, run.group.world_size))

@@ -61,7 +61,7 @@ def tables(profile: RigProfile, work: Work) -> list[Table]:
     """Those that are printed; the report has every size, too."""
     found = [_cards(profile), _copies(profile), _host(profile)]
     if profile.links:
-        found.append(_links(profile))
+        found.append(links_table(profile))
     if any(not link.wrong for link in profile.links):
         found.append(_meaning(profile, work))
     return found
@@ -174,7 +174,7 @@ def _host(profile: RigProfile) -> Table:
     return Table("Host", ["", "all ranks"], rows)
 
 
-def _links(profile: RigProfile) -> Table:
+def links_table(profile: RigProfile) -> Table:
     """What carried each, and the best bus bandwidth of each collective."""
     seen = [
         link.seen if link.as_asked else f"{link.seen} (not what was asked for)"

@@ -1,24 +1,28 @@
-"""Where the numbers of a run go: metrics.jsonl, memory.jsonl, a progress bar, Weights & Biases."""
+"""Where the numbers of a run go: metrics.jsonl, memory.jsonl, a progress bar, W&B, TensorBoard."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fttrain.track.base import TrackConfig, Tracker, Trackers
+from fttrain.track.base import Results, Table, TrackConfig, Tracker, Trackers
 from fttrain.track.metrics import MetricsFile, Warn, read_metrics, to_stderr
 from fttrain.track.progress import counting, progress
-from fttrain.track.wandb import WandbTracker
+from fttrain.track.results import read_results
+from fttrain.track.tensorboard import open_tensorboard
+from fttrain.track.wandb import open_wandb
 
 __all__ = [
     "MetricsFile",
+    "Results",
+    "Table",
     "TrackConfig",
     "Tracker",
     "Trackers",
-    "WandbTracker",
     "counting",
     "open_trackers",
     "progress",
     "read_metrics",
+    "read_results",
 ]
 
 
@@ -33,18 +37,20 @@ def open_trackers(
     """All trackers of a run as one; for rank 0. Other ranks use ``Trackers()``, which does nothing.
 
     Args:
-        config: the tracker beside metrics.jsonl.
+        config: the trackers beside metrics.jsonl.
         folder: the run's folder, which exists.
         total_steps: optimizer steps of the whole run.
         resumed_step: steps done before; lines past it are dropped, for they come again.
-        run_config: what the tracker shows as settings, already without secrets.
+        run_config: what they show as settings, already without secrets.
         warn: takes warnings.
     """
     trackers: list[Tracker] = [MetricsFile(Path(folder) / "metrics.jsonl", resumed_step, warn)]
     trackers.append(progress(total_steps, resumed_step))
     charts: list[Tracker] = []
-    if config.kind == "wandb":
-        charts.append(WandbTracker(config, folder, run_config or {}, warn))
+    if "wandb" in config.kinds:
+        charts.append(open_wandb(config, folder, run_config or {}, warn))
+    if "tensorboard" in config.kinds:
+        charts.append(open_tensorboard(folder, resumed_step, run_config or {}, warn))
     memory = Path(folder) / "memory.jsonl"
     # One of an earlier start is cut to the resumed step even where nobody goes on with it.
     wanted = config.memory_every > 0 or memory.exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fttrain.errors import UserError
-from fttrain.track.base import plain
+from fttrain.track.base import Tracker, plain
 
 Warn = Callable[[str], None]
 
@@ -38,7 +38,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-class MetricsFile:
+class MetricsFile(Tracker):
     """Appends to metrics.jsonl. A disk that is full costs one warning, not the run."""
 
     def __init__(self, path: Path | str, resumed_step: int = 0, warn: Warn = to_stderr) -> None:
@@ -71,6 +71,6 @@ class MetricsFile:
                 self._warn(f"{self._path} cannot be written ({error.strerror}): lines are missing")
             self._warned = True
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int = 0) -> None:
         """Closes the file."""
         self._file.close()

@@ -9,13 +9,14 @@ plan.json   of a run, beside what `fttrain plan` writes:
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fttrain.units import gib
 
 FILE = "plan.json"
+COMPARED = ("figure", "predicted", "measured", "difference")
 
 # name -> its row, what is made of the steps' figures, how it is written
 _FIGURES: dict[str, tuple[str, Callable[[list[float]], float], Callable[[float], str]]] = {
@@ -42,7 +43,7 @@ def candidate(plan: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def measured(lines: Sequence[dict[str, Any]], since_step: int) -> dict[str, float]:
+def measured(lines: Sequence[Mapping[str, Any]], since_step: int) -> dict[str, float]:
     """From the ``lines`` of metrics.jsonl; empty before the first step."""
     found = {}
     for name, (_, fold, _) in _FIGURES.items():
@@ -53,22 +54,28 @@ def measured(lines: Sequence[dict[str, Any]], since_step: int) -> dict[str, floa
     return found
 
 
-def plan_section(folder: Path, lines: Sequence[dict[str, Any]]) -> str | None:
+def compare(plan: dict[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A row of ``COMPARED`` for each figure that is known both ways, as people read it."""
+    predicted, taken = candidate(plan)["predicted"], measured(lines, plan["since_step"])
+    return [
+        [
+            label,
+            show(predicted[name]),
+            show(taken[name]),
+            f"{100 * (taken[name] / predicted[name] - 1):+.1f} %",
+        ]
+        for name, (label, _, show) in _FIGURES.items()
+        if predicted.get(name) and name in taken
+    ]
+
+
+def plan_section(folder: Path, lines: Sequence[Mapping[str, Any]]) -> str | None:
     """Markdown: predicted, measured, and by how much the latter is more; None where either is
     missing.
     """
     plan = read_plan(folder)
-    if plan is None:
-        return None
-    predicted = candidate(plan)["predicted"]
-    taken = measured(lines, plan["since_step"])
-    rows = [
-        f"| {label} | {show(predicted[name])} | {show(taken[name])} | "
-        f"{100 * (taken[name] / predicted[name] - 1):+.1f} % |"
-        for name, (label, _, show) in _FIGURES.items()
-        if predicted.get(name) and name in taken
-    ]
-    if not rows:
+    rows = [f"| {' | '.join(row)} |" for row in compare(plan, lines)] if plan else []
+    if plan is None or not rows:
         return None
     head = ["| | predicted | measured | difference |", "|---|---|---|---|"]
     return "\n".join(

@@ -39,7 +39,7 @@ def _figures(values: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-class Bar:
+class Bar(Tracker):
     """A rich progress bar with loss, tokens/s and time left; other output appears above it."""
 
     def __init__(self, total: int, done: int, console: Console) -> None:
@@ -55,22 +55,25 @@ class Bar:
         )
         # Long steps: the rate that time left rests on must remember more than rich's 30 seconds.
         self._progress.speed_estimate_period = 600.0
+        self._total = total
         self._task = self._progress.add_task(
             "", total=total, completed=done, loss="-", tokens_per_s="-"
         )
         self._progress.start()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Moves the bar."""
+        """Moves the bar; the last step ends it, for what comes then is no step."""
         fields: dict[str, Any] = dict(_figures(values))
         self._progress.update(self._task, completed=step, **fields)
+        if step == self._total:
+            self._progress.stop()
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int = 0) -> None:
         """Leaves the bar as it stands and gives the terminal back."""
         self._progress.stop()
 
 
-class Lines:
+class Lines(Tracker):
     """Plain lines, for logs and pipes."""
 
     def __init__(self, total: int, done: int, console: Console, every_s: float) -> None:
@@ -92,7 +95,7 @@ class Lines:
         )
         self._console.print(text, soft_wrap=True, highlight=False)
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int = 0) -> None:
         """Nothing to give back."""
 
 

@@ -11,7 +11,6 @@ config.yaml       names of model and data
 plan.json         see track/plan.py
 """
 
-import json
 import os
 import re
 import statistics
@@ -26,6 +25,7 @@ from fttrain.track.memory import memory_section, read_samples
 from fttrain.track.metrics import read_metrics
 from fttrain.track.plan import plan_section
 from fttrain.track.plots import plot_loss, plot_memory, plot_rate
+from fttrain.track.results import held_out, holdout_nll, read_evaluation, series
 from fttrain.units import duration, gib
 
 REAL_FALL = 0.5  # nats per token that count as a real improvement
@@ -53,7 +53,7 @@ def write_report(folder: Path | str) -> Path:
     """
     folder = Path(folder)
     lines = read_metrics(folder / "metrics.jsonl")
-    evaluation = _read_evaluation(folder / "evaluation.json")
+    evaluation = read_evaluation(folder / "evaluation.json")
     if not lines and not evaluation:
         raise UserError(f"output={folder}: no metrics.jsonl with steps here: nothing to report")
     plots = folder / "plots"
@@ -63,8 +63,8 @@ def write_report(folder: Path | str) -> Path:
     planned = plan_section(folder, lines)
     if planned is not None:
         parts.append(planned)
-    losses, rates = _series(lines, "loss"), _series(lines, "tokens_per_s")
-    heldout = _heldout(lines, evaluation)
+    losses, rates = series(lines, "loss"), series(lines, "tokens_per_s")
+    heldout = held_out(lines, evaluation)
     if losses or heldout:
         plot_loss(plots / LOSS_PLOT, losses, heldout)
         parts.append(f"## Loss\n\n![loss](plots/{LOSS_PLOT})")
@@ -87,15 +87,6 @@ def write_report(folder: Path | str) -> Path:
     return path
 
 
-def _read_evaluation(path: Path) -> dict[str, Any]:
-    """evaluation.json, or {} when it is not there or not whole (yet)."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text())
@@ -105,16 +96,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _status(folder: Path, lines: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
-    both = [_nll(evaluation, name) for name in ("base", "tuned")]
+    both = [holdout_nll(evaluation, name) for name in ("base", "tuned")]
     if both[0] is not None and both[1] is not None:
         return f"Verdict: {verdict(both[0], both[1])}."
     last = lines[-1]["step"] if lines else 0
     return f"Not finished: the last step so far is {last}; there is no verdict yet."
-
-
-def _nll(evaluation: dict[str, Any], name: str) -> float | None:
-    value = (evaluation.get(name) or {}).get("nll")
-    return float(value) if isinstance(value, int | float) else None
 
 
 MOVED = {  # metric -> its row; median over the steps, all ranks together
@@ -131,10 +117,10 @@ def _moved(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """What travelled, and how long the compute stood still for it; nothing where nothing did."""
     rows = []
     for key, label in MOVED.items():
-        values = [value for _, value in _series(lines, key)]
+        values = [value for _, value in series(lines, key)]
         if any(values):
             rows.append((label, f"{statistics.median(values) / 1e6:,.1f} MB"))
-    waits = [value for _, value in _series(lines, "wait_s")]
+    waits = [value for _, value in series(lines, "wait_s")]
     if any(waits):
         rows.append(
             (
@@ -150,32 +136,32 @@ def _summary(
 ) -> list[tuple[str, str]]:
     """Rows of the summary table; what is not known is left out."""
     config = _read_config(folder / "config.yaml")
-    rates = [rate for _, rate in _series(lines, "tokens_per_s")]
-    steps = [value for _, value in _series(lines, "step_s")]
+    rates = [rate for _, rate in series(lines, "tokens_per_s")]
+    steps = [value for _, value in series(lines, "step_s")]
     rows = [("model", _named(config, "model", "name")), ("data", _named(config, "data", "kind"))]
     if lines:
         rows.append(("steps", str(lines[-1]["step"])))
-        rows.append(("tokens", f"{sum(value for _, value in _series(lines, 'tokens')):,.0f}"))
+        rows.append(("tokens", f"{sum(value for _, value in series(lines, 'tokens')):,.0f}"))
     if rates:
         rows.append(("tokens/s, median", f"{statistics.median(rates):,.0f}"))
     for key, label in (
         ("peak_device_bytes", "peak device memory of a rank"),
         ("peak_host_bytes", "peak host memory of a rank"),
     ):
-        peak = max((value for _, value in _series(lines, key)), default=0)
+        peak = max((value for _, value in series(lines, key)), default=0)
         if peak:
             rows.append((label, gib(peak)))
     rows += _moved(lines)
     if steps:
         rows.append(("time in steps", duration(sum(steps))))
-    losses = _series(lines, "loss")
+    losses = series(lines, "loss")
     if losses:
         rows.append(("training loss, first and last", f"{losses[0][1]:.4f}, {losses[-1][1]:.4f}"))
     bad = sum(1 for line in lines if "loss" in line and line["loss"] is None)
     if bad:
         rows.append(("steps whose loss is no number", str(bad)))
     for name in ("base", "tuned"):
-        nll = _nll(evaluation, name)
+        nll = holdout_nll(evaluation, name)
         if nll is not None:
             rows.append((f"held-out loss, {name} model", f"{nll:.4f} nats/token"))
     return [(label, text) for label, text in rows if text]
@@ -204,28 +190,6 @@ def _sample(sample: dict[str, str]) -> str:
         fence = "`" * max(3, longest + 1)
         parts.append(f"**{key}**\n\n{fence}text\n{text}\n{fence}")
     return "\n\n".join(parts)
-
-
-def _series(lines: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, value) where both are numbers."""
-    pairs = [(line.get("step"), line.get(key)) for line in lines if isinstance(line, dict)]
-    return [
-        (step, value)
-        for step, value in pairs
-        if isinstance(step, int) and isinstance(value, int | float)
-    ]
-
-
-def _heldout(lines: list[dict[str, Any]], evaluation: dict[str, Any]) -> list[tuple[int, float]]:
-    """(step, held-out loss): the base at step 0, what was taken on the way, the tuned model."""
-    points = dict(_series(lines, "holdout_nll"))
-    points.update(_series(evaluation.get("history") or [], "nll"))
-    base, tuned = _nll(evaluation, "base"), _nll(evaluation, "tuned")
-    if base is not None:
-        points.setdefault(0, base)
-    if tuned is not None and lines:
-        points.setdefault(lines[-1]["step"], tuned)
-    return sorted(points.items())
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,28 +1,39 @@
-"""Weights & Biases, kept at arm's length: a slow, hanging, broken or missing wandb costs a warning.
+"""Weights & Biases: what of a run it is told, and how it is kept from asking, prying and hanging.
 
-Everything of wandb, the import included, runs in one background thread that is fed by a bounded
-queue.
+Everything here that touches wandb runs in the thread of a ``Background``.
+
+wandb counts its own steps. The optimizer's go along as ``step``, over which all charts are drawn:
+so a run that goes on from a snapshot may tell steps again that had been told before, online and in
+what is uploaded later.
 """
 
 import contextlib
 import importlib
 import netrc
 import os
-import queue
+import shlex
+import sys
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fttrain.track.base import TrackConfig, plain
+import psutil
+
+from fttrain.errors import first_line
+from fttrain.secrets import redact
+from fttrain.track.background import FINISH_S, Background
+from fttrain.track.base import Results, TrackConfig, Tracker
 from fttrain.track.metrics import Warn, to_stderr
 
 ID_FILE = "wandb_run_id"
-QUEUE_LENGTH = 1000  # steps that may wait for a slow wandb before new ones are dropped
 INIT_S = 30.0  # how long a server may take to answer before logging goes offline
-FINISH_S = 60.0  # how long the end of a run may wait for the last upload
+UPLOAD_SHARE = 0.8  # of the time that the end may take: then wandb gives up, and says what is left
+SERVICE = "wandb-core"  # wandb's process beside ours, which it waits for when ours ends
+# Its usage reports wait for a dead server for 20 s when the process ends; its lines tear the bar.
+ENVIRONMENT = {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
 
 
 def has_login() -> bool:
@@ -56,99 +67,95 @@ def run_id(folder: Path) -> str:
     return path.read_text().strip()
 
 
-def _short(error: BaseException) -> str:
-    """One line that names the kind of ``error`` and what it says."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-class WandbTracker:
+def open_wandb(
+    config: TrackConfig,
+    folder: Path | str,
+    run_config: Mapping[str, Any],
+    warn: Warn = to_stderr,
+    tell: Callable[[str], None] = print,
+    finish_s: float = FINISH_S,
+) -> Background:
     """Logs to wandb from a background thread.
 
-    ``log`` never waits; ``finish`` waits a limited time.
+    Args:
+        config: what the run is called there, and the mode.
+        folder: the run's folder; wandb's own files and the id of the run go there.
+        run_config: the settings of the run to show, already without secrets.
+        warn: takes the one warning of a failure.
+        tell: takes the run's address, or how to upload what was logged offline.
+        finish_s: seconds that the end of the run may wait for wandb.
     """
+    folder = Path(folder).resolve()
+    mode = choose_mode(config.mode)
+    if config.mode == "online" and mode == "offline":
+        warn("track.mode=online, but wandb has no login: logging offline (wandb login mends it)")
+
+    def start() -> Tracker:
+        return WandbRun(config, folder, run_config, mode, warn, tell, finish_s)
+
+    return Background("wandb", start, warn, finish_s, end_service)
+
+
+def end_service() -> None:
+    """Ends wandb's process, which a hanging server or disk may hold, and takes back that ours waits
+    for it when it ends.
+    """
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if child.name() == SERVICE:
+                child.kill()
+                child.wait(1.0)
+    module = sys.modules.get("wandb")
+    if module is not None:
+        farewell = threading.Thread(target=_tear_down, args=(module,), daemon=True)
+        farewell.start()
+        farewell.join(1.0)
+
+
+def _tear_down(module: Any) -> None:
+    with contextlib.suppress(BaseException):  # the process that it says good-bye to is gone
+        module.teardown()
+
+
+class WandbRun(Tracker):
+    """A run in wandb. Every call may take long, hang or raise anything."""
 
     def __init__(
         self,
         config: TrackConfig,
-        folder: Path | str,
+        folder: Path,
         run_config: Mapping[str, Any],
-        warn: Warn = to_stderr,
-        finish_s: float = FINISH_S,
+        mode: str,
+        warn: Warn,
+        tell: Callable[[str], None],
+        finish_s: float,
     ) -> None:
-        """Starts the thread.
-
-        Args:
-            config: project, name and mode.
-            folder: the run's folder; wandb's own files and the id of the run go there.
-            run_config: the settings of the run to show, already without secrets.
-            warn: takes the one warning of a failure.
-            finish_s: seconds that the end of the run may wait for wandb.
-        """
-        self._config, self._folder = config, Path(folder).resolve()
-        self._run_config, self._warn, self._finish_s = dict(run_config), warn, finish_s
-        self._records: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(QUEUE_LENGTH)
-        self._dropped = 0
-        self._failed = self._finished = False
-        self._mode = choose_mode(config.mode)
-        if config.mode == "online" and self._mode == "offline":
-            warn(
-                "track.mode=online, but wandb has no login: logging offline (wandb login mends it)"
-            )
-        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-        self._thread.start()
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Hands the metrics to the thread; drops them when it cannot keep up."""
-        if self._failed or self._finished:
-            return
-        try:
-            self._records.put_nowait((step, plain(values)))
-        except queue.Full:
-            self._dropped += 1
-
-    def finish(self) -> None:
-        """Waits for what is queued: ``finish_s`` seconds to hand it over, as many to upload it."""
-        if self._finished:
-            return
-        self._finished = True
-        with contextlib.suppress(queue.Full):
-            self._records.put(None, timeout=self._finish_s)
-        self._thread.join(self._finish_s)
-        if self._thread.is_alive() and not self._failed:
-            self._failed = True
-            self._warn(f"wandb did not finish within {self._finish_s:.0f} s and was left behind")
-        elif self._dropped and not self._failed:  # a failure has had its one warning
-            self._warn(f"wandb was too slow: {self._dropped} steps are missing there")
-
-    def _work(self) -> None:
-        """The thread: everything that touches wandb, and the only place that does."""
-        try:
-            run = self._start()
-            while (record := self._records.get()) is not None:
-                step, values = record
-                run.log(values, step=step)
-            run.finish()
-        except BaseException as error:  # wandb may even raise SystemExit; it must not end training
-            if not self._failed:
-                self._failed = True
-                self._warn(f"wandb failed and is off from here ({_short(error)})")
-            with contextlib.suppress(queue.Empty):
-                while True:  # make room: nobody may wait for a queue that is not read any more
-                    self._records.get_nowait()
-
-    def _start(self) -> Any:
         """Starts the run; offline when the server does not answer, for then nothing is lost."""
-        wandb = importlib.import_module("wandb")
+        self._config, self._folder, self._run_config = config, folder, dict(run_config)
+        self._mode, self._tell, self._finish_s = mode, tell, finish_s
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        self._wandb = wandb = importlib.import_module("wandb")
         try:
-            return self._init(wandb, self._mode)
+            self._run = self._init()
         except Exception as error:
-            if self._mode != "online":
+            if mode != "online":
                 raise
-            self._warn(f"wandb cannot reach its server and logs offline ({_short(error)})")
+            warn(
+                "wandb cannot reach its server and logs offline "
+                f"({type(error).__name__}: {first_line(error)})"
+            )
             wandb.teardown()  # else the id counts as being in use
-            return self._init(wandb, "offline")
+            self._mode = "offline"
+            self._run = self._init()
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        if self._mode == "online":
+            tell(f"wandb: {self._run.url}")
 
-    def _init(self, wandb: Any, mode: str) -> Any:
+    def _init(self) -> Any:
+        wandb, config = self._wandb, self._config
+        upload_s = UPLOAD_SHARE * self._finish_s
         settings = wandb.Settings(
             silent=True,  # its lines would tear the progress bar
             console="off",  # it must not capture our output, where a path might be private
@@ -156,16 +163,68 @@ class WandbTracker:
             x_disable_meta=True,  # the command line and the user's name are nobody's business
             disable_code=True,
             save_code=False,
-            init_timeout=min(INIT_S, self._finish_s),
-            finish_timeout=self._finish_s,
+            init_timeout=min(INIT_S, upload_s / 2),
+            finish_timeout=upload_s,
+            finish_timeout_raises=True,
         )
+        texts = {
+            "name": config.name or self._folder.name,
+            "group": config.group,
+            "notes": config.notes,
+        }
         return wandb.init(
-            project=self._config.project,
-            name=self._config.name or self._folder.name,
+            project=config.project,
+            entity=config.entity,
+            **{key: redact(text) if text else None for key, text in texts.items()},
+            tags=[redact(tag) for tag in config.tags],
             id=run_id(self._folder),
             resume="allow",
-            mode=mode,
+            mode=self._mode,
             dir=str(self._folder),
             config=self._run_config,
             settings=settings,
         )
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """One row of the run's history."""
+        self._run.log({"step": step, **values})
+
+    def show(self, step: int, results: Results) -> None:
+        """Tables and plots as such, the summary as columns of the run."""
+        wandb = self._wandb
+        shown: dict[str, Any] = {
+            name: wandb.Table(
+                columns=list(table.columns),
+                data=[list(row) for row in table.rows],
+                allow_mixed_types=True,
+            )
+            for name, table in results.tables.items()
+        }
+        shown |= {f"plots/{name}": wandb.Image(str(path)) for name, path in results.plots.items()}
+        if shown:
+            self._run.log({"step": step, **shown})
+        self._run.summary.update(dict(results.summary))
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Ends the run as finished or, with an exit code other than 0, failed."""
+        left = ""
+        try:
+            self._run.finish(exit_code=exit_code)
+        except TimeoutError:
+            left = "wandb: the server did not take all in time"
+        if self._mode == "offline":
+            left = "wandb: logged offline"
+        parts = self._unsynced()
+        if left and parts:
+            command = shlex.join(["wandb", "sync", *map(str, parts)])
+            self._tell(f"{left}; this uploads it:\n  {command}")
+
+    def _unsynced(self) -> list[Path]:
+        """The folders of this run that have not been uploaded whole, in the order of its starts."""
+        found = []
+        for log in self._folder.glob(f"wandb/*run-*/run-{run_id(self._folder)}.wandb"):
+            own = log.parent == Path(self._run.settings.sync_dir)
+            offline = log.parent.name.startswith("offline-")
+            if own or (offline and not log.with_name(f"{log.name}.synced").exists()):
+                found.append(log.parent)
+        return sorted(found, key=lambda part: part.name.removeprefix("offline-"))

@@ -9,7 +9,8 @@ from PIL import Image
 from fttrain.cli.report import run
 from fttrain.errors import UserError
 from fttrain.track.metrics import read_metrics
-from fttrain.track.report import _heldout, verdict, write_report
+from fttrain.track.report import verdict, write_report
+from fttrain.track.results import held_out
 
 SAMPLE = {
     "prompt": "What does `textwrap.dedent` do?",
@@ -139,6 +140,6 @@ def test_held_out_points_on_the_way_come_from_either_file(tmp_path: Path) -> Non
     lines = read_metrics(tmp_path / "metrics.jsonl")
     lines[29]["holdout_nll"] = 4.0
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
-    assert _heldout(lines, evaluation) == [(0, 4.4614), (30, 4.0), (50, 3.9), (100, 3.2231)]
-    assert _heldout(lines, {}) == [(30, 4.0)]
-    assert _heldout([], {"base": None, "tuned": None, "history": None}) == []
+    assert held_out(lines, evaluation) == [(0, 4.4614), (30, 4.0), (50, 3.9), (100, 3.2231)]
+    assert held_out(lines, {}) == [(30, 4.0)]
+    assert held_out([], {"base": None, "tuned": None, "history": None}) == []

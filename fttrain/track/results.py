@@ -1,0 +1,114 @@
+"""What a run has to show beside the figures of its steps, read from the files that it leaves."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fttrain.track import plan
+from fttrain.track.base import Results, Table
+from fttrain.track.metrics import read_metrics
+
+SAMPLE = ("prompt", "reference", "before", "after")
+PLANNED = ("settings", "fits", "step_s", "tokens_per_s", "hours", "kwh", "price", "reason")
+PEAKS = ("peak_device_bytes", "peak_host_bytes")
+
+
+def read_results(folder: Path, step: int, tables: Mapping[str, Table] | None = None) -> Results:
+    """Of the run in ``folder`` after ``step``: answers, plan, plots and the figures of all of it.
+
+    ``tables``: more of them, by name. What is missing or not whole is left out.
+    """
+    evaluation = read_evaluation(folder / "evaluation.json")
+    lines = read_metrics(folder / "metrics.jsonl")
+    found = {"samples": _samples(evaluation), **_plan(folder, lines), **(tables or {})}
+    plots = sorted((folder / "plots").glob("*.png"))
+    return Results(
+        holdout_nll=holdout_nll(evaluation, "tuned" if step else "base"),
+        tables={name: table for name, table in found.items() if table.rows},
+        summary=_summary(lines, held_out(lines, evaluation)),
+        plots={path.stem: path for path in plots},
+    )
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """evaluation.json, or {} when it is not there or not whole (yet)."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def holdout_nll(evaluation: Mapping[str, Any], name: str) -> float | None:
+    """Held-out loss of the ``base`` or the ``tuned`` model, in nats per token."""
+    value = (evaluation.get(name) or {}).get("nll")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def series(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) where both are numbers."""
+    pairs = [(line.get("step"), line.get(key)) for line in lines if isinstance(line, dict)]
+    return [
+        (step, value)
+        for step, value in pairs
+        if isinstance(step, int) and isinstance(value, int | float)
+    ]
+
+
+def held_out(
+    lines: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]
+) -> list[tuple[int, float]]:
+    """(step, held-out loss): the base at step 0, what was taken on the way, the tuned model."""
+    points = dict(series(lines, "holdout_nll"))
+    points.update(series(evaluation.get("history") or [], "nll"))
+    base, tuned = holdout_nll(evaluation, "base"), holdout_nll(evaluation, "tuned")
+    if base is not None:
+        points.setdefault(0, base)
+    if tuned is not None and lines:
+        points.setdefault(lines[-1]["step"], tuned)
+    return sorted(points.items())
+
+
+def _samples(evaluation: Mapping[str, Any]) -> Table:
+    samples = [sample for sample in evaluation.get("samples") or [] if isinstance(sample, dict)]
+    return Table(SAMPLE, [[str(sample.get(key) or "") for key in SAMPLE] for sample in samples])
+
+
+def _plan(folder: Path, lines: Sequence[Mapping[str, Any]]) -> dict[str, Table]:
+    """The candidates of plan.json, and the one that ran beside what it took."""
+    found = plan.read_plan(folder)
+    if found is None:
+        return {}
+    candidates = [[one.get(key) for key in PLANNED] for one in found["candidates"]]
+    known = [number for number, _ in enumerate(PLANNED) if any(row[number] for row in candidates)]
+    return {
+        "plan": Table(
+            [PLANNED[number] for number in known],
+            [[row[number] for number in known] for row in candidates],
+        ),
+        "plan_and_measured": Table(plan.COMPARED, plan.compare(found, lines)),
+    }
+
+
+def _summary(
+    lines: Sequence[Mapping[str, Any]], points: Sequence[tuple[int, float]]
+) -> dict[str, float]:
+    """Of all steps so far; nothing before the first."""
+    found: dict[str, float] = {}
+    if not lines:
+        return found
+    for name in ("tokens_per_s", "step_s"):
+        values = [value for _, value in series(lines, name)]
+        if values:
+            found[f"{name}_median"] = statistics.median(values)
+    for name in PEAKS:
+        peak = max((value for _, value in series(lines, name)), default=0)
+        if peak:
+            found[f"{name}_max"] = peak
+    if points:
+        found["holdout_nll_base"] = points[0][1]
+        found["holdout_nll_best"] = min(value for _, value in points)
+        found["holdout_nll_last"] = points[-1][1]
+    return found
