@@ -18,7 +18,9 @@ import tiny_files
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import WAIT_S, Fault, adapter, arguments, exit_codes, losses, two_ranks
+from tiny_wandb import logs
 from transformers import AutoModelForCausalLM
 
 from fttrain import train
@@ -30,6 +32,7 @@ from fttrain.quant.scheme import QuantConfig
 from fttrain.store import hostpool
 from fttrain.track import read_metrics
 from fttrain.track.memory import read_samples
+from fttrain.track.wandb import end_service
 
 STEPS = 24
 
@@ -106,7 +109,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of six steps."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    more = ("loop.eval_every=4", "checkpoint.every=2", "track.memory_every=4")
+    more = ("loop.eval_every=4", "checkpoint.every=2", "track.memory_every=4", "track=tensorboard")
     assert run(folder, output, "loop.max_steps=6", *more) == 0
     return output
 
@@ -134,6 +137,20 @@ def test_what_a_run_leaves(finished: Path) -> None:
     assert figures["tuned"]["nll"] < figures["base"]["nll"]
     assert figures["samples"][0]["prompt"].startswith("What is")
     assert list(losses(finished)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_tensorboard_shows_of_it(finished: Path) -> None:
+    events = EventAccumulator(str(finished / "tensorboard"))
+    events.Reload()
+    shown = {event.step: event.value for event in events.Scalars("loss")}
+    assert shown == pytest.approx(losses(finished))
+    figures = json.loads((finished / "evaluation.json").read_text())
+    nll = {entry["step"]: entry["nll"] for entry in figures["history"]}
+    assert {e.step: e.value for e in events.Scalars("holdout_nll")} == pytest.approx(nll)
+    samples = events.Tensors("samples/text_summary")
+    assert [event.step for event in samples] == [0, 6], "before, and with the answers after"
+    assert figures["samples"][0]["prompt"].encode() in samples[-1].tensor_proto.string_val[0]
+    assert {"plots/loss", "plots/throughput"} <= set(events.Tags()["images"])
 
 
 def test_a_card_that_throttles_is_told_once_and_written_down(
@@ -263,8 +280,11 @@ def test_a_loss_that_rises_stops_the_run_with_advice(
 ) -> None:
     """At this limit the usual ups and downs of a small model are a spike."""
     jumpy = ("optim.lr=1", "optim.lr_schedule=constant", "loop.spike_rise=0.01")
-    assert run(folder, tmp_path / "stop", *jumpy, "loop.max_steps=40") == 3
+    tracked = ("loop.max_steps=40", "track=wandb", "track.mode=offline")
+    assert run(folder, tmp_path / "stop", *jumpy, *tracked) == 3
+    end_service()
     assert "lower optim.lr" in error_of(capsys)
+    assert [log.exit_code for log in logs(tmp_path / "stop")] == [3], "shown as failed"
     assert not (tmp_path / "stop" / "adapter").exists()
     stopped = len(losses(tmp_path / "stop")) + 1  # the step whose loss was refused
     skip = (*jumpy, "loop.max_steps=40", "loop.spike_policy=skip")

@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -86,6 +87,8 @@ class Server:
     def __init__(self) -> None:
         self.history: dict[str, list[dict[str, Any]]] = {}  # by id of a run
         self.exit_codes: list[int] = []
+        self.status = 200  # of every answer
+        self.stalls = False  # whether what a run streams is left without an answer
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.address = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -94,8 +97,8 @@ class Server:
         self._server.shutdown()
         self._server.server_close()
 
-    def query(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
-        """The data that answers the GraphQL operation ``name``."""
+    def query(self, name: str, given: dict[str, Any]) -> dict[str, Any] | None:
+        """The data that answers the GraphQL operation ``name``; None where it is not supported."""
         owner = {"id": "e", "name": "somebody"}
         project = {"id": "p", "name": "fttrain", "entity": owner}
         if name == "Viewer":
@@ -114,7 +117,7 @@ class Server:
                 for file in given["files"]
             ]
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
-        return {}
+        return None
 
     def _bucket(self, name: str) -> dict[str, Any] | None:
         lines = self.history.get(name)
@@ -143,13 +146,22 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            content = json.loads(self._body() or b"{}")
-            answer: dict[str, Any] = {}
+            body, answer = self._body(), {}
+            known = self.path.endswith(("/graphql", "/file_stream"))
+            content = json.loads(body) if known else {}
             if self.path.endswith("/graphql"):
                 found = re.search(r"(?:query|mutation)\s+(\w+)", content["query"])
                 name = found.group(1) if found else ""
-                answer = {"data": server.query(name, content.get("variables") or {})}
+                data = server.query(name, content.get("variables") or {})
+                answer = {"data": data}
+                if data is None:
+                    answer["errors"] = [{"message": f"{name} is not supported"}]
             elif self.path.endswith("/file_stream"):
+                while server.stalls:
+                    time.sleep(0.05)
+                    answer["late"] = True
+                if answer:
+                    return
                 server.take(self.path.split("/")[-2], content)
             self._answer(json.dumps(answer).encode())
 
@@ -161,7 +173,7 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
         def _answer(self, body: bytes) -> None:
-            self.send_response(200)
+            self.send_response(server.status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

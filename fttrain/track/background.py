@@ -45,8 +45,8 @@ class Background(Tracker):
             start: makes the tracker; called in the thread.
             warn: takes the one warning of a failure.
             finish_s: seconds that the end of the run may wait.
-            release: called in the main thread when these were not enough: lets go of what would
-                keep the process from ending.
+            release: called by ``finish`` after a failure, or when these seconds were not enough:
+                lets go of what would keep the process from ending.
         """
         self._name, self._start, self._warn = name, start, warn
         self._finish_s, self._release = finish_s, release
@@ -76,15 +76,15 @@ class Background(Tracker):
         self._calls.put(None)
         self._finished = True
         self._thread.join(self._finish_s)
-        if self._thread.is_alive():
-            if not self._failed:
-                self._failed = True
-                self._warn(
-                    f"{self._name} did not finish within {self._finish_s:.0f} s and was left behind"
-                )
-            self._release()
+        if self._thread.is_alive() and not self._failed:
+            self._failed = True
+            self._warn(
+                f"{self._name} did not finish within {self._finish_s:.0f} s and was left behind"
+            )
         elif self._dropped and not self._failed:  # a failure has had its one warning
             self._warn(f"{self._name} was too slow: {self._dropped} steps are missing there")
+        if self._failed:
+            self._release()
 
     def _call(self, call: _Call) -> None:
         if not self._failed and not self._finished:

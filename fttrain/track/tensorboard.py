@@ -4,6 +4,7 @@ A folder may lie on a disk that is full or does not answer, so all of this runs 
 ``Background``.
 """
 
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class EventFiles(Tracker):
         """Opens a new event file in ``folder``. Raises OSError where it cannot be written."""
         from torch.utils.tensorboard import SummaryWriter  # slow, and few runs need it
 
+        _hush_writer_thread()
         self._run_config = run_config
         self._writer = SummaryWriter(
             str(folder),
@@ -87,6 +89,19 @@ class EventFiles(Tracker):
             self._writer.add_scalar(name, value, step)
         for part in hparams(dict(_flat(self._run_config)), figures):
             self._events.add_summary(part, step)
+
+
+def _hush_writer_thread() -> None:
+    """What fails in the thread of tensorboard's writer is raised again by the next call: so that
+    it is told once, in one line.
+    """
+    usual = threading.excepthook
+
+    def tell(failed: threading.ExceptHookArgs) -> None:
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            usual(failed)
+
+    threading.excepthook = tell
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

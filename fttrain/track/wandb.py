@@ -55,8 +55,9 @@ def choose_mode(mode: str) -> str:
     terminal.
     """
     wanted = os.environ.get("WANDB_MODE") or "online" if mode == "auto" else mode
-    quiet = ("offline", "dryrun", "disabled")
-    return wanted if wanted in quiet or has_login() else "offline"
+    if wanted == "disabled":
+        return wanted
+    return wanted if wanted not in ("offline", "dryrun") and has_login() else "offline"
 
 
 def run_id(folder: Path) -> str:
@@ -90,10 +91,16 @@ def open_wandb(
     if config.mode == "online" and mode == "offline":
         warn("track.mode=online, but wandb has no login: logging offline (wandb login mends it)")
 
-    def start() -> Tracker:
-        return WandbRun(config, folder, run_config, mode, warn, tell, finish_s)
+    upload = Upload(folder, tell)
 
-    return Background("wandb", start, warn, finish_s, end_service)
+    def start() -> Tracker:
+        return WandbRun(config, folder, run_config, mode, warn, upload, finish_s)
+
+    def release() -> None:
+        end_service()
+        upload.tell_how("wandb: what it has may not be uploaded whole")
+
+    return Background("wandb", start, warn, finish_s, release)
 
 
 def end_service() -> None:
@@ -117,6 +124,38 @@ def _tear_down(module: Any) -> None:
         module.teardown()
 
 
+class Upload:
+    """How a user uploads what the server may lack; told once."""
+
+    def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
+        """``folder``: the run's."""
+        self.folder, self.tell, self._told = folder, tell, False
+
+    def tell_how(self, why: str) -> None:
+        """Nothing where wandb has written nothing."""
+        parts = [] if self._told else self._parts()
+        if parts:
+            self._told = True
+            command = shlex.join(["wandb", "sync", *map(str, parts)])
+            self.tell(f"{why}; this uploads it:\n  {command}")
+
+    def _parts(self) -> list[Path]:
+        """wandb's folders of this start and of earlier ones that were offline and have not been
+        uploaded since, by start: wandb makes one run of them, in this order.
+        """
+        found = self.folder.glob(f"wandb/*run-*/run-{run_id(self.folder)}.wandb")
+        logs = sorted(found, key=lambda log: log.parent.name.removeprefix("offline-"))
+        if not logs:
+            return []
+        *earlier, last = logs
+        return [
+            log.parent
+            for log in earlier
+            if log.parent.name.startswith("offline-")
+            and not log.with_name(f"{log.name}.synced").exists()
+        ] + [last.parent]
+
+
 class WandbRun(Tracker):
     """A run in wandb. Every call may take long, hang or raise anything."""
 
@@ -127,12 +166,12 @@ class WandbRun(Tracker):
         run_config: Mapping[str, Any],
         mode: str,
         warn: Warn,
-        tell: Callable[[str], None],
+        upload: Upload,
         finish_s: float,
     ) -> None:
         """Starts the run; offline when the server does not answer, for then nothing is lost."""
         self._config, self._folder, self._run_config = config, folder, dict(run_config)
-        self._mode, self._tell, self._finish_s = mode, tell, finish_s
+        self._mode, self._upload, self._finish_s = mode, upload, finish_s
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self._wandb = wandb = importlib.import_module("wandb")
@@ -151,7 +190,7 @@ class WandbRun(Tracker):
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         if self._mode == "online":
-            tell(f"wandb: {self._run.url}")
+            upload.tell(f"wandb: {self._run.url}")
 
     def _init(self) -> Any:
         wandb, config = self._wandb, self._config
@@ -176,7 +215,7 @@ class WandbRun(Tracker):
             project=config.project,
             entity=config.entity,
             **{key: redact(text) if text else None for key, text in texts.items()},
-            tags=[redact(tag) for tag in config.tags],
+            tags=[redact(tag) for tag in config.tags] or None,
             id=run_id(self._folder),
             resume="allow",
             mode=self._mode,
@@ -207,24 +246,9 @@ class WandbRun(Tracker):
 
     def finish(self, exit_code: int = 0) -> None:
         """Ends the run as finished or, with an exit code other than 0, failed."""
-        left = ""
         try:
             self._run.finish(exit_code=exit_code)
         except TimeoutError:
-            left = "wandb: the server did not take all in time"
+            self._upload.tell_how("wandb: the server did not take all in time")
         if self._mode == "offline":
-            left = "wandb: logged offline"
-        parts = self._unsynced()
-        if left and parts:
-            command = shlex.join(["wandb", "sync", *map(str, parts)])
-            self._tell(f"{left}; this uploads it:\n  {command}")
-
-    def _unsynced(self) -> list[Path]:
-        """The folders of this run that have not been uploaded whole, in the order of its starts."""
-        found = []
-        for log in self._folder.glob(f"wandb/*run-*/run-{run_id(self._folder)}.wandb"):
-            own = log.parent == Path(self._run.settings.sync_dir)
-            offline = log.parent.name.startswith("offline-")
-            if own or (offline and not log.with_name(f"{log.name}.synced").exists()):
-                found.append(log.parent)
-        return sorted(found, key=lambda part: part.name.removeprefix("offline-"))
+            self._upload.tell_how("wandb: logged offline")

@@ -119,13 +119,16 @@ def test_they_reach_the_tracker_that_is_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through a stand-in for the library."""
-    logged: list[tuple[int, dict[str, Any]]] = []
+    logged: list[dict[str, Any]] = []
 
     class Run:
-        def log(self, values: dict[str, Any], step: int) -> None:
-            logged.append((step, values))
+        def define_metric(self, name: str, **how: Any) -> None:
+            """Of no interest."""
 
-        def finish(self) -> None:
+        def log(self, values: dict[str, Any]) -> None:
+            logged.append(values)
+
+        def finish(self, exit_code: int) -> None:
             """Nothing to give back."""
 
     stand_in: Any = types.ModuleType("wandb")
@@ -135,4 +138,7 @@ def test_they_reach_the_tracker_that_is_configured(
     trackers.log(2, {"loss": 1.0})
     trackers.log_memory(2, [{"host_free_bytes": 7}], [{"power_w": 300.0}])
     trackers.finish()
-    assert logged == [(2, {"loss": 1.0}), (2, {"rank0/host_free_bytes": 7, "card0/power_w": 300.0})]
+    assert logged == [
+        {"step": 2, "loss": 1.0},
+        {"step": 2, "rank0/host_free_bytes": 7, "card0/power_w": 300.0},
+    ]
