@@ -83,8 +83,8 @@ def note_measured(output: Path) -> None:
     _write(output / track_plan.FILE, plan)
 
 
-def measured_links(config: RunConfig, ranks: int) -> dict[str, Table]:
-    """ "links", what those of the run's rig can do; empty where none of its was measured."""
+def link_table(config: RunConfig, ranks: int) -> dict[str, Table]:
+    """What the links of the run's rig can do, under "links"; empty where its profile has none."""
     try:
         rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks, lambda text: None)
     except UserError:
@@ -92,7 +92,8 @@ def measured_links(config: RunConfig, ranks: int) -> dict[str, Table]:
     if not rig.links or len(rig.cards) != ranks:
         return {}
     found = links_table(rig)
-    return {"links": Table(found.columns, found.rows)}
+    wrong = [[line, *("" for _ in rig.links)] for line in found.below.splitlines()]
+    return {"links": Table(["figure", *found.columns[1:]], [*found.rows, *wrong])}
 
 
 def _foretold(config: RunConfig, ranks: int) -> Plan | None:

@@ -37,7 +37,7 @@ from fttrain.instruments import sample_memory, tell_memory
 from fttrain.loop import StopSignals
 from fttrain.optim.config import learning_rate
 from fttrain.peers import uncut
-from fttrain.planned import keep, measured_links, note_measured, settle
+from fttrain.planned import keep, link_table, note_measured, settle
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank
 from fttrain.rig.telemetry import card_watch, gather_samples
@@ -300,4 +300,4 @@ def _trackers(run: Run) -> Iterator[Trackers]:
 
 
 def _results(run: Run) -> Results:
-    return read_results(run.output, run.step, measured_links(run.config, run.group.world_size))
+    return read_results(run.output, run.step, link_table(run.config, run.group.world_size))

@@ -14,7 +14,7 @@ from tiny_run import Fault, adapter, arguments, exit_codes, losses, two_ranks
 
 from fttrain.cli import main
 from fttrain.config import compose
-from fttrain.planned import settle
+from fttrain.planned import link_table, settle
 from fttrain.run import recipe
 
 ONE_ROW = ("loop.micro_batch_size=1", "loop.gradient_accumulation_steps=1")
@@ -141,3 +141,14 @@ def test_a_plan_of_what_is_left_open_starts_from_the_defaults() -> None:
     assert recipe(compose(["strategy=pipeline", "activations=auto"])) == recipe(
         compose(["strategy=pipeline"])
     )
+
+
+def test_the_links_of_the_rig_that_the_run_names(tmp_path: Path) -> None:
+    nvlink = compose(["rig.profile=2x3090_nvlink"])
+    columns, rows = link_table(nvlink, 2)["links"]
+    assert columns == ["figure", "default"]
+    assert rows[0] == ["carried by", "NVLink"]
+    bandwidth = {name: float(rate) for name, rate in rows[1:] if rate != "-"}
+    assert bandwidth["all_reduce, bus GB/s at best"] == pytest.approx(56, abs=0.1)
+    assert link_table(nvlink, 1) == {}, "of another number of ranks"
+    assert link_table(compose([f"frozen.cache_dir={tmp_path}"]), 2) == {}, "nothing was measured"

@@ -75,7 +75,7 @@ class Table(NamedTuple):
 class Results:
     """What a tracker with pages for it shows, as far as a run has come."""
 
-    holdout_nll: float | None = None  # now: of the base before the first step, of the tuned model
+    holdout_nll: float | None = None  # after this very step, where it was taken
     tables: Mapping[str, Table] = field(default_factory=dict)
     summary: Mapping[str, float] = field(default_factory=dict)  # a figure a run, to compare runs by
     plots: Mapping[str, Path] = field(default_factory=dict)  # name -> PNG

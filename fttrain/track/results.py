@@ -22,12 +22,17 @@ def read_results(folder: Path, step: int, tables: Mapping[str, Table] | None = N
     """
     evaluation = read_evaluation(folder / "evaluation.json")
     lines = read_metrics(folder / "metrics.jsonl")
+    # What was measured of a tuned model is in the history, with its step: "tuned" may be that of an
+    # earlier end, which the run has gone on from.
+    points = {
+        at: value for at, value in held_out(lines, {**evaluation, "tuned": None}) if at <= step
+    }
     found = {"samples": _samples(evaluation), **_plan(folder, lines), **(tables or {})}
     plots = sorted((folder / "plots").glob("*.png"))
     return Results(
-        holdout_nll=holdout_nll(evaluation, "tuned" if step else "base"),
+        holdout_nll=points.get(step),
         tables={name: table for name, table in found.items() if table.rows},
-        summary=_summary(lines, held_out(lines, evaluation)),
+        summary=_summary(lines, list(points.values())),
         plots={path.stem: path for path in plots},
     )
 
@@ -92,10 +97,8 @@ def _plan(folder: Path, lines: Sequence[Mapping[str, Any]]) -> dict[str, Table]:
     }
 
 
-def _summary(
-    lines: Sequence[Mapping[str, Any]], points: Sequence[tuple[int, float]]
-) -> dict[str, float]:
-    """Of all steps so far; nothing before the first."""
+def _summary(lines: Sequence[Mapping[str, Any]], held_out_nll: Sequence[float]) -> dict[str, float]:
+    """Of all steps so far; nothing before the first. ``held_out_nll``: by step, the base first."""
     found: dict[str, float] = {}
     if not lines:
         return found
@@ -107,8 +110,8 @@ def _summary(
         peak = max((value for _, value in series(lines, name)), default=0)
         if peak:
             found[f"{name}_max"] = peak
-    if points:
-        found["holdout_nll_base"] = points[0][1]
-        found["holdout_nll_best"] = min(value for _, value in points)
-        found["holdout_nll_last"] = points[-1][1]
+    if held_out_nll:
+        found["holdout_nll_base"] = held_out_nll[0]
+        found["holdout_nll_best"] = min(held_out_nll)
+        found["holdout_nll_last"] = held_out_nll[-1]
     return found

@@ -31,6 +31,7 @@ from fttrain.track.metrics import Warn, to_stderr
 ID_FILE = "wandb_run_id"
 INIT_S = 30.0  # how long a server may take to answer before logging goes offline
 UPLOAD_SHARE = 0.8  # of the time that the end may take: then wandb gives up, and says what is left
+OFFLINE = "offline-"  # how the name of a folder begins whose run wandb has not uploaded
 SERVICE = "wandb-core"  # wandb's process beside ours, which it waits for when ours ends
 # Its usage reports wait for a dead server for 20 s when the process ends; its lines tear the bar.
 ENVIRONMENT = {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
@@ -131,10 +132,10 @@ class Upload:
         """``folder``: the run's."""
         self.folder, self.tell, self._told = folder, tell, False
 
-    def tell_how(self, why: str) -> None:
-        """Nothing where wandb has written nothing."""
+    def tell_how(self, why: str, earlier_only: bool = False) -> None:
+        """Nothing where there is nothing to upload; ``earlier_only``: this start has been."""
         parts = [] if self._told else self._parts()
-        if parts:
+        if parts := parts[:-1] if earlier_only else parts:
             self._told = True
             command = shlex.join(["wandb", "sync", *map(str, parts)])
             self.tell(f"{why}; this uploads it:\n  {command}")
@@ -144,16 +145,22 @@ class Upload:
         uploaded since, by start: wandb makes one run of them, in this order.
         """
         found = self.folder.glob(f"wandb/*run-*/run-{run_id(self.folder)}.wandb")
-        logs = sorted(found, key=lambda log: log.parent.name.removeprefix("offline-"))
+        logs = sorted(found, key=_started)
         if not logs:
             return []
         *earlier, last = logs
         return [
             log.parent
             for log in earlier
-            if log.parent.name.startswith("offline-")
+            if log.parent.name.startswith(OFFLINE)
             and not log.with_name(f"{log.name}.synced").exists()
         ] + [last.parent]
+
+
+def _started(log: Path) -> tuple[str, bool]:
+    """Orders logs by their start. One that falls offline begins anew, maybe in the same second."""
+    name = log.parent.name
+    return name.removeprefix(OFFLINE), name.startswith(OFFLINE)
 
 
 class WandbRun(Tracker):
@@ -252,3 +259,5 @@ class WandbRun(Tracker):
             self._upload.tell_how("wandb: the server did not take all in time")
         if self._mode == "offline":
             self._upload.tell_how("wandb: logged offline")
+        elif self._mode == "online":
+            self._upload.tell_how("wandb: earlier steps were logged offline", earlier_only=True)

@@ -104,7 +104,7 @@ def evaluated(folder: Path, after: str = "") -> None:
     figures = {
         "base": {"nll": 4.5},
         "tuned": {"nll": 3.25} if after else None,
-        "history": [{"step": 0, "nll": 4.5}],
+        "history": [{"step": 0, "nll": 4.5}] + ([{"step": 6, "nll": 3.25}] if after else []),
         "samples": [sample],
     }
     (folder / "evaluation.json").write_text(json.dumps(figures))
@@ -195,13 +195,21 @@ def test_a_server_that_never_answers_means_offline(tmp_path: Path) -> None:
     assert Log(file).rows("loss") == [(1, 1.0)]
 
 
-def test_a_server_that_answers_with_errors_means_offline(tmp_path: Path, server: Server) -> None:
+def test_a_server_that_answers_with_errors_means_offline_for_that_start(
+    tmp_path: Path, server: Server
+) -> None:
     server.status = 403
     done = run(SHORT, tmp_path / "run", "online", "12", "", **online(server.address))
     assert done.returncode == 0, done.stderr
     (warning,) = done.stderr.splitlines()
     assert warning.startswith("warning: wandb cannot reach its server and logs offline")
-    assert len(command(done)[2:]) == 1
+    (part,) = command(done)[2:]
+    assert Path(part).name.startswith("offline-run-")
+    server.status = 200
+    again = run(SHORT, tmp_path / "run", "online", "60", "", **online(server.address))
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "wandb: earlier steps were logged offline; this uploads it:" in again.stdout
+    assert command(again)[2:] == [part]
 
 
 @pytest.mark.parametrize(
