@@ -82,7 +82,7 @@ def train(config: RunConfig) -> int:
             if group.is_main:
                 note_measured(output)
                 print(f"report: {write_report(output)}")
-                trackers.show(run.step, _results(run))
+                trackers.show(run.step, lambda: _results(run))
         return trackers.exit_code
 
 
@@ -288,7 +288,7 @@ def _trackers(run: Run) -> Iterator[Trackers]:
     if run.group.is_main:
         shown = yaml.safe_load(to_yaml(run.config))  # as text: secrets are redacted
         trackers = open_trackers(run.config.track, run.output, run.total_steps, run.step, shown)
-        trackers.show(run.step, _results(run))
+        trackers.show(run.step, lambda: _results(run))
     try:
         yield trackers
     except BaseException as error:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,8 +133,11 @@ class Trackers:
         for tracker in self._charts:
             tracker.log(step, named)
 
-    def show(self, step: int, results: Results) -> None:
-        """Passes the results after ``step`` on; the held-out loss becomes a point of its chart."""
+    def show(self, step: int, read: Callable[[], Results]) -> None:
+        """Passes on what ``read`` gives, the results after ``step``, where there is a tracker for
+        it; the held-out loss becomes a point of its chart.
+        """
+        results = read() if self._charts else Results()
         for tracker in self._charts:
             if results.holdout_nll is not None:
                 tracker.log(step, {"holdout_nll": results.holdout_nll})

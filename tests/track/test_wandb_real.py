@@ -27,10 +27,10 @@ first, last, exit_code = map(int, sys.argv[3:])
 config = TrackConfig("wandb", **settings)
 trackers = open_trackers(config, folder, 9, first, {"optim": {"lr": 2e-4}})
 links = {"links": Table(("", "nccl"), [["all_reduce, bus GB/s at best", "11.2"]])}
-trackers.show(first, read_results(folder, first, links))
+trackers.show(first, lambda: read_results(folder, first, links))
 for step in range(first + 1, last + 1):
     trackers.log(step, {"loss": 1 / step, "tokens_per_s": 100.0 * step, "bad": float("nan")})
-trackers.show(last, read_results(folder, last, links))
+trackers.show(last, lambda: read_results(folder, last, links))
 trackers.exit_code = exit_code
 trackers.finish()
 """
