@@ -1,12 +1,20 @@
 """The process group: who this rank is, and the few things ranks say to each other.
 
+On several machines ranks are numbered machine by machine, as many on each, and every rank is in two
+more groups:
+
+    ranks     0 1 | 2 3         of two machines
+    machine   0 1 | 2 3         those beside it on its machine
+    across    0 2 , 1 3         those with its place on every machine
+
 ``world_size == 1`` needs no process group and runs the same code.
 """
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -22,22 +30,37 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Group:
-    """This rank's place among the ranks, and its device."""
+    """Ranks that work together: this rank's place among them, and its device."""
 
-    rank: int
-    world_size: int
-    local_rank: int
+    rank: int  # among these
+    world_size: int  # how many they are
+    local_rank: int  # on its machine
     device: torch.device
+    process_group: torch_dist.ProcessGroup | None = None  # None: torch's group of all ranks
+    beside: "Group | None" = None  # of all ranks on several machines: see ``machine``
+    opposite: "Group | None" = None  # likewise, see ``across``
 
     @property
     def is_main(self) -> bool:
         """Rank 0 writes files and talks to the user."""
         return self.rank == 0
 
+    @property
+    def machine(self) -> "Group":
+        """The ranks of this machine."""
+        return self.beside or self
+
+    @property
+    def across(self) -> "Group":
+        """The ranks with this one's place on each machine; ``rank`` is the number of the machine
+        and ``world_size`` says how many there are.
+        """
+        return self.opposite or Group(0, 1, self.local_rank, self.device)
+
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
         if self.world_size > 1:
-            torch_dist.all_reduce(tensor)
+            torch_dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
     def any(self, flag: bool) -> bool:
@@ -53,7 +76,7 @@ class Group:
         """The largest ``value`` of any rank."""
         values = torch.tensor(value, dtype=torch.float64, device=self.device)
         if self.world_size > 1:
-            torch_dist.all_reduce(values, op=torch_dist.ReduceOp.MAX)
+            torch_dist.all_reduce(values, torch_dist.ReduceOp.MAX, self.process_group)
         return float(values.item())
 
     def minimum(self, value: float) -> float:
@@ -76,7 +99,7 @@ class Group:
         if self.world_size == 1:
             return tensor
         there = tensor.to(self.device)
-        torch_dist.broadcast(there, src=source)
+        self._broadcast_(there, source)
         return there.cpu()
 
     def share(self, text: str, source: int = 0) -> str:
@@ -84,14 +107,29 @@ class Group:
         if self.world_size == 1:
             return text
         length = torch.tensor(len(text.encode()), device=self.device)
-        torch_dist.broadcast(length, src=source)
+        self._broadcast_(length, source)
         content = torch.zeros(int(length.item()), dtype=torch.uint8, device=self.device)
         if self.rank == source:
             content.copy_(
                 torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else content
             )
-        torch_dist.broadcast(content, src=source)
+        self._broadcast_(content, source)
         return bytes(content.tolist()).decode()
+
+    def send_each(
+        self, tensors: Mapping[str, Tensor], source: int = 0
+    ) -> Iterator[tuple[str, Tensor]]:
+        """``tensors`` of rank ``source``, one after the other, on every rank, on the host; those
+        of the others do not matter. Every rank goes through all of them.
+        """
+        described = [
+            (name, list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in tensors.items()
+        ]
+        mine = self.rank == source
+        for name, shape, dtype in json.loads(self.share(json.dumps(described), source)):
+            tensor = tensors[name] if mine else torch.empty(shape, dtype=getattr(torch, dtype))
+            yield name, self.broadcast(tensor.contiguous(), source)
 
     def refuse_together(self, problem: str) -> None:
         """Raises UserError on every rank where any has a ``problem``: that of the first of them."""
@@ -100,9 +138,29 @@ class Group:
         problems = [self.share(problem, rank) for rank in range(self.world_size)]
         raise UserError(next(found for found in problems if found))
 
+    def refuse_differing(self, what: Mapping[str, str], remedy: str) -> None:
+        """Raises UserError, on every rank, where machines differ in ``what`` (name -> value); the
+        ranks of one machine have read the same files.
+        """
+        if self.across.world_size == 1:
+            return
+        own = json.dumps([os.uname().nodename, dict(what)])
+        step = self.machine.world_size
+        found = [json.loads(self.share(own, rank)) for rank in range(0, self.world_size, step)]
+        first_name, first = found[0]
+        for number, (name, values) in enumerate(found):
+            for key in (key for key in first if values.get(key) != first[key]):
+                raise UserError(
+                    f"{key} is {first[key]} on machine 0 ({first_name}) and {values.get(key)} on "
+                    f"machine {number} ({name}): {remedy}"
+                )
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.any(False)
+
+    def _broadcast_(self, tensor: Tensor, source: int) -> None:
+        torch_dist.broadcast(tensor, group=self.process_group, group_src=source)
 
 
 def rank_from_environment() -> tuple[int, int, int]:
@@ -118,6 +176,47 @@ def rank_from_environment() -> tuple[int, int, int]:
 def local_world_size() -> int:
     """Ranks on this machine, as the launcher says; all there are where it does not."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+
+
+def divided(group: Group, here: int) -> Group:
+    """``group`` of all ranks with its ``machine`` and ``across``; ``here``: ranks on this machine.
+    Every rank calls it.
+
+    Raises UserError, on every rank, where ranks are not numbered machine by machine, as many on
+    each.
+    """
+    places = group.gather([float(here), float(group.local_rank)])
+    if all(count == group.world_size for count, _ in places):
+        return group
+    counts = {int(count) for count, _ in places}
+    if len(counts) > 1 or group.world_size % here:
+        raise UserError(
+            f"{group.world_size} ranks, {' and '.join(map(str, sorted(counts)))} of them on a "
+            "machine: as many on each machine are wanted (--nproc-per-node of torchrun, "
+            "num_processes of accelerate)"
+        )
+    wrong = [rank for rank, (_, local) in enumerate(places) if rank % here != local]
+    if wrong:
+        raise UserError(
+            f"rank {wrong[0]} is number {int(places[wrong[0]][1])} on its machine: ranks are to "
+            f"be numbered machine by machine, {here} on each, as torchrun and accelerate do"
+        )
+    machines = group.world_size // here
+    machine, place = divmod(group.rank, here)
+    # All ranks make all of them, in the same order.
+    rows = [_group_of(range(first * here, (first + 1) * here)) for first in range(machines)]
+    columns = [_group_of(range(first, group.world_size, here)) for first in range(here)]
+    local_rank, device = group.local_rank, group.device
+    return replace(
+        group,
+        beside=Group(place, here, local_rank, device, rows[machine]),
+        opposite=Group(machine, machines, local_rank, device, columns[place]),
+    )
+
+
+def _group_of(ranks: range) -> torch_dist.ProcessGroup:
+    made: torch_dist.ProcessGroup = torch_dist.new_group(list(ranks), timeout=COLLECTIVE_TIMEOUT)
+    return made
 
 
 @contextmanager
@@ -138,7 +237,8 @@ def process_group(device: torch.device, backend: str = "auto") -> Iterator[Group
     torch_dist.init_process_group(
         backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if backend == "nccl" else None
     )
-    watch = _watch(group)
+    group = divided(group, local_world_size())
+    watch = _watch(group.machine, group.rank)
     try:
         yield group
         watch.left()
@@ -155,10 +255,12 @@ def process_group(device: torch.device, backend: str = "auto") -> Iterator[Group
         watch.close()
 
 
-def _watch(group: Group) -> Watch:
-    """Every rank watches its peers from here on."""
-    mark = Mark()
-    addresses = [group.share(mark.address, source) for source in range(group.world_size)]
-    watch = Watch(group.rank, mark, addresses)
-    group.barrier()  # each mark stays until all have opened it
+def _watch(machine: Group, rank: int) -> Watch:
+    """Every rank watches its peers from here on. ``rank``: this one, among all."""
+    mark, first = Mark(), rank - machine.rank
+    addresses = {
+        first + place: machine.share(mark.address, place) for place in range(machine.world_size)
+    }
+    watch = Watch(rank, mark, addresses)
+    machine.barrier()  # each mark stays until all have opened it
     return watch

@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from fttrain.errors import UserError
@@ -92,12 +93,12 @@ class Peer:
 class Watch:
     """Watches the peers from the start of a process group until ``close``."""
 
-    def __init__(self, rank: int, mark: Mark, addresses: list[str]) -> None:
-        """``addresses``: that of every rank's mark, by rank."""
+    def __init__(self, rank: int, mark: Mark, addresses: Mapping[int, str]) -> None:
+        """``addresses``: rank -> that of its mark, of all ranks of this machine."""
         self._mark = mark
         self._where = f"rank {rank}: " if rank else ""
         self._peers: list[Peer] = []
-        for other, address in enumerate(addresses):
+        for other, address in addresses.items():
             machine, pid, descriptor = address.rsplit(" ", 2)
             if other != rank and machine == _machine():
                 with contextlib.suppress(OSError):
