@@ -12,20 +12,26 @@ more groups:
 
 import json
 import os
+import secrets
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
 from fttrain.errors import UserError
+from fttrain.machines import Board, lost_connection, open_board
+from fttrain.meeting import keeps_its_store, store_of_attempt
 from fttrain.peers import Mark, Watch
 
 # Longer than the slowest step; a dead rank ends the others sooner.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Group:
     process_group: torch_dist.ProcessGroup | None = None  # None: torch's group of all ranks
     beside: "Group | None" = None  # of all ranks on several machines: see ``machine``
     opposite: "Group | None" = None  # likewise, see ``across``
+    board: Board | None = None  # of the first rank of one of several machines
 
     @property
     def is_main(self) -> bool:
@@ -138,6 +145,39 @@ class Group:
         problems = [self.share(problem, rank) for rank in range(self.world_size)]
         raise UserError(next(found for found in problems if found))
 
+    @contextmanager
+    def each_machine(self, what: str) -> Iterator[None]:
+        """Around ``what`` each machine does alone, for hours maybe: who is done waits for the
+        others outside of any collective. Every rank enters it; the ranks of a machine end it alike.
+
+        Raises, on every rank, the UserError of a machine.
+        """
+        board = self.board
+        try:
+            yield
+        except UserError as error:
+            if board is not None:
+                board.say(board.next_work(), str(error))
+            raise
+        if self.across.world_size == 1:
+            return
+        work = 0
+        if board is not None:
+            work = board.next_work()
+            board.say(work, "")
+        told = False
+        while True:
+            problem, missing = board.heard(work) if board is not None else ("", [])
+            problem = self.machine.share(problem)
+            if problem:
+                raise UserError(problem)
+            if not self.machine.any(bool(missing)):
+                return
+            if self.is_main and not told:
+                print(f"{what}: waiting for {' and '.join(missing)}", flush=True)
+                told = True
+            time.sleep(POLL_S)
+
     def refuse_differing(self, what: Mapping[str, str], remedy: str) -> None:
         """Raises UserError, on every rank, where machines differ in ``what`` (name -> value); the
         ranks of one machine have read the same files.
@@ -145,8 +185,7 @@ class Group:
         if self.across.world_size == 1:
             return
         own = json.dumps([os.uname().nodename, dict(what)])
-        step = self.machine.world_size
-        found = [json.loads(self.share(own, rank)) for rank in range(0, self.world_size, step)]
+        found = [json.loads(text) for text in self._of_machines(own)]
         first_name, first = found[0]
         for number, (name, values) in enumerate(found):
             for key in (key for key in first if values.get(key) != first[key]):
@@ -154,6 +193,11 @@ class Group:
                     f"{key} is {first[key]} on machine 0 ({first_name}) and {values.get(key)} on "
                     f"machine {number} ({name}): {remedy}"
                 )
+
+    def _of_machines(self, text: str) -> list[str]:
+        """``text`` of the first rank of each machine."""
+        step = self.machine.world_size
+        return [self.share(text, rank) for rank in range(0, self.world_size, step)]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -234,17 +278,22 @@ def process_group(device: torch.device, backend: str = "auto") -> Iterator[Group
         return
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
-    torch_dist.init_process_group(
-        backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if backend == "nccl" else None
-    )
+    where: dict[str, Any] = {}
+    if keeps_its_store():
+        store = store_of_attempt(rank, world_size)
+        where = {"store": store, "rank": rank, "world_size": world_size}
+    device_id = device if backend == "nccl" else None
+    torch_dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id, **where)
     group = divided(group, local_world_size())
     watch = _watch(group.machine, group.rank)
+    group = _with_board(group, watch)
     try:
         yield group
         watch.left()
         torch_dist.destroy_process_group()
     except BaseException as error:
-        reason = watch.failed(error)
+        several = group.across.world_size > 1
+        reason = watch.failed(error, lost_connection(error) if several else None)
         # It wakes the peers; NCCL's would wait for them, and the end of the process wakes them too.
         if backend == "gloo" and torch_dist.is_initialized():
             torch_dist.destroy_process_group()
@@ -252,6 +301,8 @@ def process_group(device: torch.device, backend: str = "auto") -> Iterator[Group
             raise reason from error
         raise
     finally:
+        if group.board is not None:
+            group.board.close()
         watch.close()
 
 
@@ -264,3 +315,14 @@ def _watch(machine: Group, rank: int) -> Watch:
     watch = Watch(rank, mark, addresses)
     machine.barrier()  # each mark stays until all have opened it
     return watch
+
+
+def _with_board(group: Group, watch: Watch) -> Group:
+    """Every rank calls it."""
+    if group.across.world_size == 1:
+        return group
+    names = group._of_machines(os.uname().nodename)
+    session = group.share(secrets.token_hex(8))
+    if not group.machine.is_main:
+        return group
+    return replace(group, board=open_board(session, group.across.rank, names, watch.end))
