@@ -82,11 +82,19 @@ def test_work_is_over_when_all_have_done_it_or_one_cannot(boards: tuple[list[Any
     assert (first, second) == ([0] * 3, [1] * 3)
     for number in (0, 1):
         made[number].say(0, "")
-    assert made[0].heard(0) == ("", ["machine 2 (carl)"])
+    wait_until(lambda: made[0].heard(0) == ("", ["machine 2 (carl)"]))
     made[2].say(0, "")
-    assert [board.heard(0) for board in made] == [("", [])] * 3
+    wait_until(lambda: [board.heard(0) for board in made] == [("", [])] * 3)
     made[2].say(1, "the disk is full")
-    assert made[0].heard(1) == ("machine 2 (carl): the disk is full", [])
+    wait_until(lambda: made[0].heard(1) == ("machine 2 (carl): the disk is full", []))
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """What one has said takes its time to the store."""
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def each_alone() -> dict[str, Any]:

@@ -41,6 +41,7 @@ def test_nothing_of_an_earlier_attempt_is_seen(late: int, server: Any) -> None:
             stores = attempt(pool, late)
             assert not stores[0].check(["address"])
             stores[0].set("address", str(number))
+            stores[0].wait(["address"])
             assert {store.get("address") for store in stores} == {str(number).encode()}
 
 
