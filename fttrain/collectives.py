@@ -1,7 +1,8 @@
 """The collectives that move large buffers between ranks, each by the backend's fastest way."""
 
 import itertools
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch.distributed as torch_dist
@@ -28,38 +29,45 @@ class Handles:
                 work.wait()
 
 
-def all_gather(out: Tensor, shard: Tensor) -> Handle:
+def all_gather(out: Tensor, shard: Tensor, group: torch_dist.ProcessGroup | None = None) -> Handle:
     """``shard`` (n,) of every rank, end to end, into ``out`` (world_size * n,) on all ranks.
 
-    Every rank calls it in the same order. gloo's own all_gather passes pieces on from rank to rank:
-    sending each shard straight to each rank was measured 2.6 to 8 times as fast on loopback
-    (docs/lab-log.md). It sends no CUDA tensors; there, one broadcast a rank does the same.
+    ``group``: the ranks; None: all there are. Each of them calls it in the same order. gloo's own
+    all_gather passes pieces on from rank to rank: sending each shard straight to each rank was
+    measured 2.6 to 8 times as fast on loopback (docs/lab-log.md). It sends no CUDA tensors; there,
+    one broadcast a rank does the same.
     """
-    world_size = torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+    world_size = torch_dist.get_world_size(group) if torch_dist.is_initialized() else 1
     if world_size == 1:
         out.copy_(shard, non_blocking=True)
         return Handles(())
     if torch_dist.get_backend() == "nccl":
-        return Handles([_all_gather_single(out, shard, async_op=True)])
-    rank, parts = torch_dist.get_rank(), out.view(world_size, -1)
+        return Handles([_all_gather_single(out, shard, group=group, async_op=True)])
+    rank, parts = torch_dist.get_rank(group), out.view(world_size, -1)
     parts[rank].copy_(shard)
     if out.device.type == "cuda":
         return Handles(
-            [torch_dist.broadcast(parts[src], src, async_op=True) for src in range(world_size)]
+            [
+                torch_dist.broadcast(parts[src], group=group, async_op=True, group_src=src)
+                for src in range(world_size)
+            ]
         )
-    tag, others = next(_tags) % (1 << 16), range(1, world_size)
+    tag, others = next(_tags[group]) % (1 << 16), range(1, world_size)
     # Receives first: gloo tells the peer that it may send, over the same connection, and behind a
     # shard that word would come when the shard has passed: one direction after the other.
     sources = [(rank - distance) % world_size for distance in others]
-    receives = [torch_dist.irecv(parts[source], source, tag=tag) for source in sources]
+    receives = [
+        torch_dist.irecv(parts[source], group=group, tag=tag, group_src=source)
+        for source in sources
+    ]
     targets = [(rank + distance) % world_size for distance in others]
-    sends = [torch_dist.isend(shard, target, tag=tag) for target in targets]
+    sends = [torch_dist.isend(shard, group=group, tag=tag, group_dst=target) for target in targets]
     return Handles([*receives, *sends])
 
 
-def all_reduce(flat: Tensor) -> Handle:
-    """Sum ``flat`` over all ranks, in place."""
-    work: Handle = torch_dist.all_reduce(flat, async_op=True)
+def all_reduce(flat: Tensor, group: torch_dist.ProcessGroup | None = None) -> Handle:
+    """Sum ``flat`` over the ranks of ``group`` (None: all), in place."""
+    work: Handle = torch_dist.all_reduce(flat, group=group, async_op=True)
     return work
 
 
@@ -77,7 +85,8 @@ def reduce_scatter(flat: Tensor) -> Handle:
     return work
 
 
-_tags = itertools.count()  # the same on all ranks: two gathers under way are never mixed up
+# Of each group, the same on all its ranks: two gathers under way are never mixed up
+_tags: dict[Any, Iterator[int]] = defaultdict(itertools.count)
 # PyTorch 2.13 has renamed them.
 _all_gather_single = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)
 _reduce_scatter_single = getattr(

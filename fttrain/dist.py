@@ -1,43 +1,73 @@
 """The process group: who this rank is, and the few things ranks say to each other.
 
+On several machines ranks are numbered machine by machine, as many on each, and every rank is in two
+more groups:
+
+    ranks     0 1 | 2 3         of two machines
+    machine   0 1 | 2 3         those beside it on its machine
+    across    0 2 , 1 3         those with its place on every machine
+
 ``world_size == 1`` needs no process group and runs the same code.
 """
 
+import json
 import os
-from collections.abc import Iterator
+import secrets
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
 from fttrain.errors import UserError
+from fttrain.machines import Board, lost_connection, open_board
+from fttrain.meeting import keeps_its_store, store_of_attempt
 from fttrain.peers import Mark, Watch
 
 # Longer than the slowest step; a dead rank ends the others sooner.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+POLL_S = 1.0
 
 
 @dataclass(frozen=True)
 class Group:
-    """This rank's place among the ranks, and its device."""
+    """Ranks that work together: this rank's place among them, and its device."""
 
-    rank: int
-    world_size: int
-    local_rank: int
+    rank: int  # among these
+    world_size: int  # how many they are
+    local_rank: int  # on its machine
     device: torch.device
+    process_group: torch_dist.ProcessGroup | None = None  # None: torch's group of all ranks
+    beside: "Group | None" = None  # of all ranks on several machines: see ``machine``
+    opposite: "Group | None" = None  # likewise, see ``across``
+    board: Board | None = None  # of the first rank of one of several machines
 
     @property
     def is_main(self) -> bool:
         """Rank 0 writes files and talks to the user."""
         return self.rank == 0
 
+    @property
+    def machine(self) -> "Group":
+        """The ranks of this machine."""
+        return self.beside or self
+
+    @property
+    def across(self) -> "Group":
+        """The ranks with this one's place on each machine; ``rank`` is the number of the machine
+        and ``world_size`` says how many there are.
+        """
+        return self.opposite or Group(0, 1, self.local_rank, self.device)
+
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
         if self.world_size > 1:
-            torch_dist.all_reduce(tensor)
+            torch_dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
     def any(self, flag: bool) -> bool:
@@ -53,7 +83,7 @@ class Group:
         """The largest ``value`` of any rank."""
         values = torch.tensor(value, dtype=torch.float64, device=self.device)
         if self.world_size > 1:
-            torch_dist.all_reduce(values, op=torch_dist.ReduceOp.MAX)
+            torch_dist.all_reduce(values, torch_dist.ReduceOp.MAX, self.process_group)
         return float(values.item())
 
     def minimum(self, value: float) -> float:
@@ -76,7 +106,7 @@ class Group:
         if self.world_size == 1:
             return tensor
         there = tensor.to(self.device)
-        torch_dist.broadcast(there, src=source)
+        self._broadcast_(there, source)
         return there.cpu()
 
     def share(self, text: str, source: int = 0) -> str:
@@ -84,14 +114,29 @@ class Group:
         if self.world_size == 1:
             return text
         length = torch.tensor(len(text.encode()), device=self.device)
-        torch_dist.broadcast(length, src=source)
+        self._broadcast_(length, source)
         content = torch.zeros(int(length.item()), dtype=torch.uint8, device=self.device)
         if self.rank == source:
             content.copy_(
                 torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else content
             )
-        torch_dist.broadcast(content, src=source)
+        self._broadcast_(content, source)
         return bytes(content.tolist()).decode()
+
+    def send_each(
+        self, tensors: Mapping[str, Tensor], source: int = 0
+    ) -> Iterator[tuple[str, Tensor]]:
+        """``tensors`` of rank ``source``, one after the other, on every rank, on the host; those
+        of the others do not matter. Every rank goes through all of them.
+        """
+        described = [
+            (name, list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in tensors.items()
+        ]
+        mine = self.rank == source
+        for name, shape, dtype in json.loads(self.share(json.dumps(described), source)):
+            tensor = tensors[name] if mine else torch.empty(shape, dtype=getattr(torch, dtype))
+            yield name, self.broadcast(tensor.contiguous(), source)
 
     def refuse_together(self, problem: str) -> None:
         """Raises UserError on every rank where any has a ``problem``: that of the first of them."""
@@ -100,9 +145,66 @@ class Group:
         problems = [self.share(problem, rank) for rank in range(self.world_size)]
         raise UserError(next(found for found in problems if found))
 
+    @contextmanager
+    def each_machine(self, what: str) -> Iterator[None]:
+        """Around ``what`` each machine does alone, for hours maybe: who is done waits for the
+        others outside of any collective. Every rank enters it; the ranks of a machine end it alike.
+
+        Raises, on every rank, the UserError of a machine.
+        """
+        board = self.board
+        try:
+            yield
+        except UserError as error:
+            if board is not None:
+                board.say(board.next_work(), str(error))
+            raise
+        if self.across.world_size == 1:
+            return
+        work = 0
+        if board is not None:
+            work = board.next_work()
+            board.say(work, "")
+        told = False
+        while True:
+            problem, missing = board.heard(work) if board is not None else ("", [])
+            problem = self.machine.share(problem)
+            if problem:
+                raise UserError(problem)
+            if not self.machine.any(bool(missing)):
+                return
+            if self.is_main and not told:
+                print(f"{what}: waiting for {' and '.join(missing)}", flush=True)
+                told = True
+            time.sleep(POLL_S)
+
+    def refuse_differing(self, what: Mapping[str, str], remedy: str) -> None:
+        """Raises UserError, on every rank, where machines differ in ``what`` (name -> value); the
+        ranks of one machine have read the same files.
+        """
+        if self.across.world_size == 1:
+            return
+        own = json.dumps([os.uname().nodename, dict(what)])
+        found = [json.loads(text) for text in self._of_machines(own)]
+        first_name, first = found[0]
+        for number, (name, values) in enumerate(found):
+            for key in (key for key in first if values.get(key) != first[key]):
+                raise UserError(
+                    f"{key} is {first[key]} on machine 0 ({first_name}) and {values.get(key)} on "
+                    f"machine {number} ({name}): {remedy}"
+                )
+
+    def _of_machines(self, text: str) -> list[str]:
+        """``text`` of the first rank of each machine."""
+        step = self.machine.world_size
+        return [self.share(text, rank) for rank in range(0, self.world_size, step)]
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.any(False)
+
+    def _broadcast_(self, tensor: Tensor, source: int) -> None:
+        torch_dist.broadcast(tensor, group=self.process_group, group_src=source)
 
 
 def rank_from_environment() -> tuple[int, int, int]:
@@ -120,6 +222,47 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
 
 
+def divided(group: Group, here: int) -> Group:
+    """``group`` of all ranks with its ``machine`` and ``across``; ``here``: ranks on this machine.
+    Every rank calls it.
+
+    Raises UserError, on every rank, where ranks are not numbered machine by machine, as many on
+    each.
+    """
+    places = group.gather([float(here), float(group.local_rank)])
+    if all(count == group.world_size for count, _ in places):
+        return group
+    counts = {int(count) for count, _ in places}
+    if len(counts) > 1 or group.world_size % here:
+        raise UserError(
+            f"{group.world_size} ranks, {' and '.join(map(str, sorted(counts)))} of them on a "
+            "machine: as many on each machine are wanted (--nproc-per-node of torchrun, "
+            "num_processes of accelerate)"
+        )
+    wrong = [rank for rank, (_, local) in enumerate(places) if rank % here != local]
+    if wrong:
+        raise UserError(
+            f"rank {wrong[0]} is number {int(places[wrong[0]][1])} on its machine: ranks are to "
+            f"be numbered machine by machine, {here} on each, as torchrun and accelerate do"
+        )
+    machines = group.world_size // here
+    machine, place = divmod(group.rank, here)
+    # All ranks make all of them, in the same order.
+    rows = [_group_of(range(first * here, (first + 1) * here)) for first in range(machines)]
+    columns = [_group_of(range(first, group.world_size, here)) for first in range(here)]
+    local_rank, device = group.local_rank, group.device
+    return replace(
+        group,
+        beside=Group(place, here, local_rank, device, rows[machine]),
+        opposite=Group(machine, machines, local_rank, device, columns[place]),
+    )
+
+
+def _group_of(ranks: range) -> torch_dist.ProcessGroup:
+    made: torch_dist.ProcessGroup = torch_dist.new_group(list(ranks), timeout=COLLECTIVE_TIMEOUT)
+    return made
+
+
 @contextmanager
 def process_group(device: torch.device, backend: str = "auto") -> Iterator[Group]:
     """Joins the ranks for the length of the block, over ``backend``: nccl, gloo, or auto for NCCL
@@ -135,16 +278,22 @@ def process_group(device: torch.device, backend: str = "auto") -> Iterator[Group
         return
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
-    torch_dist.init_process_group(
-        backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if backend == "nccl" else None
-    )
-    watch = _watch(group)
+    where: dict[str, Any] = {}
+    if keeps_its_store():
+        store = store_of_attempt(rank, world_size)
+        where = {"store": store, "rank": rank, "world_size": world_size}
+    device_id = device if backend == "nccl" else None
+    torch_dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id, **where)
+    group = divided(group, local_world_size())
+    watch = _watch(group.machine, group.rank)
+    group = _with_board(group, watch)
     try:
         yield group
         watch.left()
         torch_dist.destroy_process_group()
     except BaseException as error:
-        reason = watch.failed(error)
+        several = group.across.world_size > 1
+        reason = watch.failed(error, lost_connection(error) if several else None)
         # It wakes the peers; NCCL's would wait for them, and the end of the process wakes them too.
         if backend == "gloo" and torch_dist.is_initialized():
             torch_dist.destroy_process_group()
@@ -152,13 +301,28 @@ def process_group(device: torch.device, backend: str = "auto") -> Iterator[Group
             raise reason from error
         raise
     finally:
+        if group.board is not None:
+            group.board.close()
         watch.close()
 
 
-def _watch(group: Group) -> Watch:
-    """Every rank watches its peers from here on."""
-    mark = Mark()
-    addresses = [group.share(mark.address, source) for source in range(group.world_size)]
-    watch = Watch(group.rank, mark, addresses)
-    group.barrier()  # each mark stays until all have opened it
+def _watch(machine: Group, rank: int) -> Watch:
+    """Every rank watches its peers from here on. ``rank``: this one, among all."""
+    mark, first = Mark(), rank - machine.rank
+    addresses = {
+        first + place: machine.share(mark.address, place) for place in range(machine.world_size)
+    }
+    watch = Watch(rank, mark, addresses)
+    machine.barrier()  # each mark stays until all have opened it
     return watch
+
+
+def _with_board(group: Group, watch: Watch) -> Group:
+    """Every rank calls it."""
+    if group.across.world_size == 1:
+        return group
+    names = group._of_machines(os.uname().nodename)
+    session = group.share(secrets.token_hex(8))
+    if not group.machine.is_main:
+        return group
+    return replace(group, board=open_board(session, group.across.rank, names, watch.end))

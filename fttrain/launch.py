@@ -54,18 +54,24 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def restarted() -> bool:
+    """Whether torchrun (or accelerate over it) has started this rank anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 def wanted(config: LaunchConfig) -> bool:
     """Whether ``start`` has to be called, that is, whether this process is not itself a rank."""
     return not is_rank() and (config.file is not None or (config.processes or 1) > 1)
 
 
 def ranks_wanted(config: LaunchConfig) -> int | None:
-    """As the launcher has it, or would start them; None where nobody says a number.
+    """On this machine, as the launcher has it, or would start them; None where nobody says a
+    number.
 
     Raises UserError when the launch file cannot be used.
     """
     if is_rank():
-        return int(os.environ["WORLD_SIZE"])
+        return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     return config.processes or _integer(_read_files(config)[0], "num_processes", 0) or None
 
 
@@ -220,9 +226,15 @@ def _read_files(config: LaunchConfig) -> tuple[dict[str, Any], dict[str, str]]:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: an accelerate config file holds `key: value` lines")
-    if _integer(settings, "num_machines", 1) != 1:
+    machines = _integer(settings, "num_machines", 1)
+    if machines != 1:
+        here = _integer(settings, "num_processes", machines) // max(1, machines)
         raise UserError(
-            f"{path}: num_machines: launch= serves one machine; use `accelerate launch`"
+            f"{path}: num_machines: launch= serves one machine; on each of {machines}: `accelerate "
+            f"launch --config_file {path} --machine_rank N --main_process_ip FIRST -m fttrain "
+            f"train ...`, or `torchrun --nnodes {machines} --nproc-per-node {here} --max-restarts "
+            "3 --rdzv-backend c10d --rdzv-endpoint FIRST:29500 -m fttrain train ...`, where FIRST "
+            "is the first machine's address"
         )
     known = (None, "NO", "MULTI_GPU", "MULTI_CPU")
     if settings.get("distributed_type") not in known:

@@ -8,8 +8,8 @@ process (SIGSTOP) keeps its lock and is not taken for dead.
 
 An error that leaves the process group is explained by what the peers' files say (``Watch.failed``).
 A rank that stays in a collective cannot be reached by an exception, so a thread ends its process
-after a grace period. Ranks on other machines are not watched: their end shows as an error of the
-transport or as a time-out.
+after a grace period. Ranks on other machines show as an error of the transport, and machines that
+are gone as machines.py says.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from fttrain.errors import UserError
@@ -92,12 +93,12 @@ class Peer:
 class Watch:
     """Watches the peers from the start of a process group until ``close``."""
 
-    def __init__(self, rank: int, mark: Mark, addresses: list[str]) -> None:
-        """``addresses``: that of every rank's mark, by rank."""
+    def __init__(self, rank: int, mark: Mark, addresses: Mapping[int, str]) -> None:
+        """``addresses``: rank -> that of its mark, of all ranks of this machine."""
         self._mark = mark
         self._where = f"rank {rank}: " if rank else ""
         self._peers: list[Peer] = []
-        for other, address in enumerate(addresses):
+        for other, address in addresses.items():
             machine, pid, descriptor = address.rsplit(" ", 2)
             if other != rank and machine == _machine():
                 with contextlib.suppress(OSError):
@@ -110,17 +111,26 @@ class Watch:
         """This rank has done its part; it may end before or after the others."""
         self._mark.left()
 
-    def failed(self, error: BaseException) -> UserError | None:
-        """What lies behind ``error`` on this rank: the end of a peer, or None for its own fault.
+    def failed(self, error: BaseException, meant: UserError | None = None) -> UserError | None:
+        """What lies behind ``error`` on this rank: the end of a peer, else what is ``meant`` by it;
+        None for its own fault.
 
         An error of its own is told to the peers, so call it before the connections to them go.
         """
         reason = None if isinstance(error, UserError) else self._reason_behind(error)
-        if reason is None:
-            self._mark.failed(_exit_code(error), _line(error))
-        else:
+        if reason is not None:
             self._mark.left()
-        return reason
+            return reason
+        self._mark.failed(_exit_code(meant or error), _line(meant or error))
+        return meant
+
+    def end(self, reason: UserError) -> None:
+        """End this process, and with it the peers, for ``reason``, once a save that is under way
+        has come to its end.
+        """
+        with uncut:
+            self._mark.failed(_exit_code(reason), _line(reason))
+            self._exit(reason)
 
     def close(self) -> None:
         self._over.set()
@@ -166,6 +176,9 @@ class Watch:
         if reason is None or self._over.is_set():
             return
         self._mark.left()
+        self._exit(reason)
+
+    def _exit(self, reason: UserError) -> None:
         line = f"fttrain: error: {self._where}{redact(_line(reason))}\n"
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, line.encode())

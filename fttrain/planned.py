@@ -11,7 +11,7 @@ from fttrain.checkpoint import durable
 from fttrain.checkpoint.hub import SHAPES
 from fttrain.checkpoint.source import check_length, load_config, resolve
 from fttrain.config import RunConfig
-from fttrain.dist import rank_from_environment
+from fttrain.dist import local_world_size, rank_from_environment
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.plan.auto import Answer, Question, answer, check_fits
@@ -31,32 +31,36 @@ Plan = dict[str, Any]  # content of plan.json
 
 def settle(config: RunConfig) -> tuple[RunConfig, Plan | None]:
     """``config`` with nothing left open, and on rank 0 the run's plan; None where no profile of
-    its rig is there.
+    its rig is there. Of several machines each plans for its own ranks: what they exchange with the
+    others is in no plan.
 
     Every rank calls it, before there is a process group: a plan makes one of its own, of ranks
     that do not exist. Of the model at most config.json is downloaded. Raises UserError where
     something is left open and there is no profile, it has another number of cards, or nothing fits.
     """
     rank, world_size, _ = rank_from_environment()
+    ranks = local_world_size()
     if not config.left_open:
-        return config, _foretold(config, world_size) if rank == 0 else None
+        return config, _foretold(config, ranks) if rank == 0 else None
     asked = " ".join(f"{name}=auto" for name in config.left_open)
     try:
         warn = to_stderr if rank == 0 else lambda text: None
-        rig = find_rig(config.rig.profile, config.frozen.cache_dir, world_size, warn)
+        rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks, warn)
     except UserError as error:
         raise UserError(f"{asked} needs a rig's profile: {error}") from None
-    if len(rig.cards) != world_size:
+    if len(rig.cards) != ranks:
         raise UserError(
             f"{asked}: rig.profile={config.rig.profile} has {len(rig.cards)} card(s), the run "
-            f"{world_size} rank(s); as many ranks help, or `fttrain measure "
-            f"launch.processes={world_size}`"
+            f"{ranks} rank(s) on a machine; as many ranks help, or `fttrain measure "
+            f"launch.processes={ranks}`"
         )
     question = _question(config, rig)
     found = _answer(config, question)
     check_fits(question, found)
     if rank == 0:
         print(f"{asked}: {found.summary}", flush=True)
+        if ranks != world_size:
+            print(f"{asked}: the plan of one machine; links between machines are not in it")
     return _applied(config, found.settings), found.plan
 
 

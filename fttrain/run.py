@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fttrain.checkpoint.adapter import AdapterInfo
-from fttrain.checkpoint.resume import Snapshot, find_snapshot, load_snapshot, save_snapshot
+from fttrain.checkpoint.newest import newest_snapshot
+from fttrain.checkpoint.resume import Snapshot, save_snapshot
 from fttrain.checkpoint.source import Source
 from fttrain.config import RunConfig
 from fttrain.data.dataset import Dataset
@@ -14,6 +15,7 @@ from fttrain.data.loader import Loader, PackedRows
 from fttrain.dist import Group
 from fttrain.errors import UserError
 from fttrain.evaluation import Evaluation
+from fttrain.launch import restarted
 from fttrain.loop import SpikeGuard
 from fttrain.model.attention_op import kernel_name
 from fttrain.peers import uncut
@@ -82,7 +84,8 @@ def build(
     ``config``: nothing is left open. ``rows``: to train on; None: the data set's.
     """
     assert not config.left_open
-    show = counting if group.is_main else silent
+    _check_alike(config, group, dataset)
+    show = counting if group.machine.is_main else silent
     strategy, cache = build_strategy(recipe(config), source, group, show)
     loop = config.loop
     place, places = strategy.data_parallel
@@ -109,6 +112,22 @@ def build(
     )
 
 
+def _check_alike(config: RunConfig, group: Group, dataset: Dataset) -> None:
+    """Raises UserError, on every rank, where machines would take different steps."""
+    settings = {
+        f"{section}.{key}": str(value)
+        for section in ("strategy", "optim", "schedule", "loop", "quant", "lora", "placement")
+        for key, value in dataclasses.asdict(getattr(config, section)).items()
+    }
+    settings["model.dtype"] = config.model.dtype
+    settings["checkpoint.every"] = str(config.checkpoint.every)
+    settings["track.memory_every"] = str(config.track.memory_every)
+    settings["dry_run"] = str(config.dry_run)
+    group.refuse_differing(settings, "the same command on every machine helps")
+    fingerprint = {"data fingerprint": dataset.fingerprint}
+    group.refuse_differing(fingerprint, "the same data and tokenizer on every machine help")
+
+
 def describe(run: Run) -> None:
     """What is about to happen, in a few lines."""
     config = run.config
@@ -117,7 +136,7 @@ def describe(run: Run) -> None:
     print(
         f"{config.model.name}, quant={config.quant.kind}, lora.r={config.lora.r}, "
         f"strategy={config.strategy.name} on "
-        f"{run.group.world_size} rank(s) of {run.group.device.type}, "
+        f"{run.group.world_size} rank(s) of {run.group.device.type}{_machines(run.group)}, "
         f"{kernel_name(run.group.device)}\n"
         f"{run.total_steps} steps of {run.loader.rows_per_step} rows of up to "
         f"{config.data.seq_len} tokens -> {run.output}",
@@ -125,18 +144,25 @@ def describe(run: Run) -> None:
     )
 
 
+def _machines(group: Group) -> str:
+    machines = group.across.world_size
+    return f" on {machines} machines" if machines > 1 else ""
+
+
 def wanted_snapshot(run: Run) -> tuple[str, Snapshot] | None:
-    """Path and content of the snapshot that ``resume`` asks for, if there is one.
+    """Path and content of the snapshot that ``resume`` asks for, if there is one; of a run that its
+    launcher has started again the newest that it has left.
 
     Raises UserError where it is damaged or was saved with other settings or data.
     """
-    found = (
-        find_snapshot(run.output / "checkpoints", run.config.resume) if run.group.is_main else None
-    )
-    path = run.group.share(str(found) if found else "")
-    if not path:
+    checkpoints, asked = run.output / "checkpoints", run.group.share(run.config.resume)
+    found = None
+    if run.group.any(restarted()):
+        found = newest_snapshot(checkpoints, "auto", run.group)
+    found = found or newest_snapshot(checkpoints, asked, run.group)
+    if found is None:
         return None
-    snapshot = load_snapshot(path)
+    path, snapshot = found
     for key, now in _identity(run).items():
         before = snapshot.scalars.get(key, _BEFORE_THERE_WAS_A_CHOICE.get(key))
         if before != now:

@@ -34,6 +34,7 @@ from fttrain.dist import process_group, rank_from_environment
 from fttrain.errors import UserError
 from fttrain.evaluation import Evaluation
 from fttrain.instruments import sample_memory, tell_memory
+from fttrain.launch import restarted
 from fttrain.loop import StopSignals
 from fttrain.optim.config import learning_rate
 from fttrain.peers import uncut
@@ -70,8 +71,11 @@ def train(config: RunConfig) -> int:
     source, tokenizer, dataset = prepare_inputs(config)
     output = Path(config.output)
     is_main = rank_from_environment()[0] == 0
-    claim = claim_output(output, config.resume) if is_main else nullcontext()
-    with claim, StopSignals() as signals, process_group(device, config.rig.backend) as group:
+    # Started anew, it goes on with what it has left, however it was to begin.
+    wanted = "auto" if restarted() else config.resume
+    claim = claim_output(output, wanted) if is_main else nullcontext()
+    # Ranks that still wait for each other have nothing to save: a signal ends them at once.
+    with claim, process_group(device, config.rig.backend) as group, StopSignals() as signals:
         run = build(config, group, output, source, tokenizer, dataset)
         _start(run, plan)
         with _trackers(run) as trackers:
@@ -109,7 +113,9 @@ def _start(run: Run, plan: dict[str, Any] | None) -> None:
         keep(run.output, plan, found[1].step if found else 0)
         describe(run)
     run.figures = Evaluation.read(run.output)
-    if run.figures.base is None and len(run.dataset.holdout):
+    # Rank 0 has the file; other machines may not see it.
+    unmeasured = run.group.any(run.group.is_main and run.figures.base is None)
+    if unmeasured and len(run.dataset.holdout):
         _measure_base(run)
     if found is not None:
         resume(run, *found)

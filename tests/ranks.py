@@ -57,13 +57,16 @@ def run_ranks(
                 process.join()
 
 
-def become_rank(rank: int, world_size: int, port: int) -> None:
-    """Set what a launcher sets in a rank's environment."""
+def become_rank(rank: int, world_size: int, port: int, here: int | None = None) -> None:
+    """Set what a launcher sets in a rank's environment; ``here``: ranks on a machine, all by
+    default.
+    """
+    here = here or world_size
     os.environ.update(
         RANK=str(rank),
-        LOCAL_RANK=str(rank),
+        LOCAL_RANK=str(rank % here),
         WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(here),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         GLOO_SOCKET_IFNAME="lo",

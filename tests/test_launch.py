@@ -236,6 +236,8 @@ def test_how_many_ranks_there_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")  # of a launcher that has already started them
     assert launch.ranks_wanted(LaunchConfig()) == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # on two machines
+    assert launch.ranks_wanted(LaunchConfig()) == 2
 
 
 def test_who_is_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,8 +263,10 @@ def test_a_taken_port_is_replaced() -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_launch_files_are_accelerates_and_give_reasons(file: Path) -> None:
     settings = load_config_from_file(str(file))  # raises on a key that accelerate does not know
-    assert settings.main_process_port == 0
-    assert settings.num_processes == (1 if file.stem == "one_card" else 2)
+    machines = 2 if file.stem == "two_machines" else 1
+    assert settings.num_machines == machines
+    assert settings.main_process_port == (0 if machines == 1 else 29500)
+    assert settings.num_processes == (1 if file.stem == "one_card" else 2 * machines)
     environment = file.with_suffix(".env")
     assert environment.name in file.read_text()
     lines = [line for line in environment.read_text().splitlines() if not line.startswith("#")]
@@ -285,7 +289,8 @@ def test_every_launch_option_has_its_file() -> None:
     ("text", "message"),
     [
         ("num_processes: two", "num_processes: 'two': a whole number"),
-        ("num_machines: 2", "num_machines"),
+        ("num_machines: 2", "torchrun --nnodes 2 --nproc-per-node 1 "),
+        ("num_machines: 3\nnum_processes: 12", "torchrun --nnodes 3 --nproc-per-node 4 "),
         ("distributed_type: FSDP", "distributed_type: FSDP"),
         ("just words", "`key: value` lines"),
         ("a: [1", "not YAML"),

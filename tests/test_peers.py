@@ -26,10 +26,18 @@ Work = Callable[[Group, Path], None]
 
 
 def rank_main(
-    work: Work, rank: int, world_size: int, port: int, folder: Path, grace_s: float
+    work: Work,
+    rank: int,
+    world_size: int,
+    here: int | None,
+    port: int,
+    folder: Path,
+    grace_s: float,
 ) -> None:
-    """A rank with the real command line around ``work``; its stderr goes into a file."""
-    become_rank(rank, world_size, port)
+    """A rank with the real command line around ``work``; its stderr goes into a file. ``here``:
+    ranks on a machine, None: all.
+    """
+    become_rank(rank, world_size, port, here)
     os.dup2(os.open(folder / f"stderr{rank}", os.O_CREAT | os.O_WRONLY), 2)
     peers.POLL_S, peers.GRACE_S, cli._LATER_S = 0.05, grace_s, 0.0
 
@@ -53,11 +61,11 @@ def run(tmp_path: Path) -> Iterator[Start]:
     started: list[BaseProcess] = []
 
     def run(
-        work: Work, world_size: int = 2, grace_s: float = 0.3
+        work: Work, world_size: int = 2, grace_s: float = 0.3, here: int | None = None
     ) -> tuple[list[int | None], list[str]]:
         port = launch.free_port()
         for rank in range(world_size):
-            parameters = (work, rank, world_size, port, tmp_path, grace_s)
+            parameters = (work, rank, world_size, here, port, tmp_path, grace_s)
             started.append(context.Process(target=rank_main, args=parameters))
             started[-1].start()
         for process in started:
@@ -137,6 +145,16 @@ def test_a_death_ends_the_others_with_its_name(
         line = f"fttrain: error: {where}rank {victim} (pid {pid}) died"
         assert [text[: len(line)] for text in errors(said[rank])] == [line]
         assert "Traceback" not in said[rank]
+
+
+def test_a_death_on_another_machine_is_told_as_a_lost_connection(run: Start) -> None:
+    """By the one beside it with its name; each machine has one who speaks."""
+    codes, said = run(functools.partial(waiting_in, reduce, victim=3), 4, FOREVER_S, here=2)
+    assert codes == [peers.DIED_EXIT_CODE] * 3 + [-signal.SIGKILL]
+    assert "rank 3 (pid " in said[2]
+    for rank in (0, 1):
+        assert "the connection to another rank broke (" in said[rank]
+    assert "Traceback" not in "".join(said)
 
 
 def errors(text: str) -> list[str]:

@@ -97,11 +97,16 @@ class Shortage:
 
 
 def rank_main(
-    argv: list[str], rank: int, port: int, fault: Fault | Shortage | None, stderr: Path | None
+    argv: list[str],
+    rank: int,
+    world_size: int,
+    port: int,
+    fault: Fault | Shortage | None,
+    stderr: Path | None,
 ) -> None:
     if stderr is not None:
         os.dup2(os.open(stderr / f"stderr{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
-    become_rank(rank, 2, port)
+    become_rank(rank, world_size, port)
     if fault is not None and fault.rank == rank:
         fault.inject()
     sys.exit(main(argv))
@@ -125,18 +130,22 @@ def two_ranks() -> Iterator[Callable[..., list[BaseProcess]]]:
 
 
 def start_ranks(
-    argv: list[str], fault: Fault | Shortage | None = None, stderr: Path | None = None
+    argv: list[str],
+    fault: Fault | Shortage | None = None,
+    stderr: Path | None = None,
+    world_size: int = 2,
 ) -> list[BaseProcess]:
-    """Two ranks as a launcher starts them, forked from a process that has imported everything.
+    """Ranks as a launcher starts them, forked from a process that has imported everything.
 
-    ``stderr``: the folder for what they say there, in ``stderr0`` and ``stderr1``.
+    ``stderr``: the folder for what they say there, in ``stderr0``, ``stderr1`` ...
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fttrain.train", "fttrain.cli.train"])
     port = free_port()
     processes: list[BaseProcess] = []
-    for rank in range(2):
-        processes.append(context.Process(target=rank_main, args=(argv, rank, port, fault, stderr)))
+    for rank in range(world_size):
+        parameters = (argv, rank, world_size, port, fault, stderr)
+        processes.append(context.Process(target=rank_main, args=parameters))
         processes[-1].start()
     return processes
 

@@ -53,11 +53,30 @@ POLL_S = 1.0
 def open_or_build(
     base: Base, cache_dir: str | None, group: Group, progress: Progress, verify: bool = False
 ) -> FrozenCache:
-    """The cache of ``base``, whole; what is missing of it is made. Every rank calls it.
+    """The cache of ``base``, whole; what is missing of it is made, on each machine by its ranks.
+    Every rank calls it.
 
     ``cache_dir``: as ``frozen.cache_dir``. ``progress`` counts files. ``verify``: compare every
     file with its SHA-256 first; damaged ones are made again. Raises UserError, on all ranks, for a
-    checkpoint that cannot be used, a disk that is too small, and a cache of another base.
+    checkpoint that cannot be used, a disk that is too small, a cache of another base, and machines
+    whose caches differ.
+    """
+    with group.each_machine("frozen base"):
+        cache = _of_machine(base, cache_dir, group.machine, progress, verify)
+    group.refuse_differing(
+        {"frozen base": cache.digest},
+        "it was made of another checkpoint, or by cards whose kernels round otherwise; the same "
+        "files everywhere help: `fttrain quantize` on one machine, and its frozen.cache_dir and "
+        "checkpoint copied with their times (rsync -a)",
+    )
+    return cache
+
+
+def _of_machine(
+    base: Base, cache_dir: str | None, group: Group, progress: Progress, verify: bool
+) -> FrozenCache:
+    """``group``: the ranks of this machine. A folder that machines share is made by the one that
+    has its lock; the others find it whole.
     """
     folder, whole, problem = base.folder(cache_dir), True, ""
     if group.is_main:

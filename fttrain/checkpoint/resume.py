@@ -169,6 +169,11 @@ def find_snapshot(checkpoints: Path | str, resume: str, warn: Warn = _to_stderr)
     return None
 
 
+def step_of(path: Path) -> int:
+    """Optimizer steps done, of a whole snapshot."""
+    return int(json.loads((path / STATE).read_bytes())["step"])
+
+
 def load_snapshot(path: Path | str) -> Snapshot:
     """Reads a snapshot, verified first. Tensors come back on the CPU, bit for bit as they were
     saved.
@@ -180,8 +185,27 @@ def load_snapshot(path: Path | str) -> Snapshot:
     reason = durable.flaw(path)
     if reason is not None:
         raise UserError(f"{path}: not a whole checkpoint: {reason}")
-    state = json.loads((path / STATE).read_bytes())
     adapter, _ = load_adapter(path)
+    return put_together(
+        json.loads((path / STATE).read_bytes()), adapter, load_file(path / OPTIMIZER)
+    )
+
+
+def state_of(snapshot: Snapshot) -> dict[str, Any]:
+    """All but the tensors, as JSON has it."""
+    return {
+        "step": snapshot.step,
+        "base_model": snapshot.base_model,
+        "revision": snapshot.revision,
+        "adapter_info": dataclasses.asdict(snapshot.adapter_info),
+        "scalars": snapshot.scalars,
+    }
+
+
+def put_together(
+    state: dict[str, Any], adapter: dict[str, Tensor], optimizer: dict[str, Tensor]
+) -> Snapshot:
+    """A snapshot of its ``state_of`` and tensors."""
     targets = state["adapter_info"]["target_modules"]
     info = {
         **state["adapter_info"],
@@ -190,7 +214,7 @@ def load_snapshot(path: Path | str) -> Snapshot:
     return Snapshot(
         step=state["step"],
         adapter=adapter,
-        optimizer=load_file(path / OPTIMIZER),
+        optimizer=optimizer,
         scalars=state["scalars"],
         adapter_info=AdapterInfo(**info),
         base_model=state["base_model"],
@@ -204,14 +228,7 @@ def _write(part: Path, snapshot: Snapshot) -> None:
         part, snapshot.adapter, snapshot.adapter_info, snapshot.base_model, snapshot.revision
     )
     durable.write_tensors(part / OPTIMIZER, snapshot.optimizer)
-    state = {
-        "step": snapshot.step,
-        "base_model": snapshot.base_model,
-        "revision": snapshot.revision,
-        "adapter_info": dataclasses.asdict(snapshot.adapter_info),
-        "scalars": snapshot.scalars,
-    }
-    durable.write_json(part / STATE, state)
+    durable.write_json(part / STATE, state_of(snapshot))
     durable.write_manifest(part, snapshot.step)
 
 

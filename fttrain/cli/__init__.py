@@ -99,13 +99,13 @@ def _usage() -> str:
 
 
 def _report(error: UserError) -> None:
-    """One line on stderr, once for all ranks.
+    """One line on stderr, once for all ranks of a machine.
 
-    Ranks usually fail alike. Rank 0 speaks at once; the launcher then ends the others, so another
-    rank speaks only if it is still alive after a while, that is, if it failed alone.
+    Ranks usually fail alike. The first one speaks at once; the launcher then ends the others, so
+    another rank speaks only if it is still alive after a while, that is, if it failed alone.
     """
     rank = os.environ.get("RANK", "0") if is_rank() else "0"
-    if rank != "0":
+    if rank != "0" and os.environ.get("LOCAL_RANK") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_LATER_S)
     where = "" if rank == "0" else f"rank {rank}: "

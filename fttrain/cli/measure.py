@@ -28,6 +28,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
     from fttrain.checkpoint.hub import SHAPES
     from fttrain.checkpoint.source import load_config, resolve
     from fttrain.dist import process_group
+    from fttrain.errors import UserError
     from fttrain.model.decoder import Architecture
     from fttrain.plan.calibrate import calibrate, python
     from fttrain.plan.links import step_table
@@ -43,6 +44,8 @@ def run(config: RunConfig, argv: list[str]) -> int:
     work, disk = _work(config, architecture), _disk(config)
     # The ranks agree over gloo: the links that are measured may not work.
     with process_group(torch.device("cpu"), "gloo") as group:
+        if group.across.world_size > 1:
+            raise UserError("measure: one machine at a time; start it on each without the others")
         profile = measure(work, disk, group, device, config.rig.backend, config.rig.link_s)
         trial = python("fttrain.cli.trial_rank", *argv[1:])
         profile = calibrate(profile, recipe(config), architecture, group, trial)

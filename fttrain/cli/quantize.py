@@ -26,7 +26,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
     base = frozen_base(resolve(config.model), config.quant, config.model.dtype)
     started = time.monotonic()
     with process_group(device, config.rig.backend) as group:
-        show = counting if group.is_main else silent
+        show = counting if group.machine.is_main else silent
         made = 0
 
         def progress(done: int, total: int) -> None:
@@ -36,7 +36,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
 
         shown = show(f"quantising {config.model.name}")
         cache = open_or_build(base, config.frozen.cache_dir, group, progress, verify=True)
-        if group.is_main:
+        if group.machine.is_main:
             print(
                 f"{cache.folder}: {len(cache)} layers, {gib(cache.size_bytes)}, verified; "
                 f"{made} file(s) made in {duration(time.monotonic() - started)}"

@@ -78,7 +78,7 @@ def book(
     page = PAGES[recipe.strategy.name]
 
     def booked(rank: int, known: tuple[tuple[float, ...], ...] = ()) -> Booked:
-        group = PlannedGroup(rank, len(free_bytes), rank, torch.device(kind), known)
+        group = PlannedGroup(rank, len(free_bytes), rank, torch.device(kind), known=known)
         pool = PlannedPool(group, free_bytes[rank])
         plan = Plan(recipe, group, architecture, frozen_format, pool)
         return Booked(plan, page.book(plan))

@@ -4,6 +4,7 @@ its gradient on the way down, and nothing else.
 Legend: N tokens of a micro-batch, C hidden width.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ AHEAD = 2  # sends that may be under way, and receives that are open ahead of th
 
 
 class StageLink:
-    """Sends to and receives from the stages beside this one.
+    """Sends to and receives from the stages beside this one, on its machine.
 
     Between GPUs over NCCL the tensors cross as they are. Where the backend sends no CUDA tensors
     (gloo) they go through page-locked host memory. The compute waits for no send but the last but
@@ -34,11 +35,13 @@ class StageLink:
 
     def __init__(self, group: Group, width: int, dtype: torch.dtype) -> None:
         """Every rank makes one at the same time."""
-        self._group, self._width, self._dtype = group, width, dtype
+        self._group, self._width, self._dtype = group.machine, width, dtype
+        self._first = group.rank - group.machine.rank  # rank of the first stage, among all ranks
         over_nccl = group.world_size > 1 and torch_dist.get_backend() == "nccl"
         self._staged = group.device.type == "cuda" and not over_nccl
-        # (the lower stage of two neighbours, UP or DOWN) -> what carries that; None: the world's
-        self._ways: dict[tuple[int, int], Any] = _ways(group.world_size) if over_nccl else {}
+        # (the lower stage of two neighbours, UP or DOWN) -> what carries that, where it is not what
+        # carries everything between the ranks of the machine
+        self._ways: dict[tuple[int, int], Any] = _ways(group) if over_nccl else {}
         self._sender = ThreadPoolExecutor(1, "stage-link") if self._staged else None
         # Handle and tensor of each send that may be under way
         self._sending: deque[tuple[Handle, Tensor]] = deque()
@@ -61,12 +64,13 @@ class StageLink:
         """``tensor`` (N, C) to the stage ``step`` (UP or DOWN) of this one."""
         while len(self._sending) >= AHEAD:
             self._sending.popleft()[0].wait()
-        tensor, to = tensor.contiguous(), self._group.rank + step
+        tensor, to = tensor.contiguous(), self._neighbour(step)
         self._stage_bytes += tensor.numel() * tensor.element_size()
         if self._sender is not None:
-            handle: Handle = _StagedSend(self._sender, tensor, to, TAGS[step])
+            ranks = self._group.process_group
+            handle: Handle = _StagedSend(self._sender, tensor, to, TAGS[step], ranks)
         else:
-            work = torch_dist.isend(tensor, to, group=self._way(to, step), tag=TAGS[step])
+            work = torch_dist.isend(tensor, to, group=self._way(step, step), tag=TAGS[step])
             handle = Handles([work])
         self._sending.append((handle, tensor))
 
@@ -80,8 +84,8 @@ class StageLink:
         buffer = torch.empty(
             rows, self._width, dtype=self._dtype, device=device, pin_memory=self._staged
         )
-        source, travels = self._group.rank + step, -step
-        way = self._way(source, travels)
+        source, travels = self._neighbour(step), -step
+        way = self._way(step, travels)
         ticket = self._receiving[travels].run(
             lambda: torch_dist.irecv(buffer, source, group=way, tag=TAGS[travels])
         )
@@ -102,23 +106,33 @@ class StageLink:
         wait_s = sum(lane.take_wait_s() for lane in self._receiving.values())
         return Traffic(stage_bytes=sent, wait_s=wait_s)
 
-    def _way(self, neighbour: int, travels: int) -> Any:
-        """What carries tensors that travel UP or DOWN between this stage and ``neighbour``."""
-        return self._ways.get((min(neighbour, self._group.rank), travels))
+    def _neighbour(self, step: int) -> int:
+        """The stage ``step`` of this one, as a rank among all."""
+        return self._first + self._group.rank + step
+
+    def _way(self, step: int, travels: int) -> Any:
+        """What carries tensors that travel UP or DOWN between this stage and the one ``step`` of
+        it.
+        """
+        lower = min(self._group.rank, self._group.rank + step)
+        return self._ways.get((lower, travels), self._group.process_group)
 
 
-def _ways(stages: int) -> dict[tuple[int, int], Any]:
-    """A communicator for each two neighbours and direction.
+def _ways(group: Group) -> dict[tuple[int, int], Any]:
+    """A communicator for each two neighbours of this machine and direction.
 
     NCCL works off what one communicator is given in order, and a send only together with its
     receive. A middle stage that opens its receives ahead would hold up its own sends by them, the
     stages around it would wait for those, and from four stages on nothing would ever move again.
     """
-    ways = [(lower, step) for lower in range(stages - 1) for step in (UP, DOWN)]
-    return {  # all ranks make all of them, in the same order
-        (lower, step): torch_dist.new_group([lower, lower + 1], timeout=COLLECTIVE_TIMEOUT)
-        for lower, step in ways
-    }
+    stages, ways = group.machine.world_size, {}
+    for first in range(0, group.world_size, stages):  # all ranks make all of them, in that order
+        for lower, step in itertools.product(range(stages - 1), (UP, DOWN)):
+            ranks = [first + lower, first + lower + 1]
+            made = torch_dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
+            if group.rank in range(first, first + stages):
+                ways[lower, step] = made
+    return ways
 
 
 class Inbox:
@@ -155,16 +169,18 @@ class Arriving:
 class _StagedSend:
     """Copies to page-locked host memory; a thread sends that once the copy is complete."""
 
-    def __init__(self, sender: ThreadPoolExecutor, tensor: Tensor, to: int, tag: int) -> None:
+    def __init__(
+        self, sender: ThreadPoolExecutor, tensor: Tensor, to: int, tag: int, ranks: Any
+    ) -> None:
         self._on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._on_host.copy_(tensor, non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record()
-        self._sent = sender.submit(self._send, to, tag)
+        self._sent = sender.submit(self._send, to, tag, ranks)
 
     def wait(self) -> None:
         self._sent.result()
 
-    def _send(self, to: int, tag: int) -> None:
+    def _send(self, to: int, tag: int, ranks: Any) -> None:
         self._copied.synchronize()
-        torch_dist.send(self._on_host, to, tag=tag)
+        torch_dist.send(self._on_host, to, group=ranks, tag=tag)

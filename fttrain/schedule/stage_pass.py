@@ -64,6 +64,14 @@ class StagePass:
             self._send(number, OLDEST, DOWN)
         del self.attempt.works[OLDEST]
 
+    def close_all(self) -> None:
+        """In place of all backwards where there are no micro-batches: gradients are complete as
+        they are, and whoever has the same layers waits for their sum.
+        """
+        for layer in range(len(self._store) - 1, -1, -1):
+            self._gradients.open(layer)
+            self._gradients.close(layer, last=True)
+
     def evaluate(self, number: int) -> None:
         """Forward without keeping anything."""
         hidden = None if self._from_before is None else self._from_before.next()

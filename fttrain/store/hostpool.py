@@ -60,7 +60,7 @@ class HostPool:
         return free_device_bytes(self.device, local_world_size())
 
     def book(self, what: str, size_bytes: int, shared: bool = False) -> None:
-        """Say that ``what`` will take so many bytes; ``shared``: once for all ranks."""
+        """Say that ``what`` will take so many bytes; ``shared``: once for a machine's ranks."""
         self._bookings[what] = Booking(what, size_bytes, "shared" if shared else "host")
 
     def book_device(self, what: str, size_bytes: int) -> None:
@@ -74,31 +74,35 @@ class HostPool:
         return list(self._bookings.values())
 
     def check(self) -> None:
-        """Raises UserError, on all ranks alike, where the machine has too little memory free, and
-        for a shared buffer whose ranks are not all on one machine.
-        """
-        self._check_one_machine()
+        """Raises UserError, on all ranks alike, where a machine has too little memory free."""
         self._check_device()
+        self._group.refuse_together(self._too_little())
+
+    def _too_little(self) -> str:
+        """What to say where this machine has too little host memory. All its ranks call it."""
+        machine = self._group.machine
         on_host = [b for b in self.bookings if b.place != "device" or self.device.type == "cpu"]
         own = sum(b.size_bytes for b in on_host if b.place != "shared")
         # The ranks share this machine, but maybe not their settings: each may keep other layers.
-        all_own = self._group.sum(own)
+        all_own = machine.sum(own)
         needed = all_own + sum(b.size_bytes for b in on_host if b.place == "shared")
-        available = self._group.minimum(available_host_bytes())
+        available = machine.minimum(available_host_bytes())
         if needed <= available:
-            return
+            return ""
         parts = ", ".join(f"{b.what} {gib(b.size_bytes)}{self._for_whom(b)}" for b in on_host)
-        raise UserError(
-            f"host memory: {gib(needed)} are needed ({parts}), {gib(available)} are available; "
-            "a smaller schedule.group, data.seq_len or loop.micro_batch_size, boundaries=device, "
-            "activations=recompute, strategy.resident_layers nearer to all, or closing other "
-            "programs helps"
+        where = f"machine {self._group.across.rank}: " if machine is not self._group else ""
+        return (
+            f"{where}host memory: {gib(needed)} are needed ({parts}), {gib(available)} are "
+            "available; a smaller schedule.group, data.seq_len or loop.micro_batch_size, "
+            "boundaries=device, activations=recompute, strategy.resident_layers nearer to all, or "
+            "closing other programs helps"
         )
 
     def _for_whom(self, booking: Booking) -> str:
-        if self._group.world_size == 1:
+        ranks = self._group.machine.world_size
+        if ranks == 1:
             return ""
-        each = f" on each of {self._group.world_size} ranks"
+        each = f" on each of {ranks} ranks"
         return " in all" if booking.place == "shared" else each
 
     def _check_device(self) -> None:
@@ -115,16 +119,6 @@ class HostPool:
                 )
         self._group.refuse_together(problem)
 
-    def _check_one_machine(self) -> None:
-        here = local_world_size()
-        shared = [booking.what for booking in self.bookings if booking.place == "shared"]
-        if shared and here != self._group.world_size:
-            raise UserError(
-                f"host memory: {shared[0]} lie in one copy that all ranks map, but {here} of "
-                f"{self._group.world_size} ranks are on this machine; strategy=replicate, shard or "
-                "pipeline with embedding=device and head=resident need no such copy"
-            )
-
     def allocate(self, what: str) -> Tensor:
         """The buffer that was booked as ``what``: uint8 (size_bytes,), zero; page-locked on CUDA.
 
@@ -135,7 +129,7 @@ class HostPool:
         memory = map_(what, booking.size_bytes)
         buffer = torch.frombuffer(memory, dtype=torch.uint8)
         if self._group.device.type == "cuda":
-            memory.page_lock(buffer, what, speak=self._group.is_main)
+            memory.page_lock(buffer, what, speak=self._group.machine.is_main)
         return buffer
 
     def _map_own(self, what: str, size_bytes: int) -> "Memory":
@@ -145,22 +139,22 @@ class HostPool:
             raise UserError(_refused(what, size_bytes, error)) from error
 
     def _map_shared(self, what: str, size_bytes: int) -> "Memory":
-        """An anonymous file of rank 0, which all ranks map, or none."""
-        problem, descriptor = "", -1
+        """An anonymous file of the machine's first rank, which all its ranks map, or none."""
+        problem, descriptor, machine = "", -1, self._group.machine
         try:
-            if self._group.is_main:
+            if machine.is_main:
                 descriptor = os.memfd_create(f"fttrain {what}", os.MFD_CLOEXEC)
                 os.ftruncate(descriptor, size_bytes)
         except OSError as error:
             problem = _refused(what, size_bytes, error)
-        place = self._group.share(f"/proc/{os.getpid()}/fd/{descriptor}")
+        place = machine.share(f"/proc/{os.getpid()}/fd/{descriptor}")
         try:
-            if not self._group.is_main:
+            if not machine.is_main:
                 descriptor = os.open(place, os.O_RDWR | os.O_CLOEXEC)
             memory = Memory(descriptor, size_bytes)
         except (OSError, ValueError) as error:
             problem = problem or _refused(what, size_bytes, error)
-        self._group.refuse_together(problem)  # rank 0's descriptor stays until all have opened it
+        self._group.refuse_together(problem)  # that descriptor stays until all have opened it
         os.close(descriptor)
         return memory
 

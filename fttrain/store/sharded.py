@@ -1,8 +1,10 @@
-"""Each rank keeps 1 / world_size of every layer; a layer is gathered into a slot before its use.
+"""Each rank of a machine keeps 1 / world_size of every layer, and a layer is gathered into a slot
+before its use.
 
     rank 0 [ a ]   rank 1 [ b ]    --- all_gather --->    slot [ a | b ] on both
 
 Bytes that a rank receives: (world_size - 1) / world_size of a layer for each one that is brought.
+Each machine has all of it: between machines no layer travels.
 A pass brings every layer, less those that its turn finds in the slots still.
 """
 
@@ -36,7 +38,9 @@ def shard_bytes(layer_bytes: int, world_size: int) -> int:
 
 
 class ShardedStore:
-    """``shards``: this rank's uint8 (layer_bytes / world_size,) of each layer, on the device."""
+    """``shards``: this rank's uint8 (layer_bytes / world_size,) of each layer, on the device;
+    ``group``: the ranks that have the others.
+    """
 
     def __init__(
         self,
@@ -45,7 +49,7 @@ class ShardedStore:
         group: Group,
         lane: Lane | None = None,
     ) -> None:
-        self._shards, self._format = shards, frozen_format
+        self._shards, self._format, self._ranks = shards, frozen_format, group.process_group
         self._lane = lane or collective_lane(group.device, timed=True)
         layer_bytes = frozen_format.layout.size_bytes
         self._received_bytes = layer_bytes - shard_bytes(layer_bytes, group.world_size)
@@ -70,4 +74,4 @@ class ShardedStore:
         return traffic
 
     def _gather(self, layer: int, slot: Tensor) -> Handle:
-        return all_gather(slot, self._shards[layer])
+        return all_gather(slot, self._shards[layer], self._ranks)

@@ -2,8 +2,6 @@
 ranks hold.
 """
 
-import json
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,7 @@ def adapter_state(decoder: Decoder, group: Group) -> dict[str, Tensor]:
     """
     own = {str(layer.index): layer.adapters.flat.detach() for layer in decoder.layers}
     any_layer = decoder.layers[0].adapters  # all are laid out alike
-    every = own if has_all(decoder) else assemble(own, group)
+    every = own if has_all(decoder) else assemble(own, holders(decoder, group))
     return {
         name: master
         for layer, flat in every.items()
@@ -32,6 +30,14 @@ def has_all(decoder: Decoder) -> bool:
     """Whether this rank updates every value of the model's adapters."""
     is_whole = decoder.layers[0].adapters.layout.portion.world_size == 1
     return is_whole and len(decoder.layers) == decoder.architecture.layers
+
+
+def holders(decoder: Decoder, group: Group) -> Group:
+    """The ranks that hold each value of the adapters once: with optim.shard all ranks do, and the
+    stages of a pipeline those of one machine.
+    """
+    whole_layers = decoder.layers[0].adapters.layout.portion.world_size == 1
+    return group.machine if whole_layers else group
 
 
 def load_adapter_state(decoder: Decoder, state: dict[str, Tensor]) -> None:
@@ -85,21 +91,14 @@ def part_of(state: dict[str, Tensor], decoder: Decoder) -> dict[str, Tensor]:
 
 def assemble(own: dict[str, Tensor], group: Group) -> dict[str, Tensor]:
     """Tensors that the ranks hold different ones of, or of the same name different parts, which
-    follow end to end -> all of them, in host memory, on rank 0.
+    follow end to end -> all of them, in host memory, on rank 0 of ``group``.
 
     A number without dimensions is the same in every part. Other ranks keep nothing of what passes.
     Every rank calls it.
     """
     found: dict[str, list[Tensor]] = {}
     for source in range(group.world_size):
-        described = [
-            (name, list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            for name, tensor in own.items()
-        ]
-        for name, shape, dtype in json.loads(group.share(json.dumps(described), source)):
-            mine = group.rank == source
-            tensor = own[name] if mine else torch.empty(shape, dtype=getattr(torch, dtype))
-            arrived = group.broadcast(tensor.contiguous(), source)
+        for name, arrived in group.send_each(own, source):
             if group.is_main:
                 found.setdefault(name, []).append(arrived)
     return {name: _joined(found.pop(name)) for name in list(found)}

@@ -113,11 +113,11 @@ def _loaded(plan: Plan, base: FrozenBase, name: str) -> Tensor:
 
 
 def _shared(plan: Plan, base: FrozenBase, name: str) -> Tensor:
-    """Embedding or head (V, C) in the machine's one host copy, which rank 0 fills."""
+    """Embedding or head (V, C) in the machine's one host copy, which its first rank fills."""
     table = plan.pool.allocate(name).view(plan.dtype).view(_shape(plan))
-    if plan.group.is_main:
+    if plan.group.machine.is_main:
         base.read_end(name, table)
-    plan.group.barrier()
+    plan.group.machine.barrier()
     return table
 
 

@@ -27,10 +27,12 @@ class LinkWatch:
         """A line where it is to be said; ``traffic``: of this rank in a step. Every rank calls it
         and gets the same.
         """
-        expected_s = self.expected_s(group.rank, traffic)
+        expected_s, here = self.expected_s(group.machine.rank, traffic), group.machine.world_size
         own = traffic.wait_s / expected_s if expected_s else 0.0
         ratios, gathered_bytes = zip(*group.gather([own, traffic.gather_bytes]), strict=True)
-        ratio = min(ratios) if any(gathered_bytes) else max(ratios)
+        least_or_most = min if any(gathered_bytes) else max
+        machines = range(0, group.world_size, here)  # layers are gathered inside each
+        ratio = max(least_or_most(ratios[first : first + here]) for first in machines)
         self._slow = self._slow + 1 if ratio > SLOW else 0
         if self._slow < IN_A_ROW or self._told:
             return ""
@@ -69,7 +71,8 @@ def link_watch(group: Group, cache_dir: str | None) -> LinkWatch:
     ``cache_dir``: where the profile is, as frozen.cache_dir.
     """
     on_card = group.device.type == "cuda"
-    profile = own_profile(cache_dir, group.world_size) if on_card else None
-    if profile is None or [card.kind for card in profile.cards] != ["cuda"] * group.world_size:
+    ranks = group.machine.world_size
+    profile = own_profile(cache_dir, ranks) if on_card else None
+    if profile is None or [card.kind for card in profile.cards] != ["cuda"] * ranks:
         return LinkWatch()
     return LinkWatch(profile)

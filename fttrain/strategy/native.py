@@ -25,7 +25,13 @@ from fttrain.store import FrozenBase, Store, Traffic
 from fttrain.store.hostpool import Booking
 from fttrain.store.verify import VerifiedStore
 from fttrain.strategy import parts, trained
-from fttrain.strategy.adapters import adapter_state, assemble, has_all, load_adapter_state
+from fttrain.strategy.adapters import (
+    adapter_state,
+    assemble,
+    has_all,
+    holders,
+    load_adapter_state,
+)
 from fttrain.strategy.ending import Ending
 from fttrain.strategy.gradients import GradientHome
 from fttrain.strategy.parts import Share
@@ -200,7 +206,7 @@ class NativeStrategy(ABC):
     def optimizer_state(self) -> dict[str, Tensor]:
         self.update.settle()
         own = self._optimizer.state()
-        return own if has_all(self.decoder) else assemble(own, self._group)
+        return own if has_all(self.decoder) else assemble(own, holders(self.decoder, self._group))
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         self.update.settle()

@@ -1,5 +1,7 @@
 """pipeline: ResidentStore of a rank's own contiguous layers x one_f_one_b. Only boundary
-activations and their gradients travel; each adapter has one home, so there is nothing to sum.
+activations and their gradients travel; each adapter has one home on its machine, so there is
+nothing to sum. Several machines are as many pipelines side by side, with the same stages, which
+divide the micro-batches; then a stage sums its gradients with its like on the other machines.
 """
 
 from dataclasses import replace
@@ -15,7 +17,7 @@ from fttrain.strategy.native import join
 from fttrain.strategy.parts import Share
 from fttrain.strategy.pipeline_stage import PipelineStage
 from fttrain.strategy.recipe import Plan
-from fttrain.strategy.sync import NoSync
+from fttrain.strategy.sync import gradient_sync
 
 
 def book(plan: Plan) -> Share:
@@ -23,8 +25,7 @@ def book(plan: Plan) -> Share:
 
     Raises UserError where the layers do not fit.
     """
-    group = plan.group
-    share = _shares(plan)[group.rank]
+    share = _shares(plan)[plan.group.machine.rank]
     parts.book(plan, share, _kept(plan))
     book_layers(plan.pool, len(share.layers), plan.layer_bytes)
     return share
@@ -34,28 +35,30 @@ def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> Pip
     """Load this stage's layers onto its device and join the parts."""
     flats = to_device(base, share.layers, plan.layer_bytes, plan.pool, progress)
     store = ResidentStore(flats, plan.frozen_format)
-    return PipelineStage(join(plan, base, share, store, _kept(plan), NoSync()))
+    sync = gradient_sync(plan.group.across)
+    return PipelineStage(join(plan, base, share, store, _kept(plan), sync))
 
 
 def fixed_bytes(plan: Plan) -> int:
     """What this stage takes on its device whatever its layers are: all that is booked for none."""
-    group = plan.group
-    books = replace(plan, pool=HostPool(group))
-    none = Share(range(0), group.rank == 0, group.rank == group.world_size - 1)
+    machine = plan.group.machine
+    books = replace(plan, pool=HostPool(plan.group))
+    none = Share(range(0), machine.rank == 0, machine.rank == machine.world_size - 1)
     parts.book(books, none, _kept(plan))
     return sum(b.size_bytes for b in books.pool.bookings if b.place == "device")
 
 
 def _kept(plan: Plan) -> int:
     """Micro-batches that this stage keeps at most between forward and backward."""
-    stages = plan.group.world_size
-    of_a_step = plan.recipe.size.gradient_accumulation_steps * stages
-    return min(in_flight(plan.group.rank, stages), of_a_step)
+    machine = plan.group.machine
+    of_a_step = plan.recipe.size.gradient_accumulation_steps * machine.world_size
+    return min(in_flight(machine.rank, machine.world_size), of_a_step)
 
 
 def _shares(plan: Plan) -> list[Share]:
-    """Each stage's part, balanced by the memory that its device has free."""
-    group = plan.group
+    """Each stage's part, balanced by the memory that its device has free, on whichever machine that
+    is least: a stage has the same layers everywhere.
+    """
     layers = plan.architecture.layers
     policies = plan.recipe.placement.policies(layers)
     # Of a layer of the mean: which ones a stage gets is not known yet.
@@ -65,11 +68,11 @@ def _shares(plan: Plan) -> list[Share]:
         fixed_bytes(plan),
         plan.pool.free_device_bytes,
     ]
+    ranks = plan.group.gather([float(value) for value in own])
+    stages = plan.group.machine.world_size
     layer_bytes, fixed, free_bytes = (
-        [int(value) for value in column]
-        for column in zip(*group.gather([float(value) for value in own]), strict=True)
+        [int(fullest(by_rank[stage::stages])) for stage in range(stages)]
+        for fullest, by_rank in zip((max, max, min), zip(*ranks, strict=True), strict=True)
     )
     ranges = balance(layers, layer_bytes, fixed, free_bytes)
-    return [
-        Share(part, stage == 0, stage == group.world_size - 1) for stage, part in enumerate(ranges)
-    ]
+    return [Share(part, stage == 0, stage == stages - 1) for stage, part in enumerate(ranges)]

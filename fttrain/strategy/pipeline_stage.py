@@ -17,8 +17,8 @@ from fttrain.strategy.native import Joined, NativeStrategy
 class PipelineStage(NativeStrategy):
     """One stage. Its decoder has this stage's layers, and the ends where it is first or last.
 
-    Every rank is given the micro-batches of all ranks: it needs their shapes, the first stage the
-    tokens, the last one the targets.
+    Every rank is given the micro-batches of all ranks of its machine: it needs their shapes, the
+    first stage the tokens, the last one the targets.
     """
 
     def __init__(self, joined: Joined) -> None:
@@ -28,12 +28,14 @@ class PipelineStage(NativeStrategy):
 
     @property
     def data_parallel(self) -> tuple[int, int]:
-        return 0, 1
+        return self._group.across.rank, self._group.across.world_size
 
     def _forward_backward(self, micro_batches: list[MicroBatch], dropout: Dropout) -> Attempt:
         stage = self._pass(micro_batches, dropout)
-        rank, world_size = self._group.rank, self._group.world_size
-        one_f_one_b(rank, world_size, len(stage), stage.forward, stage.backward)
+        machine = self._group.machine
+        one_f_one_b(machine.rank, machine.world_size, len(stage), stage.forward, stage.backward)
+        if not len(stage):
+            stage.close_all()
         self._link.flush()
         return stage.attempt
 
@@ -62,21 +64,22 @@ class PipelineStage(NativeStrategy):
             chosen = generate.most_likely(self.decoder, fresh, hidden)
         else:
             self._link.send(hidden, UP)
-        last = self._group.world_size - 1
+        # Machines must not come to differ in how many passes they make: the first one decides.
+        last = self._group.machine.world_size - 1
         tokens: list[int] = self._group.broadcast(torch.tensor(chosen), last).tolist()
         self._link.flush()
         return tokens
 
     def _counted(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        """All ranks have the same micro-batches: one of them counts."""
+        """All ranks of a machine have the same micro-batches: one of them counts."""
         return micro_batches if self._link.is_first else []
 
     def _of_all_layers(self, norms: Tensor) -> Tensor:
-        """Exact: all other ranks add zeros."""
+        """Exact: all other stages add zeros."""
         whole = norms.new_zeros(self.decoder.architecture.layers)
         first = self.decoder.layers[0].index
         whole[first : first + len(norms)] = norms
-        return self._group.all_reduce_(whole)
+        return self._group.machine.all_reduce_(whole)
 
     def _take_traffic(self) -> Traffic:
         traffic = super()._take_traffic() + self._link.take_traffic()

@@ -55,11 +55,12 @@ class StrategyConfig:
         if kept != "all" and (isinstance(numbers, str) or min(numbers, default=-1) < 0):
             raise UserError(
                 f"strategy.resident_layers={kept}: a number of 0 or more, all, or a list with one "
-                "for each rank"
+                "for each rank of a machine"
             )
 
     def resident(self, rank: int, world_size: int, layers: int) -> int:
-        """Layers of ``layers`` that stay on the device of ``rank``.
+        """Layers of ``layers`` that stay on the device of ``rank``, one of ``world_size`` of a
+        machine.
 
         Raises UserError for more than there are, or a list that does not name every rank.
         """
@@ -68,7 +69,8 @@ class StrategyConfig:
             return layers
         if isinstance(kept, tuple) and len(kept) != world_size:
             raise UserError(
-                f"strategy.resident_layers={list(kept)}: a number for each of {world_size} rank(s)"
+                f"strategy.resident_layers={list(kept)}: a number for each of {world_size} rank(s) "
+                "of a machine"
             )
         own = kept if isinstance(kept, int) else kept[rank]
         if own > layers:

@@ -17,7 +17,8 @@ def book(plan: Plan) -> Share:
 
 def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> DataParallel:
     """Load all layers onto the device and join the parts."""
-    order = in_turn(share.layers, plan.group.rank, plan.group.world_size)
+    machine = plan.group.machine  # whose ranks read the same files
+    order = in_turn(share.layers, machine.rank, machine.world_size)
     flats = dict(
         zip(order, to_device(base, order, plan.layer_bytes, plan.pool, progress), strict=True)
     )

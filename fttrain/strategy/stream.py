@@ -19,7 +19,7 @@ def book(plan: Plan) -> Share:
     on_host = _on_host(plan)
     if on_host:
         plan.pool.book(HOST_COPY, len(on_host) * plan.layer_bytes, shared=True)
-    book_layers(plan.pool, len(_resident(plan, plan.group.rank)), plan.layer_bytes)
+    book_layers(plan.pool, len(_resident(plan, plan.group.machine.rank)), plan.layer_bytes)
     if on_host:
         plan.pool.book_device(parts.SLOTS, plan.recipe.strategy.slots * plan.layer_bytes)
     return share
@@ -27,14 +27,14 @@ def book(plan: Plan) -> Share:
 
 def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> DataParallel:
     """Fill the host copy together, load this rank's resident layers and join the parts."""
-    group, layer_bytes = plan.group, plan.layer_bytes
+    machine, layer_bytes = plan.group.machine, plan.layer_bytes
     on_host = _on_host(plan)
     shared = {}
     if on_host:
         buffer = plan.pool.allocate(HOST_COPY).view(-1, layer_bytes)
         shared = dict(zip(on_host, buffer.unbind(0), strict=True))
-    own = on_host[group.rank :: group.world_size]
-    resident = sorted(_resident(plan, group.rank))
+    own = on_host[machine.rank :: machine.world_size]
+    resident = sorted(_resident(plan, machine.rank))
     total = len(own) + len(resident)
     for done, layer in enumerate(own, start=1):
         base.read(layer, shared[layer])
@@ -42,27 +42,27 @@ def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> Dat
     flats = to_device(
         base, resident, layer_bytes, plan.pool, lambda done, _: progress(len(own) + done, total)
     )
-    group.barrier()  # the others' layers are there as well
+    machine.barrier()  # the others' layers are there as well
     store = HostStore(
         len(base),
         dict(zip(resident, flats, strict=True)),
         shared,
         plan.frozen_format,
-        group.device,
+        machine.device,
         plan.recipe.strategy.slots,
     )
     return assemble_data_parallel(plan, base, share, store)
 
 
 def _resident(plan: Plan, rank: int) -> frozenset[int]:
-    """Layers that stay on the device of ``rank``."""
-    layers, world_size = plan.architecture.layers, plan.group.world_size
+    """Layers that stay on the device of ``rank`` of the machine."""
+    layers, world_size = plan.architecture.layers, plan.group.machine.world_size
     return resident_set(layers, plan.recipe.strategy.resident(rank, world_size, layers))
 
 
 def _on_host(plan: Plan) -> list[int]:
     """Layers of the machine's host copy: those that any rank does not keep."""
     everywhere = frozenset.intersection(
-        *(_resident(plan, rank) for rank in range(plan.group.world_size))
+        *(_resident(plan, rank) for rank in range(plan.group.machine.world_size))
     )
     return [layer for layer in range(plan.architecture.layers) if layer not in everywhere]

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -70,10 +71,14 @@ class CollectiveSync:
 
 
 def gradient_sync(group: Group, parts: bool = False) -> GradientSync:
-    """The sum over all ranks of ``group``; ``parts``: each rank needs its part of it alone."""
+    """The sum over all ranks of ``group``; ``parts``: each rank needs its part of it alone (of all
+    ranks there are).
+    """
     if group.world_size == 1:
         return NoSync()
-    return CollectiveSync(group, reduce_scatter if parts else all_reduce)
+    if parts:
+        return CollectiveSync(group, reduce_scatter)
+    return CollectiveSync(group, partial(all_reduce, group=group.process_group))
 
 
 class _HostTimer:

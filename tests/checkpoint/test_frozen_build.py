@@ -15,7 +15,7 @@ import tiny
 import tiny_files
 import tiny_frozen
 import torch
-from ranks import run_ranks
+from ranks import become_rank, run_ranks
 from tiny_frozen import LAYERS, build, content, damage, truncate
 
 from fttrain.checkpoint import durable
@@ -24,7 +24,7 @@ from fttrain.checkpoint.frozen import load_layer
 from fttrain.checkpoint.readers import open_checkpoint
 from fttrain.checkpoint.source import ModelConfig, resolve
 from fttrain.cli import main
-from fttrain.dist import Group
+from fttrain.dist import Group, process_group
 from fttrain.errors import UserError
 from fttrain.quant.checksum import checksum
 from fttrain.quant.scheme import QuantConfig
@@ -161,6 +161,22 @@ def test_a_killed_build_is_never_used_and_goes_on(moment: str, model: Path, tmp_
 def on_two_ranks(model: Path, root: Path) -> tuple[str, int]:
     """This rank's digest, and how many files it wrote."""
     rank = torch.distributed.get_rank()
+    return built_by(Group(rank, 2, rank, tiny.CPU), model, root)
+
+
+def on_two_machines(model: Path, seconds: list[Path], root: Path) -> list[tuple[str, int]]:
+    """The same with a rank on each: in a folder that both see, then each in its own; then with
+    each of ``seconds`` on the second one.
+    """
+    rank = int(os.environ["RANK"])
+    become_rank(rank, 2, int(os.environ["MASTER_PORT"]), here=1)
+    own = root / f"machine{rank}"
+    with process_group(tiny.CPU) as group:
+        found = [built_by(group, model, root / "shared"), built_by(group, model, own)]
+        return found + [built_by(group, second if rank else model, own) for second in seconds]
+
+
+def built_by(group: Group, model: Path, root: Path) -> tuple[str, int]:
     wrote = []
     replace = durable.replace
 
@@ -171,9 +187,11 @@ def on_two_ranks(model: Path, root: Path) -> tuple[str, int]:
 
     durable.replace = counted
     try:
-        return build(model, root, Group(rank, 2, rank, tiny.CPU)).digest, len(wrote)
+        return build(model, root, group).digest, len(wrote)
     except UserError as error:
         return str(error), len(wrote)
+    finally:
+        durable.replace = replace
 
 
 def test_ranks_divide_the_work_and_fail_together(model: Path, tmp_path: Path) -> None:
@@ -185,6 +203,28 @@ def test_ranks_divide_the_work_and_fail_together(model: Path, tmp_path: Path) ->
     (first, _), (second, _) = run_ranks(on_two_ranks, 2, model, tmp_path / "broken")
     assert first == second
     assert f"{shard.name}: not a whole safetensors file" in first
+
+
+def test_machines_build_each_its_own_and_one_that_they_share_once(
+    model: Path, tmp_path: Path
+) -> None:
+    other = tiny_files.save(tiny.model(seed=1, num_hidden_layers=LAYERS), tmp_path / "other")
+    broken = shutil.copytree(other, tmp_path / "broken")
+    file = next(broken.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-8])
+    first, second = run_ranks(
+        on_two_machines, 2, model, [other, broken], tmp_path, process_group=False
+    )
+    digest = build(model, tmp_path / "one").digest
+    shared, own, differing, unreadable = zip(first, second, strict=True)
+    assert {found for found, _ in shared} == {digest}
+    assert sorted(count for _, count in shared) == [0, 9]
+    assert list(own) == [(digest, 9), (digest, 9)]
+    (told, _), (also_told, _) = differing
+    assert told == also_told
+    assert told.startswith(f"frozen base is {digest} on machine 0 (")
+    assert "not a whole safetensors file" in unreadable[1][0]
+    assert unreadable[0][0] == f"machine 1 ({os.uname().nodename}): {unreadable[1][0]}"
 
 
 def test_sizes_are_compared_at_each_start_and_contents_on_request(

@@ -103,9 +103,10 @@ def test_the_model_sees_a_circle() -> None:
 def test_one_communicator_for_a_direction_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """From four stages on: the receive that a middle stage opens early stands before its send."""
 
-    def shared(stages: int) -> dict[tuple[int, int], Any]:
+    def shared(group: Group) -> dict[tuple[int, int], Any]:
         ways = {step: stage_link.torch_dist.new_group() for step in (UP, DOWN)}
-        return {(lower, step): ways[step] for lower in range(stages - 1) for step in (UP, DOWN)}
+        neighbours = range(group.world_size - 1)
+        return {(lower, step): ways[step] for lower in neighbours for step in (UP, DOWN)}
 
     monkeypatch.setattr(stage_link, "_ways", shared)
     for stages in STAGES:

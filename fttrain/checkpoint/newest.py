@@ -1,0 +1,61 @@
+"""The snapshot that a run goes on from, on every rank, whichever machine has its files.
+
+Machines need not share files, and after a restart they may be numbered anew: then the machine that
+had rank 0, and wrote, is another one. So each looks, the one with the most steps reads, and the
+others get what it read, tensor by tensor.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from fttrain.checkpoint.resume import (
+    Snapshot,
+    find_snapshot,
+    load_snapshot,
+    put_together,
+    state_of,
+    step_of,
+)
+from fttrain.dist import Group
+from fttrain.errors import UserError
+
+
+def newest_snapshot(
+    checkpoints: Path | str, resume: str, group: Group
+) -> tuple[str, Snapshot] | None:
+    """Where it is, for people, and what is in it; None to start afresh. Every rank calls it.
+
+    ``resume``: auto, none or a path. Raises UserError, on every rank, where no machine has what it
+    asks for and one says why, or where it cannot be read.
+    """
+    path, problem = None, ""
+    if group.machine.is_main:
+        try:
+            path = find_snapshot(checkpoints, resume)
+        except UserError as error:
+            problem = str(error)
+    steps = [step for (step,) in group.gather([-1.0 if path is None else float(step_of(path))])]
+    if max(steps) < 0:
+        group.refuse_together(problem)
+        return None
+    reader = steps.index(max(steps))  # of equals the first
+    return _read(path if group.rank == reader else None, group, reader)
+
+
+def _read(path: Path | None, group: Group, reader: int) -> tuple[str, Snapshot]:
+    """``path``: on the rank ``reader``, which reads it for all."""
+    found, problem, where = None, "", ""
+    try:
+        if path is not None:
+            found = load_snapshot(path)
+            where = str(path) if group.is_main else f"{path} on {os.uname().nodename}"
+    except UserError as error:
+        problem = str(error)
+    group.refuse_together(problem)
+    state = json.loads(group.share(json.dumps(state_of(found) if found else None), reader))
+    adapter, optimizer = (
+        dict(group.send_each(tensors, reader))
+        for tensors in ((found.adapter, found.optimizer) if found else ({}, {}))
+    )
+    return group.share(where, reader), put_together(state, adapter, optimizer)

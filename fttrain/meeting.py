@@ -1,0 +1,82 @@
+"""Where ranks meet whose launcher may start them again.
+
+torchrun's agents keep one store for all attempts of a run, with all that earlier ones left in it:
+ranks would connect to addresses of ranks that are gone. So the ranks of an attempt agree on a name
+for it and leave everything under that name. Agents start an attempt only once the one before has
+ended everywhere, so who answers is of this one.
+
+    rank r   hello/r = TOKEN              (what an earlier r left is overwritten)
+    rank 0   answer/TOKEN = NAME          for every hello that is new to it
+    rank r   here/NAME/r                  once it has its answer; rank 0 waits for all of these
+"""
+
+import os
+import secrets
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as torch_dist
+
+POLL_S = 0.1
+STORE_TIMEOUT = timedelta(seconds=60)  # of one question; how long ranks wait has no limit
+
+
+def keeps_its_store() -> bool:
+    """Whether the launcher has a store that outlives its ranks."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def launcher_store() -> Any:
+    """A connection to the store where the ranks meet, which is there already."""
+    stores: Any = torch_dist  # it does not say that it exports them
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return stores.TCPStore(
+        address, port, is_master=False, timeout=STORE_TIMEOUT, wait_for_workers=False
+    )
+
+
+def store_of_attempt(rank: int, world_size: int) -> Any:
+    """A part of the launcher's store that nobody has used before, the same for all ranks. Returns
+    once all of them have it; one that still prepares its data is waited for.
+    """
+    stores: Any = torch_dist
+    store = stores.PrefixStore("fttrain", launcher_store())
+    name = _name_for_all(store, world_size) if rank == 0 else _answer(store, rank)
+    return stores.PrefixStore(name, store)
+
+
+def _name_for_all(store: Any, world_size: int) -> str:
+    name, seen = secrets.token_hex(8), dict.fromkeys(range(1, world_size), b"")
+    missing = set(seen)
+    while missing:
+        for rank in sorted(missing):
+            if store.check([_here(name, rank)]):
+                missing.remove(rank)
+            elif store.check([_hello(rank)]) and (token := store.get(_hello(rank))) != seen[rank]:
+                seen[rank] = token
+                store.set(_answered(token.decode()), name)
+        time.sleep(POLL_S)
+    return name
+
+
+def _answer(store: Any, rank: int) -> str:
+    token = secrets.token_hex(8)
+    store.set(_hello(rank), token)
+    while not store.check([_answered(token)]):
+        time.sleep(POLL_S)
+    name: str = store.get(_answered(token)).decode()
+    store.set(_here(name, rank), "")
+    return name
+
+
+def _hello(rank: int) -> str:
+    return f"hello/{rank}"
+
+
+def _answered(token: str) -> str:
+    return f"answer/{token}"
+
+
+def _here(name: str, rank: int) -> str:
+    return f"here/{name}/{rank}"

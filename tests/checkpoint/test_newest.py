@@ -1,0 +1,104 @@
+"""The newest snapshot of any machine reaches every rank, whoever sees its files."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as torch_dist
+from ranks import run_ranks
+
+from fttrain.checkpoint.adapter import AdapterInfo
+from fttrain.checkpoint.newest import newest_snapshot
+from fttrain.checkpoint.resume import Snapshot, load_snapshot, save_snapshot
+from fttrain.dist import Group, divided
+from fttrain.errors import UserError
+
+CPU = torch.device("cpu")
+# Steps of the snapshots that the first and the second machine have; which of them is taken
+CASES = {
+    "the first has more": ((2, 6), (4,), (0, 6)),
+    "the second has more": ((2,), (4,), (1, 4)),
+    "both have it": ((4,), (4,), (0, 4)),
+    "the second alone": ((), (3,), (1, 3)),
+    "nobody": ((), (), None),
+}
+
+
+def snapshot(step: int, machine: int) -> Snapshot:
+    generator = torch.Generator().manual_seed(10 * step + machine)
+    name = "model.layers.0.self_attn.q_proj"
+    adapter = {
+        f"{name}.lora_A": torch.randn(2, 8, generator=generator),
+        f"{name}.lora_B": torch.zeros(5, 2),
+    }
+    optimizer = {
+        "8bit": torch.randint(0, 255, (7,), generator=generator, dtype=torch.uint8),
+        "half": torch.randn(3, generator=generator).to(torch.bfloat16),
+        "step": torch.tensor(step),
+        "none": torch.zeros(0),
+    }
+    info = AdapterInfo(2, 4.0, 0.05, ("q_proj",), True)
+    return Snapshot(step, adapter, optimizer, {"loss": 0.1 + 0.2}, info, "base", "main")
+
+
+def same(one: Snapshot, other: Snapshot) -> bool:
+    tensors = ((one.adapter, other.adapter), (one.optimizer, other.optimizer))
+    plain = [(s.step, s.scalars, s.adapter_info, s.base_model, s.revision) for s in (one, other)]
+    return plain[0] == plain[1] and all(
+        ours.keys() == theirs.keys()
+        and all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
+        for ours, theirs in tensors
+    )
+
+
+def look(folder: Path) -> dict[str, Any]:
+    """On one of four ranks of two machines; each machine has a folder of its own."""
+    rank = torch_dist.get_rank()
+    group = divided(Group(rank, 4, rank % 2, CPU), 2)
+    own, found = group.across.rank, {}
+    for case in CASES:
+        checkpoints = folder / case / str(own)
+        taken = newest_snapshot(checkpoints, "auto", group)
+        found[case] = None if taken is None else (taken[0], taken[1])
+    only_here = folder / "the second alone" / "1" / "step_00000003"
+    path = str(only_here) if own == 1 else str(only_here / "not here")
+    found["by path"] = newest_snapshot(folder / "nobody" / "0", path, group)
+    damaged = folder / "damaged" / str(own)
+    for name, resume in (("damaged", "auto"), ("no such path", str(folder / "nothing"))):
+        with pytest.raises(UserError) as error:
+            newest_snapshot(damaged, resume, group)
+        found[name] = str(error.value)
+    return found
+
+
+def test_every_rank_gets_the_newest(tmp_path: Path) -> None:
+    for case, (first, second, _) in CASES.items():
+        for machine, steps in enumerate((first, second)):
+            for step in steps:
+                folder = tmp_path / case / str(machine)
+                save_snapshot(folder, snapshot(step, machine))
+    broken = save_snapshot(tmp_path / "damaged" / "0", snapshot(1, 0))
+    (broken / "optimizer.safetensors").write_bytes(b"")
+    for rank, found in enumerate(run_ranks(look, 4, tmp_path)):
+        for case, (_, _, expected) in CASES.items():
+            if expected is None:
+                assert found[case] is None
+                continue
+            machine, step = expected
+            where, taken = found[case]
+            assert same(taken, snapshot(step, machine)), (case, rank)
+            path = str(tmp_path / case / str(machine) / f"step_{step:08d}")
+            assert where == (path if machine == 0 else f"{path} on {os.uname().nodename}")
+        assert same(found["by path"][1], snapshot(3, 1))
+        assert "none of the 1 checkpoints is whole" in found["damaged"]
+        assert found["no such path"].startswith(f"resume={tmp_path / 'nothing'}: not a whole")
+
+
+def test_one_rank_reads_it_as_it_is(tmp_path: Path) -> None:
+    path = save_snapshot(tmp_path, snapshot(5, 0))
+    found = newest_snapshot(tmp_path, "auto", Group(0, 1, 0, CPU))
+    assert found is not None
+    assert found[0] == str(path)
+    assert same(found[1], load_snapshot(path))
