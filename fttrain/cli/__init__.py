@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from fttrain import __version__
 from fttrain.errors import UserError
-from fttrain.launch import die_with_parent, is_rank
+from fttrain.launch import PARENT_PID, die_with_parent, is_owned, is_rank
 from fttrain.schema import nearest
 from fttrain.secrets import redact
 
@@ -29,14 +29,16 @@ COMMANDS = {
     "report": "write report.md and the loss plot of a run",
 }
 FLAGS = {"doctor": {"--json"}, "plan": {"--table"}}  # what a command takes beside key=value
+SWEEP = ("-m", "--multirun")  # of train, as Hydra has it
 _LATER_S = 5.0  # see _report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code of the process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if is_rank():
+    if is_owned():
         die_with_parent()  # before anything slow: a rank never outlives its launcher
+        os.environ.pop(PARENT_PID, None)  # of this process, not of those that it starts
     try:
         return _dispatch(arguments)
     except UserError as error:
@@ -70,12 +72,23 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(f"usage: fttrain {command} [group=option ...] [group.key=value ...]\n")
         print(f"{COMMANDS[command]}\n")
+        if command == "train":
+            from fttrain.cli.help import SWEEPING
+
+            print(f"{SWEEPING}\n")
         print(settings())
         return 0
     # bitsandbytes misses an optional package on the CPU and says so on import, on every rank;
     # nothing here calls it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # Both are slow to import (torch); help and a wrong command do without.
+    sweeps = [text for text in overrides if text in SWEEP]
+    if sweeps and command != "train":
+        raise UserError(f"{sweeps[0]}: only `fttrain train` sweeps")
+    # All are slow to import (torch); help and a wrong command do without.
+    if sweeps:
+        from fttrain.cli.sweep import sweep
+
+        return sweep([text for text in overrides if text not in SWEEP])
     from fttrain.config import compose
 
     flags = FLAGS.get(command, set())
