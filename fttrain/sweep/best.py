@@ -1,5 +1,6 @@
 """The best trial as an experiment: ``fttrain train experiment=SWEEP/experiment/best.yaml``."""
 
+import functools
 from typing import Any
 
 import yaml
@@ -17,14 +18,13 @@ def write_best(sweep: Sweep, record: Record) -> None:
     """Writes its group options, and each setting that is another one than they give; secrets are
     redacted, and where the trial was kept is left out.
     """
-    with composing:
-        _, usual = compose_values()
-        choices = {
-            group: option
-            for group, option in record.choices.items()
-            if group not in NOT_SEARCHED and option != usual.get(group)
-        }
-        given, _ = compose_values([f"{group}={option}" for group, option in choices.items()])
+    _, usual = _given(())
+    choices = {
+        group: option
+        for group, option in record.choices.items()
+        if group not in NOT_SEARCHED and option != usual.get(group)
+    }
+    given, _ = _given(tuple(f"{group}={option}" for group, option in choices.items()))
     content: dict[str, Any] = {}
     if choices:
         content["defaults"] = [{f"override /{group}": name} for group, name in choices.items()]
@@ -38,6 +38,13 @@ def write_best(sweep: Sweep, record: Record) -> None:
     path = sweep.folder / FILE
     path.parent.mkdir(exist_ok=True)
     write_text(path, "\n".join(lines))
+
+
+@functools.cache
+def _given(options: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What options of groups alone make; the same for most trials."""
+    with composing:
+        return compose_values(options)
 
 
 def changed(given: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 share of the cores. As a launcher of Hydra's, so that every sweeper can use it.
 """
 
+import importlib
 import itertools
 import os
 import queue
 import sys
+import types
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -108,12 +110,19 @@ class CardsLauncher(Launcher):
             return list(threads.map(work, job_overrides))
 
 
-# Hydra takes plugins from the package hydra_plugins alone; one that is registered by hand as well.
-CardsLauncher.__module__ = "hydra_plugins.fttrain"
-
-
 def register() -> None:
-    """Makes ``hydra/launcher=cards`` known."""
+    """Makes ``hydra/launcher=cards`` known, under a name that Hydra takes plugins from: those of
+    the package ``hydra_plugins``, which is otherwise looked for on the disk.
+    """
+    plugins = Plugins.instance()  # first: it looks at what is on the disk
+    try:
+        importlib.import_module("hydra_plugins")
+    except ModuleNotFoundError:  # no plugin is installed
+        sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
+    home = types.ModuleType("hydra_plugins.fttrain")
+    home.CardsLauncher = CardsLauncher  # type: ignore[attr-defined]
+    CardsLauncher.__module__ = home.__name__
+    sys.modules[home.__name__] = home
     node = {"_target_": f"{CardsLauncher.__module__}.{CardsLauncher.__name__}"}
     ConfigStore.instance().store(NAME, node, "hydra/launcher", provider="fttrain")
-    Plugins.instance().register(CardsLauncher)
+    plugins.register(CardsLauncher)

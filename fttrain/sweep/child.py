@@ -14,6 +14,7 @@ from pathlib import Path
 from fttrain.launch import PARENT_PID
 from fttrain.secrets import redact
 
+PROGRAM = (sys.executable, "-m", "fttrain")
 ERROR = "fttrain: error: "
 _TOTAL = re.compile(r"^(\d+) steps of \d+ rows|^step \d+/(\d+) ")
 _DRAIN_S = 10.0  # after the child's end its last words are read for so long at most
@@ -43,7 +44,7 @@ class Child:
         self._log = log.open("ab")
         environment = {**os.environ, **(variables or {}), PARENT_PID: str(os.getpid())}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "fttrain", *arguments],
+            [*PROGRAM, *arguments],
             env=environment,
             cwd=cwd,
             stdin=subprocess.DEVNULL,

@@ -101,7 +101,6 @@ def run(
         config.hydra.sweeper.params = None  # they are among the axes
         if places and "n_jobs" in config.hydra.sweeper:
             config.hydra.sweeper.n_jobs = len(places)
-    logging.getLogger("optuna").setLevel(logging.WARNING)
     with _hydra() as hydra:
         context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
     # Outside: trials compose configurations of their own.
@@ -111,6 +110,7 @@ def run(
             sweeper = Plugins.instance().instantiate_sweeper(
                 hydra_context=context, task_function=Job(sweep, places), config=config
             )
+            logging.getLogger("optuna").setLevel(logging.WARNING)  # it has words for each trial
             sweeper.sweep([f"{axis.key}={axis.text}" for axis in axes.values()])
         except (HydraException, OmegaConfBaseException, ImportError, ValueError) as error:
             raise UserError(_explained(one_line(error))) from error
@@ -142,9 +142,10 @@ def _hydra() -> Iterator[Hydra]:
 
 def _explained(text: str) -> str:
     """Hydra's words; where something is not installed, what installs it."""
+    text = text.split(" Config search path:")[0]
     for name, extra in EXTRAS.items():
-        if name in text and "not find" in text:
-            return f"{name}...: not installed: pip install 'fttrain[{extra}]'"
+        if f"Could not find '{name}" in text:
+            return f"{text}: it comes with pip install 'fttrain[{extra}]'"
     return f"sweep: {text}"
 
 

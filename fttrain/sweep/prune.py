@@ -27,8 +27,8 @@ def hopeless(
     least: int,
     warmup: float,
 ) -> bool:
-    """Whether the best that a trial has reached lies above the median of what the others had at
-    that point.
+    """Whether the best that a trial has reached lies above the median of what the others had when
+    they had done the same share of their steps.
 
     Args:
         own: (share of the steps, value) of the trial so far.
@@ -38,14 +38,8 @@ def hopeless(
     """
     if not own or own[-1][0] < warmup:
         return False
-    at = own[-1][0]
-    others = [_best_until(points, at) for points in finished]
-    known = [value for value in others if value is not None]
-    if len(known) < least:
-        return False
-    best = _best_until(own, at)
-    return best is not None and best > statistics.median(known)
-
-
-def _best_until(points: Sequence[tuple[float, float]], share: float) -> float | None:
-    return min((value for at, value in points if at <= share + 1e-9), default=None)
+    now = own[-1][0] + 1e-9  # shares are quotients
+    others = [[value for at, value in points if at <= now] for points in finished]
+    known = [values[-1] for values in others if values]
+    best = min(value for _, value in own)
+    return len(known) >= least and best > statistics.median(known)
