@@ -27,13 +27,14 @@ def run(output: Path, *more: str) -> int:
     return main([*BASE, f"output={output}", *more])
 
 
-def sweep_main(argv: list[str], said: Path) -> None:
+def sweep_main(argv: list[str], said: Path, quick: bool) -> None:
     """A sweep in a process of its own; ``said``: the file for what it prints."""
     descriptor = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.setsid()
-    hurry(setattr)
+    if quick:
+        hurry(setattr)
     sys.exit(main(argv))
 
 

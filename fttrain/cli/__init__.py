@@ -7,6 +7,7 @@ asked for.
 import importlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_owned():
         die_with_parent()  # before anything slow: a rank never outlives its launcher
         os.environ.pop(PARENT_PID, None)  # of this process, not of those that it starts
+        # Whoever started the starter may have held back what asks for a stop (Ray does SIGINT).
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     try:
         return _dispatch(arguments)
     except UserError as error:
@@ -81,14 +84,9 @@ def _dispatch(arguments: list[str]) -> int:
     # bitsandbytes misses an optional package on the CPU and says so on import, on every rank;
     # nothing here calls it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    sweeps = [text for text in overrides if text in SWEEP]
-    if sweeps and command != "train":
-        raise UserError(f"{sweeps[0]}: only `fttrain train` sweeps")
-    # All are slow to import (torch); help and a wrong command do without.
-    if sweeps:
-        from fttrain.cli.sweep import sweep
-
-        return sweep([text for text in overrides if text not in SWEEP])
+    if {*SWEEP} & {*overrides}:
+        return _sweep(command, [text for text in overrides if text not in SWEEP])
+    # Both are slow to import (torch); help and a wrong command do without.
     from fttrain.config import compose
 
     flags = FLAGS.get(command, set())
@@ -97,6 +95,21 @@ def _dispatch(arguments: list[str]) -> int:
     code: int = module.run(config, arguments)
     sys.stdout.flush()
     return code
+
+
+def _sweep(command: str, overrides: list[str]) -> int:
+    if command != "train":
+        raise UserError(f"{command} -m: only `fttrain train` sweeps")
+    if is_rank():
+        ranks = f"launch.processes={os.environ['WORLD_SIZE']}"
+        own = redact(shlex.join(["fttrain", "train", "-m", ranks, *overrides]))
+        raise UserError(
+            "-m: a sweep starts the ranks of each trial itself and cannot run inside a launcher; "
+            f"write: {own}"
+        )
+    from fttrain.cli.sweep import sweep  # slow to import (torch)
+
+    return sweep(overrides)
 
 
 def _usage() -> str:

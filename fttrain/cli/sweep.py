@@ -1,7 +1,6 @@
 """``fttrain train -m``: a run for each combination of values, or each that a sweeper chooses."""
 
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +8,6 @@ from fttrain import schema
 from fttrain.checkpoint.claim import claim_output
 from fttrain.config import RunConfig
 from fttrain.errors import UserError
-from fttrain.launch import is_rank
-from fttrain.secrets import redact
 from fttrain.sweep import axes, cards, check, multirun, stop
 from fttrain.sweep.config import Sweep, SweepConfig
 from fttrain.sweep.record import records
@@ -24,8 +21,6 @@ def sweep(arguments: Sequence[str]) -> int:
     That is 0 where at least one trial was finished and none failed, 1 otherwise, and 130 or 143
     after a signal. Raises UserError, before the first trial, for what is wrong with it.
     """
-    if is_rank():
-        raise UserError(_outside(arguments))
     request = axes.read(arguments)
     config = multirun.search_config(request.search, request.hydra)
     values = multirun.settings_of(config)
@@ -72,13 +67,3 @@ def _places(settings: SweepConfig, request: axes.Request, config: RunConfig) -> 
             f"sweep.parallel=cards: {clash[0]}: it says already where trials run; leave one out"
         )
     return cards.places(config)
-
-
-def _outside(arguments: Sequence[str]) -> str:
-    """For a rank: how a sweep is started."""
-    ranks = os.environ["WORLD_SIZE"]
-    command = shlex.join(["fttrain", "train", "-m", f"launch.processes={ranks}", *arguments])
-    return (
-        "-m: a sweep starts the ranks of its trials itself and cannot run inside a launcher; "
-        f"write: {redact(command)}"
-    )

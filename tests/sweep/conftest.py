@@ -1,7 +1,7 @@
 """Sweeps whose trials are quick, in this process or in one that can be hit by a signal."""
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -22,9 +22,9 @@ def started(tmp_path: Path) -> Iterator[Callable[..., BaseProcess]]:
     context.set_forkserver_preload(["fttrain.train", "fttrain.cli.train", "fttrain.cli.sweep"])
     processes: list[BaseProcess] = []
 
-    def start(output: Path, *more: str) -> BaseProcess:
-        argv = [*BASE, f"output={output}", *more]
-        processes.append(context.Process(target=sweep_main, args=(argv, tmp_path / "said")))
+    def start(output: Path, *more: str, base: Sequence[str] = BASE) -> BaseProcess:
+        argv, said = [*base, f"output={output}", *more], tmp_path / "said"
+        processes.append(context.Process(target=sweep_main, args=(argv, said, base is BASE)))
         processes[-1].start()
         return processes[-1]
 

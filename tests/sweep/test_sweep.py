@@ -92,7 +92,7 @@ def test_the_sweeper_gets_what_evaluation_json_says(
 
 SEARCH = (
     "hydra/sweeper=optuna",
-    "hydra.sweeper.n_trials=6",
+    "hydra.sweeper.n_trials=5",
     "hydra.sweeper.n_jobs=1",
     "hydra.sweeper.sampler.seed=0",
     "optim.lr=tag(log,interval(1e-5,1e-2))",
@@ -196,11 +196,10 @@ def test_optuna_uses_the_cards(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("more", [(), ("loop.eval_every=2",)])
-def test_a_hopeless_trial_is_pruned(tmp_path: Path, more: tuple[str, ...]) -> None:
-    """By its smoothed loss, or by what is held out where that is measured on the way."""
+def test_a_hopeless_trial_is_pruned(tmp_path: Path) -> None:
+    """By what is held out, which is measured on the way."""
     rates = "optim.lr=1e-3,2e-3,5e-4,1"
-    prune = ("sweep.prune=median", "loop.max_steps=40", *more, "data.holdout=0.1")
+    prune = ("sweep.prune=median", "loop.max_steps=40", "loop.eval_every=2")
     output = tmp_path / "sweep"
     assert run(output, rates, *prune) == 0
     pruned = Record.read(output / "optim.lr=1")
