@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 
 from fttrain import schema
 from fttrain.config import (
+    RunConfig,
     groups,
     is_path,
     is_text,
@@ -138,6 +139,9 @@ def _axis(key: str, value: str) -> Axis | None:
     if not override.is_sweep_override():
         return None
     axis = Axis(key, value, override)
+    ends = override.value()
+    if isinstance(ends, IntervalSweep) and isinstance(ends.start, float) and _is_whole(key):
+        raise UserError(f"{key}={value}: whole numbers are wanted: write int(interval(1,64))")
     if key in groups():
         for one in axis.values():
             _refuse_path(key, one.partition("=")[2])
@@ -147,6 +151,10 @@ def _axis(key: str, value: str) -> Axis | None:
     elif _is_glob(value):
         raise UserError(f"{key}={value}: glob is of groups; `fttrain train --help` lists them")
     return axis
+
+
+def _is_whole(key: str) -> bool:
+    return key not in groups() and schema.lookup(RunConfig, key.split(".")) in (int, int | None)
 
 
 def _refuse_path(group: str, option: str) -> None:
