@@ -10,6 +10,7 @@ are compared: they are the same runs.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -78,7 +79,7 @@ def _turn(arguments: argparse.Namespace, folder: Path, rates: list[float]) -> di
     swept_s = _train(arguments, folder / "sweep", "-m", f"optim.lr={','.join(map(str, rates))}")
     trials = [json.loads(path.read_text()) for path in folder.glob("sweep/*/trial.json")]
     spans = sorted(trial["spans"][0] for trial in trials)
-    gaps = [after[0] - before[1] for before, after in zip(spans, spans[1:], strict=False)]
+    gaps = [after[0] - before[1] for before, after in itertools.pairwise(spans)]
     return {
         "by_hand_s": by_hand,
         "sweep_s": swept_s,
