@@ -5,15 +5,18 @@ and the rest of the project never sees Hydra. Nothing in a configuration names c
 """
 
 import dataclasses
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -108,17 +111,32 @@ class RunConfig:
         return tuple(name for name, value in asked.items() if value == AUTO)
 
 
+_HOW = ("experiment", "sweep")  # groups that say how settings are chosen; no settings of a run
+
+
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration that ``overrides`` (``key=value`` or ``group=option``) make of ``conf/``.
 
     Raises UserError, in one line, for everything that is wrong with them.
     """
+    return checked(compose_values(overrides)[0])
+
+
+def checked(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration that ``values`` make; UserError where one of them cannot be."""
+    return schema.build(RunConfig, _expand_home(values))
+
+
+def compose_values(overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of a configuration before they are checked, and the option that each group of it
+    ended with.
+    """
     options: dict[str, str] = {}  # group -> option; the last one counts, as for values
     settings: list[str] = []
     for text in overrides:
-        key, value = _split(text)
+        key, value = split_override(text)
         if key in groups():
-            options[key] = _option(key, value)
+            options[key] = option_of(key, value)
         else:
             settings.append(_setting(key, value))
     if options.get("experiment") == "null":
@@ -126,23 +144,33 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     chosen = [f"{group}={option}" for group, option in options.items()]
     try:
         with initialize_config_dir(config_dir=str(conf_folder()), version_base="1.3"):
-            composed = hydra_compose("config", overrides=chosen + settings)
-        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+            composed = hydra_compose("config", chosen + settings, return_hydra_config=True)
+        ended = composed.hydra.runtime.choices
+        choices = {group: str(ended[group]) for group in groups() if group not in _HOW}
+        values = {
+            key: OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+            if OmegaConf.is_config(value)
+            else value
+            # Resolved one by one: hydra's own node has values of a process that it starts.
+            for key, value in composed.items()
+            if key not in (*_HOW, "hydra")
+        }
     except yaml.YAMLError as error:
-        raise UserError(f"not YAML: {_one_line(error)}") from None
+        raise UserError(f"not YAML: {one_line(error)}") from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"configuration: {_one_line(error)}") from None
-    assert isinstance(values, dict)
-    # Only chosen at composition time; not a setting of the run.
-    values.pop("experiment", None)
-    return schema.build(RunConfig, _expand_home(values))
+        raise UserError(f"configuration: {one_line(error)}") from None
+    return {str(key): value for key, value in values.items()}, choices
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """``config`` as JSON and YAML know it, secrets redacted."""
+    values: dict[str, Any] = _plain(dataclasses.asdict(config), "")
+    return values
 
 
 def to_yaml(config: RunConfig) -> str:
     """``config`` as YAML, secrets redacted."""
-    return yaml.safe_dump(
-        _plain(dataclasses.asdict(config), ""), sort_keys=False, allow_unicode=True
-    )
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
 
 
 def groups() -> dict[str, list[str]]:
@@ -151,7 +179,7 @@ def groups() -> dict[str, list[str]]:
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
-def _split(text: str) -> tuple[str, str]:
+def split_override(text: str) -> tuple[str, str]:
     """``key=value`` as its two halves; UserError for what is none, for a secret and for Hydra's own
     settings.
     """
@@ -168,9 +196,11 @@ def _split(text: str) -> tuple[str, str]:
         )
     if key.startswith(("~", "hydra.", "hydra/")) or "@" in key:
         raise UserError(
-            f"{text!r}: only fttrain's own settings can be changed; "
-            "`fttrain train --help` lists them"
+            f"{text!r}: only fttrain's own settings can be changed (a sweep's search and launcher "
+            "with -m); `fttrain train --help` lists them"
         )
+    if key.partition(".")[0] == "sweep":
+        raise UserError(f"{text!r}: a sweep is started with `fttrain train -m`")
     return key, value
 
 
@@ -178,46 +208,92 @@ def _setting(key: str, value: str) -> str:
     """``key=value`` in the form in which Hydra takes it; UserError for an unknown key or a value it
     cannot read.
     """
-    hint = schema.lookup(RunConfig, key.split("."))
-    if (
-        hint in (str, str | None)
-        and value != "null"
-        and "${" not in value
-        and value[:1] not in ("'", '"')
-    ):
+    if is_text(key) and value != "null" and "${" not in value and value[:1] not in ("'", '"'):
         # Text stays as it was typed (~/runs, a=b, 1e5, x,y); Hydra's grammar would see lists,
         # numbers and errors in it.
-        value = _quoted(value)
+        value = quoted(value)
     try:
         override = OverridesParser.create().parse_override(f"{key}={value}")
     except HydraException as error:
-        raise UserError(f"{key}={value}: cannot be read: {_one_line(error)}") from None
+        raise UserError(f"{key}={value}: cannot be read: {one_line(error)}") from None
     if override.is_sweep_override():
         raise UserError(
-            f"{key}={value}: one value is wanted; a list is written '{key}=[{value.strip('[]')}]'"
+            f"{key}={value}: one value is wanted; a list is written "
+            f"'{key}=[{value.strip('[]')}]', and `fttrain train -m` tries one after the other"
         )
     return f"++{key}={override.get_value_string()}"
 
 
-def _quoted(text: str) -> str:
+def is_text(key: str) -> bool:
+    """Whether the setting ``key`` is text; UserError where there is no such key."""
+    return schema.lookup(RunConfig, key.split(".")) in (str, str | None)
+
+
+def quoted(text: str) -> str:
+    """``text`` as Hydra's grammar reads it back."""
     # In Hydra's quotes a backslash means itself, except in a row of them before a quote or the end.
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'")
     return f"'{escaped}'"
 
 
-def _option(group: str, option: str) -> str:
-    """``option`` if ``group`` has it, else UserError with the list and the nearest."""
+def option_of(group: str, option: str) -> str:
+    """The name by which Hydra finds ``option`` of ``group``, which for an experiment or a sweep may
+    be a file's path; UserError with the list and the nearest where there is none.
+    """
     options = groups()[group]
     if option in options or (group == "experiment" and option == "null"):
         return option
+    if group in _HOW and is_path(option):
+        return _load_file(group, option)
     if group == "strategy" and option in PLANNED:
         StrategyConfig(name=option)  # says so by name
     near = schema.nearest(option, options)
     advice = f"did you mean {near}? " if near else ""
-    raise UserError(f"{group}={option}: no such option; {advice}There are: {', '.join(options)}")
+    paths = ", or the path of a .yaml file" if group in _HOW else ""
+    raise UserError(
+        f"{group}={option}: no such option; {advice}There are: {', '.join(options)}{paths}"
+    )
 
 
-def _one_line(error: Exception) -> str:
+def is_path(option: str) -> bool:
+    """Whether an option is meant as a file."""
+    return option.endswith((".yaml", ".yml")) or "/" in option
+
+
+def _load_file(group: str, text: str) -> str:
+    """Gives Hydra the file as an option of ``group`` and returns its name there."""
+    content = read_option_file(group, text)
+    path = Path(text).expanduser()
+    name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    ConfigStore.instance().store(name, content, group, package="_global_")
+    return name
+
+
+def read_option_file(group: str, text: str) -> dict[str, Any]:
+    """The content of an option that is given as a file.
+
+    Raises UserError where it is no file, no YAML, no group of keys, or sets what is Hydra's and not
+    the search of a sweep.
+    """
+    path, what = Path(text).expanduser(), f"{group}={text}"
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))  # refuses keys that come twice
+    except FileNotFoundError:
+        raise UserError(f"{what}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what}: cannot be read ({error})") from None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{what}: not YAML: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{what}: wanted is a group of keys")
+    named = {str(key): value for key, value in content.items()}
+    if group != "sweep" and any(key.startswith(("hydra", "sweep")) for key in named):
+        raise UserError(f"{what}: a search belongs into a file of its own, for `-m sweep=FILE`")
+    return named
+
+
+def one_line(error: Exception) -> str:
+    """What a library says, without its line breaks."""
     return " ".join(str(error).split())
 
 

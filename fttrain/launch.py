@@ -26,7 +26,7 @@ import yaml
 from fttrain.errors import UserError
 from fttrain.paths import launch_folder
 
-PARENT_PID = "FTTRAIN_LAUNCHER_PID"  # environment variable: who started this rank
+PARENT_PID = "FTTRAIN_LAUNCHER_PID"  # environment variable: who started this rank, or this trial
 GRACE_S = 30.0  # after a rank died: from SIGTERM to SIGKILL for the others
 REPEAT_S = (
     5.0  # signals that follow the first sooner than this are the same wish (an impatient finger)
@@ -47,6 +47,13 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         if self.processes is not None and self.processes < 1:
             raise UserError(f"launch.processes={self.processes}: a whole number of 1 or more")
+
+
+def is_owned() -> bool:
+    """Whether whoever started this process wants it to end with itself: a launcher its ranks, a
+    sweep its trials.
+    """
+    return is_rank() or PARENT_PID in os.environ
 
 
 def is_rank() -> bool:
@@ -109,8 +116,8 @@ def supervise(commands: list[tuple[list[str], dict[str, str]]], grace_s: float =
     of the run.
     """
     ranks: list[subprocess.Popen[bytes]] = []
-    stops = _Stops(ranks)
-    with _handlers(stops.receive):
+    stops = Stops(lambda signum: _send(ranks, signum))
+    with handlers(stops.receive):
         try:
             for command, environment in commands:
                 ranks.append(
@@ -132,15 +139,16 @@ def supervise(commands: list[tuple[list[str], dict[str, str]]], grace_s: float =
     return 0
 
 
-class _Stops:
+class Stops:
     """What the user asked for: the first signal is passed on, a later one repeats it, the third
     kills.
     """
 
-    def __init__(self, ranks: list[subprocess.Popen[bytes]]) -> None:
-        self.signum: int | None = None  # as passed on to the ranks
+    def __init__(self, send: Callable[[int], None]) -> None:
+        """``send`` passes a signal on."""
+        self.signum: int | None = None  # as passed on first
         self.killed = False  # the user had no patience left
-        self._ranks = ranks
+        self._pass_on = send
         self._times = 0
         self._last_s = 0.0
 
@@ -153,11 +161,12 @@ class _Stops:
             # A closed terminal (SIGHUP) is a request to save and stop like any other.
             self.signum = signal.SIGTERM if signum == signal.SIGHUP else signum
         self.killed = self._times >= 3
-        _send(self._ranks, signal.SIGKILL if self.killed else self.signum or signum)
+        self._pass_on(signal.SIGKILL if self.killed else self.signum or signum)
 
 
 @contextmanager
-def _handlers(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+def handlers(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """``handler`` takes the signals that mean stop, in the main thread."""
     previous = {signum: signal.signal(signum, handler) for signum in _STOPS}
     try:
         yield
@@ -166,7 +175,7 @@ def _handlers(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]
             signal.signal(signum, old)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], stops: _Stops, grace_s: float) -> int | None:
+def _wait(ranks: list[subprocess.Popen[bytes]], stops: Stops, grace_s: float) -> int | None:
     """Waits for all ranks. Once one fails the others are asked to stop, then killed. Returns the
     first that failed.
     """
@@ -184,7 +193,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]], stops: _Stops, grace_s: float) -
     return _first_failure(ranks, stops) if failed is None else failed
 
 
-def _first_failure(ranks: list[subprocess.Popen[bytes]], stops: _Stops) -> int | None:
+def _first_failure(ranks: list[subprocess.Popen[bytes]], stops: Stops) -> int | None:
     expected: set[int | None] = {None, 0}  # None: still running
     if stops.signum is not None:
         expected |= {128 + stops.signum, -stops.signum}

@@ -34,7 +34,12 @@ def missing_for_deepspeed() -> str:
     return "" if shutil.which(os.environ.get("CXX", "c++")) else "no C++ compiler on this machine"
 
 
-MISSING = {"cuda": missing_for_cuda, "deepspeed": missing_for_deepspeed}
+def missing_for_ray() -> str:
+    found = importlib.util.find_spec("ray") and importlib.util.find_spec("hydra_plugins")
+    return "" if found else "Ray is not installed: fttrain[ray]"
+
+
+MISSING = {"cuda": missing_for_cuda, "deepspeed": missing_for_deepspeed, "ray": missing_for_ray}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

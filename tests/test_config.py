@@ -27,6 +27,7 @@ OPTIONS = [
     pytest.param(group, option, marks=MARKS.get((group, option), ()))
     for group, options in config.groups().items()
     for option in options
+    if group != "sweep"  # of many runs: tests/sweep/test_search.py
 ]
 
 
@@ -143,7 +144,9 @@ WRONG = {
     "optim.betas=[0.9": "optim.betas=[0.9: cannot be read",
     "lora.r=16.5": "lora.r=16.5: a whole number is wanted",
     "lora.r=0": "lora.r=0",
-    "lora.r=8,16": "one value is wanted",
+    "lora.r=8,16": "one value is wanted; a list is written 'lora.r=[8,16]', and `fttrain train -m`",
+    "sweep=lora_lr": "'sweep=lora_lr': a sweep is started with `fttrain train -m`",
+    "sweep.prune=median": "'sweep.prune=median': a sweep is started with `fttrain train -m`",
     "lora.target_modules=q_proj,v_proj": "a list is written 'lora.target_modules=[q_proj,v_proj]'",
     "lora.lora_dropout=1.5": "lora.lora_dropout=1.5",
     "data.packing=yes": "data.packing='yes': true or false is wanted",
@@ -169,6 +172,8 @@ WRONG = {
     "model=local": "model.path is not set",
     "data=file": "data.path is not set",
     "experiment=dmo": "did you mean demo?",
+    "experiment=nowhere/mine.yaml": "experiment=nowhere/mine.yaml: there is no such file",
+    "experiment=.yaml/": "experiment=.yaml/: there is no such file",
     "loop={epochs:3}": "no such option",
     "strategy=deepspeed": "strategy=deepspeed: not available yet; available: replicate, shard",
     "strategy=shrad": "strategy=shrad: no such option; did you mean shard?",
@@ -234,6 +239,38 @@ def test_a_wrong_file_is_refused_in_one_line(own_conf: Path, text: str, message:
         compose(["experiment=mine"])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim:\n  lrr: 1\n", "optim.lrr: no such key; did you mean optim.lr?"),
+        ("model:\n  _target_: os.system\n", "model._target_: refused"),
+        ("optim: {lr: 1\n", "mine.yaml: not YAML"),
+        ("optim:\n  lr: 1\n  lr: 2\n", "mine.yaml: not YAML"),
+        ("- optim\n", "mine.yaml: wanted is a group of keys"),
+        ("hydra:\n  sweeper: {}\n", "mine.yaml: a search belongs into a file of its own"),
+        ("defaults:\n  - override /model: nope\n", "nope"),
+    ],
+)
+def test_a_wrong_experiment_file_is_refused_in_one_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        compose([f"experiment={tmp_path / 'mine.yaml'}"])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_experiment_may_be_any_file(tmp_path: Path) -> None:
+    """As if it lay in conf/experiment; an edit counts, and so does what follows."""
+    file = tmp_path / "my recipe.yaml"
+    file.write_bytes((config.conf_folder() / "experiment" / "demo.yaml").read_bytes())
+    assert compose([f"experiment={file}"]) == compose(["experiment=demo"])
+    file.write_text("# @package _global_\ndefaults:\n  - override /lora: dora\noptim: {lr: 1e-2}\n")
+    composed = compose([f"experiment={file}", "lora.r=3"])
+    assert (composed.lora.use_dora, composed.lora.r, composed.optim.lr) == (True, 3, 1e-2)
 
 
 def test_a_file_may_leave_out_what_has_a_default(own_conf: Path) -> None:

@@ -7,6 +7,7 @@ asked for.
 import importlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 from fttrain import __version__
 from fttrain.errors import UserError
-from fttrain.launch import die_with_parent, is_rank
+from fttrain.launch import PARENT_PID, die_with_parent, is_owned, is_rank
 from fttrain.schema import nearest
 from fttrain.secrets import redact
 
@@ -29,14 +30,18 @@ COMMANDS = {
     "report": "write report.md and the loss plot of a run",
 }
 FLAGS = {"doctor": {"--json"}, "plan": {"--table"}}  # what a command takes beside key=value
+SWEEP = ("-m", "--multirun")  # of train, as Hydra has it
 _LATER_S = 5.0  # see _report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code of the process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if is_rank():
+    if is_owned():
         die_with_parent()  # before anything slow: a rank never outlives its launcher
+        os.environ.pop(PARENT_PID, None)  # of this process, not of those that it starts
+        # Whoever started the starter may have held back what asks for a stop (Ray does SIGINT).
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     try:
         return _dispatch(arguments)
     except UserError as error:
@@ -70,11 +75,17 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(f"usage: fttrain {command} [group=option ...] [group.key=value ...]\n")
         print(f"{COMMANDS[command]}\n")
+        if command == "train":
+            from fttrain.cli.help import SWEEPING
+
+            print(f"{SWEEPING}\n")
         print(settings())
         return 0
     # bitsandbytes misses an optional package on the CPU and says so on import, on every rank;
     # nothing here calls it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if {*SWEEP} & {*overrides}:
+        return _sweep(command, [text for text in overrides if text not in SWEEP])
     # Both are slow to import (torch); help and a wrong command do without.
     from fttrain.config import compose
 
@@ -84,6 +95,21 @@ def _dispatch(arguments: list[str]) -> int:
     code: int = module.run(config, arguments)
     sys.stdout.flush()
     return code
+
+
+def _sweep(command: str, overrides: list[str]) -> int:
+    if command != "train":
+        raise UserError(f"{command} -m: only `fttrain train` sweeps")
+    if is_rank():
+        ranks = f"launch.processes={os.environ['WORLD_SIZE']}"
+        own = redact(shlex.join(["fttrain", "train", "-m", ranks, *overrides]))
+        raise UserError(
+            "-m: a sweep starts the ranks of each trial itself and cannot run inside a launcher; "
+            f"write: {own}"
+        )
+    from fttrain.cli.sweep import sweep  # slow to import (torch)
+
+    return sweep(overrides)
 
 
 def _usage() -> str:

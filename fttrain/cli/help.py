@@ -6,6 +6,16 @@ import yaml
 
 from fttrain.paths import conf_folder
 
+SWEEPING = """\
+fttrain train -m [group.key=value,value ...]   a sweep: a run for each combination of the values
+  lora.r=8,16 optim.lr=1e-4,2e-4 lora=default,dora   values, or options, one after the other
+  lora.r='range(8,33,8)' optim='glob(*8bit)'         a range, options by a pattern
+  sweep=lora_lr                                      a search from conf/sweep, or from a file
+  hydra/sweeper=optuna optim.lr='tag(log,interval(1e-5,1e-3))' hydra.sweeper.n_trials=20
+  hydra/launcher=ray|submitit_local|submitit_slurm   where trials run, instead of here
+  output=FOLDER      of the sweep: sweep.md, sweep.json, experiment/best.yaml, a folder a trial
+  The same command again goes on: finished trials stay, failed ones are tried again."""
+
 
 def settings() -> str:
     """Every group with its options, and the file of the default one as it stands."""

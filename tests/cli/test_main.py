@@ -12,6 +12,7 @@ from fttrain import __version__, cli
 from fttrain.config import RunConfig, groups
 from fttrain.errors import UserError
 from fttrain.schema import keys_of, lookup
+from fttrain.sweep.config import SweepConfig
 
 
 @pytest.fixture
@@ -50,9 +51,11 @@ def test_help_of_a_command_lists_every_setting(capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     for group, options in groups().items():
         assert f"{group}={'|'.join(options)}" in text
+        own = SweepConfig if group == "sweep" else RunConfig
         if group != "experiment":
-            for key in keys_of(lookup(RunConfig, [group])):
+            for key in keys_of(own if group == "sweep" else lookup(own, [group])):
                 assert f"  {group}.{key}=" in text
+    assert "fttrain train -m" in text
     assert all(f"  {key}=" in text for key in ("activations", "resume", "output"))
 
 
@@ -84,6 +87,8 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "optim.lr=fast"], "optim.lr='fast': a number is wanted"),
         (["train", "train"], "'train': write key=value"),
         (["report", "outptu=x"], "outptu: no such key; did you mean output?"),
+        (["evaluate", "-m", "lora.r=8,16"], "evaluate -m: only `fttrain train` sweeps"),
+        (["train", "hydra/sweeper=optuna"], "(a sweep's search and launcher with -m)"),
     ],
 )
 def test_a_mistake_is_one_line_and_no_traceback(

@@ -1,0 +1,104 @@
+"""``trial.json``: what a trial was told and how far it came; and the folder's name."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+FILE = "trial.json"
+FINISHED = ("done", "pruned")  # such a trial is not run again
+NAME_LENGTH = 80  # characters
+
+
+@dataclass
+class Record:
+    """One trial, as the processes of a sweep tell each other."""
+
+    name: str  # of its folder
+    overrides: list[str]  # its own, beside what all have
+    settings: dict[str, Any] = field(default_factory=dict)  # the whole run's, see ``identity``
+    choices: dict[str, str] = field(default_factory=dict)  # group -> option
+    # running: or killed on the way, when no sweep is there | interrupted: by the user, and saved |
+    # done | pruned | failed
+    state: str = "running"
+    value: float | None = None  # what the sweep minimises; of a pruned one the last that was known
+    reason: str = ""  # why it failed, or at which step it was pruned
+    exit_code: int | None = None
+    spans: list[list[float]] = field(default_factory=list)  # [start, end] of each attempt, epoch s
+    total_steps: int | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """What lies in a trial's folder; None where nothing does that can be read."""
+        try:
+            return cls(**json.loads((folder / FILE).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, folder: Path) -> None:
+        """Replaces the file in one step."""
+        write_text(folder / FILE, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+
+    @property
+    def seconds(self) -> float:
+        """Of all attempts; of one whose end nobody saw none."""
+        return sum(span[1] - span[0] for span in self.spans if len(span) == 2)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file in one step."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def records(sweep_folder: Path) -> list[Record]:
+    """All trials that a sweep's folder holds, in the order in which they were first started."""
+    found = [Record.read(path.parent) for path in sweep_folder.glob(f"*/{FILE}")]
+    known = [record for record in found if record is not None]
+    return sorted(known, key=lambda record: (record.spans[:1], record.name))
+
+
+def trial_name(overrides: Iterable[str]) -> str:
+    """A folder's name from a trial's own overrides, such as ``lora.r=8_optim.lr=0.0001``. What it
+    cannot show in full ends with a digest of it.
+    """
+    exact = [text.lstrip("+") for text in overrides]
+    parts = [_shown(text) for text in exact]
+    name = "_".join(re.sub(r"[^A-Za-z0-9._=+-]+", "-", part).strip("-.") for part in parts)
+    if len(name) > NAME_LENGTH or name != "_".join(_unquoted(text) for text in exact):
+        digest = hashlib.sha256("\0".join(exact).encode()).hexdigest()[:8]
+        name = f"{name[:NAME_LENGTH]}-{digest}"
+    return name
+
+
+def value_of(override: str) -> str:
+    """The value in ``key=value``, as one would write it down."""
+    return _unquoted(override).partition("=")[2]
+
+
+def keys_of(trials: Sequence[Record]) -> list[str]:
+    """The settings that differ between trials, in the order of their first mention."""
+    names = [text.partition("=")[0] for record in trials for text in record.overrides]
+    return list(dict.fromkeys(names))
+
+
+def _unquoted(override: str) -> str:
+    key, equals, value = override.partition("=")
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        value = value[1:-1]
+    return f"{key}{equals}{value}"
+
+
+def _shown(override: str) -> str:
+    """A number with six digits at most."""
+    key, equals, value = _unquoted(override).partition("=")
+    try:
+        short = f"{float(value):.6g}" if "." in value or "e" in value else value
+    except ValueError:
+        short = value
+    return f"{key}{equals}{short if len(short) < len(value) else value}"
