@@ -34,7 +34,7 @@ from fttrain.quant.scheme import QuantConfig
 from fttrain.rig.probe import RigConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.secrets import is_secret, redact
-from fttrain.strategy.protocol import AUTO, PLANNED, StrategyConfig
+from fttrain.strategy.protocol import AUTO, StrategyConfig
 from fttrain.strategy.recipe import Placement, check_together
 from fttrain.track import TrackConfig
 
@@ -210,8 +210,6 @@ def _option(group: str, option: str) -> str:
     options = groups()[group]
     if option in options or (group == "experiment" and option == "null"):
         return option
-    if group == "strategy" and option in PLANNED:
-        StrategyConfig(name=option)  # says so by name
     near = schema.nearest(option, options)
     advice = f"did you mean {near}? " if near else ""
     raise UserError(f"{group}={option}: no such option; {advice}There are: {', '.join(options)}")

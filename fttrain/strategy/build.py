@@ -19,7 +19,7 @@ from fttrain.quant.scheme import QuantConfig
 from fttrain.store import FrozenBase
 from fttrain.store.filling import Progress
 from fttrain.store.hostpool import HostPool
-from fttrain.strategy import pipeline, replicate, shard, stream
+from fttrain.strategy import deepspeed, pipeline, replicate, shard, stream
 from fttrain.strategy.protocol import Strategy
 from fttrain.strategy.recipe import Plan, Recipe, check_together
 from fttrain.strategy.usage import explained
@@ -31,6 +31,7 @@ PAGES: dict[str, Any] = {
     "shard": shard,
     "stream": stream,
     "pipeline": pipeline,
+    "deepspeed": deepspeed,
 }
 
 

@@ -17,7 +17,7 @@ from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.store.hostpool import HostPool
-from fttrain.strategy.protocol import AUTO, SCHEDULES, StrategyConfig
+from fttrain.strategy.protocol import SCHEDULES, StrategyConfig
 from fttrain.units import round_up
 
 POLICIES = ("recompute", "keep", "offload")
@@ -141,7 +141,7 @@ class Recipe:
 
 def check_together(strategy: StrategyConfig, schedule: ScheduleConfig, optim: OptimConfig) -> None:
     """Raises UserError for settings that do not go together."""
-    if strategy.name == AUTO:  # what is chosen is asked again
+    if strategy.name not in SCHEDULES:  # of auto what is chosen is asked again
         return
     wanted = SCHEDULES[strategy.name]
     if schedule.kind != wanted:
