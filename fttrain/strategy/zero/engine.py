@@ -5,7 +5,10 @@ Imported late: DeepSpeed takes seconds, and looks at the environment while it is
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 import deepspeed
@@ -27,10 +30,18 @@ from fttrain.strategy.zero.partitions import partitions_of
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+# DeepSpeed's warnings of what is meant: a step that was left out, and an optimizer of our own
+MEANT = ("OVERFLOW! Skipping step", "untested optimizer")
+
+
 def quiet() -> None:
     """DeepSpeed tells of its own settings and progress on every rank; warnings stay."""
-    for name in ("DeepSpeed", "deepspeed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logger = deepspeed.utils.logger
+    logger.setLevel(logging.WARNING)
+    if not logger.filters:
+        logger.addFilter(lambda record: not any(text in record.getMessage() for text in MEANT))
+    # torch 2.13 has new names for two collectives; DeepSpeed calls the old ones, which still work.
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
 
 
 def partition(layer: nn.Module, settings: dict[str, Any], dtype: torch.dtype) -> None:
@@ -55,9 +66,10 @@ class Engine:
         kind = CpuAdam if offloaded else _Adam
         rates = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
         self._inner = kind(groups, weight_decay=optim.weight_decay, **rates)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=self._inner, config=settings, dist_init_required=False
-        )
+        with redirect_stdout(StringIO()):  # some of its optimizers print figures of memory
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=self._inner, config=settings, dist_init_required=False
+            )
         self._partitions = partitions_of(self._optimizer)
 
     def run(self, *arguments: Any, training: bool) -> Any:
@@ -153,6 +165,8 @@ def join_ranks(device: torch.device) -> CountedBackend:
             rank=0,
             world_size=1,
         )
+    # On a CPU it would compile a kernel for most of a minute that inference alone uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False
     )

@@ -109,7 +109,9 @@ def load(plan: Plan, base: FrozenBase, progress: Progress, done: Done) -> Causal
     for layer in model.model.layers:
         done(layer)
     if plan.recipe.placement.activations == "recompute":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 has a new name for it and warns of the old one
+        old = model.gradient_checkpointing_enable
+        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
     return Causal(model, dropouts)
 
 

@@ -7,7 +7,7 @@ not finite: they clear what it has accumulated, and update nothing.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -68,11 +68,14 @@ class _Stage12:
 
     def spoil(self) -> None:
         zero = self._zero
-        zero.local_overflow = True  # read where the optimizer is offloaded
-        for name in zero.norm_for_param_grads if zero.cpu_offload else ():
-            zero.norm_for_param_grads[name] = zero.norm_for_param_grads[name] * math.inf
-        for own in [] if zero.cpu_offload else zero.averaged_gradients.values():
-            _spoil(own)
+        if not zero.cpu_offload:
+            for own in zero.averaged_gradients.values():
+                _spoil(own)
+            return
+        zero.local_overflow = True
+        _spoil(zero.norm_for_param_grads.values())
+        # Where these accumulate in fp32 on the device, a step that is left out does not clear them.
+        zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
 
     def publish(self) -> None:
         self._zero.update_lp_params()
@@ -94,9 +97,7 @@ class _Stage1Bf16:
 
     def norm(self) -> float:
         gradients, _ = self._zero.get_grads_for_norm()
-        return float(
-            get_global_norm_of_tensors(gradients, self._zero.mpu, norm_type=self._zero.norm_type)
-        )
+        return float(get_global_norm_of_tensors(gradients, mpu=self._zero.mpu))
 
     def spoil(self) -> None:
         _spoil(self._zero.fp32_groups_gradients_flat)
@@ -123,8 +124,7 @@ class _Stage3:
     def spoil(self) -> None:
         zero = self._zero
         if zero.offload_optimizer:
-            for name, norm in zero.norm_for_param_grads.items():
-                zero.norm_for_param_grads[name] = norm * math.inf
+            _spoil(zero.norm_for_param_grads.values())
             return
         for own in zero.averaged_gradients.values():
             _spoil(own)
@@ -139,6 +139,6 @@ class _Stage3:
         """It asks the inner optimizer itself."""
 
 
-def _spoil(gradients: Sequence[Tensor]) -> None:
+def _spoil(gradients: Iterable[Tensor]) -> None:
     for gradient in gradients:
         gradient.fill_(math.nan)
