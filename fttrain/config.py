@@ -35,7 +35,8 @@ from fttrain.rig.probe import RigConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.secrets import is_secret, redact
 from fttrain.strategy.protocol import AUTO, StrategyConfig
-from fttrain.strategy.recipe import Placement, check_together
+from fttrain.strategy.recipe import Placement, check_together, check_trained
+from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.track import TrackConfig
 
 
@@ -68,8 +69,14 @@ class RunConfig:
     dry_run: int = 0  # examples of a trial that leaves nothing behind; 0: the run itself
 
     def __post_init__(self) -> None:
-        _ = self.placement  # refuses what does not exist
+        placement = self.placement  # refuses what does not exist
         check_together(self.strategy, self.schedule, self.optim)
+        check_trained(self.strategy, self.quant, self.lora, self.optim, self.schedule, placement)
+        if self.strategy.name == DEEPSPEED and self.activations == AUTO:
+            raise UserError(
+                f"activations=auto with strategy={DEEPSPEED}: the planner knows native strategies; "
+                "write recompute or keep"
+            )
         if not self.resume:
             raise UserError("resume is empty: auto, none or the path of a snapshot")
         if self.dry_run < 0:

@@ -12,8 +12,7 @@ from fttrain.store import Traffic
 from fttrain.store.hostpool import Booking
 from fttrain.strategy.sync import SyncStats
 from fttrain.strategy.update import UpdateStats
-from fttrain.strategy.zero.config import NAME as DEEPSPEED
-from fttrain.strategy.zero.config import ZeroConfig
+from fttrain.strategy.zero.config import DEEPSPEED, ZeroConfig
 
 # native strategy -> the schedule it runs with; every other pair is refused by name.
 SCHEDULES = {

@@ -1,11 +1,10 @@
 """The settings of strategy=deepspeed, and what of the other settings it cannot honour."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from fttrain.errors import UserError
 
-NAME = "deepspeed"
+DEEPSPEED = "deepspeed"
 DEFAULT_STAGE = 2
 
 

@@ -21,6 +21,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from fttrain.optim.config import OptimConfig
 from fttrain.optim.cpu_adam import CpuAdam
@@ -28,6 +29,7 @@ from fttrain.strategy.zero.counting import CountedBackend
 from fttrain.strategy.zero.partitions import partitions_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Trained = Sequence[tuple[str, nn.Parameter]]  # what trains, by name
 
 
 # DeepSpeed's warnings of what is meant: a step that was left out, and an optimizer of our own
@@ -64,8 +66,7 @@ class Engine:
         learning rate over that of the step. ``settings``: DeepSpeed's own.
         """
         kind = CpuAdam if offloaded else _Adam
-        rates = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
-        self._inner = kind(groups, weight_decay=optim.weight_decay, **rates)
+        self._inner = kind(groups, optim.lr, optim.betas, optim.eps, optim.weight_decay)
         with redirect_stdout(StringIO()):  # some of its optimizers print figures of memory
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=self._inner, config=settings, dist_init_required=False
@@ -101,29 +102,23 @@ class Engine:
         self._engine.step()
         assert not self._engine.was_step_applied(), "DeepSpeed took a step that was refused"
 
-    def masters(self, parameters: Iterator[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    def masters(self, parameters: Trained) -> dict[str, Tensor]:
         """fp32 by name, whole, on the host of rank 0; empty on the others."""
         return _kept((name, safe_get_full_fp32_param(own)) for name, own in parameters)
 
-    def set_masters(
-        self, parameters: Iterator[tuple[str, nn.Parameter]], values: dict[str, Tensor]
-    ) -> None:
+    def set_masters(self, parameters: Trained, values: dict[str, Tensor]) -> None:
         """Masters, and the weights that compute, become ``values``, whole on every rank."""
         for name, own in parameters:
             safe_set_full_fp32_param(own, values[name].to(torch.float32))
         self._partitions.publish()
 
-    def moments(
-        self, parameters: Sequence[tuple[str, nn.Parameter]], which: str
-    ) -> dict[str, Tensor]:
+    def moments(self, parameters: Trained, which: str) -> dict[str, Tensor]:
         """``exp_avg`` or ``exp_avg_sq`` by name, as ``masters``; empty before the first step."""
         if not self.steps:
             return {}
         return _kept((name, safe_get_full_optimizer_state(own, which)) for name, own in parameters)
 
-    def set_moments(
-        self, parameters: Sequence[tuple[str, nn.Parameter]], which: str, values: dict[str, Tensor]
-    ) -> None:
+    def set_moments(self, parameters: Trained, which: str, values: dict[str, Tensor]) -> None:
         """``values``: whole on every rank. After ``set_steps``."""
         for name, own in parameters:
             safe_set_full_optimizer_state(own, values[name].to(torch.float32), which)
@@ -145,8 +140,9 @@ class Engine:
 class _Adam(torch.optim.AdamW):
     """torch's fused AdamW, whose state can be there before the first step."""
 
-    def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
-        super().__init__(groups, fused=True, **settings)
+    def __init__(self, groups: list[dict[str, Any]], *settings: Any) -> None:
+        """``settings``: lr, betas, eps and weight_decay."""
+        super().__init__(groups, *settings, fused=True)
 
     def init_state(self, parameter: Tensor) -> None:
         """As before the first step."""
@@ -161,7 +157,7 @@ def join_ranks(device: torch.device) -> CountedBackend:
     if not torch.distributed.is_initialized():  # one rank: nobody else to meet, but it asks
         torch.distributed.init_process_group(
             "gloo" if device.type == "cpu" else "nccl",
-            store=torch.distributed.HashStore(),
+            store=HashStore(),
             rank=0,
             world_size=1,
         )

@@ -14,9 +14,7 @@ from fttrain.model.head import chunk_rows, cross_entropy_
 class LossHead(nn.Linear):
     """Stands where transformers' model has its ``lm_head``: with targets it gives the loss."""
 
-    def __init__(
-        self, weight: nn.Parameter, logit_scale: float = 1.0, z_loss: float = 0.0
-    ) -> None:
+    def __init__(self, weight: nn.Parameter, logit_scale: float = 1.0, z_loss: float = 0.0) -> None:
         """``weight`` (V, C), which may be the embedding's; ``z_loss``: as ``Head``."""
         with torch.device("meta"):
             super().__init__(weight.shape[1], weight.shape[0], bias=False)
@@ -59,9 +57,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if logit_scale != 1.0:
                 logits *= logit_scale
             probabilities = torch.empty_like(logits, dtype=torch.float32)
-            total += cross_entropy_(
-                logits, probabilities, targets[rows], z_loss, logit_scale, want
-            )
+            total += cross_entropy_(logits, probabilities, targets[rows], z_loss, logit_scale, want)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[rows])
             if grad_weight is not None:

@@ -15,7 +15,7 @@ def linear4bit(frozen: FrozenLayer, group: GroupShape, member: int, plan: Plan) 
     anew: codes and scales are those of ``frozen``.
     """
     # Late: the import takes seconds.
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     quant, rows = plan.recipe.quant, group.rows[member]
     half = group.in_features // 2

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from fttrain.data.batch import MicroBatch
-from fttrain.model import attention_op  # registers fttrain_varlen
-from fttrain.model.decoder import Architecture
+from fttrain.errors import UserError
+from fttrain.model.attention_op import NAME as ATTENTION
 from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.model.linears import DropoutKey, dropout_mask
 from fttrain.model.lora import target_indices
+from fttrain.quant.checksum import checksum
 from fttrain.quant.frozen_layer import FrozenLayer
 from fttrain.store import FrozenBase
 from fttrain.store.filling import Progress
@@ -68,7 +69,7 @@ class Causal(nn.Module):
 
 def own_name(name: str) -> str:
     """PEFT's name of a parameter -> this program's."""
-    return name.removesuffix(f".{ADAPTER}.weight").removesuffix(f".{ADAPTER}")
+    return name.removesuffix(f".{ADAPTER}.weight")
 
 
 class SeededDropout(nn.Module):
@@ -94,7 +95,7 @@ def load(plan: Plan, base: FrozenBase, progress: Progress, done: Done) -> Causal
     architecture, lora = plan.architecture, plan.recipe.lora
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(
-            architecture.config, attn_implementation="fttrain_varlen", dtype=plan.dtype
+            architecture.config, attn_implementation=ATTENTION, dtype=plan.dtype
         )
     model.config.use_cache = False
     model.model.rotary_emb = architecture.family.rotary_class(architecture.config).to(
@@ -118,9 +119,7 @@ def load(plan: Plan, base: FrozenBase, progress: Progress, done: Done) -> Causal
 def start(plan: Plan) -> dict[str, Tensor]:
     """LoRA's start by name, that of the native strategies with the same seed: fp32 on the host."""
     return {
-        name: master.clone()
-        for layer in layouts(plan)
-        for name, master in layer.named_masters()
+        name: master.clone() for layer in layouts(plan) for name, master in layer.named_masters()
     }
 
 
@@ -130,9 +129,7 @@ def layouts(plan: Plan) -> Iterator[LayerAdapters]:
     """
     host, recipe = torch.device("cpu"), plan.recipe
     for layer in range(plan.architecture.layers):
-        adapters = LayerAdapters(
-            layer, plan.architecture.groups, recipe.lora, host, torch.float32
-        )
+        adapters = LayerAdapters(layer, plan.architecture.groups, recipe.lora, host, torch.float32)
         adapters.reset(recipe.seed)
         yield adapters
 
@@ -156,6 +153,12 @@ def _load_layer(plan: Plan, base: FrozenBase, layer: nn.Module, index: int) -> N
     """The frozen bytes of a layer into transformers' modules; plain weights are views of them."""
     flat = torch.empty(plan.layer_bytes, dtype=torch.uint8)
     base.read(index, flat)
+    expected = base.checksum(index)
+    if expected is not None and int(checksum(flat)) != expected:
+        raise UserError(
+            f"layer {index}: its bytes are not those that {base.path(index)} was made with "
+            "(checksum); the disk or the memory is failing; `fttrain quantize` verifies the file"
+        )
     frozen = FrozenLayer(flat.to(plan.group.device), plan.frozen_format)
     trains = not plan.recipe.lora.r
     for group in plan.architecture.groups:
@@ -189,23 +192,19 @@ def _add_adapters(plan: Plan, model: Any) -> list[SeededDropout]:
     ]
     config = PeftLoraConfig(
         r=lora.r,
-        lora_alpha=lora.lora_alpha,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]
         target_modules=names,
         use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
     )
     inject_adapter_in_model(config, model, ADAPTER)
     begin = start(plan)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            values = begin.get(own_name(name), parameter.data)  # PEFT has made DoRA's magnitudes
-            parameter.data = values.to(plan.group.device, plan.dtype)
+            parameter.data = begin[own_name(name)].to(plan.group.device, plan.dtype)
     return _seed_dropouts(plan, model, targets) if lora.lora_dropout else []
 
 
-def _seed_dropouts(
-    plan: Plan, model: Any, targets: dict[str, list[int]]
-) -> list[SeededDropout]:
+def _seed_dropouts(plan: Plan, model: Any, targets: dict[str, list[int]]) -> list[SeededDropout]:
     made = []
     for index, layer in enumerate(model.model.layers):
         for group in plan.architecture.groups:

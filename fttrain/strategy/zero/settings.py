@@ -37,9 +37,7 @@ def resolve(plan: Plan, environment: Mapping[str, str]) -> Settings:
     and column; and for a key of it that is unknown or cannot be honoured.
     """
     zero, recipe = plan.recipe.strategy.zero, plan.recipe
-    path = _agreed(
-        {"strategy.zero.config": zero.config, _accelerate(FILE): environment.get(FILE)}
-    )
+    path = _agreed({"strategy.zero.config": zero.config, _accelerate(FILE): environment.get(FILE)})
     user = read(path) if path else UserJson("", {})
     stage = _stage(zero.stage, user, environment)
     optimizer = _offloaded("optimizer", zero.offload_optimizer, user, environment)
@@ -105,7 +103,8 @@ def _complete(
 ) -> None:
     """Put into ``values`` what the user's JSON left open. Gradients meet and accumulate in fp32."""
     everything: dict[str, Any] = {
-        key: value for key, (value, _) in fixed_values(plan.recipe, plan.group.world_size, stage).items()
+        key: value
+        for key, (value, _) in fixed_values(plan.recipe, plan.group.world_size, stage).items()
         if not key.startswith("optimizer.")  # it is made here
     } | _automatic(plan, stage)
     for key, value in everything.items():
@@ -143,9 +142,7 @@ def _stage(own: int | None, user: UserJson, environment: Mapping[str, str]) -> i
     return int(stage)
 
 
-def _offloaded(
-    what: str, own: bool | None, user: UserJson, environment: Mapping[str, str]
-) -> bool:
+def _offloaded(what: str, own: bool | None, user: UserJson, environment: Mapping[str, str]) -> bool:
     setting = "strategy.zero.offload_" + ("params" if what == "param" else what)
     key, variable = f"zero_optimization.offload_{what}.device", OFFLOAD.format(what.upper())
     devices = {user.name(key): user.get(key), _accelerate(variable): environment.get(variable)}

@@ -4,22 +4,20 @@ With adapters that is as native strategies write it, one flat tensor for each se
 a snapshot goes on under any of them. With whole weights it is one tensor for each.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fttrain.errors import UserError
 from fttrain.strategy.recipe import Plan, Recipe
 from fttrain.strategy.zero import model
-
-Trained = Sequence[tuple[str, nn.Parameter]]
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from fttrain.strategy.zero.engine import MOMENTS, Engine, Trained
 
 
 def parameter_groups(trained: Trained, recipe: Recipe) -> list[dict[str, Any]]:
-    """As torch's optimizers take them, with ``lr_ratio``: of adapters all A's, and the rest (LoRA+);
+    """As torch's optimizers take them, with ``lr_ratio``: of adapters all A's, and all B's (LoRA+);
     of whole weights matrices, and vectors, which do not decay.
     """
     if recipe.lora.r:
@@ -33,14 +31,6 @@ def parameter_groups(trained: Trained, recipe: Recipe) -> list[dict[str, Any]]:
         others = [own for (_, own), shape in zip(trained, shapes, strict=True) if len(shape) == 1]
         more = {"lr_ratio": 1.0, "weight_decay": 0.0}
     return [{"params": first, "lr_ratio": 1.0}, {"params": others, **more}]
-
-
-def start(plan: Plan, trained: Trained) -> dict[str, Tensor]:
-    """Where adapters begin, but for magnitudes, which begin with what the frozen weights are."""
-    begin = model.start(plan)
-    return {
-        name: begin[name] for name, _ in trained if not name.endswith("lora_magnitude_vector")
-    }
 
 
 def check_fit(trained: Trained, values: dict[str, Tensor]) -> None:
@@ -57,7 +47,7 @@ def check_fit(trained: Trained, values: dict[str, Tensor]) -> None:
             )
 
 
-def optimizer_state(plan: Plan, engine: Any, trained: Trained) -> dict[str, Tensor]:
+def optimizer_state(plan: Plan, engine: Engine, trained: Trained) -> dict[str, Tensor]:
     """All a resumed run needs, on rank 0. Every rank calls it."""
     found: dict[str, Tensor] = {}
     for which in MOMENTS:
@@ -71,7 +61,7 @@ def optimizer_state(plan: Plan, engine: Any, trained: Trained) -> dict[str, Tens
 
 
 def load_optimizer_state(
-    plan: Plan, engine: Any, trained: Trained, values: dict[str, Tensor]
+    plan: Plan, engine: Engine, trained: Trained, values: dict[str, Tensor]
 ) -> None:
     """Takes what ``optimizer_state`` gave, here or under a native strategy. Raises UserError where
     it is that of other parameters or of another optimizer.

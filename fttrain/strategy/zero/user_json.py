@@ -109,7 +109,7 @@ class UserJson:
                 own, setting = fixed[dotted]
                 shown = setting if "=" in setting else f"{setting}={json.dumps(own)}"
                 raise UserError(
-                    f'{self.path}: {dotted}={json.dumps(value)}, but {shown}: make them the same, '
+                    f"{self.path}: {dotted}={json.dumps(value)}, but {shown}: make them the same, "
                     'or write "auto"'
                 )
             _put(made, dotted, value)
@@ -124,7 +124,9 @@ class UserJson:
             return automatic[dotted]
         if dotted.startswith("zero_optimization.offload_") and dotted.endswith(".device"):
             return "none"  # who asks for it elsewhere is heard afterwards
-        raise UserError(f'{self.path}: {dotted}="auto": nothing says what it should be; give a value')
+        raise UserError(
+            f'{self.path}: {dotted}="auto": nothing says what it should be; give a value'
+        )
 
 
 def read(path: str) -> UserJson:
@@ -148,8 +150,8 @@ def read(path: str) -> UserJson:
     kind = user.get("optimizer.type")
     if kind is not None and str(kind).lower() not in OPTIMIZERS:
         raise UserError(
-            f"{path}: optimizer.type={json.dumps(kind)}: strategy=deepspeed trains with AdamW; leave "
-            "the section out, or write AdamW"
+            f"{path}: optimizer.type={json.dumps(kind)}: strategy=deepspeed trains with AdamW; "
+            "write that, or leave the section out"
         )
     return user
 
