@@ -24,6 +24,7 @@ def build(plan: Plan, base: FrozenBase, share: Settings, progress: Progress) -> 
     # DeepSpeed looks at the environment while it is imported: without this it warns of a machine
     # without a GPU, and takes a GPU that rig.device=cpu leaves alone.
     os.environ["DS_ACCELERATOR"] = plan.group.device.type
+    os.environ.setdefault("LOCAL_RANK", str(plan.group.local_rank))  # a single rank needs it, too
     # Late: it takes seconds to import, and is not installed everywhere.
     from fttrain.strategy.zero.strategy import DeepSpeed
 

@@ -72,6 +72,11 @@ class Engine:
                 model=model, optimizer=self._inner, config=settings, dist_init_required=False
             )
         self._partitions = partitions_of(self._optimizer)
+        # Before the first step, after which DeepSpeed would look for the state of all groups where
+        # that of the first one alone is there.
+        for part in self._partitions.masters:
+            self._inner.init_state(part)
+        self._partitions.link_moments()
 
     def run(self, *arguments: Any, training: bool) -> Any:
         """What the model gives for ``arguments``."""
@@ -119,22 +124,20 @@ class Engine:
         return _kept((name, safe_get_full_optimizer_state(own, which)) for name, own in parameters)
 
     def set_moments(self, parameters: Trained, which: str, values: dict[str, Tensor]) -> None:
-        """``values``: whole on every rank. After ``set_steps``."""
+        """``values``: whole on every rank."""
         for name, own in parameters:
             safe_set_full_optimizer_state(own, values[name].to(torch.float32), which)
 
     @property
     def steps(self) -> int:
         """Updates so far, as AdamW counts them."""
-        return max((int(state["step"]) for state in self._inner.state.values() if state), default=0)
+        return int(self._inner.state[self._partitions.masters[0]]["step"])
 
     def set_steps(self, steps: int) -> None:
-        """Moments are zero, as after so many updates without a gradient."""
+        """As if so many updates had been made."""
         for part in self._partitions.masters:
-            self._inner.init_state(part)
             state = self._inner.state[part]
-            state["step"] = steps if isinstance(state["step"], int) else state["step"] + steps
-        self._partitions.link_moments()
+            state["step"] = steps + 0 * state["step"]  # a number, or a tensor on its device
 
 
 class _Adam(torch.optim.AdamW):

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fttrain.errors import UserError
+from fttrain.launch import DEEPSPEED_VARIABLES
 from fttrain.strategy.recipe import Plan, Recipe
 from fttrain.strategy.zero.config import DEFAULT_STAGE
 from fttrain.strategy.zero.user_json import AUTO, UserJson, read
 
-USED = "ACCELERATE_USE_DEEPSPEED"  # what `accelerate launch` sets for a file of type DEEPSPEED
-STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
-OFFLOAD = "ACCELERATE_DEEPSPEED_OFFLOAD_{}_DEVICE"  # OPTIMIZER, PARAM
-FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
-STEPS, CLIPPING = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING"
+STAGE, FILE = "zero_stage", "deepspeed_config_file"  # keys of a launch file's deepspeed_config
+STEPS, CLIPPING = "gradient_accumulation_steps", "gradient_clipping"
 
 
 @dataclass(frozen=True)
@@ -37,17 +35,22 @@ def resolve(plan: Plan, environment: Mapping[str, str]) -> Settings:
     and column; and for a key of it that is unknown or cannot be honoured.
     """
     zero, recipe = plan.recipe.strategy.zero, plan.recipe
-    path = _agreed({"strategy.zero.config": zero.config, _accelerate(FILE): environment.get(FILE)})
+    launcher = {
+        key: environment[variable]
+        for key, variable in DEEPSPEED_VARIABLES.items()
+        if variable in environment
+    }
+    path = _agreed({"strategy.zero.config": zero.config, _said(FILE): launcher.get(FILE)})
     user = read(path) if path else UserJson("", {})
-    stage = _stage(zero.stage, user, environment)
-    optimizer = _offloaded("optimizer", zero.offload_optimizer, user, environment)
-    params = _offloaded("param", zero.offload_params, user, environment)
+    stage = _stage(zero.stage, user, launcher)
+    optimizer = _offloaded("optimizer", zero.offload_optimizer, user, launcher)
+    params = _offloaded("param", zero.offload_params, user, launcher)
     if params and stage != 3:
         raise UserError(
             f"strategy.zero.offload_params=true with stage {stage}: stage 3 alone divides weights; "
             "write strategy.zero.stage=3, or leave it out"
         )
-    _check_launcher(recipe, environment)
+    _check_step(recipe, launcher)
     fixed = fixed_values(recipe, plan.group.world_size, stage)
     values = user.filled(fixed, _automatic(plan, stage))
     _complete(values, plan, stage, optimizer, params)
@@ -56,7 +59,7 @@ def resolve(plan: Plan, environment: Mapping[str, str]) -> Settings:
 
 def refuse_deepspeed_launch(strategy: str, environment: Mapping[str, str]) -> None:
     """Raises UserError where accelerate was told of DeepSpeed and ``strategy`` is another one."""
-    if environment.get(USED) == "true":
+    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise UserError(
             f"strategy={strategy}, but the launch file says distributed_type: DEEPSPEED; write "
             "strategy=deepspeed, or a launch file of MULTI_GPU"
@@ -124,13 +127,14 @@ def _complete(
     values["zero_force_ds_cpu_optimizer"] = False
 
 
-def _stage(own: int | None, user: UserJson, environment: Mapping[str, str]) -> int:
-    said = environment.get(STAGE)
+def _stage(own: int | None, user: UserJson, launcher: Mapping[str, str]) -> int:
+    said = launcher.get(STAGE)
+    key = "zero_optimization.stage"
     found = _agreed(
         {
             "strategy.zero.stage": own,
-            user.name("zero_optimization.stage"): user.get("zero_optimization.stage"),
-            _accelerate(STAGE): said if said is None or not said.isdecimal() else int(said),
+            user.name(key): user.get(key),
+            _said(STAGE): said if said is None or not said.isdecimal() else int(said),
         }
     )
     stage = DEFAULT_STAGE if found is None else found
@@ -142,15 +146,16 @@ def _stage(own: int | None, user: UserJson, environment: Mapping[str, str]) -> i
     return int(stage)
 
 
-def _offloaded(what: str, own: bool | None, user: UserJson, environment: Mapping[str, str]) -> bool:
+def _offloaded(what: str, own: bool | None, user: UserJson, launcher: Mapping[str, str]) -> bool:
+    """``what``: optimizer | param."""
     setting = "strategy.zero.offload_" + ("params" if what == "param" else what)
-    key, variable = f"zero_optimization.offload_{what}.device", OFFLOAD.format(what.upper())
-    devices = {user.name(key): user.get(key), _accelerate(variable): environment.get(variable)}
+    key, said = f"zero_optimization.offload_{what}.device", f"offload_{what}_device"
+    devices = {user.name(key): user.get(key), _said(said): launcher.get(said)}
     for name, device in devices.items():
         if device not in (None, AUTO, "none", "cpu"):
             raise UserError(f"{name}={device}: none or cpu; nothing is offloaded to disks")
-    said = {name: None if d in (None, AUTO) else d == "cpu" for name, d in devices.items()}
-    return bool(_agreed({setting: own, **said}))
+    wishes = {name: None if d in (None, AUTO) else d == "cpu" for name, d in devices.items()}
+    return bool(_agreed({setting: own, **wishes}))
 
 
 def _agreed(said: Mapping[str, Any]) -> Any:
@@ -165,35 +170,26 @@ def _agreed(said: Mapping[str, Any]) -> Any:
     return found[0][1] if found else None
 
 
-def _check_launcher(recipe: Recipe, environment: Mapping[str, str]) -> None:
-    """accelerate's file may speak of the step's size, too."""
-    for variable, own, setting in (
+def _check_step(recipe: Recipe, launcher: Mapping[str, str]) -> None:
+    """The launch file may speak of the step, too."""
+    for key, own, setting in (
         (STEPS, recipe.size.gradient_accumulation_steps, "loop.gradient_accumulation_steps"),
         (CLIPPING, recipe.optim.max_grad_norm, "optim.max_grad_norm"),
     ):
-        said = environment.get(variable, "")
         try:
-            different = float(said) != own
+            different = float(launcher.get(key, "")) != own
         except ValueError:  # auto, none, or nothing
             continue
         if different:
             raise UserError(
-                f"{setting}={own}, but {_accelerate(variable)}={said}: make them the same, or "
-                "leave one out"
+                f"{setting}={own}, but {_said(key)}={launcher[key]}: make them the same, or leave "
+                "one out"
             )
 
 
-def _accelerate(variable: str) -> str:
-    """How errors call what accelerate's file says."""
-    names = {
-        FILE: "deepspeed_config_file",
-        STAGE: "zero_stage",
-        STEPS: "gradient_accumulation_steps",
-        CLIPPING: "gradient_clipping",
-        OFFLOAD.format("OPTIMIZER"): "offload_optimizer_device",
-        OFFLOAD.format("PARAM"): "offload_param_device",
-    }
-    return f"{names[variable]} of the launch file"
+def _said(key: str) -> str:
+    """How errors call what the launch file says."""
+    return f"{key} of the launch file"
 
 
 def _shown(value: Any) -> str:
