@@ -53,6 +53,10 @@ class LoraConfig:
             )
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             object.__setattr__(self, "target_modules", (self.target_modules,))
+        for key in () if self.r else ("lora_dropout", "target_modules", "use_rslora", "use_dora"):
+            value = getattr(self, key)
+            if value not in (0.0, False, "all-linear"):
+                raise UserError(f"lora.{key}={value} with lora.r=0: there is no adapter")
 
     @property
     def scaling(self) -> float:

@@ -130,6 +130,7 @@ class _Stage3:
             _spoil(own)
 
     def publish(self) -> None:
+        self._zero._partition_all_parameters()  # one that is still gathered would stay as it is
         for group in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         if self._zero.persistent_parameters:  # which each rank has whole
