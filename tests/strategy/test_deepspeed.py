@@ -132,9 +132,11 @@ def adapters_course(folder: str) -> dict[str, Any]:
         ("3 bf16", "bfloat16", NF4, {"stage": 3, "config": divided(folder)}),
     ):
         kind = f"replicate {dtype} {quant.kind}"
+        # The first updates of AdamW are little but the gradients' signs, which bf16 may turn.
+        optim = {"loraplus_lr_ratio": 4.0, "eps": 1e-8 if dtype == "float32" else 1e-3}
         if kind not in found:
-            found[kind] = course(build("replicate", None, dtype, quant, loraplus_lr_ratio=4.0))
-        strategy = build("deepspeed", zero, dtype, quant, loraplus_lr_ratio=4.0)
+            found[kind] = course(build("replicate", None, dtype, quant, **optim))
+        strategy = build("deepspeed", zero, dtype, quant, **optim)
         own = course(strategy, range(REFUSED))
         before = state_of(strategy)
         own += course(strategy, range(REFUSED, REFUSED + 1))
@@ -152,7 +154,7 @@ def test_adapters_train_as_under_replicate(tmp_path: Path) -> None:
     ):
         assert kept, f"{name}: a refused step changed weights or optimizer state"
         assert same_names
-        assert apart(own, found[kind]) < (2e-2 if "bf16" in name else 2e-5), name
+        assert apart(own, found[kind]) < (1e-2 if "bf16" in name else 2e-5), name
         losses = [abs(a - b) for (a, _), (b, _) in zip(own, found[kind], strict=True)]
         assert max(losses) < 1e-3, name
 
@@ -246,10 +248,10 @@ def _check_plain_peft(adapter: Path, loss: float, targets: int) -> None:
 
     base = tiny.dequantised(tiny.model(num_hidden_layers=2), NF4)
     peft = PeftModel.from_pretrained(base, adapter)
-    documents = [document for batch in documents(9) for document in batch]
+    every = [document for batch in documents(9) for document in batch]
     with torch.no_grad():
-        assert float(tiny.reference_loss(peft, documents)) == pytest.approx(loss, rel=1e-5)
-    assert sum(collate([document], 0).valid_tokens for document in documents) == targets
+        assert float(tiny.reference_loss(peft, every)) == pytest.approx(loss, rel=1e-5)
+    assert sum(collate([document], 0).valid_tokens for document in every) == targets
 
 
 def whole_course(folder: str) -> dict[str, Any]:
