@@ -129,7 +129,6 @@ def adapters_course(folder: str) -> dict[str, Any]:
         ("1 bf16", "bfloat16", NF4, {"stage": 1}),
         ("2 bf16", "bfloat16", PLAIN, {"stage": 2}),
         ("2 offloaded bf16", "bfloat16", PLAIN, {"stage": 2, "offload_optimizer": True}),
-        ("3 bf16", "bfloat16", NF4, {"stage": 3, "config": divided(folder)}),
     ):
         kind = f"replicate {dtype} {quant.kind}"
         # The first updates of AdamW are little but the gradients' signs, which bf16 may turn.
