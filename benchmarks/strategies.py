@@ -56,6 +56,14 @@ KEPT = tuple(  # as peers without checkpointing do; in groups of 1, as they do
     native(f"{name}, kept activations", {"name": name}, {"group": 1}, {"activations": "keep"})
     for name in ("replicate", "shard", "stream")
 )
+PLAIN = {"kind": "none", "double_quant": False}
+ZERO = (  # DeepSpeed beside native strategies that do the same work; --only zero base runs these
+    native("zero 2, NF4", {"name": "deepspeed", "zero": {"stage": 2}}, {}),
+    native("zero 2, bf16 base", {"name": "deepspeed", "zero": {"stage": 2}}, {}, quant=PLAIN),
+    native("zero 3, bf16 base", {"name": "deepspeed", "zero": {"stage": 3}}, {}, quant=PLAIN),
+    native("replicate, bf16 base", {"name": "replicate"}, {"group": "all"}, quant=PLAIN),
+    native("shard, bf16 base", {"name": "shard"}, {"group": "all"}, quant=PLAIN),
+)
 FSDP2 = tuple(
     fsdp(2, reshard, checkpointing) for checkpointing in (True, False) for reshard in (True, False)
 )
@@ -105,8 +113,11 @@ def chosen_sides(arguments: argparse.Namespace) -> list[Side]:
     if arguments.mbit is not None:
         peers = FSDP2[:1] if arguments.quick else FSDP2[:2]
     words = arguments.only or [""]
-    own = (*STRATEGIES, *KEPT) if arguments.mbit is None and not arguments.quick else STRATEGIES
-    sides = [side for side in (*peers, *own) if any(word in side.name for word in words)]
+    more: tuple[Side, ...] = ZERO if arguments.mbit is None else ()
+    if more and not arguments.quick:
+        more = (*KEPT, *ZERO)
+    every = (*peers, *STRATEGIES, *more)
+    sides = [side for side in every if any(word in side.name for word in words)]
     if arguments.mbit is None:
         return sides
     return [
@@ -160,7 +171,12 @@ def with_ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def goals(results: list[dict[str, Any]], mbit: float | None) -> list[dict[str, Any]]:
     """What was aimed at, and what came out."""
     limited = [result for result in results if _mbit(result) == mbit]
-    own = [result for result in limited if result["settings"]["side"] == "fttrain"]
+    own = [  # not those beside DeepSpeed, some of which train on another base
+        result
+        for result in limited
+        if result["settings"]["side"] == "fttrain"
+        and result["side"] not in [side.name for side in ZERO]
+    ]
     peers = [result for result in limited if result["settings"]["side"] == "peer"]
     shard, stream = ([r for r in own if name in r["side"]] for name in ("shard", "stream"))
     of_peer = "of the fastest peer's"

@@ -37,8 +37,9 @@ from fttrain.quant.scheme import QuantConfig
 from fttrain.rig.probe import RigConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.secrets import is_secret, redact
-from fttrain.strategy.protocol import AUTO, PLANNED, StrategyConfig
-from fttrain.strategy.recipe import Placement, check_together
+from fttrain.strategy.protocol import AUTO, StrategyConfig
+from fttrain.strategy.recipe import Placement, check_together, check_trained
+from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.track import TrackConfig
 
 
@@ -71,8 +72,14 @@ class RunConfig:
     dry_run: int = 0  # examples of a trial that leaves nothing behind; 0: the run itself
 
     def __post_init__(self) -> None:
-        _ = self.placement  # refuses what does not exist
+        placement = self.placement  # refuses what does not exist
         check_together(self.strategy, self.schedule, self.optim)
+        check_trained(self.strategy, self.quant, self.lora, self.optim, self.schedule, placement)
+        if self.strategy.name == DEEPSPEED and self.activations == AUTO:
+            raise UserError(
+                f"activations=auto with strategy={DEEPSPEED}: the planner knows native strategies; "
+                "write recompute or keep"
+            )
         if not self.resume:
             raise UserError("resume is empty: auto, none or the path of a snapshot")
         if self.dry_run < 0:
@@ -245,8 +252,6 @@ def option_of(group: str, option: str) -> str:
         return option
     if group in _HOW and is_path(option):
         return _load_file(group, option)
-    if group == "strategy" and option in PLANNED:
-        StrategyConfig(name=option)  # says so by name
     near = schema.nearest(option, options)
     advice = f"did you mean {near}? " if near else ""
     paths = ", or the path of a .yaml file" if group in _HOW else ""

@@ -32,6 +32,15 @@ REPEAT_S = (
     5.0  # signals that follow the first sooner than this are the same wish (an impatient finger)
 )
 POLL_S = 0.05
+DEEPSPEED = "DEEPSPEED"  # distributed_type of a launch file
+DEEPSPEED_VARIABLES = {  # key of its deepspeed_config -> the environment variable of its ranks
+    "zero_stage": "ACCELERATE_DEEPSPEED_ZERO_STAGE",
+    "offload_optimizer_device": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+    "offload_param_device": "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+    "deepspeed_config_file": "ACCELERATE_DEEPSPEED_CONFIG_FILE",
+    "gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+    "gradient_clipping": "ACCELERATE_GRADIENT_CLIPPING",
+}
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -245,14 +254,31 @@ def _read_files(config: LaunchConfig) -> tuple[dict[str, Any], dict[str, str]]:
             "3 --rdzv-backend c10d --rdzv-endpoint FIRST:29500 -m fttrain train ...`, where FIRST "
             "is the first machine's address"
         )
-    known = (None, "NO", "MULTI_GPU", "MULTI_CPU")
+    known = (None, "NO", "MULTI_GPU", "MULTI_CPU", DEEPSPEED)
     if settings.get("distributed_type") not in known:
         kind = settings["distributed_type"]
         raise UserError(
-            f"{path}: distributed_type: {kind}: write MULTI_GPU or 'NO' (strategy= shards)"
+            f"{path}: distributed_type: {kind}: write MULTI_GPU or 'NO' (strategy= shards), or "
+            f"{DEEPSPEED} (strategy=deepspeed)"
         )
-    variables = path.with_suffix(".env")
-    return settings, read_env(variables) if variables.is_file() else {}
+    file = path.with_suffix(".env")
+    variables = read_env(file) if file.is_file() else {}
+    return settings, variables | _deepspeed_variables(path, settings)
+
+
+def _deepspeed_variables(path: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """What `accelerate launch` tells its ranks of a file of type DEEPSPEED."""
+    if settings.get("distributed_type") != DEEPSPEED:
+        return {}
+    section = settings.get("deepspeed_config") or {}
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: deepspeed_config: `key: value` lines are wanted")
+    told = {
+        variable: str(section[key]).lower() if isinstance(section[key], bool) else str(section[key])
+        for key, variable in DEEPSPEED_VARIABLES.items()
+        if section.get(key) is not None
+    }
+    return {"ACCELERATE_USE_DEEPSPEED": "true", **told}
 
 
 def _integer(settings: dict[str, Any], key: str, default: int) -> int:

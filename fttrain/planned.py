@@ -22,6 +22,7 @@ from fttrain.run import recipe
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.build import silent
 from fttrain.strategy.protocol import StrategyConfig
+from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.track import Table, counting, read_metrics
 from fttrain.track import plan as track_plan
 from fttrain.track.metrics import to_stderr
@@ -39,6 +40,8 @@ def settle(config: RunConfig) -> tuple[RunConfig, Plan | None]:
     something is left open and there is no profile, it has another number of cards, or nothing fits.
     """
     rank, world_size, _ = rank_from_environment()
+    if config.strategy.name == DEEPSPEED:  # nobody can plan it
+        return config, None
     ranks = local_world_size()
     if not config.left_open:
         return config, _foretold(config, ranks) if rank == 0 else None

@@ -301,8 +301,11 @@ def _as_json(modules: str | tuple[str, ...]) -> str | list[str]:
     return modules if isinstance(modules, str) else list(modules)
 
 
-def adapter_info(config: RunConfig) -> AdapterInfo:
+def adapter_info(config: RunConfig) -> AdapterInfo | None:
+    """What, beside the tensors, makes the adapter; None where all weights train."""
     lora = config.lora
+    if not lora.r:
+        return None
     return AdapterInfo(
         lora.r,
         lora.lora_alpha,

@@ -2,7 +2,7 @@
 
 Choose what is left open, and prepare the data, before the ranks meet; load the frozen base; measure
 it on what is held out; take the steps, judging each loss before it becomes an update and saving on
-the way; measure again; leave the adapter and a report.
+the way; measure again; leave what has trained, and a report.
 """
 
 import time
@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from fttrain import evaluation
-from fttrain.checkpoint.adapter import save_adapter
 from fttrain.checkpoint.resume import claim_output
 from fttrain.checkpoint.source import (
     Source,
@@ -39,12 +38,12 @@ from fttrain.loop import StopSignals
 from fttrain.optim.config import learning_rate
 from fttrain.peers import uncut
 from fttrain.planned import keep, link_table, note_measured, settle
+from fttrain.result import leave
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank
 from fttrain.rig.telemetry import card_watch, gather_samples
 from fttrain.run import (
     Run,
-    adapter_info,
     build,
     describe,
     halve,
@@ -242,7 +241,7 @@ def _measure_base(run: Run) -> None:
 
 
 def _finish(run: Run, source: Source) -> None:
-    """Held-out loss and answers of the tuned model, the adapter, and how to use it."""
+    """Held-out loss and answers of the tuned model, what has trained, and how to use it."""
     if len(run.dataset.holdout):
         run.figures.tuned = evaluation.held_out_loss(run.strategy, _holdout(run))
         run.figures.history.append({"step": run.step, "nll": run.figures.tuned["nll"]})
@@ -250,27 +249,8 @@ def _finish(run: Run, source: Source) -> None:
         for sample, after in zip(run.figures.samples, answers, strict=False):
             sample.after = after
         _write_figures(run)
-    state = run.strategy.adapter_state()
-    if not run.group.is_main:
-        return
-    adapter = run.output / "adapter"
-    save_adapter(
-        adapter,
-        state,
-        adapter_info(run.config),
-        run.base_model,
-        run.config.model.revision,
-    )
-    print(f"\n{run.figures.summary()}")
-    arguments = ", ".join(
-        repr(value) if i == 0 else f"{key}={value!r}"
-        for i, (key, value) in enumerate(source.pretrained_arguments.items())
-    )
-    print(
-        f"\nadapter: {adapter}\nload it with plain PEFT:\n"
-        f"  base = AutoModelForCausalLM.from_pretrained({arguments})\n"
-        f"  model = PeftModel.from_pretrained(base, {str(adapter)!r})"
-    )
+    how_to_use = leave(run, source)
+    run.say(f"\n{run.figures.summary()}\n\n{how_to_use}")
 
 
 def _holdout(run: Run) -> list[MicroBatch]:

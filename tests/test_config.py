@@ -21,8 +21,10 @@ NEEDS = {  # options that ask for a path of the user's
     ("data", "file"): ["data.path=examples.jsonl"],
     ("data", "hub"): ["data.path=org/name"],
     ("schedule", "one_f_one_b"): ["strategy=pipeline"],
+    ("lora", "none"): ["strategy=deepspeed", "quant=none"],
 }
-MARKS = {("optim", "deepspeed_cpu_adam"): pytest.mark.deepspeed}
+WITH_DEEPSPEED = (("optim", "deepspeed_cpu_adam"), ("strategy", "deepspeed"), ("lora", "none"))
+MARKS = dict.fromkeys(WITH_DEEPSPEED, pytest.mark.deepspeed)
 OPTIONS = [
     pytest.param(group, option, marks=MARKS.get((group, option), ()))
     for group, options in config.groups().items()
@@ -143,7 +145,7 @@ WRONG = {
     "optim.betas=[0.9]": "optim.betas=[0.9]: a list of 2",
     "optim.betas=[0.9": "optim.betas=[0.9: cannot be read",
     "lora.r=16.5": "lora.r=16.5: a whole number is wanted",
-    "lora.r=0": "lora.r=0",
+    "lora.r=0": "lora.r=0 with strategy=replicate: its base is frozen; strategy=deepspeed trains",
     "lora.r=8,16": "one value is wanted; a list is written 'lora.r=[8,16]', and `fttrain train -m`",
     "sweep=lora_lr": "'sweep=lora_lr': a sweep is started with `fttrain train -m`",
     "sweep.prune=median": "'sweep.prune=median': a sweep is started with `fttrain train -m`",
@@ -175,7 +177,8 @@ WRONG = {
     "experiment=nowhere/mine.yaml": "experiment=nowhere/mine.yaml: there is no such file",
     "experiment=.yaml/": "experiment=.yaml/: there is no such file",
     "loop={epochs:3}": "no such option",
-    "strategy=deepspeed": "strategy=deepspeed: not available yet; available: replicate, shard",
+    "strategy.zero.stage=3": r"strategy=replicate: strategy.zero.* belongs to strategy=deepspeed",
+    "strategy.zero.stge=3": "did you mean strategy.zero.stage?",
     "strategy=shrad": "strategy=shrad: no such option; did you mean shard?",
     "strategy.name=pipeline": "strategy=pipeline with schedule=grouped: they do not go together",
     "strategy.resident_layers=4": "strategy.resident_layers and strategy.slots belong to",

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from fttrain import launch
 from fttrain.errors import UserError
-from fttrain.launch import LaunchConfig
+from fttrain.launch import DEEPSPEED_VARIABLES, LaunchConfig
 from fttrain.paths import launch_folder
 
 FILES = sorted(launch_folder().glob("*.yaml"))
@@ -313,3 +315,17 @@ def test_a_wrong_line_of_an_env_file(tmp_path: Path, line: str) -> None:
     (tmp_path / "x.env").write_text(f"# fine\nGOOD=1  # reason\n{line}\n")
     with pytest.raises(UserError, match=r"x\.env:3"):
         launch.read_env(tmp_path / "x.env")
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("file", [f for f in FILES if f.stem.startswith("deepspeed")])
+def test_ranks_are_told_of_deepspeed_as_accelerate_tells_them(file: Path) -> None:
+    parser = launch_command_parser()
+    arguments = parser.parse_args(["--config_file", str(file), "-m", "fttrain", "train"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    _, theirs = prepare_deepspeed_cmd_env(arguments)
+    (_, ours), _ = launch.commands(LaunchConfig(file=file.name), ["train"])
+    known = {"ACCELERATE_USE_DEEPSPEED", *DEEPSPEED_VARIABLES.values()}
+    told = {name: value for name, value in theirs.items() if name in known}
+    assert told["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == file.stem.split("zero")[1][0]
+    assert {name: value for name, value in ours.items() if name in known} == told

@@ -5,6 +5,7 @@ from typing import Any
 from peers.work import Row
 from safetensors.torch import load_file
 
+from fttrain import schema
 from fttrain.checkpoint.frozen_cache import FrozenConfig
 from fttrain.checkpoint.source import ModelConfig, resolve
 from fttrain.data.batch import MicroBatch, collate
@@ -21,7 +22,7 @@ from fttrain.strategy.recipe import Placement, Recipe, StepSize
 def recipe_of(job: dict[str, Any]) -> Recipe:
     """What the job says of a run."""
     return Recipe(
-        StrategyConfig(**job["strategy"]),
+        schema.build(StrategyConfig, job["strategy"], "strategy"),
         QuantConfig(**job["quant"]),
         LoraConfig(**job["lora"]),
         OptimConfig(**job["optim"]),

@@ -9,7 +9,13 @@ from typing import IO, Self
 from fttrain.errors import UserError
 
 LOCK = ".lock"
-TRACES = ("metrics.jsonl", "checkpoints", "adapter", "evaluation.json")  # what only a run leaves
+TRACES = (
+    "metrics.jsonl",
+    "checkpoints",
+    "adapter",
+    "model",
+    "evaluation.json",
+)  # what only a run leaves
 
 
 class Claim:

@@ -2,8 +2,8 @@
 
     checkpoints/
         step_00000100/               loads in plain PEFT as it is
-            adapter_config.json
-            adapter_model.safetensors    fp32 adapter
+            adapter_config.json          } of a run with lora=none, all weights in fp32:
+            adapter_model.safetensors    } weights.safetensors
             optimizer.safetensors        every tensor of the optimizer
             state.json                   step, scalars (data position ...), settings, base model
             manifest.json                sizes and SHA-256 of the above, written last
@@ -28,6 +28,7 @@ from torch import Tensor
 from fttrain.checkpoint import durable
 from fttrain.checkpoint.adapter import AdapterInfo, load_adapter, save_adapter
 from fttrain.checkpoint.claim import Claim, claim_output
+from fttrain.checkpoint.whole import load_weights, save_weights
 from fttrain.errors import UserError
 
 __all__ = [
@@ -68,12 +69,15 @@ class Snapshot:
     """Everything that a run must know to go on as if it had never stopped."""
 
     step: int  # optimizer steps done
-    adapter: dict[str, Tensor]  # fp32 masters under our names, see adapter.py
+    adapter: dict[str, Tensor]  # fp32 masters under our names, see adapter.py, or all weights
     optimizer: dict[str, Tensor]  # any names, shapes and dtypes
     scalars: dict[str, Any] = field(
         default_factory=dict
     )  # JSON: finite numbers, strings, lists, dicts
-    adapter_info: AdapterInfo = field(default_factory=lambda: AdapterInfo(r=16, lora_alpha=32.0))
+    # None: no adapter, ``adapter`` has all weights under transformers' names
+    adapter_info: AdapterInfo | None = field(
+        default_factory=lambda: AdapterInfo(r=16, lora_alpha=32.0)
+    )
     base_model: str = ""  # name or path of the frozen base
     revision: str | None = None  # of the base on its hub
 
@@ -185,19 +189,20 @@ def load_snapshot(path: Path | str) -> Snapshot:
     reason = durable.flaw(path)
     if reason is not None:
         raise UserError(f"{path}: not a whole checkpoint: {reason}")
-    adapter, _ = load_adapter(path)
-    return put_together(
-        json.loads((path / STATE).read_bytes()), adapter, load_file(path / OPTIMIZER)
-    )
+    state = json.loads((path / STATE).read_bytes())
+    whole = state["adapter_info"] is None
+    trained = load_weights(path) if whole else load_adapter(path)[0]
+    return put_together(state, trained, load_file(path / OPTIMIZER))
 
 
 def state_of(snapshot: Snapshot) -> dict[str, Any]:
     """All but the tensors, as JSON has it."""
+    info = snapshot.adapter_info
     return {
         "step": snapshot.step,
         "base_model": snapshot.base_model,
         "revision": snapshot.revision,
-        "adapter_info": dataclasses.asdict(snapshot.adapter_info),
+        "adapter_info": None if info is None else dataclasses.asdict(info),
         "scalars": snapshot.scalars,
     }
 
@@ -206,27 +211,32 @@ def put_together(
     state: dict[str, Any], adapter: dict[str, Tensor], optimizer: dict[str, Tensor]
 ) -> Snapshot:
     """A snapshot of its ``state_of`` and tensors."""
-    targets = state["adapter_info"]["target_modules"]
-    info = {
-        **state["adapter_info"],
-        "target_modules": targets if isinstance(targets, str) else tuple(targets),
-    }
     return Snapshot(
         step=state["step"],
         adapter=adapter,
         optimizer=optimizer,
         scalars=state["scalars"],
-        adapter_info=AdapterInfo(**info),
+        adapter_info=_info(state["adapter_info"]),
         base_model=state["base_model"],
         revision=state["revision"],
     )
 
 
+def _info(stored: dict[str, Any] | None) -> AdapterInfo | None:
+    if stored is None:
+        return None
+    targets = stored["target_modules"]
+    named = targets if isinstance(targets, str) else tuple(targets)
+    return AdapterInfo(**{**stored, "target_modules": named})
+
+
 def _write(part: Path, snapshot: Snapshot) -> None:
     """All files of a snapshot, each synced, the manifest last."""
-    save_adapter(
-        part, snapshot.adapter, snapshot.adapter_info, snapshot.base_model, snapshot.revision
-    )
+    info = snapshot.adapter_info
+    if info is None:
+        save_weights(part, snapshot.adapter)
+    else:
+        save_adapter(part, snapshot.adapter, info, snapshot.base_model, snapshot.revision)
     durable.write_tensors(part / OPTIMIZER, snapshot.optimizer)
     durable.write_json(part / STATE, state_of(snapshot))
     durable.write_manifest(part, snapshot.step)

@@ -45,7 +45,6 @@ def _of_run(config: RunConfig, overrides: list[str]) -> RunConfig:
 
 def _evaluate(config: RunConfig) -> int:
     # Late: these load torch and transformers, and a launcher does without.
-    from fttrain.checkpoint.adapter import load_adapter
     from fttrain.checkpoint.resume import claim_output
     from fttrain.checkpoint.source import load_tokenizer, resolve
     from fttrain.data.dataset import prepare
@@ -54,6 +53,7 @@ def _evaluate(config: RunConfig) -> int:
     from fttrain.dist import process_group, rank_from_environment
     from fttrain.evaluation import Answer, Evaluation, answer, held_out_loss
     from fttrain.planned import settle
+    from fttrain.result import find
     from fttrain.rig.probe import set_up_rank
     from fttrain.run import recipe
     from fttrain.strategy.build import build_strategy
@@ -62,7 +62,7 @@ def _evaluate(config: RunConfig) -> int:
     if config.left_open:  # as the command line may say
         config, _ = settle(config)
     output = Path(config.output)
-    adapter, _ = load_adapter(_adapter_folder(output))
+    trained = find(config)
     tokenizer, tokenizer_id = load_tokenizer(config.model)
     dataset = prepare(config.data, tokenizer, tokenizer_id)
     if not len(dataset.holdout):
@@ -78,7 +78,7 @@ def _evaluate(config: RunConfig) -> int:
         say: Callable[[str], None] = print if group.is_main else lambda text: None
         figures.base = held_out_loss(strategy, batches)
         before = answer(strategy, samples, tokenizer, say)
-        strategy.load_adapter_state(adapter)
+        strategy.load_adapter_state(trained)
         figures.tuned = held_out_loss(strategy, batches)
         after = answer(strategy, samples, tokenizer, say)
         figures.samples = [
@@ -89,15 +89,3 @@ def _evaluate(config: RunConfig) -> int:
             figures.write(output)
             print(figures.summary())
     return 0
-
-
-def _adapter_folder(output: Path) -> Path:
-    """The finished adapter, or that of the newest whole checkpoint of a run that still goes on."""
-    from fttrain.checkpoint.resume import find_snapshot
-
-    if (output / "adapter").is_dir():
-        return output / "adapter"
-    found = find_snapshot(output / "checkpoints", "auto")
-    if found is None:
-        raise UserError(f"output={output}: neither an adapter nor a checkpoint is there yet")
-    return found

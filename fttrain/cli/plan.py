@@ -33,8 +33,14 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     from fttrain.plan.rigs import find_rig
     from fttrain.plan.table import as_json, notes, parts_table, summary, table
     from fttrain.run import recipe
+    from fttrain.strategy.zero.config import DEEPSPEED
     from fttrain.track import counting
 
+    if config.strategy.name == DEEPSPEED:
+        raise UserError(
+            f"plan: strategy={DEEPSPEED}: what DeepSpeed takes is not reckoned; "
+            "`fttrain train dry_run=20` measures it"
+        )
     ranks = launch.ranks_wanted(config.launch)
     rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks)
     model = load_config(resolve(config.model, SHAPES))

@@ -268,4 +268,5 @@ def transformers_attention(
     return out.unsqueeze(0), None
 
 
-AttentionInterface.register("fttrain_varlen", transformers_attention)
+NAME = "fttrain_varlen"  # as attn_implementation
+AttentionInterface.register(NAME, transformers_attention)

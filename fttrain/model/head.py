@@ -122,24 +122,12 @@ class Head:
         self.projection.project(_padded(normed, len(logits)), logits)
         if self.logit_scale != 1.0:
             logits *= self.logit_scale
-        pieces = logits.split(ROW_MULTIPLE), probabilities.split(ROW_MULTIPLE)
-        for some, into in zip(*pieces, strict=True):  # softmax copies all it is given to fp32
-            torch.softmax(some, dim=-1, dtype=torch.float32, out=into)
-        rows = torch.arange(len(targets), device=targets.device)
-        # A target less likely than fp32 can say counts as 87 nats; its gradient is exact anyway.
-        likelihood = probabilities[rows, targets].clamp_min_(torch.finfo(torch.float32).tiny)
-        log_likelihood = likelihood.log_()
-        loss = -log_likelihood.sum(dtype=torch.float64)
+        loss = cross_entropy_(
+            logits, probabilities, targets, self.z_loss, self.logit_scale, want_gradient
+        )
         if not want_gradient:
             return loss, None
-        if self.z_loss:
-            # A token's log-sum-exp is the logit less the log-probability of any word: the target's.
-            log_sum_exp = logits[rows, targets].float() - log_likelihood
-            probabilities[: len(targets)] *= (1 + 2 * self.z_loss * log_sum_exp)[:, None]
-        probabilities[rows, targets] -= 1
-        if self.logit_scale != 1.0:
-            probabilities *= self.logit_scale
-        return loss, self.projection.project_back(logits.copy_(probabilities))[: len(targets)]
+        return loss, self.projection.project_back(logits)[: len(targets)]
 
     def _buffers(self, rows: int) -> tuple[Tensor, Tensor]:
         """The scratch tensors for ``rows`` tokens, rounded up."""
@@ -155,6 +143,41 @@ class Head:
         shape, device = (rows, self.projection.vocabulary), self.norm.device
         logits = torch.empty(shape, dtype=self.projection.dtype, device=device)
         self._scratch = logits, torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def cross_entropy_(
+    logits: Tensor,
+    probabilities: Tensor,
+    targets: Tensor,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    want_gradient: bool = True,
+) -> Tensor:
+    """Sum of -log p(target) over ``targets`` int64 (m,), fp64 scalar.
+
+    ``logits`` (rows, V), scaled already, in any dtype; rows after the m-th are padding. They become
+    the gradient of what is minimised (``Head``) with respect to what the projection gave; without
+    ``want_gradient`` they stay. ``probabilities`` fp32 (rows, V) is scratch.
+    """
+    pieces = logits.split(ROW_MULTIPLE), probabilities.split(ROW_MULTIPLE)
+    for some, into in zip(*pieces, strict=True):  # softmax copies all it is given to fp32
+        torch.softmax(some, dim=-1, dtype=torch.float32, out=into)
+    rows = torch.arange(len(targets), device=targets.device)
+    # A target less likely than fp32 can say counts as 87 nats; its gradient is exact anyway.
+    likelihood = probabilities[rows, targets].clamp_min_(torch.finfo(torch.float32).tiny)
+    log_likelihood = likelihood.log_()
+    loss = -log_likelihood.sum(dtype=torch.float64)
+    if not want_gradient:
+        return loss
+    if z_loss:
+        # A token's log-sum-exp is the logit less the log-probability of any word: the target's.
+        log_sum_exp = logits[rows, targets].float() - log_likelihood
+        probabilities[: len(targets)] *= (1 + 2 * z_loss * log_sum_exp)[:, None]
+    probabilities[rows, targets] -= 1
+    if logit_scale != 1.0:
+        probabilities *= logit_scale
+    logits.copy_(probabilities)
+    return loss
 
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype, tokens: int, factor: int = 1) -> int:

@@ -213,12 +213,20 @@ def _down_projection_backward(
 
 
 def _mask(group: LinearGroup, member: int, inputs: Tensor, dropout: DropoutKey) -> Tensor:
-    """Like ``inputs``: 0 with the dropout's probability, 1 / (1 - probability) elsewhere."""
     assert group.adapter is not None
-    keep = 1 - group.adapter.dropout
     module = f"{group.shape.name}.{member}"
+    return dropout_mask(inputs, group.adapter.dropout, dropout, group.layer, module)
+
+
+def dropout_mask(
+    inputs: Tensor, probability: float, key: DropoutKey, layer: int, module: str
+) -> Tensor:
+    """Like ``inputs`` (T, in): 0 with ``probability``, 1 / (1 - probability) elsewhere.
+
+    ``module``: the linear, as its group and its place in it, such as qkv.0.
+    """
     mask, generator = inputs.new_empty(inputs.shape), torch.Generator(inputs.device)
     for block, rows in enumerate(mask.split(MASK_TOKENS)):
-        generator.manual_seed(dropout.seed_of(group.layer, module, block))
-        rows.bernoulli_(keep, generator=generator)
-    return mask.div_(keep)
+        generator.manual_seed(key.seed_of(layer, module, block))
+        rows.bernoulli_(1 - probability, generator=generator)
+    return mask.div_(1 - probability)

@@ -27,7 +27,7 @@ from fttrain.quant.frozen_layer import GroupShape
 class LoraConfig:
     """Which linears get an adapter, and how large."""
 
-    r: int = 16  # rank of the update
+    r: int = 16  # rank of the update; 0: no adapter, all weights train (strategy=deepspeed)
     lora_alpha: float = 32.0  # the update is scaled by lora_alpha / r
     lora_dropout: float = 0.0  # probability of zeroing an input of the adapter, in [0, 1)
     # all-linear, or names such as (q_proj, v_proj)
@@ -38,8 +38,10 @@ class LoraConfig:
     use_dora: bool = False
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise UserError(f"lora.r={self.r}: a whole number of at least 1 is allowed")
+        if self.r < 0:
+            raise UserError(
+                f"lora.r={self.r}: a whole number of at least 1 is allowed; 0 trains all weights"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora.lora_dropout={self.lora_dropout}: a number in [0, 1) is allowed")
         if self.lora_alpha <= 0:
@@ -51,6 +53,10 @@ class LoraConfig:
             )
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             object.__setattr__(self, "target_modules", (self.target_modules,))
+        for key in () if self.r else ("lora_dropout", "target_modules", "use_rslora", "use_dora"):
+            value = getattr(self, key)
+            if value not in (0.0, False, "all-linear"):
+                raise UserError(f"lora.{key}={value} with lora.r=0: there is no adapter")
 
     @property
     def scaling(self) -> float:

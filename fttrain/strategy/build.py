@@ -1,5 +1,6 @@
 """Puts a strategy together: what it needs is compared with what the machine has, then loaded."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +20,12 @@ from fttrain.quant.scheme import QuantConfig
 from fttrain.store import FrozenBase
 from fttrain.store.filling import Progress
 from fttrain.store.hostpool import HostPool
-from fttrain.strategy import pipeline, replicate, shard, stream
+from fttrain.strategy import deepspeed, pipeline, replicate, shard, stream
 from fttrain.strategy.protocol import Strategy
-from fttrain.strategy.recipe import Plan, Recipe, check_together
+from fttrain.strategy.recipe import Plan, Recipe, check_together, check_trained
 from fttrain.strategy.usage import explained
+from fttrain.strategy.zero.config import DEEPSPEED
+from fttrain.strategy.zero.settings import refuse_deepspeed_launch
 
 Show = Callable[[str], Progress]
 
@@ -31,6 +34,7 @@ PAGES: dict[str, Any] = {
     "shard": shard,
     "stream": stream,
     "pipeline": pipeline,
+    "deepspeed": deepspeed,
 }
 
 
@@ -46,6 +50,16 @@ class Blueprint:
         self, recipe: Recipe, architecture: Architecture, frozen_format: FrozenFormat, group: Group
     ) -> None:
         check_together(recipe.strategy, recipe.schedule, recipe.optim)
+        check_trained(
+            recipe.strategy,
+            recipe.quant,
+            recipe.lora,
+            recipe.optim,
+            recipe.schedule,
+            recipe.placement,
+        )
+        if recipe.strategy.name != DEEPSPEED:
+            refuse_deepspeed_launch(recipe.strategy.name, os.environ)
         if group.device.type == "cuda" and recipe.dtype == "float32":
             raise UserError(
                 "model.dtype=float32: flash attention on a GPU takes model.dtype=bfloat16"

@@ -12,8 +12,9 @@ from fttrain.store import Traffic
 from fttrain.store.hostpool import Booking
 from fttrain.strategy.sync import SyncStats
 from fttrain.strategy.update import UpdateStats
+from fttrain.strategy.zero.config import DEEPSPEED, ZeroConfig
 
-# strategy -> the schedule it runs with; every other pair is refused by name.
+# native strategy -> the schedule it runs with; every other pair is refused by name.
 SCHEDULES = {
     "replicate": "grouped",
     "shard": "grouped",
@@ -21,7 +22,7 @@ SCHEDULES = {
     "pipeline": "one_f_one_b",
 }
 AUTO = "auto"  # the planner chooses, before anything is built; no strategy of its own
-PLANNED = ("deepspeed",)
+NAMES = (*SCHEDULES, DEEPSPEED, AUTO)
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,21 @@ class StrategyConfig:
 
     # replicate: whole on each rank | shard: a part of each layer on each rank, gathered before use
     # | stream: in host memory, copied before use | pipeline: some layers on each rank
-    # | auto: the fastest of these that fits, with its schedule and split of a step's rows
+    # | deepspeed: as ZeRO divides it, by DeepSpeed and transformers' own model
+    # | auto: the fastest native one that fits, with its schedule and split of a step's rows
     name: str = "replicate"
     # stream: layers that stay on the device: a number | all | a list with a number for each rank
     resident_layers: int | str | tuple[int, ...] = 0
     slots: int = 2  # stream: layers on the device beside the resident ones: 2 or 3
+    zero: ZeroConfig = field(default_factory=ZeroConfig)  # of deepspeed
 
     def __post_init__(self) -> None:
-        if self.name in PLANNED:
+        if self.name not in NAMES:
+            raise UserError(f"strategy={self.name}: {', '.join(NAMES)}")
+        if self.name != DEEPSPEED and not self.zero.is_default:
             raise UserError(
-                f"strategy={self.name}: not available yet; available: {', '.join(SCHEDULES)}"
+                f"strategy={self.name}: strategy.zero.* belongs to strategy={DEEPSPEED}"
             )
-        if self.name not in (*SCHEDULES, AUTO):
-            raise UserError(f"strategy={self.name}: {', '.join((*SCHEDULES, AUTO))}")
         if self.name != "stream" and (self.resident_layers, self.slots) != (0, 2):
             raise UserError(
                 f"strategy={self.name}: strategy.resident_layers and strategy.slots belong to "

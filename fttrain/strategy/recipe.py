@@ -17,7 +17,9 @@ from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.store.hostpool import HostPool
-from fttrain.strategy.protocol import AUTO, SCHEDULES, StrategyConfig
+from fttrain.strategy.protocol import SCHEDULES, StrategyConfig
+from fttrain.strategy.zero.checks import check_placement, check_whole_weights, check_zero
+from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.units import round_up
 
 POLICIES = ("recompute", "keep", "offload")
@@ -140,8 +142,8 @@ class Recipe:
 
 
 def check_together(strategy: StrategyConfig, schedule: ScheduleConfig, optim: OptimConfig) -> None:
-    """Raises UserError for settings that do not go together."""
-    if strategy.name == AUTO:  # what is chosen is asked again
+    """Raises UserError for settings of a native strategy that do not go together."""
+    if strategy.name not in SCHEDULES:  # of auto what is chosen is asked again
         return
     wanted = SCHEDULES[strategy.name]
     if schedule.kind != wanted:
@@ -154,6 +156,23 @@ def check_together(strategy: StrategyConfig, schedule: ScheduleConfig, optim: Op
             "optim.shard=true with strategy=pipeline: each rank has the state of its own layers "
             "alone as it is; leave it out"
         )
+
+
+def check_trained(
+    strategy: StrategyConfig,
+    quant: QuantConfig,
+    lora: LoraConfig,
+    optim: OptimConfig,
+    schedule: ScheduleConfig,
+    placement: Placement,
+) -> None:
+    """Raises UserError where weights are to train that cannot, and for settings that DeepSpeed
+    would not honour.
+    """
+    check_whole_weights(strategy.name, lora, quant)
+    if strategy.name == DEEPSPEED:
+        check_zero(lora, optim, schedule)
+        check_placement(placement, quant)
 
 
 @dataclass(frozen=True)

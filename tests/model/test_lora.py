@@ -70,7 +70,9 @@ def test_unknown_target_is_refused_with_the_list() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 0}, "lora.r=0"),
+        ({"r": -1}, "lora.r=-1"),
+        ({"r": 0, "lora_dropout": 0.1}, "lora.lora_dropout=0.1 with lora.r=0: there is no adapter"),
+        ({"r": 0, "target_modules": "q_proj"}, "lora.target_modules=.* with lora.r=0"),
         ({"lora_dropout": 1.0}, "lora.lora_dropout=1.0"),
         ({"lora_dropout": -0.1}, "lora.lora_dropout=-0.1"),
         ({"lora_alpha": 0}, "lora.lora_alpha=0"),

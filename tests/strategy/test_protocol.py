@@ -34,7 +34,7 @@ def test_a_list_names_every_rank(world_size: int) -> None:
     ("settings", "message"),
     [
         (("zero",), r"strategy=zero: replicate, shard, stream, pipeline"),
-        (("deepspeed",), r"strategy=deepspeed: not available yet; available: replicate, shard"),
+        (("deepspeed", 2), r"strategy=deepspeed: .*strategy.slots belong to strategy=stream"),
         (("auto", 2), r"strategy=auto: strategy.resident_layers and .* belong to strategy=stream"),
         (
             ("shard", 2),

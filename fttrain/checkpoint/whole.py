@@ -1,0 +1,142 @@
+"""Whole weights that have trained: in snapshots, and as a model that transformers loads."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from fttrain.checkpoint import durable
+from fttrain.checkpoint.readers import INDEX, SINGLE, read_index
+from fttrain.checkpoint.source import Source
+from fttrain.errors import UserError
+
+WEIGHTS = "weights.safetensors"  # of a snapshot: fp32 masters under transformers' names
+SHARD_BYTES = 5 * 10**9  # as transformers divides a model
+GENERATION = "generation_config.json"  # which tokens end an answer, for one
+
+
+def check(weights: Mapping[str, Tensor], where: str) -> None:
+    """Raises UserError, naming ``where`` and the tensor, for one that is empty or not finite."""
+    if not weights:
+        raise UserError(f"{where}: there are no weights")
+    for name, tensor in weights.items():
+        if not tensor.numel():
+            raise UserError(f"{where}: {name} is empty, of shape {tuple(tensor.shape)}")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: {name} holds values that are not finite")
+
+
+def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Writes fp32 masters into the folder of a snapshot. Raises UserError as ``check`` does."""
+    check(weights, str(folder))
+    durable.write_tensors(folder / WEIGHTS, weights)
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """fp32 on the host: of a snapshot, or of a model as ``save_model`` leaves it.
+
+    Raises UserError for a file that cannot be read.
+    """
+    shards = [WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(set(read_index(folder).values()))
+    weights: dict[str, Tensor] = {}
+    for file in shards or [SINGLE]:
+        try:
+            weights |= load_file(folder / file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder / file}: cannot be read ({error})") from error
+    return {name: tensor.to(torch.float32) for name, tensor in weights.items()}
+
+
+def save_model(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: Any,
+    tokenizer: Any,
+    source: Source,
+    dtype: torch.dtype,
+) -> None:
+    """Writes a model that ``AutoModelForCausalLM.from_pretrained(folder)`` loads; one that is there
+    is replaced.
+
+    Args:
+        weights: transformers' names -> tensors, any device; saved as ``dtype``, in shards.
+        config: transformers' configuration of the model.
+        tokenizer: transformers' own; saved beside it.
+        source: of the base, whose generation_config.json comes along.
+
+    Raises:
+        UserError: an empty or non-finite tensor, by name; or a disk that is full. Nothing
+            half-written stays.
+    """
+    check(weights, str(folder))
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a killed save
+    size_bytes = sum(tensor.numel() * dtype.itemsize for tensor in weights.values())
+    try:
+        with durable.room_for(folder, size_bytes, "saving the model"):
+            durable.make_folder(part)
+            _write_shards(part, weights, dtype, size_bytes)
+            _configuration(config, dtype).save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            if (source.folder / GENERATION).is_file():
+                shutil.copyfile(source.folder / GENERATION, part / GENERATION)
+            for file in part.iterdir():
+                durable.sync(file)
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+            durable.sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _write_shards(
+    folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, size_bytes: int
+) -> None:
+    shards = list(_shards(weights, dtype))
+    if len(shards) == 1:
+        durable.write_tensors(folder / SINGLE, _as(weights, shards[0], dtype))
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        durable.write_tensors(folder / file, _as(weights, names, dtype))  # one at a time in memory
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": size_bytes}, "weight_map": weight_map}
+    durable.write_bytes(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+
+def _shards(weights: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[list[str]]:
+    """Names of each file's tensors: as many as fit, and at least one."""
+    names: list[str] = []
+    filled_bytes = 0
+    for name, tensor in weights.items():
+        own_bytes = tensor.numel() * dtype.itemsize
+        if names and filled_bytes + own_bytes > SHARD_BYTES:
+            yield names
+            names, filled_bytes = [], 0
+        names.append(name)
+        filled_bytes += own_bytes
+    yield names
+
+
+def _as(weights: Mapping[str, Tensor], names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: weights[name].to(dtype) for name in names}
+
+
+def _configuration(config: Any, dtype: torch.dtype) -> Any:
+    """``config`` of a model that is not quantised, in ``dtype``."""
+    own = type(config).from_dict(config.to_dict())
+    own.dtype = dtype
+    if not getattr(own, "architectures", None):  # a GGUF file does not name it
+        own.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[own.model_type]]
+    if hasattr(own, "quantization_config"):
+        del own.quantization_config
+    return own
