@@ -7,6 +7,8 @@ micro-batches a step, what is gathered for each of them counts eight times, as i
 is measured and how: see ``step.py``. The first turn has every setting of the peers; the later ones
 have the fastest of them only, beside all of fttrain's strategies.
 
+``--deepspeed`` compares strategy=deepspeed with the native strategies that do the same work.
+
 ``--mbit`` puts the two ranks into network namespaces that a link of that rate joins (root only).
 Every side then runs over that link twice, one after the other: without the limit and with it. How
 much of its speed it keeps is the question. Bytes are counted at the link.
@@ -57,7 +59,7 @@ KEPT = tuple(  # as peers without checkpointing do; in groups of 1, as they do
     for name in ("replicate", "shard", "stream")
 )
 PLAIN = {"kind": "none", "double_quant": False}
-ZERO = (  # DeepSpeed beside native strategies that do the same work; --only zero base runs these
+ZERO = (  # DeepSpeed beside native strategies that do the same work
     native("zero 2, NF4", {"name": "deepspeed", "zero": {"stage": 2}}, {}),
     native("zero 2, bf16 base", {"name": "deepspeed", "zero": {"stage": 2}}, {}, quant=PLAIN),
     native("zero 3, bf16 base", {"name": "deepspeed", "zero": {"stage": 3}}, {}, quant=PLAIN),
@@ -113,10 +115,8 @@ def chosen_sides(arguments: argparse.Namespace) -> list[Side]:
     if arguments.mbit is not None:
         peers = FSDP2[:1] if arguments.quick else FSDP2[:2]
     words = arguments.only or [""]
-    more: tuple[Side, ...] = ZERO if arguments.mbit is None else ()
-    if more and not arguments.quick:
-        more = (*KEPT, *ZERO)
-    every = (*peers, *STRATEGIES, *more)
+    own = (*STRATEGIES, *KEPT) if arguments.mbit is None and not arguments.quick else STRATEGIES
+    every = (STRATEGIES[0], *ZERO) if arguments.deepspeed else (*peers, *own)
     sides = [side for side in every if any(word in side.name for word in words)]
     if arguments.mbit is None:
         return sides
@@ -239,6 +239,11 @@ def _show(
 def _arguments() -> argparse.Namespace:
     parser = turns.parser((__doc__ or "").partition("\n\n")[0], USUAL)
     parser.add_argument("--mbit", type=float, help="limit of the link, million bits a second")
+    parser.add_argument(
+        "--deepspeed",
+        action="store_true",
+        help="strategy=deepspeed beside what does the same work, instead of the usual sides",
+    )
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="sides with one of these in it")
     return turns.parse(parser, USUAL)
 

@@ -323,6 +323,7 @@ def test_ranks_are_told_of_deepspeed_as_accelerate_tells_them(file: Path) -> Non
     parser = launch_command_parser()
     arguments = parser.parse_args(["--config_file", str(file), "-m", "fttrain", "train"])
     arguments, _, _ = _validate_launch_command(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = ""  # as the command does next
     _, theirs = prepare_deepspeed_cmd_env(arguments)
     (_, ours), _ = launch.commands(LaunchConfig(file=file.name), ["train"])
     known = {"ACCELERATE_USE_DEEPSPEED", *DEEPSPEED_VARIABLES.values()}
