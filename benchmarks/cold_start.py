@@ -108,7 +108,8 @@ def _run_rank(job_file: str) -> None:
     import torch
 
     from fttrain.dist import process_group
-    from fttrain.rig.probe import RigConfig, set_up
+    from fttrain.rig.config import RigConfig
+    from fttrain.rig.probe import set_up
 
     set_up(RigConfig("cpu", 1), 0, job["ranks"])
     with process_group(torch.device("cpu")) as group:

@@ -23,22 +23,19 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fttrain import schema
-from fttrain.checkpoint.frozen_cache import FrozenConfig
-from fttrain.checkpoint.resume import CheckpointConfig
-from fttrain.checkpoint.source import ModelConfig
-from fttrain.data.dataset import DataConfig
+from fttrain.checkpoint.config import CheckpointConfig, FrozenConfig, ModelConfig
+from fttrain.data.config import DataConfig
 from fttrain.errors import UserError
 from fttrain.launch import LaunchConfig
 from fttrain.loop import LoopConfig
-from fttrain.model.lora import LoraConfig
+from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.paths import conf_folder
-from fttrain.quant.scheme import QuantConfig
-from fttrain.rig.probe import RigConfig
+from fttrain.quant.config import QuantConfig
+from fttrain.rig.config import RigConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.secrets import is_secret, redact
-from fttrain.strategy.protocol import AUTO, StrategyConfig
-from fttrain.strategy.recipe import Placement, check_together, check_trained
+from fttrain.strategy.config import AUTO, Placement, StrategyConfig, check_together, check_trained
 from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.track import TrackConfig
 

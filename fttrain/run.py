@@ -21,7 +21,8 @@ from fttrain.model.attention_op import kernel_name
 from fttrain.peers import uncut
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.build import build_strategy, silent
-from fttrain.strategy.protocol import AUTO, OutOfMemory, Strategy, StrategyConfig
+from fttrain.strategy.config import AUTO, StrategyConfig
+from fttrain.strategy.protocol import OutOfMemory, Strategy
 from fttrain.strategy.recipe import Recipe, StepSize
 from fttrain.track import counting
 

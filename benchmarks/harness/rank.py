@@ -16,7 +16,8 @@ def run_rank(job_file: str) -> None:
     import torch
 
     from fttrain.dist import process_group
-    from fttrain.rig.probe import RigConfig, set_up
+    from fttrain.rig.config import RigConfig
+    from fttrain.rig.probe import set_up
 
     device = torch.device("cpu")
     torch.set_num_threads(job["threads"])
