@@ -29,10 +29,11 @@ from fttrain.data.batch import MicroBatch
 from fttrain.data.dataset import Dataset, prepare
 from fttrain.data.loader import evaluation_batches
 from fttrain.data.samples import Sample, holdout_samples
-from fttrain.dist import process_group, rank_from_environment
+from fttrain.dist import rank_from_environment
 from fttrain.errors import UserError
 from fttrain.evaluation import Evaluation
 from fttrain.instruments import sample_memory, tell_memory
+from fttrain.joining import process_group
 from fttrain.launch import restarted
 from fttrain.loop import StopSignals
 from fttrain.optim.config import learning_rate

@@ -10,8 +10,9 @@ from typing import Any
 import psutil
 import torch
 
-from fttrain.dist import Group, local_world_size, process_group
+from fttrain.dist import Group, local_world_size
 from fttrain.errors import UserError
+from fttrain.joining import process_group
 from fttrain.launch import die_with_parent
 from fttrain.rig.card import own_bytes
 from fttrain.rig.config import RigConfig

@@ -25,8 +25,9 @@ from fttrain.checkpoint.frozen import load_layer
 from fttrain.checkpoint.readers import open_checkpoint
 from fttrain.checkpoint.source import resolve
 from fttrain.cli import main
-from fttrain.dist import Group, process_group
+from fttrain.dist import Group
 from fttrain.errors import UserError
+from fttrain.joining import process_group
 from fttrain.quant.checksum import checksum
 from fttrain.quant.config import QuantConfig
 from fttrain.strategy.build import frozen_base
