@@ -337,9 +337,10 @@ def test_an_installed_wheel_finds_its_files(tmp_path: Path) -> None:
     (site / "conf").mkdir()  # some other package's
     (site / "conf" / "config.yaml").write_text("other: 1\n", encoding="utf-8")
     program = (
-        "from fttrain import config, paths, launch; print(paths.conf_folder());"
+        "from fttrain import config, paths, launch_files; print(paths.conf_folder());"
         "print(config.compose(['experiment=demo']).output);"
-        "print(launch._read_files(config.compose(['launch=cpu_demo']).launch)[0]['num_processes'])"
+        "file = config.compose(['launch=cpu_demo']).launch.file;"
+        "print(launch_files.read_files(file)[0]['num_processes'])"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(
