@@ -43,15 +43,8 @@ from fttrain.result import leave
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank
 from fttrain.rig.telemetry import card_watch, gather_samples
-from fttrain.run import (
-    Run,
-    build,
-    describe,
-    halve,
-    resume,
-    save,
-    wanted_snapshot,
-)
+from fttrain.run import Run, build, describe, halve
+from fttrain.snapshots import resume, save, wanted_snapshot
 from fttrain.strategy.link_watch import link_watch
 from fttrain.strategy.protocol import OutOfMemory, StepStats
 from fttrain.track import Results, Trackers, open_trackers, read_results
