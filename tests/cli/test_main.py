@@ -9,8 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from fttrain import __version__, cli
-from fttrain.config import RunConfig, groups
+from fttrain.config import RunConfig
 from fttrain.errors import UserError
+from fttrain.options import groups
 from fttrain.schema import keys_of, lookup
 from fttrain.sweep.config import SweepConfig
 
