@@ -107,8 +107,9 @@ def _run_rank(job_file: str) -> None:
     job = common.read_job(job_file)
     import torch
 
-    from fttrain.dist import process_group
-    from fttrain.rig.probe import RigConfig, set_up
+    from fttrain.joining import process_group
+    from fttrain.rig.config import RigConfig
+    from fttrain.rig.probe import set_up
 
     set_up(RigConfig("cpu", 1), 0, job["ranks"])
     with process_group(torch.device("cpu")) as group:

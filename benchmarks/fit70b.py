@@ -37,7 +37,7 @@ from harness.fit_report import CARD_GIB, show
 from harness.fit_sides import SHAPES, Side, chosen_sides, usual_sides
 
 from fttrain.errors import UserError
-from fttrain.launch import read_env
+from fttrain.launch_files import read_env
 from fttrain.paths import launch_folder
 from fttrain.units import duration
 

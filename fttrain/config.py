@@ -5,40 +5,35 @@ and the rest of the project never sees Hydra. Nothing in a configuration names c
 """
 
 import dataclasses
-import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fttrain import schema
-from fttrain.checkpoint.frozen_cache import FrozenConfig
-from fttrain.checkpoint.resume import CheckpointConfig
-from fttrain.checkpoint.source import ModelConfig
-from fttrain.data.dataset import DataConfig
+from fttrain.checkpoint.config import CheckpointConfig, FrozenConfig, ModelConfig
+from fttrain.data.config import DataConfig
 from fttrain.errors import UserError
 from fttrain.launch import LaunchConfig
 from fttrain.loop import LoopConfig
-from fttrain.model.lora import LoraConfig
+from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
+from fttrain.options import HOW_CHOSEN, groups, one_line, option_of
 from fttrain.paths import conf_folder
-from fttrain.quant.scheme import QuantConfig
-from fttrain.rig.probe import RigConfig
+from fttrain.quant.config import QuantConfig
+from fttrain.rig.config import RigConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.secrets import is_secret, redact
-from fttrain.strategy.protocol import AUTO, StrategyConfig
-from fttrain.strategy.recipe import Placement, check_together, check_trained
+from fttrain.strategy.config import AUTO, Placement, StrategyConfig, check_together, check_trained
 from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.track import TrackConfig
 
@@ -118,9 +113,6 @@ class RunConfig:
         return tuple(name for name, value in asked.items() if value == AUTO)
 
 
-_HOW = ("experiment", "sweep")  # groups that say how settings are chosen; no settings of a run
-
-
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration that ``overrides`` (``key=value`` or ``group=option``) make of ``conf/``.
 
@@ -153,14 +145,14 @@ def compose_values(overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[
         with initialize_config_dir(config_dir=str(conf_folder()), version_base="1.3"):
             composed = hydra_compose("config", chosen + settings, return_hydra_config=True)
         ended = composed.hydra.runtime.choices
-        choices = {group: str(ended[group]) for group in groups() if group not in _HOW}
+        choices = {group: str(ended[group]) for group in groups() if group not in HOW_CHOSEN}
         values = {
             key: OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
             if OmegaConf.is_config(value)
             else value
             # Resolved one by one: hydra's own node has values of a process that it starts.
             for key, value in composed.items()
-            if key not in (*_HOW, "hydra")
+            if key not in (*HOW_CHOSEN, "hydra")
         }
     except yaml.YAMLError as error:
         raise UserError(f"not YAML: {one_line(error)}") from None
@@ -178,12 +170,6 @@ def plain(config: RunConfig) -> dict[str, Any]:
 def to_yaml(config: RunConfig) -> str:
     """``config`` as YAML, secrets redacted."""
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
-
-
-def groups() -> dict[str, list[str]]:
-    """The options of each configuration group: names of the files in ``conf/GROUP/``."""
-    folders = sorted(path for path in conf_folder().iterdir() if path.is_dir())
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
 def split_override(text: str) -> tuple[str, str]:
@@ -241,65 +227,6 @@ def quoted(text: str) -> str:
     # In Hydra's quotes a backslash means itself, except in a row of them before a quote or the end.
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'")
     return f"'{escaped}'"
-
-
-def option_of(group: str, option: str) -> str:
-    """The name by which Hydra finds ``option`` of ``group``, which for an experiment or a sweep may
-    be a file's path; UserError with the list and the nearest where there is none.
-    """
-    options = groups()[group]
-    if option in options or (group == "experiment" and option == "null"):
-        return option
-    if group in _HOW and is_path(option):
-        return _load_file(group, option)
-    near = schema.nearest(option, options)
-    advice = f"did you mean {near}? " if near else ""
-    paths = ", or the path of a .yaml file" if group in _HOW else ""
-    raise UserError(
-        f"{group}={option}: no such option; {advice}There are: {', '.join(options)}{paths}"
-    )
-
-
-def is_path(option: str) -> bool:
-    """Whether an option is meant as a file."""
-    return option.endswith((".yaml", ".yml")) or "/" in option
-
-
-def _load_file(group: str, text: str) -> str:
-    """Gives Hydra the file as an option of ``group`` and returns its name there."""
-    content = read_option_file(group, text)
-    path = Path(text).expanduser()
-    name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-    ConfigStore.instance().store(name, content, group, package="_global_")
-    return name
-
-
-def read_option_file(group: str, text: str) -> dict[str, Any]:
-    """The content of an option that is given as a file.
-
-    Raises UserError where it is no file, no YAML, no group of keys, or sets what is Hydra's and not
-    the search of a sweep.
-    """
-    path, what = Path(text).expanduser(), f"{group}={text}"
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path))  # refuses keys that come twice
-    except FileNotFoundError:
-        raise UserError(f"{what}: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{what}: cannot be read ({error})") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{what}: not YAML: {one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{what}: wanted is a group of keys")
-    named = {str(key): value for key, value in content.items()}
-    if group != "sweep" and any(key.startswith(("hydra", "sweep")) for key in named):
-        raise UserError(f"{what}: a search belongs into a file of its own, for `-m sweep=FILE`")
-    return named
-
-
-def one_line(error: Exception) -> str:
-    """What a library says, without its line breaks."""
-    return " ".join(str(error).split())
 
 
 def _expand_home(value: Any) -> Any:

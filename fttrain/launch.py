@@ -17,14 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
-
 from fttrain.errors import UserError
-from fttrain.paths import launch_folder
+from fttrain.launch_files import integer, read_files
 
 PARENT_PID = "FTTRAIN_LAUNCHER_PID"  # environment variable: who started this rank, or this trial
 GRACE_S = 30.0  # after a rank died: from SIGTERM to SIGKILL for the others
@@ -32,15 +29,6 @@ REPEAT_S = (
     5.0  # signals that follow the first sooner than this are the same wish (an impatient finger)
 )
 POLL_S = 0.05
-DEEPSPEED = "DEEPSPEED"  # distributed_type of a launch file
-DEEPSPEED_VARIABLES = {  # key of its deepspeed_config -> the environment variable of its ranks
-    "zero_stage": "ACCELERATE_DEEPSPEED_ZERO_STAGE",
-    "offload_optimizer_device": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
-    "offload_param_device": "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
-    "deepspeed_config_file": "ACCELERATE_DEEPSPEED_CONFIG_FILE",
-    "gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-    "gradient_clipping": "ACCELERATE_GRADIENT_CLIPPING",
-}
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -88,7 +76,7 @@ def ranks_wanted(config: LaunchConfig) -> int | None:
     """
     if is_rank():
         return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    return config.processes or _integer(_read_files(config)[0], "num_processes", 0) or None
+    return config.processes or integer(read_files(config.file)[0], "num_processes", 0) or None
 
 
 def start(config: LaunchConfig, argv: list[str]) -> int:
@@ -102,9 +90,9 @@ def start(config: LaunchConfig, argv: list[str]) -> int:
 
 def commands(config: LaunchConfig, argv: list[str]) -> list[tuple[list[str], dict[str, str]]]:
     """The command and the environment of each rank, in rank order."""
-    settings, variables = _read_files(config)
-    processes = config.processes or _integer(settings, "num_processes", 1)
-    port = free_port(_integer(settings, "main_process_port", 0))
+    settings, variables = read_files(config.file)
+    processes = config.processes or integer(settings, "num_processes", 1)
+    port = free_port(integer(settings, "main_process_port", 0))
     environment = {**variables, **os.environ}  # what the user has set wins over the file
     if settings.get("gpu_ids", "all") not in ("all", None):
         environment.setdefault("CUDA_VISIBLE_DEVICES", str(settings["gpu_ids"]))
@@ -226,86 +214,6 @@ def _exit_code(rank: int, returncode: int) -> int:
     hint = " (out of host memory? `dmesg` tells)" if name == "SIGKILL" else ""
     print(f"fttrain: error: rank {rank} was killed by {name}{hint}", file=sys.stderr)
     return 128 - returncode
-
-
-def _read_files(config: LaunchConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """The accelerate file's settings, and the variables of the ``.env`` file beside it."""
-    if config.file is None:
-        return {}, {}
-    path = launch_folder() / config.file  # an absolute path stays itself
-    if not path.is_file():
-        names = ", ".join(sorted(found.name for found in launch_folder().glob("*.yaml")))
-        raise UserError(
-            f"launch.file={config.file}: no such file; there are {names}, or give an absolute path"
-        )
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: an accelerate config file holds `key: value` lines")
-    machines = _integer(settings, "num_machines", 1)
-    if machines != 1:
-        here = _integer(settings, "num_processes", machines) // max(1, machines)
-        raise UserError(
-            f"{path}: num_machines: launch= serves one machine; on each of {machines}: `accelerate "
-            f"launch --config_file {path} --machine_rank N --main_process_ip FIRST -m fttrain "
-            f"train ...`, or `torchrun --nnodes {machines} --nproc-per-node {here} --max-restarts "
-            "3 --rdzv-backend c10d --rdzv-endpoint FIRST:29500 -m fttrain train ...`, where FIRST "
-            "is the first machine's address"
-        )
-    known = (None, "NO", "MULTI_GPU", "MULTI_CPU", DEEPSPEED)
-    if settings.get("distributed_type") not in known:
-        kind = settings["distributed_type"]
-        raise UserError(
-            f"{path}: distributed_type: {kind}: write MULTI_GPU or 'NO' (strategy= shards), or "
-            f"{DEEPSPEED} (strategy=deepspeed)"
-        )
-    file = path.with_suffix(".env")
-    variables = read_env(file) if file.is_file() else {}
-    return settings, variables | _deepspeed_variables(path, settings)
-
-
-def _deepspeed_variables(path: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """What `accelerate launch` tells its ranks of a file of type DEEPSPEED."""
-    if settings.get("distributed_type") != DEEPSPEED:
-        return {}
-    section = settings.get("deepspeed_config") or {}
-    if not isinstance(section, dict):
-        raise UserError(f"{path}: deepspeed_config: `key: value` lines are wanted")
-    told = {
-        variable: str(section[key]).lower() if isinstance(section[key], bool) else str(section[key])
-        for key, variable in DEEPSPEED_VARIABLES.items()
-        if section.get(key) is not None
-    }
-    return {"ACCELERATE_USE_DEEPSPEED": "true", **told}
-
-
-def _integer(settings: dict[str, Any], key: str, default: int) -> int:
-    value = settings.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise UserError(f"launch file: {key}: {value!r}: a whole number is wanted")
-    return value
-
-
-def read_env(path: Path) -> dict[str, str]:
-    """``NAME=value`` lines of a file that a shell can read as well; everything after `` #`` is a
-    comment.
-    """
-    variables: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        text = line.split(" #")[0].strip()
-        if not text or text.startswith("#"):
-            continue
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier() or set(value) & set(" \t'\"$`\\;&|<>()"):
-            raise UserError(
-                f"{path}:{number}: {text!r}: write NAME=value, without quotes, blanks or $"
-            )
-        variables[name] = value
-    return variables
 
 
 def free_port(preferred: int = 0) -> int:

@@ -21,7 +21,7 @@ from fttrain.rig.profile import RigProfile, kept_profile
 from fttrain.run import recipe
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.build import silent
-from fttrain.strategy.protocol import StrategyConfig
+from fttrain.strategy.config import StrategyConfig
 from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.track import Table, counting, read_metrics
 from fttrain.track import plan as track_plan

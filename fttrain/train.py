@@ -29,10 +29,11 @@ from fttrain.data.batch import MicroBatch
 from fttrain.data.dataset import Dataset, prepare
 from fttrain.data.loader import evaluation_batches
 from fttrain.data.samples import Sample, holdout_samples
-from fttrain.dist import process_group, rank_from_environment
+from fttrain.dist import rank_from_environment
 from fttrain.errors import UserError
 from fttrain.evaluation import Evaluation
 from fttrain.instruments import sample_memory, tell_memory
+from fttrain.joining import process_group
 from fttrain.launch import restarted
 from fttrain.loop import StopSignals
 from fttrain.optim.config import learning_rate
@@ -42,15 +43,8 @@ from fttrain.result import leave
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank
 from fttrain.rig.telemetry import card_watch, gather_samples
-from fttrain.run import (
-    Run,
-    build,
-    describe,
-    halve,
-    resume,
-    save,
-    wanted_snapshot,
-)
+from fttrain.run import Run, build, describe, halve
+from fttrain.snapshots import resume, save, wanted_snapshot
 from fttrain.strategy.link_watch import link_watch
 from fttrain.strategy.protocol import OutOfMemory, StepStats
 from fttrain.track import Results, Trackers, open_trackers, read_results

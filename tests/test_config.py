@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fttrain import config, schema
+from fttrain import config, options, schema
 from fttrain.config import RunConfig, compose, to_yaml
 from fttrain.errors import UserError
+from fttrain.options import groups
+from fttrain.paths import conf_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS = {  # options that ask for a path of the user's
@@ -27,8 +29,8 @@ WITH_DEEPSPEED = (("optim", "deepspeed_cpu_adam"), ("strategy", "deepspeed"), ("
 MARKS = dict.fromkeys(WITH_DEEPSPEED, pytest.mark.deepspeed)
 OPTIONS = [
     pytest.param(group, option, marks=MARKS.get((group, option), ()))
-    for group, options in config.groups().items()
-    for option in options
+    for group, found in groups().items()
+    for option in found
     if group != "sweep"  # of many runs: tests/sweep/test_search.py
 ]
 
@@ -41,7 +43,7 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_file_states_every_key_with_a_comment(group: str, option: str) -> None:
-    text = (config.conf_folder() / group / f"{option}.yaml").read_text(encoding="utf-8")
+    text = (conf_folder() / group / f"{option}.yaml").read_text(encoding="utf-8")
     if group == "experiment":
         return  # changes some keys only
     hint = schema.lookup(RunConfig, [group])
@@ -213,11 +215,12 @@ def test_what_is_wrong_is_said_in_one_line(override: str) -> None:
 def own_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of conf/ to spoil."""
     copy = tmp_path / "conf"
-    for path in config.conf_folder().rglob("*.yaml"):
-        target = copy / path.relative_to(config.conf_folder())
+    for path in conf_folder().rglob("*.yaml"):
+        target = copy / path.relative_to(conf_folder())
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
-    monkeypatch.setattr(config, "conf_folder", lambda: copy)
+    for module in (config, options):
+        monkeypatch.setattr(module, "conf_folder", lambda: copy)
     return copy
 
 
@@ -269,7 +272,7 @@ def test_a_wrong_experiment_file_is_refused_in_one_line(
 def test_an_experiment_may_be_any_file(tmp_path: Path) -> None:
     """As if it lay in conf/experiment; an edit counts, and so does what follows."""
     file = tmp_path / "my recipe.yaml"
-    file.write_bytes((config.conf_folder() / "experiment" / "demo.yaml").read_bytes())
+    file.write_bytes((conf_folder() / "experiment" / "demo.yaml").read_bytes())
     assert compose([f"experiment={file}"]) == compose(["experiment=demo"])
     file.write_text("# @package _global_\ndefaults:\n  - override /lora: dora\noptim: {lr: 1e-2}\n")
     composed = compose([f"experiment={file}", "lora.r=3"])
@@ -337,9 +340,10 @@ def test_an_installed_wheel_finds_its_files(tmp_path: Path) -> None:
     (site / "conf").mkdir()  # some other package's
     (site / "conf" / "config.yaml").write_text("other: 1\n", encoding="utf-8")
     program = (
-        "from fttrain import config, paths, launch; print(paths.conf_folder());"
+        "from fttrain import config, paths, launch_files; print(paths.conf_folder());"
         "print(config.compose(['experiment=demo']).output);"
-        "print(launch._read_files(config.compose(['launch=cpu_demo']).launch)[0]['num_processes'])"
+        "file = config.compose(['launch=cpu_demo']).launch.file;"
+        "print(launch_files.read_files(file)[0]['num_processes'])"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(

@@ -7,10 +7,10 @@ import torch
 
 from fttrain.data.batch import collate
 from fttrain.dist import Group
+from fttrain.model.config import LoraConfig
 from fttrain.model.linears import DropoutKey
-from fttrain.model.lora import LoraConfig
 from fttrain.optim.config import OptimConfig
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.strategy.data_parallel import DataParallel
 
 pytestmark = pytest.mark.cuda

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as torch_dist
 from ranks import run_ranks
 
-from fttrain.dist import Group, process_group, rank_from_environment
+from fttrain.dist import Group, rank_from_environment
+from fttrain.joining import process_group
 
 CPU = torch.device("cpu")
 TEXTS = ["", "abc", "ä→𝄞\n" * 1000]

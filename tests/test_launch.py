@@ -16,7 +16,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from fttrain import launch
 from fttrain.errors import UserError
-from fttrain.launch import DEEPSPEED_VARIABLES, LaunchConfig
+from fttrain.launch import LaunchConfig
+from fttrain.launch_files import DEEPSPEED_VARIABLES, read_env
 from fttrain.paths import launch_folder
 
 FILES = sorted(launch_folder().glob("*.yaml"))
@@ -275,7 +276,7 @@ def test_launch_files_are_accelerates_and_give_reasons(file: Path) -> None:
     assert all(line.partition(" # ")[2].strip() for line in lines), "a variable without its reason"
     shell = f"set -a; . {environment}; exec env"
     read = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
-    for name, value in launch.read_env(environment).items():
+    for name, value in read_env(environment).items():
         assert f"{name}={value}" in read.splitlines(), "a shell reads it differently"
 
 
@@ -314,7 +315,7 @@ def test_a_missing_launch_file() -> None:
 def test_a_wrong_line_of_an_env_file(tmp_path: Path, line: str) -> None:
     (tmp_path / "x.env").write_text(f"# fine\nGOOD=1  # reason\n{line}\n")
     with pytest.raises(UserError, match=r"x\.env:3"):
-        launch.read_env(tmp_path / "x.env")
+        read_env(tmp_path / "x.env")
 
 
 @pytest.mark.deepspeed

@@ -14,8 +14,9 @@ import torch.distributed as torch_dist
 from ranks import become_rank, run_ranks
 
 from fttrain import machines
-from fttrain.dist import Group, process_group
+from fttrain.dist import Group
 from fttrain.errors import UserError
+from fttrain.joining import process_group
 from fttrain.machines import Board, lost_connection
 from fttrain.peers import DIED_EXIT_CODE
 

@@ -17,8 +17,9 @@ from ranks import become_rank
 
 from fttrain import cli, launch, peers
 from fttrain.collectives import all_gather
-from fttrain.dist import Group, process_group
+from fttrain.dist import Group
 from fttrain.errors import UserError
+from fttrain.joining import process_group
 
 WAIT_S = 60
 FOREVER_S = 600  # no test waits so long
@@ -57,7 +58,7 @@ Start = Callable[..., tuple[list[int | None], list[str]]]
 def run(tmp_path: Path) -> Iterator[Start]:
     """Runs a function on ranks until all have ended: their exit codes and what they said."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fttrain.dist", "fttrain.cli"])
+    context.set_forkserver_preload(["fttrain.joining", "fttrain.cli"])
     started: list[BaseProcess] = []
 
     def run(

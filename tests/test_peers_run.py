@@ -20,7 +20,7 @@ RANK = """
 import os, signal, sys
 import torch
 from fttrain import cli
-from fttrain.dist import process_group
+from fttrain.joining import process_group
 from fttrain.errors import UserError
 def command(_arguments):
     with process_group(torch.device("cpu")) as group:

@@ -26,9 +26,10 @@ from transformers import AutoModelForCausalLM
 from fttrain import train
 from fttrain.checkpoint.claim import claim_output
 from fttrain.cli import main
-from fttrain.data.dataset import DataConfig, prepare
+from fttrain.data.config import DataConfig
+from fttrain.data.dataset import prepare
 from fttrain.model.head import Head
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.store import hostpool
 from fttrain.track import read_metrics
 from fttrain.track.memory import read_samples

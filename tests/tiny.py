@@ -27,13 +27,13 @@ from fttrain.checkpoint.frozen import load_end, load_layer
 from fttrain.checkpoint.readers import Reader
 from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.errors import UserError
+from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture, Decoder
 from fttrain.model.layer_adapters import LayerAdapters
-from fttrain.model.lora import LoraConfig
 from fttrain.model.projection import Table
 from fttrain.quant.checksum import checksum
+from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat
-from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule import grouped
 from fttrain.schedule.activations import Keep, Recompute
 from fttrain.store import Store

@@ -7,11 +7,12 @@ import tiny
 import tiny_files
 import torch
 
+from fttrain.checkpoint.config import ModelConfig
 from fttrain.checkpoint.frozen_build import open_or_build
 from fttrain.checkpoint.frozen_cache import FrozenCache
-from fttrain.checkpoint.source import ModelConfig, resolve
+from fttrain.checkpoint.source import resolve
 from fttrain.dist import Group
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.strategy.build import frozen_base
 
 ALONE = Group(0, 1, 0, tiny.CPU)

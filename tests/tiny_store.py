@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fttrain.collectives import Handle
+from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat
-from fttrain.quant.scheme import QuantConfig
 from fttrain.store import Store, Traffic
 from fttrain.store.lane import CollectiveLane, HostLane, ThreadLane, Work
 

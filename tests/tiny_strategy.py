@@ -10,24 +10,25 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from fttrain.checkpoint.config import FrozenConfig
 from fttrain.checkpoint.frozen import ENDS
-from fttrain.checkpoint.frozen_cache import FrozenConfig
 from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.dist import Group
+from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture, Decoder
-from fttrain.model.lora import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.checksum import checksum
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.schedule.activations import Recompute
 from fttrain.store.verify import VerifiedStore
 from fttrain.strategy.build import Blueprint
+from fttrain.strategy.config import SCHEDULES, Placement, StrategyConfig
 from fttrain.strategy.data_parallel import DataParallel
 from fttrain.strategy.gradients import ResidentGradients
 from fttrain.strategy.native import Joined
-from fttrain.strategy.protocol import SCHEDULES, Judge, StepStats, StrategyConfig
-from fttrain.strategy.recipe import Placement, Recipe, StepSize
+from fttrain.strategy.protocol import Judge, StepStats
+from fttrain.strategy.recipe import Recipe, StepSize
 from fttrain.strategy.sync import gradient_sync
 
 LAYERS = 5

@@ -27,7 +27,7 @@ def run_rank(job_file: str) -> None:
     signal.alarm(job["limit_s"])
     from harness.multiprocessors import limited
 
-    from fttrain.dist import process_group
+    from fttrain.joining import process_group
 
     device = _device(job)
     try:

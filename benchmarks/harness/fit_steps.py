@@ -7,18 +7,19 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from fttrain.checkpoint.frozen_cache import FrozenConfig
+from fttrain.checkpoint.config import FrozenConfig
 from fttrain.data.batch import MicroBatch, collate
 from fttrain.dist import Group
+from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture
-from fttrain.model.lora import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.plan.random_base import RandomBase
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.build import Blueprint
-from fttrain.strategy.protocol import SCHEDULES, StepStats, Strategy, StrategyConfig
-from fttrain.strategy.recipe import Placement, Recipe, StepSize
+from fttrain.strategy.config import SCHEDULES, Placement, StrategyConfig
+from fttrain.strategy.protocol import StepStats, Strategy
+from fttrain.strategy.recipe import Recipe, StepSize
 
 Say = Callable[[str], None]
 TOLD_LAYERS = 20  # layers between two lines of progress

@@ -15,8 +15,9 @@ def run_rank(job_file: str) -> None:
         importlib.import_module(name)
     import torch
 
-    from fttrain.dist import process_group
-    from fttrain.rig.probe import RigConfig, set_up
+    from fttrain.joining import process_group
+    from fttrain.rig.config import RigConfig
+    from fttrain.rig.probe import set_up
 
     device = torch.device("cpu")
     torch.set_num_threads(job["threads"])

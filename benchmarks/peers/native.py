@@ -6,17 +6,17 @@ from peers.work import Row
 from safetensors.torch import load_file
 
 from fttrain import schema
-from fttrain.checkpoint.frozen_cache import FrozenConfig
-from fttrain.checkpoint.source import ModelConfig, resolve
+from fttrain.checkpoint.config import FrozenConfig, ModelConfig
+from fttrain.checkpoint.source import resolve
 from fttrain.data.batch import MicroBatch, collate
 from fttrain.dist import Group
-from fttrain.model.lora import LoraConfig
+from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.build import build_strategy
-from fttrain.strategy.protocol import StrategyConfig
-from fttrain.strategy.recipe import Placement, Recipe, StepSize
+from fttrain.strategy.config import Placement, StrategyConfig
+from fttrain.strategy.recipe import Recipe, StepSize
 
 
 def recipe_of(job: dict[str, Any]) -> Recipe:

@@ -110,8 +110,9 @@ def _initial_adapter(source: Any, config: Any, folder: Path) -> Path:
 def _fill_cache(job: dict[str, Any], config: Any) -> None:
     import torch
 
+    from fttrain.checkpoint.config import ModelConfig
     from fttrain.checkpoint.frozen_build import open_or_build
-    from fttrain.checkpoint.source import ModelConfig, resolve
+    from fttrain.checkpoint.source import resolve
     from fttrain.dist import Group
     from fttrain.strategy.build import frozen_base
 

@@ -6,13 +6,9 @@ whole. Host memory of a rank: as ``frozen`` says of a layer, or the embedding.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,6 +30,7 @@ from fttrain.checkpoint.frozen_cache import (
     layer_name,
     read_records,
 )
+from fttrain.checkpoint.frozen_lock import alone
 from fttrain.checkpoint.hub import HubFiles
 from fttrain.checkpoint.readers import (
     SINGLE,
@@ -46,8 +43,6 @@ from fttrain.dist import Group
 from fttrain.errors import UserError
 from fttrain.quant.checksum import checksum
 from fttrain.store.filling import Progress
-
-POLL_S = 1.0
 
 
 def open_or_build(
@@ -86,7 +81,7 @@ def _of_machine(
             problem = str(error)
     group.refuse_together(problem)
     if verify or not group.all(whole):
-        with _alone(folder, group):
+        with alone(folder, group):
             _Build(base, folder, group).run(progress, verify)
     return FrozenCache(folder, read_records(folder, base.meaning))
 
@@ -267,37 +262,3 @@ def _is_whole(folder: Path, meaning: Mapping[str, Any]) -> bool:
     except ValueError:
         return False
     return all(has_size(folder, name, record) for name, record in records.items())
-
-
-@contextmanager
-def _alone(folder: Path, group: Group) -> Iterator[None]:
-    """No other run makes this cache meanwhile. Ranks wait in small steps: another run may take
-    hours.
-    """
-    problem, lock = "", -1
-    if group.is_main:
-        try:
-            durable.make_folder(folder)
-            lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        except OSError as error:
-            problem = f"frozen cache {folder}: cannot be made ({error.strerror}): {HELP}"
-    group.refuse_together(problem)
-    told = False
-    while not group.all(lock < 0 or _locked(lock)):
-        if group.is_main and not told:
-            print(f"waiting for another process that is making {folder}", flush=True)
-            told = True
-        time.sleep(POLL_S)
-    try:
-        yield
-    finally:
-        if lock >= 0:
-            os.close(lock)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

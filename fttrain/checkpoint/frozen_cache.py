@@ -31,18 +31,6 @@ READ_BYTES = 1 << 30  # Linux reads 2 GiB at most at once
 
 
 @dataclass(frozen=True)
-class FrozenConfig:
-    """The quantised base on disk, and how it is watched over."""
-
-    cache_dir: str | None = None  # null: ~/.cache/fttrain (or XDG_CACHE_HOME)
-    verify_every: int = 50  # steps in which each layer's checksum is compared once; 0: first use
-
-    def __post_init__(self) -> None:
-        if self.verify_every < 0:
-            raise UserError(f"frozen.verify_every={self.verify_every}: 0 or more steps")
-
-
-@dataclass(frozen=True)
 class Record:
     """What a file of the cache holds."""
 

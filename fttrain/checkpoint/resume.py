@@ -32,7 +32,6 @@ from fttrain.checkpoint.whole import load_weights, save_weights
 from fttrain.errors import UserError
 
 __all__ = [
-    "CheckpointConfig",
     "Claim",
     "Snapshot",
     "claim_output",
@@ -46,22 +45,6 @@ FOLDER = re.compile(r"step_(?P<step>\d{8,})(?P<aside>\.replaced)?")
 PART = ".part_"
 
 Warn = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When the exact state of the run is saved and how many snapshots stay."""
-
-    every: int = 100  # optimizer steps between snapshots; 0: only at the end (and on a signal)
-    keep_last: int = 2  # whole snapshots that stay; the newest always does
-
-    def __post_init__(self) -> None:
-        if self.every < 0:
-            raise UserError(
-                f"checkpoint.every={self.every}: must be 0 (only at the end) or a number of steps"
-            )
-        if self.keep_last < 1:
-            raise UserError(f"checkpoint.keep_last={self.keep_last}: must be at least 1")
 
 
 @dataclass(frozen=True)

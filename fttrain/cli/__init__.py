@@ -86,7 +86,7 @@ def _dispatch(arguments: list[str]) -> int:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if {*SWEEP} & {*overrides}:
         return _sweep(command, [text for text in overrides if text not in SWEEP])
-    # Both are slow to import (torch); help and a wrong command do without.
+    # Help and a wrong command do without Hydra, and without what a command needs.
     from fttrain.config import compose
 
     flags = FLAGS.get(command, set())
@@ -107,7 +107,7 @@ def _sweep(command: str, overrides: list[str]) -> int:
             "-m: a sweep starts the ranks of each trial itself and cannot run inside a launcher; "
             f"write: {own}"
         )
-    from fttrain.cli.sweep import sweep  # slow to import (torch)
+    from fttrain.cli.sweep import sweep  # loads Hydra
 
     return sweep(overrides)
 

@@ -50,8 +50,9 @@ def _evaluate(config: RunConfig) -> int:
     from fttrain.data.dataset import prepare
     from fttrain.data.loader import evaluation_batches
     from fttrain.data.samples import holdout_samples
-    from fttrain.dist import process_group, rank_from_environment
+    from fttrain.dist import rank_from_environment
     from fttrain.evaluation import Answer, Evaluation, answer, held_out_loss
+    from fttrain.joining import process_group
     from fttrain.planned import settle
     from fttrain.result import find
     from fttrain.rig.probe import set_up_rank

@@ -27,8 +27,8 @@ def run(config: RunConfig, argv: list[str]) -> int:
 
     from fttrain.checkpoint.hub import SHAPES
     from fttrain.checkpoint.source import load_config, resolve
-    from fttrain.dist import process_group
     from fttrain.errors import UserError
+    from fttrain.joining import process_group
     from fttrain.model.decoder import Architecture
     from fttrain.plan.calibrate import calibrate, python
     from fttrain.plan.links import step_table

@@ -16,7 +16,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
     # Late: these load torch and transformers, and a launcher does without.
     from fttrain.checkpoint.frozen_build import open_or_build
     from fttrain.checkpoint.source import resolve
-    from fttrain.dist import process_group
+    from fttrain.joining import process_group
     from fttrain.rig.probe import set_up_rank
     from fttrain.strategy.build import frozen_base, silent
     from fttrain.track import counting

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +20,13 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fttrain.data.chat import Chat
+from fttrain.data.config import DataConfig
 from fttrain.data.encode import Encoder, Rendered
 from fttrain.data.pack import one_per_row, pack
 from fttrain.data.records import BadRow, Located, Source
 from fttrain.data.report import Report
 from fttrain.data.shapes import Example, detect, to_example
 from fttrain.errors import UserError
-
-if TYPE_CHECKING:
-    from fttrain.data.dataset import DataConfig
 
 DETECT_ROWS = 20  # the shape of the data set is the shape of most of these
 BATCH_ROWS = 128  # rows tokenised at once
@@ -40,7 +38,7 @@ class Builder:
 
     def __init__(
         self,
-        config: "DataConfig",
+        config: DataConfig,
         source: Source,
         tokenizer: Any,
         encoder: Encoder,

@@ -1,4 +1,4 @@
-"""The settings of the data, and the tokenised data set that they make."""
+"""The tokenised data set that the settings of the data make."""
 
 import hashlib
 import json
@@ -11,8 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fttrain.data.batch import IGNORE
+from fttrain.data.build import Builder
 from fttrain.data.cache import cache_root, find, load_or_build
+from fttrain.data.chat import load_template
+from fttrain.data.config import DataConfig
+from fttrain.data.encode import Encoder
+from fttrain.data.records import Source, file_source, hub_source
 from fttrain.data.report import Report
+from fttrain.data.stdlib import stdlib_source
 from fttrain.errors import UserError
 
 FORMAT_VERSION = (
@@ -21,55 +27,6 @@ FORMAT_VERSION = (
 Document = tuple[
     list[int], list[int]
 ]  # token ids and labels of one document, aligned; IGNORE where masked
-
-KINDS = ("stdlib", "file", "hub")
-FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where examples come from and how they become rows of tokens."""
-
-    kind: str = "stdlib"  # stdlib (docstrings of Python's own library) | file | hub
-    # file: a .jsonl .json .csv .tsv .parquet file (the text ones also as .gz), or a folder of them;
-    # hub: an id such as org/name, or org/name:config
-    path: str | None = None
-    split: str = "train"  # split of a hub data set
-    format: str = "auto"  # auto | messages | prompt_completion | alpaca | sharegpt | text
-    seq_len: int = 1024  # tokens of a row
-    holdout: float = 0.1  # fraction of the examples kept for evaluation, in [0, 1)
-    packing: bool = True  # fill a row with several examples (attention never crosses them)
-    loss_on: str = "all"  # which assistant turns are trained: all | last
-    # error: stop and name the row | skip: leave it out and count it | truncate: cut what is longer
-    # than seq_len (counted), skip the others
-    on_bad_row: str = "error"
-    max_rows: int | None = None  # examples read at most; None: all
-    chat_template: str | None = None  # path of a jinja file; None: the tokenizer's own
-    seed: int = 0  # of the hold-out
-    cache_dir: str | None = None  # of the tokenised rows; None: the user's cache folder
-
-    def __post_init__(self) -> None:
-        for key, allowed in {
-            "kind": KINDS,
-            "format": FORMATS,
-            "loss_on": ("all", "last"),
-            "on_bad_row": ("error", "skip", "truncate"),
-        }.items():
-            if getattr(self, key) not in allowed:
-                raise UserError(f"data.{key}={getattr(self, key)}: {', '.join(allowed)}")
-        if self.kind != "stdlib" and not self.path:
-            what = (
-                "a .jsonl, .json, .csv or .parquet file"
-                if self.kind == "file"
-                else "an id such as org/name"
-            )
-            raise UserError(f"data.path is not set: data={self.kind} needs {what}")
-        if self.seq_len < 2:
-            raise UserError(f"data.seq_len={self.seq_len}: tokens of a row, 2 or more")
-        if not 0 <= self.holdout < 1:
-            raise UserError(f"data.holdout={self.holdout}: a fraction in [0, 1)")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise UserError(f"data.max_rows={self.max_rows}: a whole number of 1 or more, or null")
 
 
 class Rows:
@@ -196,13 +153,8 @@ def cached_rows(config: DataConfig, tokenizer: Any, tokenizer_id: str) -> int | 
     return None if folder is None else len(Rows(folder, "train"))
 
 
-def _described(config: DataConfig, tokenizer: Any, tokenizer_id: str) -> tuple[str, Any]:
+def _described(config: DataConfig, tokenizer: Any, tokenizer_id: str) -> tuple[str, Builder]:
     """What the tokenised data set is known by, and what would build it."""
-    # Late: these are heavy, and the settings above are imported by every command.
-    from fttrain.data.build import Builder
-    from fttrain.data.chat import load_template
-    from fttrain.data.encode import Encoder
-
     source = _source(config)
     encoder = Encoder(tokenizer)
     template = load_template(tokenizer, config.chat_template)
@@ -216,10 +168,7 @@ def _described(config: DataConfig, tokenizer: Any, tokenizer_id: str) -> tuple[s
     return fingerprint, Builder(config, source, tokenizer, encoder, template)
 
 
-def _source(config: DataConfig) -> Any:
-    from fttrain.data.records import file_source, hub_source
-    from fttrain.data.stdlib import stdlib_source
-
+def _source(config: DataConfig) -> Source:
     if config.kind == "stdlib":
         return stdlib_source(config.seed)
     if config.kind == "hub":

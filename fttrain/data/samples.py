@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fttrain.data.chat import Chat, load_template
-from fttrain.data.dataset import DataConfig, Dataset
+from fttrain.data.config import DataConfig
+from fttrain.data.dataset import Dataset
 from fttrain.data.encode import Encoder
 from fttrain.data.records import BadRow
 

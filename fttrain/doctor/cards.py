@@ -10,7 +10,8 @@ import torch
 
 from fttrain.doctor.finding import NOT_AVAILABLE, Finding, failure, ok, warning
 from fttrain.rig import topology
-from fttrain.rig.nvml import ask, handle_of
+from fttrain.rig.card import handle_of
+from fttrain.rig.nvml import ask
 from fttrain.units import gib
 
 

@@ -8,9 +8,9 @@ import torch
 from fttrain.checkpoint.base import Base, cache_bytes
 from fttrain.checkpoint.durable import MANIFEST
 from fttrain.doctor.finding import Finding, failure, ok
+from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture
 from fttrain.model.layer_adapters import LayerAdapters
-from fttrain.model.lora import LoraConfig
 from fttrain.units import gib
 
 SAVED_BYTES = 12  # fp32, of each value that trains and of AdamW's two moments

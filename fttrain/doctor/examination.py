@@ -8,14 +8,15 @@ from pathlib import Path
 import psutil
 import torch
 
-from fttrain.checkpoint.source import ModelConfig, resolve
+from fttrain.checkpoint.config import ModelConfig
+from fttrain.checkpoint.source import resolve
 from fttrain.doctor import cards, disk, host, kernels, links, versions
 from fttrain.doctor.finding import FAILURE, OK, WARNING, Finding, failure, warning
 from fttrain.errors import UserError, first_line
-from fttrain.model.lora import LoraConfig
-from fttrain.quant.scheme import QuantConfig
+from fttrain.model.config import LoraConfig
+from fttrain.quant.config import QuantConfig
+from fttrain.rig.config import RigConfig
 from fttrain.rig.nvml import driver_version
-from fttrain.rig.probe import RigConfig
 from fttrain.secrets import redact
 from fttrain.strategy.build import frozen_base
 

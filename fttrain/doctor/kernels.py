@@ -6,7 +6,8 @@ from torch import Tensor
 from fttrain.doctor.finding import Finding, failure, ok
 from fttrain.errors import first_line
 from fttrain.model.attention_op import kernel_name, varlen_attention
-from fttrain.quant.scheme import QuantConfig, dequantise, quantise
+from fttrain.quant.config import QuantConfig
+from fttrain.quant.scheme import dequantise, quantise
 
 # The 16 values of NF4 (Dettmers et al. 2023, appendix E).
 NF4 = (

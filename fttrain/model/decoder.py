@@ -21,8 +21,8 @@ from fttrain.model.linears import LayerState, LinearGroup
 from fttrain.model.lora import GroupMembers
 from fttrain.model.projection import Projection
 from fttrain.model.tiles import through
+from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat, GroupShape
-from fttrain.quant.scheme import QuantConfig
 
 PROLOGUES = {  # group -> (prologue, its norm)
     "qkv": ("rmsnorm", "input_layernorm.weight"),

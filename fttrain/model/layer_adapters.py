@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fttrain.collectives import Handle, Handles, all_gather
-from fttrain.model.lora import GroupAdapter, GroupMembers, LoraConfig, target_indices
+from fttrain.model.config import LoraConfig
+from fttrain.model.lora import GroupAdapter, GroupMembers, target_indices
 from fttrain.optim.flat import FlatLayout, Portion
 from fttrain.quant.frozen_layer import FrozenLayer
 from fttrain.store.lane import copy

@@ -19,11 +19,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fttrain.model.config import MASK_TOKENS
 from fttrain.model.functions import rms_norm, rms_norm_backward, swiglu, swiglu_backward
 from fttrain.model.lora import GroupAdapter
 from fttrain.quant.frozen_layer import FrozenLayer, GroupShape
-
-MASK_TOKENS = 1024  # that one seed draws a mask for; tiles hold whole blocks of as many
 
 
 @dataclass(frozen=True)

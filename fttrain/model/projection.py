@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer, GroupShape
-from fttrain.quant.scheme import QuantConfig, quantise
+from fttrain.quant.scheme import quantise
 from fttrain.store import Traffic
 from fttrain.store.lane import copy, copy_lane
 from fttrain.units import MIB

@@ -16,8 +16,8 @@ from fttrain.plan.time import StepTime, step_time
 from fttrain.rig.profile import CardProfile, RigProfile
 from fttrain.schedule import ScheduleConfig
 from fttrain.store.hostpool import Booking, largest
-from fttrain.strategy.protocol import SCHEDULES, StrategyConfig
-from fttrain.strategy.recipe import POLICIES, Placement, Recipe
+from fttrain.strategy.config import POLICIES, SCHEDULES, Placement, StrategyConfig
+from fttrain.strategy.recipe import Recipe
 from fttrain.units import gib
 
 Progress = Callable[[int, int], None]  # (done, total)

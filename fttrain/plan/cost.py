@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fttrain.checkpoint.base import cache_bytes
-from fttrain.checkpoint.source import ModelConfig, load_tokenizer
-from fttrain.data.dataset import DataConfig, cached_rows
+from fttrain.checkpoint.config import ModelConfig
+from fttrain.checkpoint.source import load_tokenizer
+from fttrain.data.config import DataConfig
+from fttrain.data.dataset import cached_rows
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.optim.optimizer import moment_bytes
@@ -16,7 +18,7 @@ from fttrain.plan.rigs import find_rig, shipped
 from fttrain.plan.time import StepTime
 from fttrain.rig.profile import CardProfile, RigProfile
 from fttrain.schedule import ScheduleConfig
-from fttrain.strategy.protocol import StrategyConfig
+from fttrain.strategy.config import StrategyConfig
 from fttrain.strategy.recipe import Recipe
 from fttrain.strategy.trained import FP32_BYTES, layout_of
 

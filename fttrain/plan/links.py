@@ -14,7 +14,7 @@ from fttrain.plan.time import step_time
 from fttrain.rig.measure_report import Table
 from fttrain.rig.profile import LinkProfile, RigProfile
 from fttrain.schedule import ScheduleConfig
-from fttrain.strategy.protocol import SCHEDULES, StrategyConfig
+from fttrain.strategy.config import SCHEDULES, StrategyConfig
 from fttrain.strategy.recipe import Recipe
 
 COMPARED = ("replicate", "shard", "pipeline")  # beside the configured one

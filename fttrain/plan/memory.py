@@ -21,8 +21,8 @@ from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.schedule.stage_link import AHEAD
 from fttrain.store.activations import UNDER_WAY
 from fttrain.strategy.build import PAGES
+from fttrain.strategy.config import StrategyConfig
 from fttrain.strategy.parts import Share
-from fttrain.strategy.protocol import StrategyConfig
 from fttrain.strategy.recipe import Plan, Recipe
 from fttrain.strategy.usage import WORKSPACE
 

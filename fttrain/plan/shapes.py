@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from fttrain.model.decoder import Architecture
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 
 HEAD_DIM = 128  # of all of them
 

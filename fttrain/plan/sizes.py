@@ -11,17 +11,17 @@ takes beside them is that of LoRA without its base and its adapters.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from fttrain.checkpoint.frozen_cache import FrozenConfig
-from fttrain.model.lora import LoraConfig
+from fttrain.checkpoint.config import FrozenConfig
+from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.plan import memory, shapes
 from fttrain.plan.rigs import find_rig
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.store.filling import LAYERS
 from fttrain.strategy import ends, parts, trained
-from fttrain.strategy.protocol import StrategyConfig
-from fttrain.strategy.recipe import Placement, Recipe, StepSize
+from fttrain.strategy.config import Placement, StrategyConfig
+from fttrain.strategy.recipe import Recipe, StepSize
 from fttrain.strategy.usage import WORKSPACE
 
 SEQ_LEN = 2048

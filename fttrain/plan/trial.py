@@ -17,8 +17,8 @@ from fttrain.rig.probe import peak_host_bytes
 from fttrain.rig.timing import median_s
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.build import Blueprint
-from fttrain.strategy.protocol import StrategyConfig
-from fttrain.strategy.recipe import Placement, Recipe
+from fttrain.strategy.config import Placement, StrategyConfig
+from fttrain.strategy.recipe import Recipe
 
 LAYERS = 4
 MICRO_BATCHES = 2

@@ -5,9 +5,10 @@ attention (``tests/schedule/test_flops.py`` counts the same on fake tensors).
 import math
 from dataclasses import dataclass
 
+from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture
 from fttrain.model.head import chunk_rows
-from fttrain.model.lora import LoraConfig, target_indices
+from fttrain.model.lora import target_indices
 from fttrain.model.projection import QuantisedTable
 from fttrain.strategy.recipe import Plan
 

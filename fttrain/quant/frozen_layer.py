@@ -10,14 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fttrain.quant.config import QuantConfig
 from fttrain.quant.layout import Layout
-from fttrain.quant.scheme import (
-    NESTED_BLOCKSIZE,
-    QuantConfig,
-    QuantisedWeight,
-    dequantise,
-    dequantise_scales,
-)
+from fttrain.quant.scheme import NESTED_BLOCKSIZE, QuantisedWeight, dequantise, dequantise_scales
 
 
 @dataclass(frozen=True)

@@ -6,45 +6,18 @@ fp32 = nested_absmax of 256 codes * code + offset (QLoRA, Dettmers et al. 2023, 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
+# Its import also registers the kernels that ``torch.ops`` is asked for.
+import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
 from fttrain.errors import UserError
+from fttrain.quant.config import QuantConfig
 
-KINDS = ("nf4", "fp4", "none")
-# From 2048 on bitsandbytes' CPU kernel falls back to a slow path.
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024)
 # At once: bitsandbytes' CPU kernel takes 12 to 16 bytes of memory a weight while it quantises.
 PIECE_WEIGHTS = 1 << 20
 NESTED_BLOCKSIZE = 256  # absmax codes that share one nested_absmax; fixed by bitsandbytes
-
-
-@dataclass(frozen=True)
-class QuantConfig:
-    """How the frozen base is stored."""
-
-    kind: str = "nf4"  # nf4 | fp4 | none (the base stays in model.dtype)
-    blocksize: int = 64  # weights that share one scale
-    double_quant: bool = True  # scales quantised to 8 bits too: 4.14, not 4.5 bits a weight
-    # layer: a layer is dequantised once for all micro-batches of a group | tile: linear by linear
-    dequant: str = "layer"
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(f"quant.kind={self.kind!r}: one of {', '.join(KINDS)} is allowed")
-        if self.blocksize not in BLOCKSIZES:
-            raise UserError(
-                f"quant.blocksize={self.blocksize}: one of {', '.join(map(str, BLOCKSIZES))} is "
-                "allowed"
-            )
-        if self.dequant not in ("layer", "tile"):
-            raise UserError(f"quant.dequant={self.dequant!r}: layer or tile is allowed")
-
-    @property
-    def is_quantised(self) -> bool:
-        return self.kind != "none"
 
 
 @dataclass(frozen=True)
@@ -78,7 +51,7 @@ def quantise(weight: Tensor, config: QuantConfig, name: str) -> QuantisedWeight:
         absmax.split(rows * weight.shape[-1] // config.blocksize),
         strict=True,
     ):
-        done, state = _bnb().quantize_4bit(
+        done, state = bnb.quantize_4bit(
             piece.contiguous(), blocksize=config.blocksize, quant_type=config.kind
         )
         codes.copy_(done.view(-1))
@@ -86,13 +59,12 @@ def quantise(weight: Tensor, config: QuantConfig, name: str) -> QuantisedWeight:
     if not config.double_quant:
         return QuantisedWeight(packed, absmax, None, None)
     offset = absmax.mean()
-    codes, nested = _bnb().quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+    codes, nested = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
     return QuantisedWeight(packed, codes, nested.absmax, offset.reshape(1))
 
 
 def dequantise_scales(absmax: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
     """8-bit scale codes uint8 (n,) -> scales fp32 (n,)."""
-    _bnb()
     scales = torch.ops.bitsandbytes.dequantize_blockwise(
         absmax, nested_absmax, dynamic_code(absmax.device), NESTED_BLOCKSIZE, torch.float32
     )
@@ -103,20 +75,9 @@ def dequantise(
     packed: Tensor, scales: Tensor, shape: tuple[int, int], config: QuantConfig, dtype: torch.dtype
 ) -> Tensor:
     """Codes uint8 (out * in / 2,), scales fp32 (out * in / blocksize,) -> weight (out, in)."""
-    _bnb()
     return torch.ops.bitsandbytes.dequantize_4bit(
         packed, scales, config.blocksize, config.kind, shape, dtype
     )
-
-
-def _bnb() -> Any:
-    """bitsandbytes, whose import also registers the kernels that ``torch.ops`` is asked for.
-
-    It takes two seconds, and whoever only reads settings needs none of it.
-    """
-    import bitsandbytes.functional
-
-    return bitsandbytes.functional
 
 
 _codes: dict[torch.device, Tensor] = {}
@@ -125,5 +86,5 @@ _codes: dict[torch.device, Tensor] = {}
 def dynamic_code(device: torch.device) -> Tensor:
     """The 256 values an 8-bit scale code stands for, fp32 (256,)."""
     if device not in _codes:
-        _codes[device] = _bnb().create_dynamic_map().to(device)
+        _codes[device] = bnb.create_dynamic_map().to(device)
     return _codes[device]

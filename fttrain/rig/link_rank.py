@@ -10,12 +10,14 @@ from typing import Any
 import psutil
 import torch
 
-from fttrain.dist import Group, local_world_size, process_group
+from fttrain.dist import Group, local_world_size
 from fttrain.errors import UserError
+from fttrain.joining import process_group
 from fttrain.launch import die_with_parent
+from fttrain.rig.card import own_bytes
+from fttrain.rig.config import RigConfig
 from fttrain.rig.link import WrongResult, gradients_s, measure_link
-from fttrain.rig.nvml import own_bytes
-from fttrain.rig.probe import RigConfig, ranks_a_device, set_up_rank
+from fttrain.rig.probe import ranks_a_device, set_up_rank
 from fttrain.rig.topology import nvlink_bytes
 from fttrain.rig.transports import RUN, LinkJob
 from fttrain.track import counting

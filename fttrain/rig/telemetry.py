@@ -17,8 +17,9 @@ import pynvml
 import torch
 
 from fttrain.dist import Group
+from fttrain.rig.card import handle_of
 from fttrain.rig.changes import own_profile
-from fttrain.rig.nvml import ask, handle_of
+from fttrain.rig.nvml import ask
 from fttrain.rig.profile import CardProfile
 
 GPU_SENSOR = pynvml.NVML_TEMPERATURE_GPU

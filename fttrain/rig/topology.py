@@ -9,7 +9,8 @@ from typing import Any
 import pynvml
 import torch
 
-from fttrain.rig.nvml import ask, handle_of
+from fttrain.rig.card import handle_of
+from fttrain.rig.nvml import ask
 
 _ALL_LINKS = 0xFFFFFFFF  # scope of a counter: the sum over a card's links
 _KIB = 1024

@@ -15,14 +15,15 @@ from fttrain.dist import Group
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.optim.optimizer import check_available
+from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat
-from fttrain.quant.scheme import QuantConfig
 from fttrain.store import FrozenBase
 from fttrain.store.filling import Progress
 from fttrain.store.hostpool import HostPool
 from fttrain.strategy import deepspeed, pipeline, replicate, shard, stream
+from fttrain.strategy.config import check_together, check_trained
 from fttrain.strategy.protocol import Strategy
-from fttrain.strategy.recipe import Plan, Recipe, check_together, check_trained
+from fttrain.strategy.recipe import Plan, Recipe
 from fttrain.strategy.usage import explained
 from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.strategy.zero.settings import refuse_deepspeed_launch

@@ -13,10 +13,11 @@ from fttrain.model.projection import (
     tile_bytes,
     tiled_format,
 )
+from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat
-from fttrain.quant.scheme import QuantConfig
 from fttrain.store import FrozenBase
-from fttrain.strategy.recipe import Placement, Plan
+from fttrain.strategy.config import Placement
+from fttrain.strategy.recipe import Plan
 
 # What the books call each part.
 EMBEDDING, HEAD, QUANTISED_HEAD = "embedding", "head", "head in 4 bits"

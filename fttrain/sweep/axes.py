@@ -11,18 +11,9 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
 from fttrain import schema
-from fttrain.config import (
-    RunConfig,
-    groups,
-    is_path,
-    is_text,
-    one_line,
-    option_of,
-    quoted,
-    read_option_file,
-    split_override,
-)
+from fttrain.config import RunConfig, is_text, quoted, split_override
 from fttrain.errors import UserError
+from fttrain.options import groups, is_path, one_line, option_of, read_option_file
 from fttrain.secrets import is_secret, redact
 from fttrain.sweep.config import SweepConfig
 

@@ -20,8 +20,9 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from fttrain.config import one_line, quoted
+from fttrain.config import quoted
 from fttrain.errors import UserError
+from fttrain.options import one_line
 from fttrain.paths import conf_folder
 from fttrain.sweep import cards
 from fttrain.sweep.axes import Axis

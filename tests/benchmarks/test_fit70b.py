@@ -16,8 +16,8 @@ import torch
 from ranks import run_ranks
 from smoke import ROOT, smoke_run
 
-from fttrain.dist import process_group
 from fttrain.errors import UserError
+from fttrain.joining import process_group
 from fttrain.strategy.usage import explained
 
 Module = Callable[[str], ModuleType]

@@ -19,15 +19,17 @@ from ranks import become_rank, run_ranks
 from tiny_frozen import LAYERS, build, content, damage, truncate
 
 from fttrain.checkpoint import durable
+from fttrain.checkpoint.config import ModelConfig
 from fttrain.checkpoint.fingerprint import fingerprint
 from fttrain.checkpoint.frozen import load_layer
 from fttrain.checkpoint.readers import open_checkpoint
-from fttrain.checkpoint.source import ModelConfig, resolve
+from fttrain.checkpoint.source import resolve
 from fttrain.cli import main
-from fttrain.dist import Group, process_group
+from fttrain.dist import Group
 from fttrain.errors import UserError
+from fttrain.joining import process_group
 from fttrain.quant.checksum import checksum
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.strategy.build import frozen_base
 from fttrain.units import MIB
 

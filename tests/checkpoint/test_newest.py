@@ -12,8 +12,9 @@ from ranks import run_ranks
 from fttrain.checkpoint.adapter import AdapterInfo
 from fttrain.checkpoint.newest import newest_snapshot
 from fttrain.checkpoint.resume import Snapshot, load_snapshot, save_snapshot
-from fttrain.dist import Group, divided
+from fttrain.dist import Group
 from fttrain.errors import UserError
+from fttrain.joining import divided
 
 CPU = torch.device("cpu")
 # Steps of the snapshots that the first and the second machine have; which of them is taken

@@ -13,8 +13,8 @@ import torch
 
 from fttrain.checkpoint import durable
 from fttrain.checkpoint.adapter import AdapterInfo, load_adapter
+from fttrain.checkpoint.config import CheckpointConfig
 from fttrain.checkpoint.resume import (
-    CheckpointConfig,
     Snapshot,
     claim_output,
     find_snapshot,

@@ -8,8 +8,8 @@ import pytest
 import tiny
 import tiny_files
 
+from fttrain.checkpoint.config import ModelConfig
 from fttrain.checkpoint.source import (
-    ModelConfig,
     Source,
     check_length,
     check_vocabulary,

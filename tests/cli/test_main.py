@@ -9,8 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from fttrain import __version__, cli
-from fttrain.config import RunConfig, groups
+from fttrain.config import RunConfig
 from fttrain.errors import UserError
+from fttrain.options import groups
 from fttrain.schema import keys_of, lookup
 from fttrain.sweep.config import SweepConfig
 
@@ -65,6 +66,19 @@ def test_help_does_without_the_slow_imports() -> None:
         "sys.exit(bool({'torch', 'transformers', 'hydra'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+
+
+def test_who_only_starts_ranks_or_trials_does_without_the_libraries_of_training() -> None:
+    program = (
+        "import sys; from fttrain import launch; from fttrain.config import compose\n"
+        "from fttrain.cli import evaluate, measure, plan, quantize, sweep, train\n"
+        "launch.start = lambda config, argv: 0  # the ranks\n"
+        "config = compose(['launch.processes=2'])\n"
+        "for command in (train, quantize, evaluate, measure): command.run(config, [])\n"
+        "print(*{'torch', 'transformers', 'bitsandbytes', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("\n", "")
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:

@@ -10,10 +10,11 @@ import tiny
 import tiny_files
 import torch
 
-from fttrain.checkpoint.source import ModelConfig, load_config, resolve
+from fttrain.checkpoint.config import ModelConfig
+from fttrain.checkpoint.source import load_config, resolve
 from fttrain.cli import main
 from fttrain.model.decoder import Architecture
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.rig.machine import identity
 from fttrain.rig.profile import COLLECTIVES, load_profile
 from fttrain.units import MIB

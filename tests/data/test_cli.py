@@ -7,7 +7,8 @@ from rich.console import Console
 
 from fttrain.cli.data import decode_dimmed, show
 from fttrain.data.batch import IGNORE
-from fttrain.data.dataset import DataConfig, prepare
+from fttrain.data.config import DataConfig
+from fttrain.data.dataset import prepare
 
 
 def test_examples_report_and_table(make_tokenizer: Any, write: Any, tmp_path: Path) -> None:

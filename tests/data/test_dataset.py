@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fttrain.data.batch import IGNORE
-from fttrain.data.dataset import DataConfig, Dataset, prepare
+from fttrain.data.config import DataConfig
+from fttrain.data.dataset import Dataset, prepare
 from fttrain.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]

@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 
-from fttrain.data.dataset import DataConfig, prepare
+from fttrain.data.config import DataConfig
+from fttrain.data.dataset import prepare
 from fttrain.data.samples import holdout_samples
 
 

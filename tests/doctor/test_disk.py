@@ -6,13 +6,14 @@ import tiny
 import tiny_files
 import torch
 
+from fttrain.checkpoint.config import ModelConfig
 from fttrain.checkpoint.frozen_build import open_or_build
-from fttrain.checkpoint.source import ModelConfig, resolve
+from fttrain.checkpoint.source import resolve
 from fttrain.dist import Group
 from fttrain.doctor import disk
 from fttrain.doctor.finding import FAILURE, OK
-from fttrain.model.lora import LoraConfig
-from fttrain.quant.scheme import QuantConfig
+from fttrain.model.config import LoraConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.strategy.build import frozen_base, silent
 
 

@@ -10,14 +10,14 @@ import tiny
 import tiny_files
 import torch
 
-from fttrain.checkpoint.source import ModelConfig
+from fttrain.checkpoint.config import ModelConfig
 from fttrain.cli import main
 from fttrain.doctor import links
 from fttrain.doctor.examination import Wanted, all_checks, examine, summary
 from fttrain.doctor.finding import FAILURE, OK, WARNING, Finding, failure, ok, warning
-from fttrain.model.lora import LoraConfig
-from fttrain.quant.scheme import QuantConfig
-from fttrain.rig.probe import RigConfig
+from fttrain.model.config import LoraConfig
+from fttrain.quant.config import QuantConfig
+from fttrain.rig.config import RigConfig
 
 
 def test_a_check_that_breaks_is_a_failure_and_the_others_go_on() -> None:

@@ -7,9 +7,9 @@ import tiny
 import torch
 
 from fttrain.errors import UserError
+from fttrain.model.config import LoraConfig
 from fttrain.model.families import FAMILIES, family_of
-from fttrain.model.lora import LoraConfig
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 
 LORA = LoraConfig(r=4, lora_alpha=10)
 QUANTS = {

@@ -17,8 +17,8 @@ from fttrain.model import projection
 from fttrain.model.functions import rms_norm
 from fttrain.model.head import Embedding, Head, chunk_bytes, chunk_rows
 from fttrain.model.projection import QuantisedTable, Table, tile_bytes, tiled_format
+from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat
-from fttrain.quant.scheme import QuantConfig
 
 TOKENS, WIDTH, VOCABULARY, EPS = 41, 64, 97, 1e-6
 FORMS, TILE_ROWS = ("table", "tiles"), 64

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fttrain.model import linears
+from fttrain.model.config import MASK_TOKENS, LoraConfig
 from fttrain.model.dora import Magnitudes, Member
 from fttrain.model.layer_adapters import LayerAdapters
-from fttrain.model.linears import MASK_TOKENS, DropoutKey, LayerState, LinearGroup
-from fttrain.model.lora import GroupMembers, LoraConfig
+from fttrain.model.linears import DropoutKey, LayerState, LinearGroup
+from fttrain.model.lora import GroupMembers
 from fttrain.model.tiles import through
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer, GroupShape
 

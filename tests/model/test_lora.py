@@ -10,9 +10,10 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 
 from fttrain.errors import UserError
+from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture
 from fttrain.model.layer_adapters import LayerAdapters
-from fttrain.model.lora import GroupMembers, LoraConfig, target_indices
+from fttrain.model.lora import GroupMembers, target_indices
 from fttrain.quant.frozen_layer import GroupShape
 
 GROUPS = (

@@ -13,7 +13,7 @@ from fttrain.model.projection import (
     tile_bytes,
     tiled_format,
 )
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.units import MIB
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fttrain.data.batch import MicroBatch
+from fttrain.model.config import LoraConfig
 from fttrain.model.linears import DropoutKey
-from fttrain.model.lora import LoraConfig
 from fttrain.schedule import grouped
 from fttrain.schedule.activations import Keep, Offload, Policy, Recompute
 from fttrain.store.activations import HostActivations

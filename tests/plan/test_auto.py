@@ -14,7 +14,8 @@ from fttrain.plan import auto
 from fttrain.plan.auto import Question, answer, check_fits, ranked
 from fttrain.plan.choose import Verdict, candidates, choose, judge
 from fttrain.rig.profile import RigProfile
-from fttrain.strategy.recipe import POLICIES, Recipe, StepSize
+from fttrain.strategy.config import POLICIES
+from fttrain.strategy.recipe import Recipe, StepSize
 
 A = Architecture(tiny.model(num_hidden_layers=4).config)
 RECIPE = replace(tiny_strategy.variant(), size=StepSize(1, 64, 1))

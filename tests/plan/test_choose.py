@@ -14,7 +14,7 @@ from fttrain.plan.choose import candidates, judge, room_bytes
 from fttrain.plan.table import parts_table, table
 from fttrain.rig.profile import RigProfile
 from fttrain.schedule import ScheduleConfig
-from fttrain.strategy.protocol import StrategyConfig
+from fttrain.strategy.config import StrategyConfig
 from fttrain.strategy.recipe import StepSize
 from fttrain.units import gib
 

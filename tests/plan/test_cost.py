@@ -10,16 +10,18 @@ import tiny_frozen
 import tiny_strategy
 from tiny_rig import rig
 
+from fttrain.checkpoint.config import ModelConfig
 from fttrain.checkpoint.resume import Snapshot, save_snapshot
-from fttrain.checkpoint.source import ModelConfig, load_tokenizer
+from fttrain.checkpoint.source import load_tokenizer
 from fttrain.config import compose
-from fttrain.data.dataset import DataConfig, prepare
+from fttrain.data.config import DataConfig
+from fttrain.data.dataset import prepare
 from fttrain.model.decoder import Architecture
 from fttrain.optim.config import OptimConfig
 from fttrain.plan.cost import Cost, cost, disk, renting, run_steps, training_rows
 from fttrain.plan.rigs import find_rig
 from fttrain.plan.time import StepTime
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.run import adapter_info
 from fttrain.strategy.recipe import Recipe
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fttrain.plan.random_base import RandomBase
 from fttrain.quant.checksum import checksum
+from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer, GroupShape
-from fttrain.quant.scheme import QuantConfig
 
 LAYERS = 255
 FORMAT = FrozenFormat(

@@ -4,8 +4,9 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
+from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer, GroupShape
-from fttrain.quant.scheme import QuantConfig, quantise
+from fttrain.quant.scheme import quantise
 
 # K and V are 3 rows: their scales (3 blocks and fewer than 256) end in the middle of a nested block
 GROUPS = (GroupShape("qkv", 128, (20, 3, 3), bias=True), GroupShape("down", 64, (9,)))

@@ -8,13 +8,8 @@ import torch
 
 from fttrain.errors import UserError
 from fttrain.quant import scheme
-from fttrain.quant.scheme import (
-    BLOCKSIZES,
-    QuantConfig,
-    dequantise,
-    dequantise_scales,
-    quantise,
-)
+from fttrain.quant.config import BLOCKSIZES, QuantConfig
+from fttrain.quant.scheme import dequantise, dequantise_scales, quantise
 
 
 def weight(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from fttrain.model.decoder import Architecture
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.rig.measure import Work
 from fttrain.rig.measure_report import tables, write_report
 from fttrain.rig.profile import (

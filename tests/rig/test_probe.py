@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from fttrain.errors import UserError
-from fttrain.rig.probe import (
-    RigConfig,
-    free_device_bytes,
-    is_out_of_memory,
-    peak_host_bytes,
-    set_up,
-)
+from fttrain.rig.config import RigConfig
+from fttrain.rig.probe import free_device_bytes, is_out_of_memory, peak_host_bytes, set_up
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fttrain.data.batch import collate
-from fttrain.model.lora import LoraConfig
+from fttrain.model.config import LoraConfig
 from fttrain.schedule import layer_pass
 from fttrain.schedule.activations import Keep, Rotary
 from fttrain.schedule.attempt import Attempt

@@ -12,12 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
+from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture, Layer
 from fttrain.model.layer_adapters import LayerAdapters
-from fttrain.model.lora import LoraConfig
 from fttrain.plan.work import layer_work
+from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenLayer
-from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule.activations import Keep, Policy, Recompute
 
 CPU = torch.device("cpu")

@@ -4,9 +4,9 @@ import pytest
 import tiny
 import torch
 
+from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Decoder
-from fttrain.model.lora import LoraConfig
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.schedule import generate
 from fttrain.store import Store
 

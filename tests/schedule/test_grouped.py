@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.errors import UserError
+from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
-from fttrain.model.lora import LoraConfig
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.schedule import ScheduleConfig, grouped, layer_pass
 from fttrain.schedule.activations import Keep, Policy, Recompute
 

@@ -10,12 +10,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, Qwen3Config
 
+from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture, Layer
 from fttrain.model.layer_adapters import LayerAdapters
-from fttrain.model.lora import LoraConfig
 from fttrain.plan.live import LiveBytes
+from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenLayer
-from fttrain.quant.scheme import QuantConfig
 from fttrain.schedule.activations import Keep, Policy, Recompute
 
 CPU, DTYPE = torch.device("cpu"), torch.bfloat16

@@ -16,9 +16,10 @@ from torch import Tensor
 from fttrain.checkpoint.adapter import AdapterInfo, save_adapter
 from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.dist import Group
-from fttrain.model.lora import LoraConfig
-from fttrain.quant.scheme import QuantConfig
-from fttrain.strategy.protocol import StepStats, StrategyConfig
+from fttrain.model.config import LoraConfig
+from fttrain.quant.config import QuantConfig
+from fttrain.strategy.config import StrategyConfig
+from fttrain.strategy.protocol import StepStats
 from fttrain.strategy.zero.config import ZeroConfig
 
 pytestmark = pytest.mark.deepspeed

@@ -12,12 +12,12 @@ import tiny_strategy
 from fttrain.config import compose
 from fttrain.dist import Group
 from fttrain.errors import UserError
-from fttrain.model.lora import LoraConfig
+from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.store.hostpool import HostPool
-from fttrain.strategy.protocol import StrategyConfig
-from fttrain.strategy.recipe import Placement, Plan, StepSize, check_trained
+from fttrain.strategy.config import Placement, StrategyConfig, check_trained
+from fttrain.strategy.recipe import Plan, StepSize
 from fttrain.strategy.zero.config import ZeroConfig
 from fttrain.strategy.zero.settings import Settings, refuse_deepspeed_launch, resolve
 

@@ -12,10 +12,11 @@ from ranks import run_ranks
 
 from fttrain.dist import Group
 from fttrain.model.projection import QuantisedTable, Table
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.store.hostpool import HostPool
+from fttrain.strategy.config import Placement
 from fttrain.strategy.ends import book_ends, load_ends
-from fttrain.strategy.recipe import Placement, Plan, Recipe
+from fttrain.strategy.recipe import Plan, Recipe
 
 TABLE_BYTES, CODES_BYTES = 4 * 300 * 64, 215040  # as test_pipeline: what 4 bits take
 EVERYWHERE = list(

@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-from fttrain.model.lora import LoraConfig
+from fttrain.model.config import LoraConfig
 from fttrain.strategy.gradients import GradientHome, PassingGradients, ResidentGradients
 from fttrain.strategy.sync import gradient_sync
 

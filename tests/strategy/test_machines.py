@@ -18,8 +18,9 @@ import torch.distributed as torch_dist
 from ranks import run_ranks
 
 from fttrain.data.batch import MicroBatch, collate
-from fttrain.dist import Group, divided
+from fttrain.dist import Group
 from fttrain.errors import UserError
+from fttrain.joining import divided
 from fttrain.strategy.recipe import Recipe
 
 RANKS, HERE = 4, 2

@@ -13,8 +13,8 @@ from fttrain.errors import UserError
 from fttrain.model import head as head_module
 from fttrain.model.head import Head
 from fttrain.model.projection import Projection, QuantisedTable, Table, tiled_format
+from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer
-from fttrain.quant.scheme import QuantConfig
 from fttrain.store.hostpool import HostPool
 from fttrain.strategy.pipeline import fixed_bytes
 from fttrain.strategy.recipe import Plan

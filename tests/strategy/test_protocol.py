@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from fttrain.errors import UserError
-from fttrain.strategy.protocol import StrategyConfig
+from fttrain.strategy.config import StrategyConfig
 
 
 @pytest.mark.parametrize(

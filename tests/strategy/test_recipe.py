@@ -14,8 +14,8 @@ from fttrain.optim.config import OptimConfig
 from fttrain.schedule import KINDS, ScheduleConfig, layer_pass
 from fttrain.store.hostpool import HostPool
 from fttrain.strategy import parts
-from fttrain.strategy.protocol import SCHEDULES, StrategyConfig
-from fttrain.strategy.recipe import Placement, Plan, StepSize, check_together
+from fttrain.strategy.config import SCHEDULES, Placement, StrategyConfig, check_together
+from fttrain.strategy.recipe import Plan, StepSize
 
 
 @pytest.mark.parametrize(("strategy", "kind"), list(itertools.product(SCHEDULES, KINDS)))

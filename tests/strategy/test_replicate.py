@@ -14,9 +14,9 @@ from torch import Tensor
 from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.data.loader import Loader
 from fttrain.dist import Group
-from fttrain.model.lora import LoraConfig
+from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.strategy.data_parallel import DataParallel
 from fttrain.strategy.protocol import StepStats
 

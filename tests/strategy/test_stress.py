@@ -13,7 +13,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from fttrain.data.batch import collate
-from fttrain.model.lora import LoraConfig
+from fttrain.model.config import LoraConfig
 from fttrain.strategy.recipe import Recipe
 from fttrain.strategy.update import HostUpdate
 

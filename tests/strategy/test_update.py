@@ -7,9 +7,9 @@ import pytest
 import tiny
 import torch
 
+from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture
 from fttrain.model.layer_adapters import LayerAdapters, OnHost
-from fttrain.model.lora import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.optim.optimizer import Optimizer
 from fttrain.strategy import update

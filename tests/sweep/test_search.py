@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from fttrain import schema
-from fttrain.config import groups
+from fttrain.options import groups
 from fttrain.paths import conf_folder
 from fttrain.sweep import axes, check, multirun
 from fttrain.sweep.config import SweepConfig

@@ -5,9 +5,9 @@ from dataclasses import fields
 from typing import Any
 
 from fttrain.errors import UserError
-from fttrain.model.lora import LoraConfig
+from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
-from fttrain.quant.scheme import QuantConfig
+from fttrain.quant.config import QuantConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.zero.config import DEEPSPEED
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fttrain.errors import UserError
-from fttrain.launch import DEEPSPEED_VARIABLES
+from fttrain.launch_files import DEEPSPEED_VARIABLES
 from fttrain.strategy.recipe import Plan, Recipe
 from fttrain.strategy.zero.config import DEFAULT_STAGE
 from fttrain.strategy.zero.user_json import AUTO, UserJson, read

@@ -1,0 +1,132 @@
+"""How a run is saved, and goes on from what it has saved."""
+
+from typing import Any
+
+from fttrain.checkpoint.newest import newest_snapshot
+from fttrain.checkpoint.resume import Snapshot, save_snapshot
+from fttrain.errors import UserError
+from fttrain.launch import restarted
+from fttrain.peers import uncut
+from fttrain.run import Run, adapter_info, divide, split
+
+# Of keys that older snapshots lack
+_BEFORE_THERE_WAS_A_CHOICE = {"lora.use_dora": False, "head in 4 bits": False}
+
+
+def wanted_snapshot(run: Run) -> tuple[str, Snapshot] | None:
+    """Path and content of the snapshot that ``resume`` asks for, if there is one; of a run that its
+    launcher has started again the newest that it has left.
+
+    Raises UserError where it is damaged or was saved with other settings or data.
+    """
+    checkpoints, asked = run.output / "checkpoints", run.group.share(run.config.resume)
+    found = None
+    if run.group.any(restarted()):
+        found = newest_snapshot(checkpoints, "auto", run.group)
+    found = found or newest_snapshot(checkpoints, asked, run.group)
+    if found is None:
+        return None
+    path, snapshot = found
+    for key, now in _identity(run).items():
+        before = snapshot.scalars.get(key, _BEFORE_THERE_WAS_A_CHOICE.get(key))
+        if before != now:
+            raise UserError(
+                f"resume={path}: {key} was {before} when it was saved and is {now} now, so the run "
+                f"would not go on where it stopped; {_remedy(run, key, before)}, or give "
+                "another output= to start afresh"
+            )
+    return path, snapshot
+
+
+def _remedy(run: Run, key: str, before: Any) -> str:
+    """What makes ``key`` what it was ``before``."""
+    rows = run.config.loop.micro_batch_size * run.group.world_size
+    if key == "rows per step" and before and before % rows == 0:
+        return (
+            f"on {run.group.world_size} rank(s) loop.gradient_accumulation_steps={before // rows} "
+            "keeps it"
+        )
+    return "restore the setting or the data"
+
+
+def resume(run: Run, path: str, snapshot: Snapshot) -> None:
+    """Go on from ``snapshot``. Raises UserError where its tensors do not fit the model."""
+    run.strategy.load_adapter_state(snapshot.adapter)
+    run.strategy.load_optimizer_state(snapshot.optimizer)
+    run.guard.restore(snapshot.scalars["guard"])
+    run.step = run.loader.position = snapshot.step
+    history = run.figures.history
+    run.figures.history = [entry for entry in history if entry["step"] <= run.step]
+    run.say(f"resuming after step {run.step} from {path}")
+    _keep_split(run, snapshot.scalars.get("micro_batch_size"))
+
+
+def _keep_split(run: Run, saved: dict[str, int] | None) -> None:
+    """Micro-batches as small as the run had made them, unless their setting is another one now."""
+    loop = run.config.loop
+    if saved is None or saved["configured"] != loop.micro_batch_size or not loop.halve_on_oom:
+        return
+    if saved["used"] < loop.micro_batch_size:
+        divide(run, loop.micro_batch_size // saved["used"])
+        run.say(
+            f"with {split(run)}, since memory ran out before with "
+            f"loop.micro_batch_size={loop.micro_batch_size}; loop.halve_on_oom=false would try it "
+            "again"
+        )
+
+
+def save(run: Run) -> None:
+    """Rank 0 writes; the others wait, and all end together where the disk fails."""
+    problem = ""
+    adapter, optimizer = run.strategy.adapter_state(), run.strategy.optimizer_state()
+    if run.group.is_main:
+        snapshot = Snapshot(
+            run.step,
+            adapter,
+            optimizer,
+            {
+                **_identity(run),
+                "guard": run.guard.state(),
+                "micro_batch_size": {
+                    "configured": run.config.loop.micro_batch_size,
+                    "used": run.loader.micro_batch_size,
+                },
+            },
+            adapter_info(run.config),
+            run.base_model,
+            run.config.model.revision,
+        )
+        try:
+            with uncut:
+                save_snapshot(run.output / "checkpoints", snapshot, run.config.checkpoint.keep_last)
+        except UserError as error:
+            problem = str(error)
+    run.group.refuse_together(problem)
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What must be the same before and after a resume for the data and the randomness to go on."""
+    config = run.config
+    return {
+        "data fingerprint": run.dataset.fingerprint,
+        "rows per step": run.loader.rows_per_step,
+        "loop.seed": config.loop.seed,
+        "model.name": config.model.name,
+        "model.dtype": config.model.dtype,
+        "quant.kind": config.quant.kind,
+        "quant.blocksize": config.quant.blocksize,
+        "quant.double_quant": config.quant.double_quant,
+        "lora.r": config.lora.r,
+        "lora.lora_alpha": config.lora.lora_alpha,
+        "lora.use_rslora": config.lora.use_rslora,
+        "lora.lora_dropout": config.lora.lora_dropout,
+        "lora.target_modules": _as_json(config.lora.target_modules),
+        "frozen base": run.base_digest,
+        "lora.use_dora": config.lora.use_dora,
+        "head in 4 bits": config.placement.head == "nf4",
+    }
+
+
+def _as_json(modules: str | tuple[str, ...]) -> str | list[str]:
+    """As it comes back from a snapshot's JSON."""
+    return modules if isinstance(modules, str) else list(modules)
