@@ -20,7 +20,7 @@ WRONG = {
     "optim.lr_schedule=linear,cosin": "trial optim.lr_schedule=cosin: optim.lr_schedule=cosin: con",
     "schedule.group=2,8": "trial schedule.group=8: schedule.group=8: more than",
     "lora=default,dorra": "lora=dorra: no such option; did you mean dora?",
-    "lora=glob(zz*)": "lora=glob(zz*): there are only default, dora, rslora",
+    "lora=glob(zz*)": "lora=glob(zz*): there are only default, dora, none, rslora",
     "optim.lr=glob(*)": "optim.lr=glob(*): glob is of groups",
     "lora.r=range(8,8)": "lora.r=range(8,8): no value is in this range",
     "optim.lr=interval(1e-4,1e-3)": "an interval is for a sweeper that chooses values",
