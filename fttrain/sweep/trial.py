@@ -1,6 +1,5 @@
 """One trial of a sweep: a run in a folder of its own, started, attended and judged."""
 
-import dataclasses
 import math
 import signal
 import threading
@@ -17,7 +16,6 @@ from fttrain.sweep.config import Sweep
 from fttrain.sweep.objective import OBJECTIVES
 from fttrain.sweep.prune import curve, hopeless, share_done
 from fttrain.sweep.record import FINISHED, Record, records, trial_name
-from fttrain.track import TrackConfig
 
 LOG = "train.log"
 WORST = math.inf  # what the search is told of a trial without a value
@@ -114,9 +112,7 @@ class _Attempt:
         if config.track.kind == "none":
             return arguments
         names = {"group": self._sweep.folder.name, "name": self._record.name}
-        known = {field.name for field in dataclasses.fields(TrackConfig)}
-        shown = [f"track.{key}={quoted(name)}" for key, name in names.items() if key in known]
-        return arguments + shown
+        return arguments + [f"track.{key}={quoted(name)}" for key, name in names.items()]
 
     def _attend(self, child: Child) -> int:
         """Passes signals on, and stops a run that is hopeless; its exit code."""

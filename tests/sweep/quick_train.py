@@ -22,6 +22,7 @@ steps, every = int(settings["loop.max_steps"]), int(settings.get("loop.eval_ever
 got: list[int] = []
 for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, lambda signum, frame: got.append(signum))
+(output / "told.json").write_text(json.dumps(sys.argv[2:]))
 with (output / "starts").open("a") as file:
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     file.write(f"{os.getpid()} {cores} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}\n")

@@ -61,6 +61,18 @@ def test_failed_trials_leave_the_others_alone_and_are_tried_again(
 
 
 @pytest.mark.usefixtures("quick")
+def test_trials_are_a_group_of_their_tracker(tmp_path: Path) -> None:
+    """With one of their own each; a sweep without a tracker has nothing to name."""
+    assert run(tmp_path / "tracked", "loop.seed=1,2", "track=wandb", "track.mode=offline") == 0
+    assert run(tmp_path / "untracked", "loop.seed=1,2") == 0
+    for seed in (1, 2):
+        told = json.loads((tmp_path / "tracked" / f"loop.seed={seed}" / "told.json").read_text())
+        assert {"track.group='tracked'", f"track.name='loop.seed={seed}'"} <= {*told}
+        told = (tmp_path / "untracked" / f"loop.seed={seed}" / "told.json").read_text()
+        assert "track" not in told.replace("untracked", "")
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_sweeper_gets_what_evaluation_json_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
