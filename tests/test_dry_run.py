@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tiny_files
-from tiny_run import arguments, exit_codes, two_ranks
+from tiny_run import arguments, exit_codes, inputs, two_ranks
 
 from fttrain import dry_run
 from fttrain.checkpoint.claim import claim_output
@@ -23,10 +21,7 @@ HOUR_S = 3600.0
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("dry")
-    tiny_files.save(tiny.model(num_hidden_layers=2), place / "model")
-    tiny_files.write_data(place / "data.jsonl")
-    return place
+    return inputs(tmp_path_factory)
 
 
 def files(folder: Path) -> dict[Path, bytes]:

@@ -14,10 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-import tiny
-import tiny_files
 import torch
-from tiny_run import WAIT_S, adapter, arguments, exit_codes, losses, two_ranks
+from tiny_run import WAIT_S, adapter, arguments, exit_codes, inputs, losses, two_ranks
 
 from benchmarks.harness.netns import Veth, veth_pair
 from fttrain.track import read_metrics
@@ -80,10 +78,7 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("files")
-    tiny_files.save(tiny.model(num_hidden_layers=4), place / "model")
-    tiny_files.write_data(place / "data.jsonl")
-    return place
+    return inputs(tmp_path_factory, layers=4)
 
 
 @pytest.fixture

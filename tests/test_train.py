@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import WAIT_S, Fault, adapter, arguments, exit_codes, losses, two_ranks
+from tiny_run import WAIT_S, Fault, adapter, arguments, exit_codes, inputs, losses, two_ranks
 from tiny_wandb import logs
 from transformers import AutoModelForCausalLM
 
@@ -41,10 +41,7 @@ STEPS = 24
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with its tokenizer, and a data set."""
-    place = tmp_path_factory.mktemp("train")
-    tiny_files.save(tiny.model(num_hidden_layers=2), place / "model")
-    tiny_files.write_data(place / "data.jsonl")
-    return place
+    return inputs(tmp_path_factory)
 
 
 @pytest.fixture

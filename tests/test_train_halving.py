@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import short_memory
-import tiny
-import tiny_files
 import torch
-from tiny_run import Shortage, adapter, arguments, exit_codes, losses, two_ranks
+from tiny_run import Shortage, adapter, arguments, exit_codes, inputs, losses, two_ranks
 
 from fttrain.cli import main
 from fttrain.track import read_metrics
@@ -23,10 +21,7 @@ ONE_ROW = ("loop.micro_batch_size=1", "loop.gradient_accumulation_steps=4")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with its tokenizer, and a data set."""
-    place = tmp_path_factory.mktemp("halving")
-    tiny_files.save(tiny.model(num_hidden_layers=2), place / "model")
-    tiny_files.write_data(place / "data.jsonl")
-    return place
+    return inputs(tmp_path_factory)
 
 
 def run(folder: Path, output: Path, *more: str) -> int:

@@ -5,11 +5,9 @@ import signal
 from pathlib import Path
 
 import pytest
-import tiny
-import tiny_files
 import torch
 from safetensors.torch import load_file
-from tiny_run import Fault, adapter, arguments, losses
+from tiny_run import Fault, adapter, arguments, inputs, losses
 
 from fttrain.cli import main
 from fttrain.data.loader import Loader
@@ -35,10 +33,7 @@ OPTIMIZERS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama of four layers with its tokenizer, and a data set."""
-    place = tmp_path_factory.mktemp("resume")
-    tiny_files.save(tiny.model(num_hidden_layers=4), place / "model")
-    tiny_files.write_data(place / "data.jsonl")
-    return place
+    return inputs(tmp_path_factory, layers=4)
 
 
 def run(folder: Path, output: Path, *more: str) -> int:

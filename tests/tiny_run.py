@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import short_memory
+import tiny
+import tiny_files
 import torch
 from ranks import become_rank
 from safetensors.torch import load_file
@@ -25,6 +27,14 @@ from fttrain.launch import free_port
 from fttrain.track import read_metrics
 
 WAIT_S = 300
+
+
+def inputs(factory: pytest.TempPathFactory, layers: int = 2) -> Path:
+    """The folder of a tiny Llama with its tokenizer, and of a data set."""
+    place = factory.mktemp("inputs")
+    tiny_files.save(tiny.model(num_hidden_layers=layers), place / "model")
+    tiny_files.write_data(place / "data.jsonl")
+    return place
 
 
 def arguments(folder: Path, output: Path, *more: str) -> list[str]:

@@ -9,9 +9,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-import tiny
-import tiny_files
-from tiny_run import WAIT_S, arguments, losses
+from tiny_run import WAIT_S, arguments, inputs, losses
 from tiny_sweep import eventually
 
 from fttrain.cli import main
@@ -25,10 +23,7 @@ from fttrain.sweep.trial import identity
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with its tokenizer, and a data set."""
-    place = tmp_path_factory.mktemp("sweep")
-    tiny_files.save(tiny.model(num_hidden_layers=2), place / "model")
-    tiny_files.write_data(place / "data.jsonl")
-    return place
+    return inputs(tmp_path_factory)
 
 
 def sweep(folder: Path, output: Path, *more: str) -> list[str]:
