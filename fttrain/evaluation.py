@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from fttrain.data.batch import MicroBatch
 from fttrain.data.samples import Sample
+from fttrain.files import write_text
 from fttrain.strategy.protocol import Strategy
 from fttrain.track.report import verdict
 from fttrain.units import duration
@@ -50,9 +50,7 @@ class Evaluation:
 
     def write(self, folder: Path) -> None:
         """Replaces the file in one step."""
-        part = folder / f".{FILE}.part"
-        part.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
-        os.replace(part, folder / FILE)
+        write_text(folder / FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     def summary(self) -> str:
         """Answers before and after, and the verdict."""

@@ -210,10 +210,14 @@ def _send(ranks: list[subprocess.Popen[bytes]], signum: int) -> None:
 def _exit_code(rank: int, returncode: int) -> int:
     if returncode >= 0:
         return returncode
-    name = signal.Signals(-returncode).name
-    hint = " (out of host memory? `dmesg` tells)" if name == "SIGKILL" else ""
-    print(f"fttrain: error: rank {rank} was killed by {name}{hint}", file=sys.stderr)
+    print(f"fttrain: error: rank {rank} was {killed_by(-returncode)}", file=sys.stderr)
     return 128 - returncode
+
+
+def killed_by(signum: int) -> str:
+    """The end of a process by a signal, in words."""
+    hint = " (out of host memory? `dmesg` tells)" if signum == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(signum).name}{hint}"
 
 
 def free_port(preferred: int = 0) -> int:

@@ -68,7 +68,7 @@ class Optimizer:
         ]
         # One a layer: each can be stepped by itself, as soon as its gradient is there.
         self._optimizers = [
-            _make([{"params": [values]} for _, values in layer.sections], config)
+            make([{"params": [values]} for _, values in layer.sections], config)
             if layer.sections
             else None
             for layer in self._layers
@@ -110,7 +110,7 @@ class Optimizer:
                 if key.startswith(prefix)
             }
             if own:
-                blank = _blank(optimizer, values, group)
+                blank = blank_state(optimizer, values, group)
                 _restore(blank, optimizer.state[values], name, section, own)
             elif state:
                 raise UserError(
@@ -163,7 +163,8 @@ def _each(state: Tensor, section: Section) -> int:
     return (section.own.stop - section.own.start) // max(1, state.numel())
 
 
-def _make(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+def make(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer that ``config`` names over ``groups``, as torch's take them."""
     settings: dict[str, Any] = {
         "lr": config.lr,
         "betas": config.betas,
@@ -181,7 +182,7 @@ def _make(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opti
     return kind(groups, eps=config.eps, **settings)
 
 
-def _blank(optimizer: torch.optim.Optimizer, values: nn.Parameter, group: int) -> dict[str, Any]:
+def blank_state(optimizer: torch.optim.Optimizer, values: Tensor, group: int) -> dict[str, Any]:
     """Of ``values``, alone in their ``group``: what the optimizer has before the first step."""
     state = optimizer.state[values]
     if isinstance(optimizer, torch.optim.AdamW):

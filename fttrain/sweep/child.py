@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fttrain.launch import PARENT_PID
+from fttrain.launch import PARENT_PID, killed_by
 from fttrain.secrets import redact
 
 PROGRAM = (sys.executable, "-m", "fttrain")
@@ -85,8 +85,7 @@ class Child:
         if self._errors:
             return self._errors[0]
         if code < 0:
-            hint = " (out of host memory? `dmesg` tells)" if code == -signal.SIGKILL else ""
-            return f"killed by {signal.Signals(-code).name}{hint}"
+            return killed_by(-code)
         return f"exit code {code}" + (f": {self._last}" if self._last else "")
 
     def _read(self) -> None:

@@ -1,15 +1,12 @@
 """What a sweep minimises, and where a trial has it."""
 
-import json
-import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fttrain.track.metrics import read_metrics
-
-SMOOTHING = 0.1  # weight of the newest loss in a smoothed one
+from fttrain.track.results import holdout_nll, read_evaluation, series, smoothed
 
 Points = list[tuple[int, float]]  # (step, value)
 
@@ -23,21 +20,17 @@ class Objective:
 
 
 def _holdout_nll(folder: Path) -> float | None:
-    try:
-        value = json.loads((folder / "evaluation.json").read_bytes())["tuned"]["nll"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return finite(value)
+    return holdout_nll(read_evaluation(folder / "evaluation.json"), "tuned")
 
 
 def _train_loss(folder: Path) -> float | None:
-    points = smoothed(loss_points(folder))
-    return points[-1][1] if points else None
+    found = smoothed_loss(folder)
+    return found[-1][1] if found else None
 
 
 def _step_s(folder: Path) -> float | None:
-    taken = [line["step_s"] for line in read_metrics(folder / "metrics.jsonl") if "step_s" in line]
-    return finite(statistics.median(taken)) if taken else None
+    taken = [seconds for _, seconds in points(folder, "step_s")]
+    return statistics.median(taken) if taken else None
 
 
 OBJECTIVES = {
@@ -47,30 +40,12 @@ OBJECTIVES = {
 }
 
 
-def loss_points(folder: Path) -> Points:
-    """Training loss in nats per token of each step that has one."""
-    return series(folder, "loss")
+def points(folder: Path, key: str) -> Points:
+    """(step, value) of the run's metrics where ``key`` is a number."""
+    return series(read_metrics(folder / "metrics.jsonl"), key)
 
 
-def series(folder: Path, key: str) -> Points:
-    """(step, value) of metrics.jsonl where ``key`` is a finite number."""
-    found = [
-        (line["step"], finite(line.get(key))) for line in read_metrics(folder / "metrics.jsonl")
-    ]
-    return [(step, value) for step, value in found if value is not None]
-
-
-def smoothed(points: Points) -> Points:
-    """Exponential mean, a plain one at first, so that it starts without a lag."""
-    mean, result = 0.0, []
-    for count, (step, value) in enumerate(points, 1):
-        mean += max(1 / count, SMOOTHING) * (value - mean)
-        result.append((step, mean))
-    return result
-
-
-def finite(value: object) -> float | None:
-    """``value`` where it is a number and finite."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+def smoothed_loss(folder: Path) -> Points:
+    """Training loss in nats per token of each step that has one, smoothed."""
+    found = points(folder, "loss")
+    return list(zip((step for step, _ in found), smoothed(v for _, v in found), strict=True))

@@ -1,12 +1,12 @@
 """The plot of sweep.md: what is minimised by each setting that differs."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fttrain.sweep.record import Record, keys_of, value_of
+from fttrain.track.plots import save
 
 SIZE = (5.0, 3.6)  # inches of a panel
 COLUMNS = 3
@@ -36,9 +36,7 @@ def plot_parameters(path: Path, done: Sequence[Record], label: str) -> bool:
         one.grid(alpha=0.3)
     for one in axes[len(panels) :]:
         one.set_visible(False)
-    part = path.with_name(f".{path.name}")
-    figure.savefig(part, dpi=120, format="png")
-    os.replace(part, path)
+    save(figure, path)
     return True
 
 

@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from fttrain.sweep.objective import Points, loss_points, series, smoothed
+from fttrain.sweep.objective import Points, points, smoothed_loss
 
 
 def curve(folder: Path, evaluated: bool) -> Points:
     """How good a trial was after which step, in nats per token: its held-out NLL where that is
     taken on the way (``evaluated``), else its smoothed training loss.
     """
-    return series(folder, "holdout_nll") if evaluated else smoothed(loss_points(folder))
+    return points(folder, "holdout_nll") if evaluated else smoothed_loss(folder)
 
 
 def share_done(points: Points, total_steps: int) -> list[tuple[float, float]]:

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
+
+from fttrain.files import write_text
 
 FILE = "trial.json"
 FINISHED = ("done", "pruned")  # such a trial is not run again
@@ -47,13 +48,6 @@ class Record:
     def seconds(self) -> float:
         """Of all attempts; of one whose end nobody saw none."""
         return sum(span[1] - span[0] for span in self.spans if len(span) == 2)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one step."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def records(sweep_folder: Path) -> list[Record]:

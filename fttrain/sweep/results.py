@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fttrain.files import write_text
 from fttrain.sweep.best import FILE as BEST
 from fttrain.sweep.best import write_best
 from fttrain.sweep.config import Sweep
 from fttrain.sweep.objective import OBJECTIVES
 from fttrain.sweep.plots import plot_parameters
-from fttrain.sweep.record import Record, keys_of, records, value_of, write_text
+from fttrain.sweep.record import Record, keys_of, records, value_of
 from fttrain.track import read_metrics
 from fttrain.units import duration, gib
 

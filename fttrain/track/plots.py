@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fttrain.track.memory import CardSample, Sample
+from fttrain.track.results import smoothed
 from fttrain.units import GIB
 
-SMOOTHING = 0.1  # weight of the newest loss in the smoothed line
 SIZE = (8.0, 4.5)  # inches; each further panel is as high
 DEVICE_LINES = {  # figure of a rank -> (how it is called, how it is drawn)
     "device_peak_bytes": ("peak of the allocator", "-"),
@@ -31,12 +31,12 @@ def plot_loss(
     if losses:
         steps, values = zip(*losses, strict=True)
         axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
-        axes.plot(steps, _smooth(values), color="tab:blue", linewidth=2, label="smoothed")
+        axes.plot(steps, smoothed(values), color="tab:blue", linewidth=2, label="smoothed")
     if heldout:
         steps, values = zip(*heldout, strict=True)
         axes.plot(steps, values, "o--", color="tab:orange", label="held-out loss")
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_rate(path: Path, rates: list[tuple[int, float]]) -> None:
@@ -48,7 +48,7 @@ def plot_rate(path: Path, rates: list[tuple[int, float]]) -> None:
     axes.axhline(median, color="black", linestyle="--", label=f"median {median:,.0f}")
     axes.set_ylim(bottom=0)
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_memory(path: Path, samples: Sequence[Sample]) -> None:
@@ -67,7 +67,7 @@ def plot_memory(path: Path, samples: Sequence[Sample]) -> None:
     for axes in panels:
         axes.set_ylim(bottom=0)
         axes.legend(fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_cards(path: Path, samples: Sequence[CardSample]) -> None:
@@ -85,7 +85,7 @@ def plot_cards(path: Path, samples: Sequence[CardSample]) -> None:
                 places, values = [steps[i] for i in hot], [values[i] for i in hot]
                 axes.plot(places, values, "x", color="black", label=f"rank {rank} throttled")
         axes.legend(fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_memory(
@@ -116,16 +116,8 @@ def _panels(*labels: str) -> tuple[Any, list[Any]]:
     return figure, list(panels)
 
 
-def _smooth(values: tuple[float, ...]) -> list[float]:
-    """Exponential mean, a plain one at first, so that it starts without a lag."""
-    mean, result = 0.0, []
-    for count, value in enumerate(values, 1):
-        mean += max(1 / count, SMOOTHING) * (value - mean)
-        result.append(mean)
-    return result
-
-
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """As a PNG, in one step."""
     part = path.with_name(f".{path.name}")
     figure.savefig(part, dpi=120, format="png")
     os.replace(part, path)

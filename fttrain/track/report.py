@@ -11,7 +11,6 @@ config.yaml       names of model and data
 plan.json         see track/plan.py
 """
 
-import os
 import re
 import statistics
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import yaml
 
 from fttrain.errors import UserError
+from fttrain.files import write_text
 from fttrain.track.cards import cards_section
 from fttrain.track.memory import memory_section, read_samples
 from fttrain.track.metrics import read_metrics
@@ -83,7 +83,7 @@ def write_report(folder: Path | str) -> Path:
     if answers:
         parts.append("## Answers before and after\n\n" + "\n\n".join(map(_sample, answers)))
     path = folder / "report.md"
-    _replace(path, "\n\n".join(parts) + "\n")
+    write_text(path, "\n\n".join(parts) + "\n")
     return path
 
 
@@ -190,9 +190,3 @@ def _sample(sample: dict[str, str]) -> str:
         fence = "`" * max(3, longest + 1)
         parts.append(f"**{key}**\n\n{fence}text\n{text}\n{fence}")
     return "\n\n".join(parts)
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from fttrain.track import plan
 from fttrain.track.base import Results, Table
 from fttrain.track.metrics import read_metrics
 
+SMOOTHING = 0.1  # weight of the newest value in a smoothed one
 SAMPLE = ("prompt", "reference", "before", "after")
 PLANNED = ("settings", "fits", "step_s", "tokens_per_s", "hours", "kwh", "price", "reason")
 PEAKS = ("peak_device_bytes", "peak_host_bytes")
@@ -60,6 +61,15 @@ def series(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, floa
         for step, value in pairs
         if isinstance(step, int) and isinstance(value, int | float)
     ]
+
+
+def smoothed(values: Iterable[float]) -> list[float]:
+    """Exponential mean, a plain one at first, so that it starts without a lag."""
+    mean, result = 0.0, []
+    for count, value in enumerate(values, 1):
+        mean += max(1 / count, SMOOTHING) * (value - mean)
+        result.append(mean)
+    return result
 
 
 def held_out(

@@ -40,13 +40,13 @@ def test_the_report_draws_cards_and_crosses_where_one_throttled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures: dict[str, Any] = {}
-    save = plots._save
+    save = plots.save
 
     def keep(figure: Any, path: Path) -> None:
         figures[path.name] = figure
         save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save", keep)
     assert read_cards(a_run(tmp_path, SAMPLES)) == SAMPLES
     text = write_report(tmp_path).read_text()
     assert (

@@ -90,8 +90,8 @@ def test_the_plot_shows_every_rank_and_the_size_of_the_card(
     card: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures: list[Any] = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda *both: (figures.append(both[0]), save(*both)))
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda *both: (figures.append(both[0]), save(*both)))
     sizes = {"device_peak_bytes": 11, "device_used_bytes": 13, "device_total_bytes": 24}
     device = {name: size * GIB for name, size in sizes.items()} if card else {}
     lines = [sampled(step, step * GIB, 3 * GIB, **device) for step in (2, 4, 6)]

@@ -49,7 +49,7 @@ def check_zero(lora: LoraConfig, optim: OptimConfig, schedule: ScheduleConfig) -
             "shard": "ZeRO divides the optimizer's state in any stage; leave it out",
         }
         raise UserError(
-            f"optim.{key}={_shown(getattr(optim, key))} with strategy={DEEPSPEED}: {instead[key]}"
+            f"optim.{key}={shown(getattr(optim, key))} with strategy={DEEPSPEED}: {instead[key]}"
         )
     _check_default(schedule, "schedule.", {"kind": "it has its own order", "group": "likewise"})
 
@@ -58,7 +58,7 @@ def check_placement(placement: Any, quant: QuantConfig) -> None:
     """Raises UserError where something is to be where DeepSpeed does not put it."""
     if placement.activations not in ("recompute", "keep"):
         raise UserError(
-            f"activations={_shown(placement.activations)} with strategy={DEEPSPEED}: recompute or "
+            f"activations={shown(placement.activations)} with strategy={DEEPSPEED}: recompute or "
             "keep, for all layers"
         )
     lies = "strategy.zero.stage=3 with strategy.zero.offload_params=true keeps weights on the host"
@@ -80,10 +80,11 @@ def _check_default(config: Any, prefix: str, reasons: dict[str, str]) -> None:
         value = getattr(config, field.name)
         if field.name in reasons and value != field.default:
             raise UserError(
-                f"{prefix}{field.name}={_shown(value)} belongs to native strategies, not to "
+                f"{prefix}{field.name}={shown(value)} belongs to native strategies, not to "
                 f"strategy={DEEPSPEED}: {reasons[field.name]}; leave it out"
             )
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """As it is written on a command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
 from fttrain.optim.config import OptimConfig
-from fttrain.optim.cpu_adam import CpuAdam
+from fttrain.optim.optimizer import blank_state, make
 from fttrain.strategy.zero.counting import CountedBackend
 from fttrain.strategy.zero.partitions import partitions_of
 
@@ -65,8 +66,8 @@ class Engine:
         """``groups``: of parameters, as torch's optimizers take them, each with ``lr_ratio``, its
         learning rate over that of the step. ``settings``: DeepSpeed's own.
         """
-        kind = CpuAdam if offloaded else _Adam
-        self._inner = kind(groups, optim.lr, optim.betas, optim.eps, optim.weight_decay)
+        kind = "deepspeed_cpu_adam" if offloaded else "adamw"
+        self._inner = make(groups, replace(optim, kind=kind, offload=offloaded))
         with redirect_stdout(StringIO()):  # some of its optimizers print figures of memory
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=self._inner, config=settings, dist_init_required=False
@@ -74,8 +75,8 @@ class Engine:
         self._partitions = partitions_of(self._optimizer)
         # Before the first step, after which DeepSpeed would look for the state of all groups where
         # that of the first one alone is there.
-        for part in self._partitions.masters:
-            self._inner.init_state(part)
+        for group, part in enumerate(self._partitions.masters):
+            blank_state(self._inner, part, group)
         self._partitions.link_moments()
 
     def run(self, *arguments: Any, training: bool) -> Any:
@@ -138,21 +139,6 @@ class Engine:
         for part in self._partitions.masters:
             state = self._inner.state[part]
             state["step"] = steps + 0 * state["step"]  # a number, or a tensor on its device
-
-
-class _Adam(torch.optim.AdamW):
-    """torch's fused AdamW, whose state can be there before the first step."""
-
-    def __init__(self, groups: list[dict[str, Any]], *settings: Any) -> None:
-        """``settings``: lr, betas, eps and weight_decay."""
-        super().__init__(groups, *settings, fused=True)
-
-    def init_state(self, parameter: Tensor) -> None:
-        """As before the first step."""
-        state = self.state[parameter]
-        # The fused kernel wants the step count on the parameter's device, too.
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state.update({name: torch.zeros_like(parameter) for name in MOMENTS})
 
 
 def join_ranks(device: torch.device) -> CountedBackend:

@@ -84,11 +84,8 @@ class _Stage12:
         self._zero._lazy_init_hp_params_optimizer_state()
 
 
-class _Stage1Bf16:
+class _Stage1Bf16(_Stage12):
     """Stage 1 in bf16 with gradients that accumulate in fp32."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self._zero = optimizer
 
     @property
     def masters(self) -> Sequence[Tensor]:
@@ -101,12 +98,6 @@ class _Stage1Bf16:
 
     def spoil(self) -> None:
         _spoil(self._zero.fp32_groups_gradients_flat)
-
-    def publish(self) -> None:
-        self._zero.update_lp_params()
-
-    def link_moments(self) -> None:
-        self._zero._lazy_init_hp_params_optimizer_state()
 
 
 class _Stage3:

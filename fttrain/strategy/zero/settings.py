@@ -11,6 +11,7 @@ from typing import Any
 from fttrain.errors import UserError
 from fttrain.launch_files import DEEPSPEED_VARIABLES
 from fttrain.strategy.recipe import Plan, Recipe
+from fttrain.strategy.zero.checks import shown
 from fttrain.strategy.zero.config import DEFAULT_STAGE
 from fttrain.strategy.zero.user_json import AUTO, UserJson, read
 
@@ -52,8 +53,11 @@ def resolve(plan: Plan, environment: Mapping[str, str]) -> Settings:
         )
     _check_step(recipe, launcher)
     fixed = fixed_values(recipe, plan.group.world_size, stage)
-    values = user.filled(fixed, _automatic(plan, stage))
-    _complete(values, plan, stage, optimizer, params)
+    automatic = _automatic(plan, stage)
+    values = user.filled(fixed, automatic)
+    own = {key: value for key, (value, _) in fixed.items() if not key.startswith("optimizer.")}
+    _complete(values, own | automatic)  # the optimizer is made here
+    _offload(values, plan, {"offload_optimizer": optimizer, "offload_param": params})
     return Settings(stage, optimizer, params, values)
 
 
@@ -101,30 +105,26 @@ def _automatic(plan: Plan, stage: int) -> dict[str, Any]:
     }
 
 
-def _complete(
-    values: dict[str, Any], plan: Plan, stage: int, optimizer: bool, params: bool
-) -> None:
+def _complete(values: dict[str, Any], everything: Mapping[str, Any]) -> None:
     """Put into ``values`` what the user's JSON left open. Gradients meet and accumulate in fp32."""
-    everything: dict[str, Any] = {
-        key: value
-        for key, (value, _) in fixed_values(plan.recipe, plan.group.world_size, stage).items()
-        if not key.startswith("optimizer.")  # it is made here
-    } | _automatic(plan, stage)
     for key, value in everything.items():
         section, _, name = key.rpartition(".")
         (values.setdefault(section, {}) if section else values).setdefault(name, value)
     values.pop("optimizer", None)
-    pinned = {"device": "cpu", "pin_memory": plan.group.device.type == "cuda"}
-    for offloaded, key in ((optimizer, "offload_optimizer"), (params, "offload_param")):
-        if offloaded:
-            own = values["zero_optimization"].get(key) or {}
-            values["zero_optimization"][key] = {**pinned, **own, "device": "cpu"}
-        else:
-            values["zero_optimization"].pop(key, None)
     # A step that is left out is one whose gradient is not finite: it has to look.
     values["bf16"]["check_grad_overflow"] = values["bf16"]["enabled"]
     values["zero_allow_untested_optimizer"] = True  # AdamW, by torch or by DeepSpeed's own kernel
     values["zero_force_ds_cpu_optimizer"] = False
+
+
+def _offload(values: dict[str, Any], plan: Plan, wanted: Mapping[str, bool]) -> None:
+    """``wanted``: section of ``zero_optimization`` -> whether it lies in host memory."""
+    pinned = {"device": "cpu", "pin_memory": plan.group.device.type == "cuda"}
+    zero = values["zero_optimization"]
+    for key, offloaded in wanted.items():
+        own = zero.pop(key, None) or {}
+        if offloaded:
+            zero[key] = {**pinned, **own, "device": "cpu"}
 
 
 def _stage(own: int | None, user: UserJson, launcher: Mapping[str, str]) -> int:
@@ -164,7 +164,7 @@ def _agreed(said: Mapping[str, Any]) -> Any:
     for name, value in found[1:]:
         if value != found[0][1]:
             raise UserError(
-                f"{found[0][0]}={_shown(found[0][1])}, but {name}={_shown(value)}: make them the "
+                f"{found[0][0]}={shown(found[0][1])}, but {name}={shown(value)}: make them the "
                 "same, or leave one out"
             )
     return found[0][1] if found else None
@@ -190,7 +190,3 @@ def _check_step(recipe: Recipe, launcher: Mapping[str, str]) -> None:
 def _said(key: str) -> str:
     """How errors call what the launch file says."""
     return f"{key} of the launch file"
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
