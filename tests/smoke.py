@@ -18,6 +18,6 @@ def smoke_run(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     return done, json.loads(figures.read_text()) if figures.exists() else {}

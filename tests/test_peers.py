@@ -1,7 +1,6 @@
 """A rank that dies or fails ends the others, with its name; one that has left disturbs nobody."""
 
 import functools
-import multiprocessing
 import os
 import signal
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import torch.distributed as torch_dist
@@ -57,8 +57,6 @@ Start = Callable[..., tuple[list[int | None], list[str]]]
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Start]:
     """Runs a function on ranks until all have ended: their exit codes and what they said."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fttrain.joining", "fttrain.cli"])
     started: list[BaseProcess] = []
 
     def run(
@@ -66,9 +64,9 @@ def run(tmp_path: Path) -> Iterator[Start]:
     ) -> tuple[list[int | None], list[str]]:
         port = launch.free_port()
         for rank in range(world_size):
-            parameters = (work, rank, world_size, here, port, tmp_path, grace_s)
-            started.append(context.Process(target=rank_main, args=parameters))
-            started[-1].start()
+            started.append(
+                processes.start(rank_main, work, rank, world_size, here, port, tmp_path, grace_s)
+            )
         for process in started:
             process.join(WAIT_S)
         said = [(tmp_path / f"stderr{rank}").read_text() for rank in range(world_size)]

@@ -1,7 +1,6 @@
 """``fttrain train`` on a tiny model, and two ranks of it that can be hit by a signal."""
 
 import functools
-import multiprocessing
 import os
 import sys
 import threading
@@ -12,6 +11,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import short_memory
 import tiny
@@ -128,9 +128,9 @@ def two_ranks() -> Iterator[Callable[..., list[BaseProcess]]]:
     started: list[BaseProcess] = []
 
     def start(*args: Any, **settings: Any) -> list[BaseProcess]:
-        processes = start_ranks(*args, **settings)
-        started.extend(processes)
-        return processes
+        ranks = start_ranks(*args, **settings)
+        started.extend(ranks)
+        return ranks
 
     try:
         yield start
@@ -149,18 +149,14 @@ def start_ranks(
 
     ``stderr``: the folder for what they say there, in ``stderr0``, ``stderr1`` ...
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fttrain.train", "fttrain.cli.train"])
     port = free_port()
-    processes: list[BaseProcess] = []
-    for rank in range(world_size):
-        parameters = (argv, rank, world_size, port, fault, stderr)
-        processes.append(context.Process(target=rank_main, args=parameters))
-        processes[-1].start()
-    return processes
+    return [
+        processes.start(rank_main, argv, rank, world_size, port, fault, stderr)
+        for rank in range(world_size)
+    ]
 
 
-def exit_codes(processes: list[BaseProcess]) -> list[int | None]:
-    for process in processes:
-        process.join(WAIT_S)
-    return [process.exitcode for process in processes]
+def exit_codes(ranks: list[BaseProcess]) -> list[int | None]:
+    for rank in ranks:
+        rank.join(WAIT_S)
+    return [rank.exitcode for rank in ranks]

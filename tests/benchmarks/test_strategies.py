@@ -35,6 +35,7 @@ def test_strategies_and_peers_do_the_same_work(tiny_model: Path, tmp_path: Path)
         assert result["sent_bytes_per_step"] > 0
 
 
+@pytest.mark.alone
 def test_a_slow_link_slows_what_sends_much(tiny_model: Path, tmp_path: Path) -> None:
     fast, slow = run(tiny_model, tmp_path / "figures.json", "--mbit", "20", "--only", "FSDP2")
     assert (fast["settings"]["mbit"], slow["settings"]["mbit"]) == (None, 20)

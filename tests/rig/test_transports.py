@@ -105,11 +105,11 @@ class SharedCard:
         monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda card: [process])
 
 
-@pytest.mark.parametrize(("pid", "taken_mib"), [(os.getpid(), 498), (1, 398)])
+@pytest.mark.parametrize(("known", "taken_mib"), [(True, 498), (False, 398)])
 def test_a_shared_card_s_context_is_that_of_one_rank(
-    pid: int, taken_mib: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    known: bool, taken_mib: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """By the driver, where it knows the process; else the growth is divided."""
-    SharedCard(monkeypatch, pid)
+    SharedCard(monkeypatch, os.getpid() if known else 1)
     job = LinkJob("cuda", "gloo", 1, "", 0, {}, 0, 0.0, 1024 * MIB, str(tmp_path))
     assert link_rank._overhead_bytes(job, torch.device("cuda", 0)) == taken_mib * MIB

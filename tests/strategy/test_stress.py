@@ -17,7 +17,7 @@ from fttrain.model.config import LoraConfig
 from fttrain.strategy.recipe import Recipe
 from fttrain.strategy.update import HostUpdate
 
-STEPS = 200
+STEPS = 100
 SHAPE = {
     "num_hidden_layers": 4,
     "hidden_size": 32,
