@@ -13,6 +13,7 @@ from fttrain.checkpoint.frozen_cache import FrozenCache
 from fttrain.checkpoint.source import Source, load_config, quantisation_of
 from fttrain.dist import Group
 from fttrain.errors import UserError
+from fttrain.model import liger
 from fttrain.model.decoder import Architecture
 from fttrain.optim.optimizer import check_available
 from fttrain.quant.config import QuantConfig
@@ -66,6 +67,7 @@ class Blueprint:
                 "model.dtype=float32: flash attention on a GPU takes model.dtype=bfloat16"
             )
         check_available(recipe.optim)
+        liger.use(recipe.kernels, group.device)
         self._plan = Plan(recipe, group, architecture, frozen_format, HostPool(group))
         self._page = PAGES[recipe.strategy.name]
         self._share = self._page.book(self._plan)
