@@ -46,9 +46,10 @@ def missing_on(device: torch.device) -> str:
         return "Liger is not installed, which pip install 'fttrain[liger]' does"
     x = torch.ones(1, 1, 16, device=device)
     try:  # they are compiled: there may be no C compiler, another Triton, another Liger
-        rms_norm_backward(rms_norm(x, x[0, 0], 0.0), x, x[0, 0], 0.0)
-        swiglu_backward(swiglu(x[0]), x[0])
-        rotate_(x, x[0], x[0])
+        with torch.cuda.device_of(x):  # where Triton launches
+            rms_norm_backward(rms_norm(x, x[0, 0], 0.0), x, x[0, 0], 0.0)
+            swiglu_backward(swiglu(x[0]), x[0])
+            rotate_(x, x[0], x[0])
     except Exception as error:
         return f"Liger's kernels do not run on {device}: {first_line(error)}"
     return ""
