@@ -20,6 +20,7 @@ from fttrain.strategy.build import build_strategy, silent
 from fttrain.strategy.config import AUTO, StrategyConfig
 from fttrain.strategy.protocol import OutOfMemory, Strategy
 from fttrain.strategy.recipe import Recipe, StepSize
+from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.track import counting
 
 
@@ -136,17 +137,17 @@ def describe(run: Run) -> None:
         f"{config.model.name}, quant={config.quant.kind}, lora.r={config.lora.r}, "
         f"strategy={config.strategy.name} on "
         f"{run.group.world_size} rank(s) of {run.group.device.type}{_machines(run.group)}, "
-        f"{_kernels(run.group)}\n"
+        f"{_kernels(config, run.group)}\n"
         f"{run.total_steps} steps of {run.loader.rows_per_step} rows of up to "
         f"{config.data.seq_len} tokens -> {run.output}",
         flush=True,
     )
 
 
-def _kernels(group: Group) -> str:
-    """Those that really run."""
+def _kernels(config: RunConfig, group: Group) -> str:
+    """Those that really run; DeepSpeed's layers have transformers' own, but for attention."""
     attention = kernel_name(group.device)
-    if group.device.type == "cpu":
+    if group.device.type == "cpu" or config.strategy.name == DEEPSPEED:
         return attention
     return f"{attention}; norms, rotary embedding and SwiGLU by {liger.name()}"
 

