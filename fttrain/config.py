@@ -25,7 +25,7 @@ from fttrain.data.config import DataConfig
 from fttrain.errors import UserError
 from fttrain.launch import LaunchConfig
 from fttrain.loop import LoopConfig
-from fttrain.model.config import LoraConfig
+from fttrain.model.config import AUTO_KERNELS, LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.options import HOW_CHOSEN, groups, one_line, option_of
 from fttrain.paths import conf_folder
@@ -33,7 +33,14 @@ from fttrain.quant.config import QuantConfig
 from fttrain.rig.config import RigConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.secrets import is_secret, redact
-from fttrain.strategy.config import AUTO, Placement, StrategyConfig, check_together, check_trained
+from fttrain.strategy.config import (
+    AUTO,
+    Placement,
+    StrategyConfig,
+    check_kernels,
+    check_together,
+    check_trained,
+)
 from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.track import TrackConfig
 
@@ -64,11 +71,13 @@ class RunConfig:
     mlp_tile_tokens: int | str  # that pass a layer's MLP at once: a multiple of 1024 | all
     resume: str  # auto (the newest whole snapshot in output) | none | path of a snapshot
     output: str  # folder of the run
+    kernels: str = AUTO_KERNELS  # of norms, rotary and SwiGLU on a GPU: auto | torch | liger
     dry_run: int = 0  # examples of a trial that leaves nothing behind; 0: the run itself
 
     def __post_init__(self) -> None:
         placement = self.placement  # refuses what does not exist
         check_together(self.strategy, self.schedule, self.optim)
+        check_kernels(self.kernels, self.strategy)
         check_trained(self.strategy, self.quant, self.lora, self.optim, self.schedule, placement)
         if self.strategy.name == DEEPSPEED and self.activations == AUTO:
             raise UserError(

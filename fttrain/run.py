@@ -13,12 +13,14 @@ from fttrain.data.loader import Loader, PackedRows
 from fttrain.dist import Group
 from fttrain.evaluation import Evaluation
 from fttrain.loop import SpikeGuard
+from fttrain.model import liger
 from fttrain.model.attention_op import kernel_name
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.build import build_strategy, silent
 from fttrain.strategy.config import AUTO, StrategyConfig
 from fttrain.strategy.protocol import OutOfMemory, Strategy
 from fttrain.strategy.recipe import Recipe, StepSize
+from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.track import counting
 
 
@@ -63,6 +65,7 @@ def recipe(config: RunConfig) -> Recipe:
         config.model.dtype,
         loop.seed,
         loop.z_loss,
+        config.kernels,
     )
 
 
@@ -116,6 +119,7 @@ def _check_alike(config: RunConfig, group: Group, dataset: Dataset) -> None:
         for key, value in dataclasses.asdict(getattr(config, section)).items()
     }
     settings["model.dtype"] = config.model.dtype
+    settings["kernels"] = config.kernels
     settings["checkpoint.every"] = str(config.checkpoint.every)
     settings["track.memory_every"] = str(config.track.memory_every)
     settings["dry_run"] = str(config.dry_run)
@@ -133,11 +137,19 @@ def describe(run: Run) -> None:
         f"{config.model.name}, quant={config.quant.kind}, lora.r={config.lora.r}, "
         f"strategy={config.strategy.name} on "
         f"{run.group.world_size} rank(s) of {run.group.device.type}{_machines(run.group)}, "
-        f"{kernel_name(run.group.device)}\n"
+        f"{_kernels(config, run.group)}\n"
         f"{run.total_steps} steps of {run.loader.rows_per_step} rows of up to "
         f"{config.data.seq_len} tokens -> {run.output}",
         flush=True,
     )
+
+
+def _kernels(config: RunConfig, group: Group) -> str:
+    """Those that really run; DeepSpeed's layers have transformers' own, but for attention."""
+    attention = kernel_name(group.device)
+    if group.device.type == "cpu" or config.strategy.name == DEEPSPEED:
+        return attention
+    return f"{attention}; norms, rotary embedding and SwiGLU by {liger.name()}"
 
 
 def _machines(group: Group) -> str:

@@ -19,14 +19,17 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fttrain-tests-")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
 import pytest
+import torch
 from turns import turn
+
+# Without a card Triton interprets its kernels, which has to be said before it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def missing_for_cuda() -> str:
-    import torch
-
     return "" if torch.cuda.is_available() else "no CUDA device on this machine"
 
 
@@ -36,12 +39,22 @@ def missing_for_deepspeed() -> str:
     return "" if shutil.which(os.environ.get("CXX", "c++")) else "no C++ compiler on this machine"
 
 
+def missing_for_liger() -> str:
+    found = importlib.util.find_spec("liger_kernel")
+    return "" if found else "Liger is not installed: fttrain[liger]"
+
+
 def missing_for_ray() -> str:
     found = importlib.util.find_spec("ray") and importlib.util.find_spec("hydra_plugins")
     return "" if found else "Ray is not installed: fttrain[ray]"
 
 
-MISSING = {"cuda": missing_for_cuda, "deepspeed": missing_for_deepspeed, "ray": missing_for_ray}
+MISSING = {
+    "cuda": missing_for_cuda,
+    "deepspeed": missing_for_deepspeed,
+    "liger": missing_for_liger,
+    "ray": missing_for_ray,
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -189,6 +189,7 @@ WRONG = {
     "embedding=disk": "embedding=disk: device or host",
     "head=host": "head=host: resident, streamed or nf4",
     "mlp_tile_tokens=100": "mlp_tile_tokens=100: all, or a multiple of 1024 tokens such as 4096",
+    "kernels=triton": "kernels=triton: auto, torch or liger",
     "mlp_tile_tokens=half": "mlp_tile_tokens=half: all, or a multiple of 1024",
     "frozen.verify_every=-1": "frozen.verify_every=-1: 0 or more steps",
     "optim=lion": "optim=lion: no such option",

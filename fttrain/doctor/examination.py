@@ -81,9 +81,12 @@ def _cards() -> list[cards.Card]:
 def _of_kernels(count: int) -> list[tuple[str, Check]]:
     """On each of ``count`` cards; without any on the CPU."""
     cards_named = [(f", card {i}", torch.device("cuda", i)) for i in range(count)]
+    checks = [("quantiser", kernels.quantiser), ("attention", kernels.attention)]
+    if count:
+        checks.append(("norm, rotary, SwiGLU", kernels.norm_rotary_swiglu))
     return [
         (f"{name}{where}", partial(check, device))
-        for name, check in (("quantiser", kernels.quantiser), ("attention", kernels.attention))
+        for name, check in checks
         for where, device in cards_named or [("", torch.device("cpu"))]
     ]
 

@@ -1,10 +1,14 @@
-"""Do the kernels that a run rests on work here: quantiser and attention, called and compared."""
+"""Do the kernels a run rests on work here: quantiser, attention, Liger's; called and compared."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fttrain.doctor.finding import Finding, failure, ok
+from fttrain.doctor.finding import Finding, failure, ok, warning
 from fttrain.errors import first_line
+from fttrain.model import functions, liger
 from fttrain.model.attention_op import kernel_name, varlen_attention
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.scheme import dequantise, quantise
@@ -18,6 +22,7 @@ NF4 = (
 )  # fmt: skip
 BLOCKSIZE, ROWS, COLUMNS = 64, 128, 256
 ATTENTION_TOLERANCE = 0.02  # bf16 against fp32, of values about 1
+KERNEL_TOLERANCE = 0.02  # likewise, both in bf16
 LENGTHS, HEADS, KV_HEADS, WIDTH = (37, 1, 90), 4, 2, 64
 
 
@@ -101,6 +106,34 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = scores.masked_fill(later, float("-inf")).softmax(-1)
         parts.append(torch.einsum("hqk,khd->qhd", weights, wide_v))
     return torch.cat(parts)
+
+
+def norm_rotary_swiglu(device: torch.device) -> Finding:
+    """Liger's kernels on ``device``, forward and backward, against plain torch, both in bf16."""
+    if missing := liger.missing_on(device):
+        return warning(f"{missing}: runs take torch's kernels", "pip install 'fttrain[liger]'")
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(33, heads, WIDTH) for heads in (HEADS, 2 * HEADS)]
+    x, gate_up = (torch.randn(s, generator=generator).bfloat16().to(device) for s in shapes)
+    weight, angles, gate_up = x[0, 0], x[:, 0], gate_up.flatten(1)
+    compute: dict[str, Callable[[Any], Tensor]] = {
+        "norm": lambda by: by.rms_norm(x, weight, 1e-5),
+        "norm's gradient": lambda by: by.rms_norm_backward(x.sin(), x, weight, 1e-5),
+        "SwiGLU": lambda by: by.swiglu(gate_up),
+        "SwiGLU's gradient": lambda by: by.swiglu_backward(x.flatten(1), gate_up),
+        "rotary embedding": lambda by: by.rotate_(x.clone(), angles.cos(), angles.sin()),
+    }
+    with torch.cuda.device_of(x):  # where Triton launches
+        results = {name: (made(liger), made(functions)) for name, made in compute.items()}
+    apart = {name: _error(own, plain.cpu().float()) for name, (own, plain) in results.items()}
+    wrong = {name: error for name, error in apart.items() if not error < KERNEL_TOLERANCE}
+    if wrong:
+        return failure(
+            "; ".join(f"{name} is off by {error:.3f}" for name, error in wrong.items())
+            + " of the largest value",
+            "kernels=torch, or pip install --force-reinstall 'fttrain[liger]'",
+        )
+    return ok(f"Liger's, off by {max(apart.values()):.4f} of torch's in bf16")
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

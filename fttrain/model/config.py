@@ -1,10 +1,13 @@
-"""The settings of the adapters, and what those of tiles are bound to."""
+"""The settings of the adapters and of kernels, and what those of tiles are bound to."""
 
 import math
 from dataclasses import dataclass
 
 from fttrain.errors import UserError
 
+# What computes norms, rotary embedding and SwiGLU: on a GPU Liger's Triton kernels where they run,
+# else plain torch | plain torch | Liger's, or an error
+KERNELS = AUTO_KERNELS, TORCH_KERNELS, LIGER_KERNELS = "auto", "torch", "liger"
 MASK_TOKENS = 1024  # that one seed draws a mask for; tiles hold whole blocks of as many
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fttrain.model.functions import row_tiles
+from fttrain.model.rows import row_tiles
 
 
 class Member(NamedTuple):

@@ -2,31 +2,26 @@
 
 They save nothing themselves: whoever calls them keeps the inputs it wants to keep and recomputes
 the rest. What they need beside their result is as large as a tile of rows, however many tokens.
+Plain torch is what they mean; on a GPU Liger's kernels do the same where they can (``liger.py``).
 
 Legend: N tokens, C width of the input, F width of the MLP, H heads, D width of a head.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-# Of a tile of rows: 32 MiB in fp32, and on a GPU a kernel that still takes longer than its launch.
-TILE_VALUES = 1 << 23
-
-
-def row_tiles(x: Tensor) -> Iterator[slice]:
-    """The rows of ``x`` (N, ...) in tiles of at most ``TILE_VALUES`` values, one row at least."""
-    rows = max(1, TILE_VALUES * len(x) // max(1, x.numel()))
-    return (slice(start, start + rows) for start in range(0, len(x), rows))
+from fttrain.model import liger
+from fttrain.model.rows import inverse_rms, row_tiles
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x`` (N, ..., C) -> x / rms(x) * weight, statistics in fp32 (Zhang and Sennrich 2019)."""
+    if liger.takes(x, x.shape[-1]):
+        return liger.rms_norm(x, weight, eps)
     out = x.new_empty(x.shape)
     for rows in row_tiles(x):
         x32 = x[rows].to(torch.float32, copy=True)
-        torch.mul(weight, x32.mul_(_rstd(x32, eps)).to(x.dtype), out=out[rows])
+        torch.mul(weight, x32.mul_(inverse_rms(x32, eps)).to(x.dtype), out=out[rows])
     return out
 
 
@@ -36,10 +31,12 @@ def rms_norm_backward(
     """Gradient of the norm's output (N, ..., C) -> that of ``x`` (N, ..., C), in ``out`` where it
     is given, which may be ``grad``. The weight is frozen.
     """
+    if liger.takes(x, x.shape[-1]):
+        return liger.rms_norm_backward(grad, x, weight, eps, out)
     out = grad.new_empty(grad.shape) if out is None else out
     for rows in row_tiles(x):
         x32 = x[rows].to(torch.float32, copy=True)
-        rstd = _rstd(x32, eps)
+        rstd = inverse_rms(x32, eps)
         normed = x32.mul_(rstd)  # fp32 (rows, ..., C)
         grad32 = (grad[rows] * weight).to(torch.float32)
         projection = (grad32 * normed).mean(-1, keepdim=True)
@@ -47,14 +44,10 @@ def rms_norm_backward(
     return out
 
 
-def _rstd(x32: Tensor, eps: float) -> Tensor:
-    """fp32 (..., 1): one over the root mean square."""
-    norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)  # one pass; square and mean take two
-    return torch.rsqrt(norm.square_().div_(x32.shape[-1]).add_(eps))
-
-
 def swiglu(gate_up: Tensor) -> Tensor:
     """``gate_up`` (N, 2F), gate first -> silu(gate) * up (N, F) (Shazeer 2020)."""
+    if liger.takes(gate_up, gate_up.shape[-1] // 2):
+        return liger.swiglu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate).mul_(up)
 
@@ -63,6 +56,8 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, out: Tensor | None = None) ->
     """Gradient of the output (N, F) -> gradient of ``gate_up`` (N, 2F), in ``out`` where it is
     given.
     """
+    if liger.takes(gate_up, grad.shape[-1]) and gate_up.is_contiguous():
+        return liger.swiglu_backward(grad, gate_up, out)
     out = torch.empty_like(gate_up) if out is None else out
     for rows in row_tiles(gate_up):
         gate, up = gate_up[rows].chunk(2, dim=-1)
@@ -79,6 +74,8 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     ``heads`` (N, H, D); ``cos`` and ``sin`` (N, D), each half the same. Passing ``-sin`` undoes the
     rotation, which is also its backward pass.
     """
+    if liger.takes(heads, heads.shape[-1]) and heads.is_contiguous() and heads.shape[1] > 1:
+        return liger.rotate_(heads, cos, sin)
     half = heads.shape[-1] // 2
     for rows in row_tiles(heads):
         first, second = heads[rows, :, :half], heads[rows, :, half:]

@@ -13,6 +13,7 @@ from fttrain.checkpoint.frozen_cache import FrozenCache
 from fttrain.checkpoint.source import Source, load_config, quantisation_of
 from fttrain.dist import Group
 from fttrain.errors import UserError
+from fttrain.model import liger
 from fttrain.model.decoder import Architecture
 from fttrain.optim.optimizer import check_available
 from fttrain.quant.config import QuantConfig
@@ -61,6 +62,7 @@ class Blueprint:
         )
         if recipe.strategy.name != DEEPSPEED:
             refuse_deepspeed_launch(recipe.strategy.name, os.environ)
+            liger.use(recipe.kernels, group.device)
         if group.device.type == "cuda" and recipe.dtype == "float32":
             raise UserError(
                 "model.dtype=float32: flash attention on a GPU takes model.dtype=bfloat16"

@@ -3,7 +3,13 @@
 from dataclasses import dataclass, field
 
 from fttrain.errors import UserError
-from fttrain.model.config import MASK_TOKENS, LoraConfig
+from fttrain.model.config import (
+    AUTO_KERNELS,
+    KERNELS,
+    LIGER_KERNELS,
+    MASK_TOKENS,
+    LoraConfig,
+)
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.config import QuantConfig
 from fttrain.schedule import ScheduleConfig
@@ -172,6 +178,17 @@ def check_together(strategy: StrategyConfig, schedule: ScheduleConfig, optim: Op
         raise UserError(
             "optim.shard=true with strategy=pipeline: each rank has the state of its own layers "
             "alone as it is; leave it out"
+        )
+
+
+def check_kernels(kernels: str, strategy: StrategyConfig) -> None:
+    """Raises UserError for kernels that there are not, or that ``strategy`` does not use."""
+    if kernels not in KERNELS:
+        raise UserError(f"kernels={kernels}: {', '.join(KERNELS[:-1])} or {KERNELS[-1]}")
+    if kernels == LIGER_KERNELS and strategy.name == DEEPSPEED:
+        raise UserError(
+            f"kernels={kernels} with strategy={DEEPSPEED}: its layers are transformers' own; write "
+            f"kernels={AUTO_KERNELS}"
         )
 
 

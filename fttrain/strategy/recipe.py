@@ -8,7 +8,7 @@ import torch
 from fttrain.checkpoint.config import FrozenConfig
 from fttrain.data.batch import ROW_MULTIPLE
 from fttrain.dist import Group
-from fttrain.model.config import LoraConfig
+from fttrain.model.config import AUTO_KERNELS, LoraConfig
 from fttrain.model.decoder import Architecture
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.config import QuantConfig
@@ -55,6 +55,7 @@ class Recipe:
     dtype: str
     seed: int
     z_loss: float = 0.0  # as Head
+    kernels: str = AUTO_KERNELS  # one of KERNELS
 
 
 @dataclass(frozen=True)

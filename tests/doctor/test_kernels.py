@@ -2,10 +2,11 @@
 
 import bitsandbytes.functional as bnb
 import pytest
+import tiny_liger
 import torch
 
 from fttrain.doctor import kernels
-from fttrain.doctor.finding import FAILURE, OK
+from fttrain.doctor.finding import FAILURE, OK, WARNING
 
 CPU = torch.device("cpu")
 
@@ -51,6 +52,33 @@ def test_attention_that_is_wrong_is_caught(fault, monkeypatch: pytest.MonkeyPatc
         kernels, "varlen_attention", lambda *args: (fault(right(*args)[0]), right(*args)[1])
     )
     assert kernels.attention(CPU).verdict == FAILURE
+
+
+@pytest.mark.liger
+@pytest.mark.parametrize("device", tiny_liger.DEVICES)
+def test_kernels_of_liger_are_right_and_one_that_is_not_is_named(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_liger.prepare(monkeypatch, device)
+    found = kernels.norm_rotary_swiglu(torch.device(device))
+    assert found.verdict == OK, found
+    right = kernels.liger.rms_norm_backward
+    monkeypatch.setattr(
+        kernels.liger, "rms_norm_backward", lambda *args: right(*args).mul_(torch.nan)
+    )
+    found = kernels.norm_rotary_swiglu(torch.device(device))
+    assert (found.verdict, found.figure) == (
+        FAILURE,
+        "norm's gradient is off by nan of the largest value",
+    )
+
+
+def test_where_kernels_of_liger_cannot_run_runs_go_without() -> None:
+    found = kernels.norm_rotary_swiglu(CPU)
+    assert (found.verdict, found.figure) == (
+        WARNING,
+        "Liger's kernels run on a GPU, not on cpu: runs take torch's kernels",
+    )
 
 
 @pytest.mark.cuda

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from fttrain.model import functions
+from fttrain.model import rows
 from fttrain.model.functions import (
     rms_norm,
     rms_norm_backward,
@@ -108,7 +108,7 @@ def test_tiles_of_rows_change_no_bit(monkeypatch: pytest.MonkeyPatch, dtype: tor
 
     whole = results()
     for values in (1, 2 * 48, 7 * 48):
-        monkeypatch.setattr(functions, "TILE_VALUES", values)
+        monkeypatch.setattr(rows, "TILE_VALUES", values)
         assert all(torch.equal(tiled, one) for tiled, one in zip(results(), whole, strict=True))
 
 
@@ -118,6 +118,6 @@ def test_a_gradient_may_be_overwritten_by_the_one_before_the_norm(
 ) -> None:
     x, grad, weight = (random(9, 48, seed=s, dtype=dtype) for s in (0, 1, 2))
     expected = rms_norm_backward(grad, x, weight[0], EPS)
-    monkeypatch.setattr(functions, "TILE_VALUES", 2 * 48)
+    monkeypatch.setattr(rows, "TILE_VALUES", 2 * 48)
     assert rms_norm_backward(grad, x, weight[0], EPS, out=grad) is grad
     assert torch.equal(grad, expected)
