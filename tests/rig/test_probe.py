@@ -87,6 +87,7 @@ def test_peak_memory_grows_with_what_is_touched() -> None:
             True,
         ),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
+        (torch.distributed.DistBackendError("Last error:\nCuda failure 2 'out of memory'"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (MemoryError(), False),
     ],
