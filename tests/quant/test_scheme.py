@@ -110,5 +110,7 @@ def test_a_card_reads_and_writes_codes_as_the_host_does(
     torch.testing.assert_close(on_card, on_host, rtol=2**-7, atol=1e-6)
     by_card = read(quantise(values.cuda(), config, "w"), config, shape)
     # A value between two codes may become the other one: then it is as far off.
-    lost, expected = (float((read_ - values).norm()) for read_ in (by_card.float(), on_host.float()))
+    lost, expected = (
+        float((read_ - values).norm()) for read_ in (by_card.float(), on_host.float())
+    )
     assert lost == pytest.approx(expected, rel=1e-2)
