@@ -198,7 +198,8 @@ class Memory(mmap.mmap):
 
     def __del__(self) -> None:
         if self._address and not sys.is_finalizing():
-            with torch.cuda.device(self._device):
+            # A card that has failed answers nothing any more, and has been told of already.
+            with contextlib.suppress(RuntimeError), torch.cuda.device(self._device):
                 torch.cuda.synchronize()  # copies may be under way
                 torch.cuda.cudart().cudaHostUnregister(self._address)
 
