@@ -111,11 +111,11 @@ class Group:
             return text
         length = torch.tensor(len(text.encode()), device=self.device)
         self._broadcast_(length, source)
-        content = torch.zeros(int(length.item()), dtype=torch.uint8, device=self.device)
+        if not (size_bytes := int(length.item())):
+            return ""  # no backend is asked to send nothing
+        content = torch.zeros(size_bytes, dtype=torch.uint8, device=self.device)
         if self.rank == source:
-            content.copy_(
-                torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else content
-            )
+            content.copy_(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
         self._broadcast_(content, source)
         return bytes(content.tolist()).decode()
 

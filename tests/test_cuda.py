@@ -17,11 +17,13 @@ pytestmark = pytest.mark.cuda
 LENGTHS = (20, 5, 33, 1, 70)
 
 
-def gradients(name: str, device: str, activations: str) -> dict[str, torch.Tensor]:
-    """Adapter gradients of one packed micro-batch over an NF4 base in bf16, on the CPU."""
+def gradients(
+    name: str, device: str, activations: str, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, torch.Tensor]:
+    """Adapter gradients of one packed micro-batch over an NF4 base, on the CPU."""
     where = torch.device(device)
     lora = LoraConfig(r=4, lora_alpha=10)
-    decoder, store = tiny.build(tiny.model(name), QuantConfig(), lora, torch.bfloat16, where)
+    decoder, store = tiny.build(tiny.model(name), QuantConfig(), lora, dtype, where)
     tiny.randomise(decoder)
     batch = collate(tiny.documents(LENGTHS), 0)
     tiny.run(decoder, store, [batch], 1, activations, lambda batch: DropoutKey(0, 0, batch.index))
@@ -30,8 +32,10 @@ def gradients(name: str, device: str, activations: str) -> dict[str, torch.Tenso
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
 def test_gradients_equal_the_cpu(name: str) -> None:
-    on_gpu = gradients(name, "cuda", "recompute")
-    assert tiny.difference(on_gpu, gradients(name, "cpu", "recompute")) < 0.03
+    on_gpu, on_cpu = (gradients(name, device, "recompute") for device in ("cuda", "cpu"))
+    exact = gradients(name, "cpu", "recompute", torch.float32)
+    # Both round to bf16 in the same places; these models make a tenth and more of that.
+    assert tiny.difference(on_gpu, on_cpu) < tiny.difference(on_cpu, exact) / 2
     kept = gradients(name, "cuda", "keep")
     assert tiny.difference(on_gpu, kept) < 1e-3  # flash attention's backward adds in any order
 

@@ -10,30 +10,51 @@ from ranks import run_ranks
 
 from fttrain.dist import Group, rank_from_environment
 from fttrain.joining import process_group
+from fttrain.rig.config import RigConfig
+from fttrain.rig.probe import set_up_rank
 
 CPU = torch.device("cpu")
 TEXTS = ["", "abc", "ä→𝄞\n" * 1000]
+SENT = {
+    "codes": torch.arange(256, dtype=torch.uint8),
+    "step": torch.tensor(7.0),
+    "weights": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).bfloat16(),
+}
+HEARD = {name: ("cpu", tensor.dtype, tensor.tolist()) for name, tensor in SENT.items()}
+TWO_CARDS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
+PLACES = [
+    ("cpu", "auto"),
+    pytest.param("cuda", "nccl", marks=[pytest.mark.cuda, TWO_CARDS]),
+    pytest.param("cuda", "gloo", marks=pytest.mark.cuda),
+]
 
 
-def talk() -> dict[str, Any]:
+def talk(device: str = "cpu", backend: str = "auto") -> dict[str, Any]:
     """What this rank hears."""
-    with process_group(CPU) as group:
+    config = RigConfig(device, threads=1, backend=backend)
+    where = CPU if device == "cpu" else set_up_rank(config)
+    with process_group(where, backend) as group:
         rank = group.rank
         heard = {
             "group": (rank, group.world_size, group.local_rank, group.is_main),
-            "sum": group.all_reduce_(torch.tensor([1.0, 10.0]) * (rank + 1)).tolist(),
+            "sum": group.all_reduce_(torch.tensor([1.0, 10.0]).to(where) * (rank + 1)).tolist(),
             "any": [group.any(flag) for flag in (False, rank == 0, rank == 1, True)],
             "all": [group.all(flag) for flag in (False, rank == 0, rank == 1, True)],
             "maximum": [group.maximum(value) for value in (float(rank), -1.5 - rank)],
             "share": [group.share(text if group.is_main else "mine") for text in TEXTS],
+            "sent": {
+                name: (tensor.device.type, tensor.dtype, tensor.tolist())
+                for name, tensor in group.send_each(SENT if group.is_main else {})
+            },
         }
         group.barrier()
     heard["left"] = not torch_dist.is_initialized()
     return heard
 
 
-def test_two_ranks() -> None:
-    for rank, heard in enumerate(run_ranks(talk, 2, process_group=False)):
+@pytest.mark.parametrize(("device", "backend"), PLACES)
+def test_two_ranks(device: str, backend: str) -> None:
+    for rank, heard in enumerate(run_ranks(talk, 2, device, backend, process_group=False)):
         assert heard == {
             "group": (rank, 2, rank, rank == 0),
             "sum": [3.0, 30.0],
@@ -41,6 +62,7 @@ def test_two_ranks() -> None:
             "all": [False, False, False, True],
             "maximum": [1.0, -1.5],
             "share": TEXTS,
+            "sent": HEARD,
             "left": True,
         }
 

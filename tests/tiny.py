@@ -149,7 +149,8 @@ def build(
     architecture, reader = Architecture(source.config), StateDict(source.state_dict())
     frozen_format = architecture.frozen_format(quant, dtype)
     embedding, norm, head = load_ends(reader, architecture, device, dtype)
-    flats = load_layers(reader, architecture, frozen_format, device)
+    flats = load_layers(reader, architecture, frozen_format, CPU)  # the same codes everywhere
+    flats = [flat.to(device) for flat in flats]
     store = verified(ResidentStore(flats, frozen_format), flats)
     own = adapters(architecture, lora, dtype, device)
     head = Table(head)

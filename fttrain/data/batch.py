@@ -41,10 +41,10 @@ class MicroBatch:
         """The same micro-batch with its tensors on ``device``; the host does not wait for it."""
         return replace(
             self,
-            input_ids=_to(self.input_ids, device),
-            targets=_to(self.targets, device),
-            position_ids=_to(self.position_ids, device),
-            trained=_to(self.trained, device),
+            input_ids=moved(self.input_ids, device),
+            targets=moved(self.targets, device),
+            position_ids=moved(self.position_ids, device),
+            trained=moved(self.trained, device),
         )
 
     def padded(self, multiple: int = ROW_MULTIPLE) -> "MicroBatch":
@@ -64,10 +64,11 @@ class MicroBatch:
         )
 
 
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda":  # a copy out of other memory may make the host wait
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; the host does not wait for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # out of other memory it would
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def collate(documents: list[tuple[list[int], list[int]]], index: int) -> MicroBatch:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fttrain.data.batch import ROW_MULTIPLE
+from fttrain.data.batch import ROW_MULTIPLE, moved
 from fttrain.model.functions import rms_norm, rms_norm_backward
 from fttrain.model.projection import Projection
 from fttrain.store import Traffic
@@ -40,7 +40,7 @@ class Embedding:
         rows = self.weight.new_empty(
             (len(input_ids), self.weight.shape[1]), pin_memory=home != device
         )
-        torch.index_select(self.weight, 0, input_ids.to(home), out=rows)
+        torch.index_select(self.weight, 0, moved(input_ids, home), out=rows)
         hidden = rows.to(device, non_blocking=True)
         return hidden if self.scale == 1.0 else hidden * self.scale
 

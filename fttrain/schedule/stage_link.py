@@ -18,7 +18,7 @@ from torch import Tensor
 from fttrain.collectives import Handle, Handles
 from fttrain.dist import COLLECTIVE_TIMEOUT, Group
 from fttrain.store import Traffic
-from fttrain.store.lane import collective_lane
+from fttrain.store.lane import collective_lane, device_thread
 
 UP, DOWN = 1, -1  # to the stage after this one, to the one before
 TAGS = {UP: 1, DOWN: 2}
@@ -42,7 +42,7 @@ class StageLink:
         # (the lower stage of two neighbours, UP or DOWN) -> what carries that, where it is not what
         # carries everything between the ranks of the machine
         self._ways: dict[tuple[int, int], Any] = _ways(group) if over_nccl else {}
-        self._sender = ThreadPoolExecutor(1, "stage-link") if self._staged else None
+        self._sender = device_thread(group.device, "stage-link") if self._staged else None
         # Handle and tensor of each send that may be under way
         self._sending: deque[tuple[Handle, Tensor]] = deque()
         # By where tensors travel to; they time how long the compute waits for one.

@@ -109,6 +109,7 @@ class HostActivations:
     def drop(self, kept: Kept) -> None:
         """Its backward is issued."""
         if kept.tensors is not None:
+            # A copy may read them still, and what comes into their memory: nobody reads its place.
             self._leaving.remove(kept)
         kept.tensors = kept.coming = None
         self._free.append(kept.place)

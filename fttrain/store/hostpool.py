@@ -175,6 +175,7 @@ class Memory(mmap.mmap):
     """
 
     _address = 0  # where it is page-locked
+    _device = 0  # for which: the last reference may go on a thread that asks another one
 
     def page_lock(self, buffer: Tensor, what: str, speak: bool) -> None:
         """Register all of it (``buffer``) with CUDA. Where that fails copies still work, slower."""
@@ -183,7 +184,7 @@ class Memory(mmap.mmap):
             print(f"page-locking {what}: {gib(size_bytes)}", file=sys.stderr, flush=True)
         code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size_bytes, 0))
         if not code:
-            self._address = buffer.data_ptr()
+            self._address, self._device = buffer.data_ptr(), torch.cuda.current_device()
             return
         # The runtime remembers the failure and would blame the next kernel for it.
         with contextlib.suppress(RuntimeError):
@@ -197,8 +198,10 @@ class Memory(mmap.mmap):
 
     def __del__(self) -> None:
         if self._address and not sys.is_finalizing():
-            torch.cuda.synchronize()  # copies may be under way
-            torch.cuda.cudart().cudaHostUnregister(self._address)
+            # A card that has failed answers nothing any more, and has been told of already.
+            with contextlib.suppress(RuntimeError), torch.cuda.device(self._device):
+                torch.cuda.synchronize()  # copies may be under way
+                torch.cuda.cudart().cudaHostUnregister(self._address)
 
 
 def _copy_rate(piece: Tensor) -> float:

@@ -193,6 +193,15 @@ def collective_lane(device: torch.device, timed: bool = False) -> Lane:
     return StreamLane(device, timed) if device.type == "cuda" else CollectiveLane()
 
 
+def device_thread(device: torch.device, name: str) -> ThreadPoolExecutor:
+    """A thread for work that asks ``device``, too: what CUDA does on a new thread is for GPU 0
+    otherwise, where each rank would set up hundreds of MB that it never uses.
+    """
+    if device.type != "cuda":
+        return ThreadPoolExecutor(1, name)
+    return ThreadPoolExecutor(1, name, torch.cuda.set_device, (device,))
+
+
 def is_fake() -> bool:
     """Whether tensors that are made now are fake: shapes without memory."""
     return detect_fake_mode() is not None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fttrain.quant.checksum import checksum
 from fttrain.quant.frozen_layer import FrozenLayer
+from fttrain.rig.probe import is_out_of_memory
 from fttrain.store import Store, Traffic
 
 
@@ -49,9 +50,18 @@ class VerifiedStore:
     def get(self, layer: int) -> FrozenLayer:
         frozen = self._store.get(layer)
         if layer in self._due:
-            self._due.remove(layer)
-            self._found[layer] = checksum(frozen.flat)
+            self._check(layer, frozen)
         return frozen
+
+    def _check(self, layer: int, frozen: FrozenLayer) -> None:
+        try:
+            self._found[layer] = checksum(frozen.flat)
+        except RuntimeError as error:
+            # It stays due. Ranks end together where the layer itself finds no memory.
+            if not is_out_of_memory(error):
+                raise
+        else:
+            self._due.remove(layer)
 
     def release(self, layer: int) -> None:
         self._store.release(layer)

@@ -30,6 +30,7 @@ from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.strategy.zero.settings import refuse_deepspeed_launch
 
 Show = Callable[[str], Progress]
+CAPABILITY, MAX_HEAD_DIM = (8, 0), 256  # of flash attention's kernels on a GPU
 
 PAGES: dict[str, Any] = {
     "replicate": replicate,
@@ -62,11 +63,10 @@ class Blueprint:
         )
         if recipe.strategy.name != DEEPSPEED:
             refuse_deepspeed_launch(recipe.strategy.name, os.environ)
+        if group.device.type == "cuda":
+            _check_attention(recipe.dtype, architecture.head_dim, group)
+        if recipe.strategy.name != DEEPSPEED:
             liger.use(recipe.kernels, group.device)
-        if group.device.type == "cuda" and recipe.dtype == "float32":
-            raise UserError(
-                "model.dtype=float32: flash attention on a GPU takes model.dtype=bfloat16"
-            )
         check_available(recipe.optim)
         self._plan = Plan(recipe, group, architecture, frozen_format, HostPool(group))
         self._page = PAGES[recipe.strategy.name]
@@ -82,6 +82,25 @@ class Blueprint:
         with explained(plan.pool.bookings, plan.group.rank, plan.group.device):
             strategy: Strategy = self._page.build(plan, base, self._share, progress)
         return strategy
+
+
+def _check_attention(dtype: str, head_dim: int, group: Group) -> None:
+    """Raises UserError, on every rank, for what flash attention's kernels on a GPU do not take."""
+    if dtype == "float32":
+        raise UserError("model.dtype=float32: flash attention on a GPU takes model.dtype=bfloat16")
+    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+        raise UserError(
+            f"the model's heads have {head_dim} values: flash attention on a GPU takes multiples "
+            f"of 8 up to {MAX_HEAD_DIM}; rig.device=cpu or another model helps"
+        )
+    problem, found = "", torch.cuda.get_device_capability(group.device)
+    if found < CAPABILITY:
+        problem = (
+            f"rank {group.rank}: {torch.cuda.get_device_name(group.device)} has compute capability "
+            f"{found[0]}.{found[1]}, flash attention and bfloat16 need 8.0 (RTX 30) or newer; "
+            "another card (CUDA_VISIBLE_DEVICES) or rig.device=cpu helps"
+        )
+    group.refuse_together(problem)
 
 
 def frozen_base(source: Source, quant: QuantConfig, dtype: str) -> Base:

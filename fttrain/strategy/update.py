@@ -9,7 +9,7 @@ the optimizer, round to the compute dtype, send. A layer's forward waits for its
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,7 @@ import torch
 from fttrain.collectives import Handle
 from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.optim.optimizer import Optimizer
-from fttrain.store.lane import copy_lane
+from fttrain.store.lane import copy_lane, device_thread
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class HostUpdate:
         self, layers: Sequence[LayerAdapters], optimizer: Optimizer, device: torch.device
     ) -> None:
         self._layers, self._optimizer = layers, optimizer
-        self._thread = ThreadPoolExecutor(1, "optimizer")
+        self._thread = device_thread(device, "optimizer")
         self._lane = copy_lane(device)
         self._under_way: list[_Arriving] = []
         self._busy_s = self._wait_s = 0.0

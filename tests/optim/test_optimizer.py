@@ -168,6 +168,17 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(kind: str, device: str) -> Non
     assert all(torch.equal(value, other.state()[n]) for n, value in optimizer.state().items())
 
 
+@pytest.mark.cuda
+def test_moments_that_are_paged_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 1e5 values on; smaller ones bitsandbytes leaves on the card."""
+    monkeypatch.setitem(globals(), "SIZES", ((130_000, 4000), (40, 560)))
+    layers = parts("cuda")
+    optimizer = Optimizer(layers, config("paged_adamw8bit"))
+    apply(optimizer, layers, range(1))
+    assert getattr(optimizer.state()["0.a.state1"], "is_paged", False)
+    test_a_restored_optimizer_goes_on_bit_for_bit("paged_adamw8bit", "cuda")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_moments_take_what_is_booked(kind: str) -> None:
     values = 256 * 40

@@ -9,7 +9,7 @@ import torch
 from fttrain.errors import UserError
 from fttrain.quant import scheme
 from fttrain.quant.config import BLOCKSIZES, QuantConfig
-from fttrain.quant.scheme import dequantise, dequantise_scales, quantise
+from fttrain.quant.scheme import QuantisedWeight, dequantise, dequantise_scales, quantise
 
 
 def weight(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -84,3 +84,33 @@ def test_rows_that_are_no_whole_number_of_blocks_are_refused(columns: int, block
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         QuantConfig(**settings)
+
+
+def read(made: QuantisedWeight, config: QuantConfig, shape: tuple[int, int]) -> torch.Tensor:
+    """What ``made`` stands for, in bf16 on the host."""
+    scales = made.absmax
+    if made.nested_absmax is not None and made.offset is not None:
+        scales = dequantise_scales(scales, made.nested_absmax, made.offset)
+    return dequantise(made.packed, scales, shape, config, torch.bfloat16).cpu()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("blocksize", [32, 64, 1024])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_card_reads_and_writes_codes_as_the_host_does(
+    kind: str, double_quant: bool, blocksize: int
+) -> None:
+    config, values, shape = QuantConfig(kind, blocksize, double_quant), weight(70, 1024), (70, 1024)
+    ours = quantise(values, config, "w")
+    on_host = read(ours, config, shape)
+    parts = {name: getattr(ours, name) for name in ours.__dataclass_fields__}
+    moved = {name: None if part is None else part.cuda() for name, part in parts.items()}
+    on_card = read(QuantisedWeight(**moved), config, shape)
+    torch.testing.assert_close(on_card, on_host, rtol=2**-7, atol=1e-6)
+    by_card = read(quantise(values.cuda(), config, "w"), config, shape)
+    # A value between two codes may become the other one: then it is as far off.
+    lost, expected = (
+        float((read_ - values).norm()) for read_ in (by_card.float(), on_host.float())
+    )
+    assert lost == pytest.approx(expected, rel=1e-2)

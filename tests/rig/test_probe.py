@@ -82,7 +82,12 @@ def test_peak_memory_grows_with_what_is_touched() -> None:
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate"),
+            True,
+        ),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
+        (torch.distributed.DistBackendError("Last error:\nCuda failure 2 'out of memory'"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (MemoryError(), False),
     ],

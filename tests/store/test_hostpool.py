@@ -1,5 +1,7 @@
 """Big host buffers: refused with figures before anything is loaded; shared where that is said."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from ranks import run_ranks
 
 import fttrain.store.hostpool
 from fttrain.errors import UserError
-from fttrain.store.hostpool import HostPool
+from fttrain.store.hostpool import HostPool, Memory
 from fttrain.units import GIB
 
 SIZE = 1000
@@ -88,3 +90,37 @@ def test_ranks_of_a_machine_share_what_is_shared() -> None:
         # Shared once, own twice as different; the least that any rank sees available.
         assert "4.00 GiB are needed (shared 1.00 GiB in all, own" in found["error"]
         assert "on each of 2 ranks), 3.00 GiB are available" in found["error"]
+
+
+def test_memory_is_unlocked_for_the_card_that_it_was_locked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On whichever thread, and whatever card that asks, its last reference goes."""
+    asked: list[Any] = []
+
+    class Runtime:
+        """CUDA's."""
+
+        def cudaHostRegister(self, address: int, size_bytes: int, flags: int) -> int:
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> int:
+            asked.append(("unlocked", address))
+            return 0
+
+    @contextmanager
+    def on(card: int) -> Iterator[None]:
+        asked.append(("card", card))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: asked.append("waited"))
+    memory = Memory(-1, SIZE)
+    buffer = torch.frombuffer(memory, dtype=torch.uint8)
+    memory.page_lock(buffer, "a", speak=False)
+    address = buffer.data_ptr()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    del memory, buffer
+    assert asked == [("card", 1), "waited", ("unlocked", address)]

@@ -15,6 +15,7 @@ from fttrain.store.lane import (
     collective_lane,
     copy,
     copy_lane,
+    device_thread,
 )
 
 CPU = torch.device("cpu")
@@ -125,3 +126,14 @@ def test_lanes_of_the_cpu() -> None:
     source, into = torch.arange(5), torch.zeros(5, dtype=torch.int64)
     copy_lane(CPU).run(lambda: copy(into, source)).wait()
     assert torch.equal(into, source)
+
+
+def test_a_thread_of_its_own_asks_the_ranks_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, chosen = torch.device("cuda", 1), list[tuple[int, torch.device]]()
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((threading.get_ident(), device))
+    )
+    worker = device_thread(card, "worker").submit(threading.get_ident).result()
+    assert chosen == [(worker, card)]
+    device_thread(CPU, "worker").submit(threading.get_ident).result()
+    assert len(chosen) == 1

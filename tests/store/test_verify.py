@@ -3,8 +3,10 @@
 import pytest
 import tiny
 import tiny_store
+import torch
 from torch import Tensor
 
+from fttrain.quant.checksum import checksum
 from fttrain.store import Traffic
 from fttrain.store.resident import ResidentStore
 from fttrain.store.verify import VerifiedStore
@@ -45,6 +47,25 @@ def test_several_layers_are_found() -> None:
         damage(flats[layer])
     assert sorted(step(store, 0)) == [1, 3]
     assert store.mismatched() == []  # told once
+
+
+def test_a_layer_that_memory_does_not_suffice_to_check_stays_due(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flats, tries = tiny_store.flats(LAYERS), list[int]()
+    store = verified(flats, every=0)
+    damage(flats[2])
+
+    def short(flat: Tensor) -> Tensor:
+        tries.append(len(tries))
+        if len(tries) <= LAYERS:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return checksum(flat)
+
+    monkeypatch.setattr("fttrain.store.verify.checksum", short)
+    assert step(store, 0) == [2]  # on its way down
+    assert step(store, 1) == []
+    assert len(tries) == 2 * LAYERS
 
 
 @pytest.mark.parametrize("every", [1, 3, 8])

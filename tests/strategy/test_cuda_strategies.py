@@ -1,5 +1,8 @@
 """Strategies on a GPU: copies and gathers beside the compute change nothing that is computed."""
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -7,9 +10,13 @@ import tiny
 import tiny_store
 import tiny_strategy
 import torch
+from ranks import become_rank, run_ranks
 from torch import Tensor
 
 from fttrain.dist import Group
+from fttrain.joining import process_group
+from fttrain.rig.config import RigConfig
+from fttrain.rig.probe import set_up_rank
 from fttrain.store.host import HostStore
 from fttrain.store.hostpool import HostPool, Memory
 from fttrain.store.sharded import ShardedStore
@@ -29,9 +36,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pipeline": {"strategy": "pipeline", **ON_HOST},
     "optimizer in parts": {"shard": True},
     "optimizer in parts, on the host": {"strategy": "stream", "shard": True, **ON_HOST},
-    "head in 4 bits": {"head": "nf4"},
+    "head in 4 bits": {"strategy": "stream", "embedding": "host", "head": "nf4"},
     "MLP in tiles": {"mlp_tile_tokens": 1024},
 }
+TWO_CARDS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
+BACKENDS = [pytest.param("nccl", marks=TWO_CARDS), "gloo"]
 LAYERS = 7
 LAG_CYCLES = 2_000_000  # about a millisecond
 
@@ -40,24 +49,88 @@ def on_gpu() -> Group:
     return Group(0, 1, 0, torch.device("cuda", torch.cuda.current_device()))
 
 
-def outcome(**settings: Any) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of four steps, and the adapters that they led to."""
+def outcome(ranks: Group | None = None, **settings: Any) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of four steps, and the adapters that they led to, on rank 0."""
     frozen = tiny_strategy.base(dtype="bfloat16")
     recipe = tiny_strategy.variant(dtype="bfloat16", **settings)
-    strategy = tiny_strategy.build(recipe, frozen, on_gpu())
+    strategy = tiny_strategy.build(recipe, frozen, ranks or on_gpu())
     losses = [tiny_strategy.apply(strategy, step).loss for step in range(4)]
     answers = strategy.generate([[3, 4, 5], [6]], 4, set())
     assert [len(answer) for answer in answers] == [4, 4]
-    return losses, {name: value.cpu() for name, value in tiny_strategy.adapters(strategy).items()}
+    strategy.optimizer_state()  # of all ranks: whatever it is, it comes together
+    found = strategy.adapter_state()
+    return losses, {name: value.detach().to("cpu", copy=True) for name, value in found.items()}
+
+
+@contextmanager
+def on_two(backend: str, device: str = "cuda") -> Iterator[Group]:
+    """This rank among those of ``run_ranks``, as a run joins them."""
+    where = set_up_rank(RigConfig(device, threads=1, backend=backend))
+    with process_group(where, backend) as group:
+        yield group
+
+
+def of_two(backend: str, names: list[str]) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
+    with on_two(backend) as ranks:
+        return {name: outcome(ranks, **VARIANTS[name]) for name in names}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_strategy_trains_as_replicate_does(name: str) -> None:
-    expected_losses, expected = outcome()
-    losses, adapters = outcome(**VARIANTS[name])
+    settings = VARIANTS[name]
+    same_model = {"head": "nf4"} if settings.get("head") == "nf4" else {}  # it is another one
+    expected_losses, expected = outcome(**same_model)
+    losses, adapters = outcome(**settings)
     # Flash attention's backward adds in any order, so bits may differ.
     assert losses == pytest.approx(expected_losses, rel=1e-3)
     assert tiny.difference(adapters, expected) < 1e-2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_ranks_train_as_one_does(backend: str) -> None:
+    """Over NCCL on a card each, and over gloo, where they may share one."""
+    names = [name for name in VARIANTS if VARIANTS[name].get("head") != "nf4"]
+    expected_losses, expected = outcome()
+    found, _ = run_ranks(of_two, 2, backend, names, timeout_s=600, process_group=False)
+    for name, (losses, adapters) in found.items():
+        assert losses == pytest.approx(expected_losses, rel=1e-3), name
+        assert tiny.difference(adapters, expected) < 1e-2, name
+
+
+def contexts() -> list[bool]:
+    """Of each card whether this process, a rank that computes on the second one, has set it up."""
+    become_rank(1, 2, 0)
+    device = set_up_rank(RigConfig("cuda", threads=1))
+    recipe = tiny_strategy.variant(dtype="bfloat16", strategy="stream", **ON_HOST)
+    group = Group(0, 1, 1, device)
+    strategy = tiny_strategy.build(recipe, tiny_strategy.base(dtype="bfloat16"), group)
+    for step in range(2):
+        tiny_strategy.apply(strategy, step)
+    strategy.optimizer_state()
+    del strategy
+    gc.collect()
+    return [torch._C._cuda_hasPrimaryContext(card) for card in range(2)]
+
+
+@TWO_CARDS
+def test_a_rank_sets_up_no_card_but_its_own() -> None:
+    (found,) = run_ranks(contexts, 1, process_group=False)
+    assert found == [False, True]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_host_waits_for_nothing_in_forward_and_backward(name: str) -> None:
+    recipe = tiny_strategy.variant(dtype="bfloat16", **VARIANTS[name])
+    strategy = tiny_strategy.build(recipe, tiny_strategy.base(dtype="bfloat16"), on_gpu())
+    tiny_strategy.apply(strategy, 0)  # what is made at the first use may be waited for
+    batches = tiny_strategy.micro_batches(strategy, 1)
+    strategy._gradients.start()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attempt = strategy._forward_backward(batches, lambda batch: None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert float(attempt.loss_sum) > 0
 
 
 @pytest.mark.parametrize("kind", ["host", "sharded"])

@@ -150,8 +150,10 @@ def join_ranks(device: torch.device) -> CountedBackend:
             rank=0,
             world_size=1,
         )
-    # On a CPU it would compile a kernel for most of a minute that inference alone uses.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # On a CPU it would compile a kernel for most of a minute that inference alone uses. On a GPU
+    # there is none, and a look at this table has it probe every kernel that it could compile.
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False
     )
