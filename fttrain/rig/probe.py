@@ -17,11 +17,14 @@ from fttrain.rig.config import RigConfig
 CGROUPS = Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 # What errors say that are no torch.OutOfMemoryError: torch's allocator of the CPU; cuBLAS, which
-# makes a handle at its first use on a thread; the driver
+# makes a handle at its first use on a thread; the driver, of its calls and of mapping segments;
+# NCCL, which names what CUDA answered it
 _RAN_OUT = (
     "can't allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "'out of memory'",
 )
 
 

@@ -83,6 +83,11 @@ def test_peak_memory_grows_with_what_is_touched() -> None:
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
+        (RuntimeError("CUDA driver error: out of memory"), True),
+        # NCCL before 2.19, and since
+        (RuntimeError("unhandled cuda error\nLast error:\nCuda failure 'out of memory'"), True),
+        (RuntimeError("unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"), True),
+        (RuntimeError("unhandled cuda error\nCuda failure 999 'unknown error'"), False),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (MemoryError(), False),
     ],
