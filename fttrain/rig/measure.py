@@ -15,6 +15,7 @@ import torch
 from fttrain.dist import Group, local_world_size
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.rig import machine, topology
+from fttrain.rig.card import others_bytes
 from fttrain.rig.compute import (
     adamw_values_per_s,
     dequantise_bytes_per_s,
@@ -134,6 +135,7 @@ def _card(work: Work, group: Group, device: torch.device) -> CardProfile:
     name, memory_bytes = machine.cpu_name(), psutil.virtual_memory().total
     if device.type == "cuda":
         torch.cuda.empty_cache()  # for the processes that come
+        facts["others_bytes"] = others_bytes(device)
         properties = torch.cuda.get_device_properties(device)
         name, memory_bytes = properties.name, properties.total_memory
     memory_bytes //= ranks_a_device(device, local_world_size())

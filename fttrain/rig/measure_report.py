@@ -127,6 +127,9 @@ def _cards(profile: RigProfile) -> Table:
             NONE if card.allocator_bytes is None else gib(card.allocator_bytes)
             for card in profile.cards
         ],
+        "held by other programs": [
+            NONE if card.others_bytes is None else gib(card.others_bytes) for card in profile.cards
+        ],
         "GEMMs, TFLOP/s": [_scaled(card.gemm_flop_per_s, 1e12) for card in profile.cards],
         "head with its loss, TFLOP/s": [
             _scaled(card.head_flop_per_s, 1e12) for card in profile.cards
