@@ -64,9 +64,10 @@ def row(result: dict[str, Any]) -> list[str]:
     wait_s = max(sum(step["wait_s"] for step in steps) / len(steps) for steps in timed)
     last = [steps[-1] for steps in timed]
     moved = max(sum(step[kind] for kind in MOVED) for step in last)
+    cut = "" if result["outcome"] == "fits" else f", then {result['outcome']}"
     return [
         result["side"],
-        "yes",
+        f"yes{cut}",
         _gib(highest(ranks, "reserved_bytes")),
         _gib(highest(ranks, "nvml_bytes")),
         _gib(highest(ranks, "nvml_card_bytes")),

@@ -74,6 +74,10 @@ def test_the_longest_row_has_a_goal(module: Module) -> None:
     short = result("pipeline") | {"tries": long["tries"][:1]}
     found = goals([long, short, result("stream k=0")], SETTINGS, NAMES)
     assert met(found, "rows of 16384") == [True, None, None, False]
+    for unknown in ("time limit", "not run"):
+        cut = {"tries": [*short["tries"], {"seq_len": 16384, "outcome": unknown}]}
+        found = goals([long, short | cut], SETTINGS, NAMES)
+        assert met(found, "rows of 16384") == [True, None, None, None]
 
 
 def test_offloading_is_compared_with_its_own_strategy_under_both_limits(module: Module) -> None:
