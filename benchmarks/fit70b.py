@@ -19,7 +19,8 @@ lanes between host and card, each way: what offloading gives depends on how fast
 measured before the first run, without the limits and under them.
 
 Two ranks may share one GPU. NCCL then takes them only as if on two hosts and over sockets: seconds
-waited and tokens/s mean nothing for a rig (the table says so), memory does.
+waited and tokens/s mean nothing for a rig (the table says so), memory does. --backend gloo does
+without NCCL, through host memory.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from harness.fit_sides import SHAPES, Side, chosen_sides, usual_sides
 from fttrain.errors import UserError
 from fttrain.launch_files import read_env
 from fttrain.paths import launch_folder
+from fttrain.rig.config import BACKENDS
 from fttrain.units import duration
 
 # Times --seq-len, in search of the longest row. The fifth is tried first: 16384 tokens, the goal
@@ -105,7 +107,7 @@ def measure(
     results: list[Result],
 ) -> Iterator[None]:
     """Adds to ``results``; comes back after each run. ``limits``: as ``settle`` has them."""
-    names = ("device", "cap_gib", "steps", "ranks", "threads", "limit_s", "total_s")
+    names = ("device", "backend", "cap_gib", "steps", "ranks", "threads", "limit_s", "total_s")
     usual = {name: getattr(arguments, name) for name in names} | {"started_s": started_s}
     usual["shape"] = SHAPES[arguments.shape]
     usual["limits"] = limits["limits"] if limits else UNLIMITED
@@ -243,6 +245,7 @@ def _arguments() -> argparse.Namespace:
     add("--json", metavar="FILE", help="write the figures there")
     add("--shape", choices=SHAPES, default="llama3_70b")
     add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--backend", choices=BACKENDS, default="auto", help="as rig.backend")
     add("--cap-gib", type=float, default=CARD_GIB, help="of each rank, context included")
     add("--seq-len", type=int, default=2048)
     add("--steps", type=int, default=5)

@@ -34,7 +34,7 @@ def run_rank(job_file: str) -> None:
     device = _device(job)
     try:
         with (
-            process_group(device) as group,
+            process_group(device, job["backend"]) as group,
             limited(job["limits"]["multiprocessors"], device),
         ):
             figures = run_steps(job, group, memory, partial(common.note, job_file))

@@ -40,9 +40,10 @@ def show(
     columns = list(COLUMNS)
     if shared:
         columns[columns.index("s waited")] = "s waited, not representative"
+        over = "gloo" if settings["backend"] == "gloo" else "NCCL over its socket transport"
         title += (
-            ".\nTHE RANKS SHARE A CARD: NCCL over its socket transport, computing in turns. Memory "
-            "is what it would be; waits, steps and tokens/s are not representative"
+            f".\nTHE RANKS SHARE A CARD: {over}, computing in turns. Memory is what it would be; "
+            "waits, steps and tokens/s are not representative"
         )
     common.show(title, columns, map(row, results), environment)
     if settings["limits"]:

@@ -35,7 +35,7 @@ def run(file: Path, *arguments: str) -> tuple["subprocess.CompletedProcess[str]"
 
 
 def test_every_strategy_runs_and_moves_what_it_should(tmp_path: Path) -> None:
-    arguments = ("--seq-len=32", "--steps=2", f"--link-gb-s={LINK_GB_S}")
+    arguments = ("--seq-len=32", "--steps=2", f"--link-gb-s={LINK_GB_S}", "--backend=gloo")
     done, figures = run(tmp_path / "fit.json", *arguments)
     assert done.returncode == 0, done.stderr
     limits = figures["settings"]["limits"]

@@ -108,7 +108,7 @@ def test_the_table_says_what_it_does_not_know(
     one, other = (result("pipeline")["ranks"][0] for _ in range(2))
     other["shared_host_bytes"] = {"head": 20 * GIB}  # not what the first maps
     assert report.host_bytes([one, other]) == 80 * GIB
-    settings = SETTINGS | {"cap_gib": 23.4, "steps": 1, "limits": None}
+    settings = SETTINGS | {"backend": "auto", "cap_gib": 23.4, "steps": 1, "limits": None}
     report.show([result("shard"), result("pipeline", "failed")], settings, common.environment())
     said = " ".join(capsys.readouterr().out.split())
     assert "NCCL over its socket transport" in said
