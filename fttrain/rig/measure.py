@@ -35,9 +35,11 @@ from fttrain.rig.profile import (
     card_of,
 )
 from fttrain.rig.transports import TRANSPORTS, measure_transport, transports
+from fttrain.units import GIB, gib
 
 Say = Callable[[str], None]
 BUSY = 0.3  # of the cores, in the minute before: above that others spoil what is measured
+MUCH_BYTES = 2 * GIB  # of a card: more than a display takes
 _CPU = torch.device("cpu")
 
 
@@ -111,9 +113,16 @@ def measure(
     card = dataclasses.replace(
         card, to_card=to_card, to_host=to_host, overhead_bytes=overhead_bytes
     )
+    cards = tuple(card_of(json.loads(text)) for text in _each(group, json.dumps(asdict(card))))
+    for rank, own in enumerate(cards):
+        if (own.others_bytes or 0) > MUCH_BYTES:
+            say(
+                f"other programs hold {gib(own.others_bytes or 0)} of the card of rank {rank}: "
+                "plans leave it to them; without them measure anew"
+            )
     return RigProfile(
         name=f"{group.world_size}x {card.name}",
-        cards=tuple(card_of(json.loads(text)) for text in _each(group, json.dumps(asdict(card)))),
+        cards=cards,
         host=host,
         links=links,
         measured=Measured(
