@@ -119,7 +119,7 @@ def _cards(profile: RigProfile) -> Table:
     rows = {
         "card": [card.name for card in profile.cards],
         "memory": [gib(card.memory_bytes) for card in profile.cards],
-        "taken before the first tensor": [
+        "taken beside tensors": [
             NONE if card.overhead_bytes is None else gib(card.overhead_bytes)
             for card in profile.cards
         ],

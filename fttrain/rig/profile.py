@@ -56,7 +56,7 @@ class CardProfile:
     peer_access: bool | None = None  # whether it can read every other card's memory
     power_limit_w: float | None = None
     price_per_h: float | None = None  # US dollars, of renting one
-    # Of one rank, before its first tensor: context and communication buffers; of a CPU all that is
+    # Of one rank, beside its tensors: context and communication buffers; of a CPU all that is
     # resident of a process with its libraries
     overhead_bytes: int | None = None
     # That torch's allocator holds beyond live tensors, and kernels that were loaded for them, of

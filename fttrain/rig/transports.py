@@ -83,8 +83,8 @@ def measure_transport(
     most_bytes: int,
     budget_s: float,
 ) -> tuple[LinkProfile, int | None]:
-    """The link, and the bytes of this rank's card that went before its first tensor (context,
-    buffers of the transport; on the CPU the process with its libraries), None where it failed.
+    """The link, and the bytes of this rank's card that it takes beside tensors (context, buffers of
+    the transport; on the CPU the process with its libraries), None where it failed.
 
     ``group``: the ranks that start the processes; every rank calls it, and gets the same link. One
     that fails, hangs or corrupts is told in ``wrong``.

@@ -58,6 +58,23 @@ def test_every_strategy_runs_and_moves_what_it_should(tmp_path: Path) -> None:
     assert layers[0] == 2 * layers[1] > 0
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("backend", ["auto", "gloo"])
+def test_two_ranks_fit_on_what_cards_there_are(backend: str, tmp_path: Path) -> None:
+    """On a single one NCCL has to believe that they are on two hosts; gloo need not."""
+    arguments = ("--device=cuda", f"--backend={backend}", "--seq-len=32", "--steps=2")
+    done, figures = run(tmp_path / "fit.json", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = figures["results"]
+    assert {(r["outcome"], len(r["ranks"])) for r in results} == {("fits", 2)}
+    losses = [result["ranks"][0]["steps"][0]["loss"] for result in results]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-3)
+    for result in results:
+        for rank in result["ranks"]:
+            assert 0 < rank["reserved_bytes"] < 1 << 30
+            assert rank["nvml_card_bytes"] is None or rank["nvml_card_bytes"] > 1 << 27
+
+
 def test_a_refusal_is_a_row_and_the_next_side_runs(tmp_path: Path) -> None:
     """Boundaries of two billion rows have no room on any machine."""
     done, figures = run(
