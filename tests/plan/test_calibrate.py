@@ -62,8 +62,8 @@ def test_real_steps_of_a_small_model() -> None:
 def test_what_a_card_holds_beside_tensors_is_something_and_not_much() -> None:
     """Steps load kernels, and the allocator takes 2 MiB at least; the host's bytes do not count."""
     device = torch.device("cuda", torch.cuda.current_device())
-    config = with_layers(tiny.model(hidden_size=1024).config, 2)
-    found = trial.take(RECIPE, config, device)
+    config = with_layers(tiny.model(hidden_size=512).config, 2)
+    found = trial.take(replace(RECIPE, dtype="bfloat16"), config, device)
     assert found.overhead_bytes is None
     assert found.allocator_bytes is not None
     assert 0 < found.allocator_bytes < 1 << 30
