@@ -92,7 +92,8 @@ def pcie(cards: Sequence[Card]) -> Finding:
     if any((card.pcie_width or 0) < (card.pcie_width_most or 0) for _, card in known):
         return warning(
             "; ".join(told),
-            "seat the card and its riser anew; x16 slot and bifurcation in the BIOS",
+            "x8 each is what a desktop board gives two cards; if this one gives more, seat card "
+            "and riser anew, and look at slots and bifurcation in the BIOS",
         )
     return ok("; ".join(told))
 
