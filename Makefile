@@ -71,19 +71,20 @@ LINK ?= launch=cpu_demo launch.processes=$(DEMO_RANKS)
 bench-link: setup ## measure cards, host and the links between ranks; the profile goes to ~/.cache/fttrain/rig_N.json, N ranks
 	@$(BIN)/python -m fttrain measure output=outputs/measure $(LINK)
 
+# What fails stops nothing that follows: each says something of its own about a card.
 gpu-check: setup ## run the tests and benchmarks that need a GPU; fails, and says so, where there is none
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	  { echo "gpu-check: no CUDA device (or torch built without CUDA): nothing was checked"; exit 1; }
-	@code=0; $(BIN)/python -m pytest -m cuda || code=$$?; \
-	  test $$code = 0 || { test $$code = 5 && echo "gpu-check: no test carries the cuda mark yet"; } || exit $$code
-	@mkdir -p outputs/bench
-	@for script in benchmarks/gpu_*.py; do test -e "$$script" || continue; echo "== $$script"; \
-	  $(BIN)/python "$$script" --json "outputs/bench/$$(basename "$$script" .py).json" || exit 1; done
-	@echo "== fttrain measure"; $(BIN)/python -m fttrain measure output=outputs/measure $(LINK)
-	@echo "== benchmarks/fit70b.py"; \
-	  $(BIN)/python benchmarks/fit70b.py --longest --json outputs/bench/fit70b.json
-	@echo "== benchmarks/fit_plan.py"; $(BIN)/python benchmarks/fit_plan.py outputs/bench/fit70b.json \
-	  --rig outputs/measure/profile.json --json outputs/bench/fit_plan.json
+	@mkdir -p outputs/bench; failed=0; \
+	check() { echo "== $$1"; shift; "$$@" || failed=1; }; \
+	check "tests" $(BIN)/python -m pytest -m cuda; \
+	for script in benchmarks/gpu_*.py; do test -e "$$script" || continue; \
+	  check "$$script" $(BIN)/python "$$script" --json "outputs/bench/$$(basename "$$script" .py).json"; done; \
+	check "fttrain measure" $(BIN)/python -m fttrain measure output=outputs/measure $(LINK); \
+	check benchmarks/fit70b.py $(BIN)/python benchmarks/fit70b.py --longest --json outputs/bench/fit70b.json; \
+	check benchmarks/fit_plan.py $(BIN)/python benchmarks/fit_plan.py outputs/bench/fit70b.json \
+	  --rig outputs/measure/profile.json --json outputs/bench/fit_plan.json; \
+	test $$failed = 0 || { echo "gpu-check: not all of it went well, see above"; exit 1; }
 
 clean: ## delete .venv, caches and built files (outputs/ stays)
 	rm -rf $(VENV) dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

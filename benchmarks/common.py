@@ -26,6 +26,7 @@ from fttrain.units import duration, gib
 
 STACK = ("torch", "transformers", "bitsandbytes")  # what every side needs: not held against any
 VERSIONS = (*STACK, "peft", "fttrain")
+JOB_FILE = "job.json"
 
 
 def environment() -> dict[str, Any]:
@@ -39,8 +40,16 @@ def environment() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "load_average": os.getloadavg()[0],  # of the minute before: others at work spoil timings
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "versions": {name: _version(name) for name in VERSIONS},
     }
+
+
+def _version(name: str) -> str:
+    """A checkout that only PYTHONPATH names is not installed, and runs all the same."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 class HostMemory:
@@ -141,7 +150,7 @@ def run_ranks(
     with the rank's code when one fails; its traceback is on stderr by then.
     """
     link, world_size = link or Loopback(), job["ranks"]
-    job_file = folder / "job.json"
+    job_file = folder / JOB_FILE
     job_file.write_text(json.dumps(job))
     variables = os.environ | {
         "WORLD_SIZE": str(world_size),
@@ -166,7 +175,15 @@ def run_ranks(
     code = supervise(commands)
     if code:
         raise SystemExit(code)
-    return [json.loads(_report_file(job_file, rank).read_text()) for rank in range(world_size)]
+    return reports(folder, world_size)
+
+
+def reports(folder: Path, world_size: int) -> list[dict[str, Any]]:
+    """What the ranks of a job in ``folder`` last noted, by rank; [] where one has noted nothing."""
+    files = [_report_file(folder / JOB_FILE, rank) for rank in range(world_size)]
+    if not all(file.is_file() for file in files):
+        return []
+    return [json.loads(file.read_text()) for file in files]
 
 
 def read_job(job_file: str) -> dict[str, Any]:
@@ -175,13 +192,18 @@ def read_job(job_file: str) -> dict[str, Any]:
     return json.loads(Path(job_file).read_text())
 
 
+def note(job_file: str, figures: dict[str, Any]) -> None:
+    """Write down what this rank has so far, in the place of what it noted before."""
+    _write(_report_file(Path(job_file), int(os.environ["RANK"])), json.dumps(figures))
+
+
 def report(job_file: str, figures: dict[str, Any]) -> NoReturn:
     """Hand this rank's figures to ``run_ranks`` and end the process.
 
     Without Python's own clean-up: it now and then waits forever for gloo's thread, which waits for
     the interpreter, where DistributedDataParallel still holds the process group.
     """
-    _report_file(Path(job_file), int(os.environ["RANK"])).write_text(json.dumps(figures))
+    note(job_file, figures)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
@@ -235,4 +257,11 @@ def write_json(path: str | None, figures: dict[str, Any]) -> None:
     """Write the figures where ``--json`` says; None: nowhere."""
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(figures, indent=1) + "\n")
+        _write(Path(path), json.dumps(figures, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: whoever runs a benchmark may have a time limit, too."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)

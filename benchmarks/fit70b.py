@@ -1,25 +1,30 @@
 """Llama-3-70B on two cards of 24 GB: does it fit, how fast is it, how long may a row be?
 
     python benchmarks/fit70b.py [--json FILE] [--longest] [--only shard pipeline] [--levers]
+    python benchmarks/fit70b.py --accumulation 1 --steps 2 --longest --total-s 540   # ten minutes
     python benchmarks/fit70b.py --tflops 71 --link-gb-s 12    # a datacentre GPU as a consumer card
     python benchmarks/fit70b.py --shape tiny --device cpu     # a smoke run
 
 The model's exact shape with random NF4 bytes, made directly in the stores: nothing is downloaded.
 Two ranks, each with torch's allocator capped such that it and the context stay within --cap-gib,
 train r=16 on all linears for some real optimizer steps, each strategy at several accumulations,
-each in processes of its own. ``out of memory`` and ``refused`` are answers, not errors; a run that
-fails or goes beyond its time limit is named and makes the exit code 1, after all others have run.
-The JSON is written after each run.
+each in processes of its own; rows that are longer come after all of these. ``out of memory`` and
+``refused`` are answers, not errors; a run that fails or goes beyond its time limit is named and
+makes the exit code 1, after all others have run. The JSON is written after each run, and of one
+that ran out of time it has the steps that were made. --total-s is for all of it: what it leaves no
+time for is ``not run``.
 
 ``--tflops`` leaves the compute a share of the multiprocessors, ``--link-gb-s`` paces the copies of
 lanes between host and card, each way: what offloading gives depends on how fast these are. Both are
 measured before the first run, without the limits and under them.
 
 Two ranks may share one GPU. NCCL then takes them only as if on two hosts and over sockets: seconds
-waited and tokens/s mean nothing for a rig (the table says so), memory does.
+waited and tokens/s mean nothing for a rig (the table says so), memory does. --backend gloo does
+without NCCL, through host memory.
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -30,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from harness.fit_goals import goals
+from harness.fit_goals import NOT_RUN, TIME_LIMIT, goals
 from harness.fit_limits import UNLIMITED, described, settle
 from harness.fit_rank import OUT_OF_MEMORY, REFUSED, reason, run_rank
 from harness.fit_report import CARD_GIB, show
@@ -39,9 +44,12 @@ from harness.fit_sides import SHAPES, Side, chosen_sides, usual_sides
 from fttrain.errors import UserError
 from fttrain.launch_files import read_env
 from fttrain.paths import launch_folder
+from fttrain.rig.config import BACKENDS
 from fttrain.units import duration
 
-LONGER = (1.5, 2, 3, 4, 6, 8, 12, 16)  # times --seq-len, in search of the longest row
+# Times --seq-len, in search of the longest row. The fifth is tried first: 16384 tokens, the goal
+LONGER = (2, 3, 4, 6, 8, 12, 16, 24)
+LEAST_S = 30  # in less time a 70B model is not even loaded
 LAUNCH_FILE = "2x3090_pcie.env"  # a rig's settings, as they ship
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
 # A copy that waits must not hold up another stream's work: streams share 8 queues by default.
@@ -49,7 +57,7 @@ QUEUES = ("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 OUTCOMES: dict[object, str] = {  # by exit code
     OUT_OF_MEMORY: "out of memory",
     REFUSED: "refused",
-    128 + signal.SIGALRM: "time limit",
+    128 + signal.SIGALRM: TIME_LIMIT,
 }
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # by the user: nothing is to follow
 
@@ -81,13 +89,14 @@ def main() -> None:
         "goals": [],
     }
     usual = [side.name for side in usual_sides(arguments.shape)]
+    common.write_json(arguments.json, figures)
     for _ in measure(arguments, sides, limits, started_s, results):
         figures["goals"] = goals(results, settings, usual)
         common.write_json(arguments.json, figures)
     show(results, settings, environment)
     common.show_goals(figures["goals"])
     runs = [run for result in results for run in (result, *result.get("tries", []))]
-    sys.exit(int(any(run["outcome"] in ("failed", "time limit") for run in runs)))
+    sys.exit(int(any(run["outcome"] in ("failed", TIME_LIMIT) for run in runs)))
 
 
 def measure(
@@ -98,10 +107,11 @@ def measure(
     results: list[Result],
 ) -> Iterator[None]:
     """Adds to ``results``; comes back after each run. ``limits``: as ``settle`` has them."""
-    names = ("device", "cap_gib", "steps", "ranks", "threads", "limit_s")
+    names = ("device", "backend", "cap_gib", "steps", "ranks", "threads", "limit_s", "total_s")
     usual = {name: getattr(arguments, name) for name in names} | {"started_s": started_s}
     usual["shape"] = SHAPES[arguments.shape]
     usual["limits"] = limits["limits"] if limits else UNLIMITED
+    searches: list[Iterator[None]] = []  # for longer rows, of what fits at the first accumulation
     for accumulation in arguments.accumulation:
         for side in sides:
             what = {"side": f"{side.name}, accumulation {accumulation}"}
@@ -112,7 +122,18 @@ def measure(
             yield
             first = accumulation == arguments.accumulation[0]
             if arguments.longest and first and result["outcome"] == "fits":
-                yield from longer_rows(result, job | {"steps": 1})
+                searches.append(longer_rows(result, job | {"steps": 1}))
+    yield from in_turns(searches)
+
+
+def in_turns(searches: list[Iterator[None]]) -> Iterator[None]:
+    """A run of each, then the next of each: what matters most of all sides is known first."""
+    while searches:
+        for own in list(searches):
+            try:
+                yield next(own)
+            except StopIteration:
+                searches.remove(own)
 
 
 def longer_rows(result: Result, job: dict[str, Any]) -> Iterator[None]:
@@ -127,36 +148,57 @@ def longer_rows(result: Result, job: dict[str, Any]) -> Iterator[None]:
 def search(lengths: list[int], run: Callable[[int], Result]) -> Iterator[Result]:
     """Runs with those of ``lengths``, which ascend, that narrow down the longest that fits: 4 of 8.
 
-    What does not end in time counts as if it did not fit.
+    What does not end in time counts as if it did not fit; where there is no time left it ends.
     """
     fitting, too_long = 0, len(lengths)  # lengths[:fitting] fit, lengths[too_long:] do not
     while fitting < too_long:
         middle = (fitting + too_long) // 2
         result = run(lengths[middle])
+        yield result
+        if result["outcome"] == NOT_RUN:
+            return
         if result["outcome"] == "fits":
             fitting = middle + 1
         else:
             too_long = middle
-        yield result
 
 
 def run(job: dict[str, Any]) -> Result:
     """What came of a job, in processes of its own, and what its ranks reported."""
     what = f"{job['side']}, T={job['seq_len']}"
-    limit = duration(job["limit_s"])
-    common.say(job["started_s"], f"{what}: {job['steps']} steps, {limit} at most")
-    began, outcome, ranks = time.time(), "fits", []
-    with tempfile.TemporaryDirectory(prefix="fttrain-fit-") as folder:
+    began, left_s = time.time(), _left_s(job)
+    if left_s < LEAST_S:
+        common.say(job["started_s"], f"{what}: {NOT_RUN}, --total-s leaves {left_s:.0f} s")
+        return _result(job, NOT_RUN, "", 0.0, [])
+    limit_s = min(job["limit_s"], left_s)
+    common.say(job["started_s"], f"{what}: {job['steps']} steps, {duration(limit_s)} at most")
+    outcome = "fits"
+    with tempfile.TemporaryDirectory(prefix="fttrain-fit-") as name:
+        folder, own = Path(name), job | {"ends_s": began + limit_s}
         try:
-            ranks = common.run_ranks(str(Path(__file__).resolve()), job, Path(folder))
+            ranks = common.run_ranks(str(Path(__file__).resolve()), own, folder)
         except SystemExit as failure:
             if failure.code in STOPPED:
                 raise
             outcome = OUTCOMES.get(failure.code, "failed")
-        why = reason(Path(folder))
+            ranks = common.reports(folder, job["ranks"]) if outcome == TIME_LIMIT else []
+        why = reason(folder)
     wall_s = time.time() - began
     ended = f"{outcome}: {why}" if why else outcome
     common.say(job["started_s"], f"{what}: after {duration(wall_s)}: {ended}")
+    return _result(job, outcome, why, wall_s, ranks)
+
+
+def _left_s(job: dict[str, Any]) -> float:
+    """Of the time for all runs."""
+    if job["total_s"] is None:
+        return math.inf
+    return float(job["started_s"] + job["total_s"] - time.time())
+
+
+def _result(
+    job: dict[str, Any], outcome: str, why: str, wall_s: float, ranks: list[dict[str, Any]]
+) -> Result:
     return {
         "seq_len": job["seq_len"],
         "outcome": outcome,
@@ -171,14 +213,13 @@ def _limits(arguments: argparse.Namespace, started_s: float) -> dict[str, Any] |
     tflops, link_gb_s = arguments.tflops, arguments.link_gb_s
     if tflops is None and link_gb_s is None:
         return None
-    names = ("device", "threads", "limit_s")
-    usual = {name: getattr(arguments, name) for name in names} | {"ranks": 1}
+    usual = {"device": arguments.device, "threads": arguments.threads, "ranks": 1}
     script = str(Path(__file__).resolve())
 
     def measured(limits: dict[str, Any]) -> dict[str, Any]:
         common.say(started_s, "measuring this machine's rates")
         with tempfile.TemporaryDirectory(prefix="fttrain-fit-") as folder:
-            job = usual | {"limits": limits}
+            job = usual | {"limits": limits, "ends_s": time.time() + arguments.limit_s}
             return common.run_ranks(script, job, Path(folder), option="--gauge")[0]
 
     try:
@@ -204,6 +245,7 @@ def _arguments() -> argparse.Namespace:
     add("--json", metavar="FILE", help="write the figures there")
     add("--shape", choices=SHAPES, default="llama3_70b")
     add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--backend", choices=BACKENDS, default="auto", help="as rig.backend")
     add("--cap-gib", type=float, default=CARD_GIB, help="of each rank, context included")
     add("--seq-len", type=int, default=2048)
     add("--steps", type=int, default=5)
@@ -212,6 +254,7 @@ def _arguments() -> argparse.Namespace:
     add("--levers", action="store_true", help="also the usual sides with one lever pulled")
     add("--longest", action="store_true", help="also look for the longest row that fits")
     add("--limit-s", type=int, default=1800, help="seconds for each run")
+    add("--total-s", type=int, help="seconds for all of it: none begins that has no time")
     add("--ranks", type=int, default=2)
     add("--threads", type=int, default=4, help="of each rank")
     add("--tflops", type=positive, help="limit bf16 GEMMs to this rate, such as 71")

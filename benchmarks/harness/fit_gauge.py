@@ -1,12 +1,12 @@
 """How fast a machine multiplies and copies, under the limits that ``fit70b.py`` sets it."""
 
-import signal
 import time
 from functools import partial
 from typing import Any
 
 import common
 import torch
+from harness.fit_rank import end_by
 from harness.link import GB, direction, paced
 from harness.multiprocessors import limited, why_not_green
 
@@ -23,7 +23,7 @@ SLEEP_CYCLES = 1 << 28
 def run_gauge(job_file: str) -> None:
     """Measure under the limits of a job, report."""
     job = common.read_job(job_file)
-    signal.alarm(job["limit_s"])  # ends the process, as in ``fit_rank``
+    end_by(job["ends_s"])
     torch.set_num_threads(job["threads"])
     device = torch.device("cuda", 0) if job["device"] == "cuda" else torch.device("cpu")
     with limited(job["limits"]["multiprocessors"], device), paced(job["limits"]["link"]):

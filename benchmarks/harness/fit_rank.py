@@ -1,11 +1,13 @@
 """What a rank of ``fit70b.py`` does: set itself up within its part of a card, train, report."""
 
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,14 +19,14 @@ REFUSED, OUT_OF_MEMORY = 8, 9  # exit codes of all ranks, whichever of them it w
 CONTEXT_GIB = 0.6  # CUDA's context and NCCL's buffers, outside torch's allocator
 
 Kinds = type[Exception] | tuple[type[Exception], ...]
+Figures = dict[str, Any]
 
 
 def run_rank(job_file: str) -> None:
     """The steps of a job on this rank."""
     memory = common.HostMemory()
     job = common.read_job(job_file)
-    # Its default action ends the process, wherever that is: in a collective, in the driver.
-    signal.alarm(job["limit_s"])
+    end_by(job["ends_s"])
     from harness.multiprocessors import limited
 
     from fttrain.joining import process_group
@@ -32,18 +34,30 @@ def run_rank(job_file: str) -> None:
     device = _device(job)
     try:
         with (
-            process_group(device) as group,
+            process_group(device, job["backend"]) as group,
             limited(job["limits"]["multiprocessors"], device),
         ):
-            figures = run_steps(job, group, memory)
+            figures = run_steps(job, group, memory, partial(common.note, job_file))
             group.barrier()  # nobody hangs up while another rank still talks
             common.report(job_file, figures)
     except UserError as error:
         _give_up(job_file, error)
 
 
-def run_steps(job: dict[str, Any], group: Any, memory: common.HostMemory) -> dict[str, Any]:
-    """Build, train; the figures of this rank."""
+def end_by(ends_s: float) -> None:
+    """This process ends then, as ``time.time`` has it, wherever it is: in a collective, in the
+    driver. That is the signal's default action.
+    """
+    signal.alarm(max(1, math.ceil(ends_s - time.time())))
+
+
+def run_steps(
+    job: dict[str, Any],
+    group: Any,
+    memory: common.HostMemory,
+    note: Callable[[Figures], None] = lambda figures: None,
+) -> Figures:
+    """Build, train; the figures of this rank. ``note``: takes them after each step."""
     import torch
     from harness.driver_memory import DriverMemory
     from harness.fit_steps import build, train
@@ -66,20 +80,23 @@ def run_steps(job: dict[str, Any], group: Any, memory: common.HostMemory) -> dic
         with answer(UserError, REFUSED):
             trained = build(job, group, say)
         loading_s = time.perf_counter() - started
-        steps = train(job, group, trained, say)
-        shared_bytes = memory.shared_bytes()  # while ``trained`` still maps them
-    return {
-        "loading_s": loading_s,
-        "steps": steps,
-        "device_name": properties.name if properties else "CPU",
-        "shared_device": on_cuda and torch.cuda.device_count() < job["ranks"],
-        "peak_host_bytes": memory.peak_bytes(),
-        "shared_host_bytes": shared_bytes,
-        "carried_bytes": {name: way.carried_bytes for name, way in ways.items()},
-        "reserved_bytes": torch.cuda.max_memory_reserved(group.device) if on_cuda else None,
-        "nvml_bytes": driver.own_bytes if driver else None,
-        "nvml_card_bytes": driver.card_bytes if driver else None,
-    }
+
+        def figures(steps: list[Figures]) -> Figures:
+            return {
+                "loading_s": loading_s,
+                "steps": steps,
+                "device_name": properties.name if properties else "CPU",
+                "shared_device": on_cuda and torch.cuda.device_count() < job["ranks"],
+                "peak_host_bytes": memory.peak_bytes(),
+                "shared_host_bytes": memory.shared_bytes(),
+                "carried_bytes": {name: way.carried_bytes for name, way in ways.items()},
+                "reserved_bytes": torch.cuda.max_memory_reserved(group.device) if on_cuda else None,
+                "nvml_bytes": driver.own_bytes if driver else None,
+                "nvml_card_bytes": driver.card_bytes if driver else None,
+            }
+
+        steps = train(job, group, trained, say, lambda steps: note(figures(steps)))
+        return figures(steps)  # while ``trained`` still maps what ranks share
 
 
 @contextmanager
@@ -123,6 +140,8 @@ def _device(job: dict[str, Any]) -> Any:
     fraction = (job["cap_gib"] - CONTEXT_GIB) * 2**30 / total
     torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0), device)
     if cards < job["ranks"]:
-        # NCCL refuses two ranks of one host on one GPU: say that they are on two.
-        os.environ |= {"NCCL_HOSTID": f"host{rank}", "NCCL_SOCKET_IFNAME": "lo"}
+        # NCCL refuses two ranks of one host on one GPU: say that they are on two, with nothing
+        # between them but sockets, whatever network the machine has.
+        apart = {"NCCL_HOSTID": f"host{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+        os.environ |= apart
     return device

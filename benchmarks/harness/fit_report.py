@@ -40,9 +40,10 @@ def show(
     columns = list(COLUMNS)
     if shared:
         columns[columns.index("s waited")] = "s waited, not representative"
+        over = "gloo" if settings["backend"] == "gloo" else "NCCL over its socket transport"
         title += (
-            ".\nTHE RANKS SHARE A CARD: NCCL over its socket transport, computing in turns. Memory "
-            "is what it would be; waits, steps and tokens/s are not representative"
+            f".\nTHE RANKS SHARE A CARD: {over}, computing in turns. Memory is what it would be; "
+            "waits, steps and tokens/s are not representative"
         )
     common.show(title, columns, map(row, results), environment)
     if settings["limits"]:
@@ -64,9 +65,10 @@ def row(result: dict[str, Any]) -> list[str]:
     wait_s = max(sum(step["wait_s"] for step in steps) / len(steps) for steps in timed)
     last = [steps[-1] for steps in timed]
     moved = max(sum(step[kind] for kind in MOVED) for step in last)
+    cut = "" if result["outcome"] == "fits" else f", then {result['outcome']}"
     return [
         result["side"],
-        "yes",
+        f"yes{cut}",
         _gib(highest(ranks, "reserved_bytes")),
         _gib(highest(ranks, "nvml_bytes")),
         _gib(highest(ranks, "nvml_card_bytes")),

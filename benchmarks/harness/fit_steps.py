@@ -22,6 +22,7 @@ from fttrain.strategy.protocol import StepStats, Strategy
 from fttrain.strategy.recipe import Recipe, StepSize
 
 Say = Callable[[str], None]
+Steps = list[dict[str, Any]]
 TOLD_LAYERS = 20  # layers between two lines of progress
 
 
@@ -63,10 +64,16 @@ def recipe_of(job: dict[str, Any]) -> Recipe:
     )
 
 
-def train(job: dict[str, Any], group: Group, trained: Strategy, say: Say) -> list[dict[str, Any]]:
-    """The figures of each step."""
+def train(
+    job: dict[str, Any],
+    group: Group,
+    trained: Strategy,
+    say: Say,
+    note: Callable[[Steps], None] = lambda steps: None,
+) -> Steps:
+    """The figures of each step. ``note``: takes those of all steps so far, after each."""
     batches = _batches(job, *trained.data_parallel)
-    steps = []
+    steps: Steps = []
     for number in range(job["steps"]):
         group.barrier()
         started = time.perf_counter()
@@ -76,6 +83,7 @@ def train(job: dict[str, Any], group: Group, trained: Strategy, say: Say) -> lis
         step_s = time.perf_counter() - started
         say(f"step {number + 1} of {job['steps']}: {step_s:.1f} s, loss {stats.loss:.3f}")
         steps.append({"step_s": step_s, **_figures(stats)})
+        note(steps)
     # What the last update still fetches comes before this. Where the strategy went first, gloo
     # would have no place for it and read no further.
     group.barrier()

@@ -10,7 +10,7 @@ import torch
 
 from fttrain.doctor.finding import NOT_AVAILABLE, Finding, failure, ok, warning
 from fttrain.rig import topology
-from fttrain.rig.card import handle_of
+from fttrain.rig.card import handle_of, uuid_of
 from fttrain.rig.nvml import ask
 from fttrain.units import gib
 
@@ -28,6 +28,7 @@ class Card:
     power_default_w: float | None = None
     ecc: bool | None = None
     ecc_errors: int | None = None  # that could not be corrected, since the driver was loaded
+    uuid: str = ""  # by which nvidia-smi finds it: its numbers may be others than torch's
 
 
 def found_cards() -> list[Card]:
@@ -37,7 +38,7 @@ def found_cards() -> list[Card]:
 
 def _card(device: torch.device) -> Card:
     properties = torch.cuda.get_device_properties(device)
-    plain = Card(properties.name, properties.total_memory)
+    plain = Card(properties.name, properties.total_memory, uuid=uuid_of(device))
     handle = handle_of(device)
     return plain if handle is None else _asked(plain, device, handle)
 
@@ -63,6 +64,7 @@ def _asked(card: Card, device: torch.device, handle: Any) -> Card:
                 )
             )
         ),
+        card.uuid,
     )
 
 
@@ -90,7 +92,8 @@ def pcie(cards: Sequence[Card]) -> Finding:
     if any((card.pcie_width or 0) < (card.pcie_width_most or 0) for _, card in known):
         return warning(
             "; ".join(told),
-            "seat the card and its riser anew; x16 slot and bifurcation in the BIOS",
+            "x8 each is what a desktop board gives two cards; if this one gives more, seat card "
+            "and riser anew, and look at slots and bifurcation in the BIOS",
         )
     return ok("; ".join(told))
 
@@ -101,10 +104,10 @@ def power(cards: Sequence[Card]) -> Finding:
     if not known:
         return ok(NOT_AVAILABLE)
     told = [f"card {i}: {c.power_limit_w:.0f} of {c.power_default_w:.0f} W" for i, c in known]
-    for i, card in known:
+    for _, card in known:
         if (card.power_limit_w or 0.0) < (card.power_default_w or 0.0) - 1:
-            remedy = f"sudo nvidia-smi -i {i} -pl {card.power_default_w:.0f} (unless it is wanted)"
-            return warning("; ".join(told), remedy)
+            remedy = f"sudo nvidia-smi -i {card.uuid} -pl {card.power_default_w:.0f}"
+            return warning("; ".join(told), f"{remedy} (unless it is wanted)")
     return ok("; ".join(told))
 
 
@@ -117,7 +120,8 @@ def ecc(cards: Sequence[Card]) -> Finding:
     told = "; ".join(f"card {i}: {'on' if card.ecc else 'off'}" for i, card in known)
     if bad:
         errors = "; ".join(f"card {i}: {cards[i].ecc_errors} uncorrected errors" for i in bad)
-        return failure(errors, f"sudo nvidia-smi -r -i {bad[0]}; if they come again, another card")
+        reset = f"sudo nvidia-smi -r -i {cards[bad[0]].uuid}"
+        return failure(errors, f"{reset}; if they come again, another card")
     return ok(told)
 
 

@@ -56,7 +56,7 @@ def all_checks(rig: RigConfig, wanted: Wanted) -> list[tuple[str, Check]]:
         ("accelerate and P2P", lambda: cards.accelerate_habit(there, accelerate_is_content())),
         ("host memory", lambda: cards.host_memory(there, memory_bytes)),
         ("control group", host.control_group),
-        ("locked memory", lambda: host.locked_memory(memory_bytes // 2 if on_card else 0)),
+        ("locked memory", lambda: host.locked_memory(torch.device("cuda" if on_card else "cpu"))),
         ("shared memory", host.shared_memory),
         ("swap", host.swap),
         ("open files", host.open_files),

@@ -70,12 +70,14 @@ def cuda(built_for: str | None, driver: str | None, usable: bool, wanted: bool =
     version, None: there is none; ``usable``: whether torch finds a card; ``wanted``:
     rig.device=cuda.
     """
-    if built_for is None and driver is None:
-        return _on_cpu("torch without CUDA and no NVIDIA driver: runs compute on the CPU", wanted)
     if built_for is None:
+        if driver is None:
+            return _on_cpu(
+                "torch without CUDA and no NVIDIA driver: runs compute on the CPU", wanted
+            )
         return failure(
             f"driver {driver}, but torch {torch.__version__} is built without CUDA",
-            "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128",
+            _with_cuda(driver),
         )
     if driver is None:
         figure = f"torch is built for CUDA {built_for}, but no NVIDIA driver answers"
@@ -94,6 +96,16 @@ def cuda(built_for: str | None, driver: str | None, usable: bool, wanted: bool =
             "nvidia-smi: does the driver see one? look at CUDA_VISIBLE_DEVICES, then reboot",
         )
     return ok(f"CUDA {built_for}, driver {driver}")
+
+
+def _with_cuda(driver: str) -> str:
+    """How to come by a torch that is built for a CUDA this driver runs: PyPI has one for CUDA 13,
+    torch's own index one for CUDA 12 (pytorch/pytorch, issues 178665 and 190355).
+    """
+    wanted = "pip install --force-reinstall 'torch>=2.11,<2.14'"
+    if Version(driver) >= Version(OLDEST_DRIVER[13]):
+        return wanted
+    return f"{wanted} --index-url https://download.pytorch.org/whl/cu126, or a newer driver"
 
 
 def _on_cpu(figure: str, wanted: bool) -> Finding:

@@ -17,9 +17,11 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that operators made and that something still holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str | None = None) -> None:
+        """``device_type``: of the only tensors that count, such as cuda; None: all do."""
         super().__init__()
         self.now = self.peak = 0
+        self._device_type = device_type
         self._counts = True
         self._seen: dict[int, Any] = {}  # storage -> weak reference
 
@@ -46,7 +48,8 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 if id(storage) not in self._seen:
-                    self._count(storage, storage.nbytes() if self._counts else 0)
+                    here = self._device_type in (None, tensor.device.type)
+                    self._count(storage, storage.nbytes() if self._counts and here else 0)
         self.peak = max(self.peak, self.now)
         return made
 

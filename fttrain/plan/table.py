@@ -118,6 +118,9 @@ def parts_table(verdict: Verdict, rig: RigProfile) -> Table:
         held = [card.allocator_bytes for card in rig.cards]
         shown = ("not measured" if size is None else f"{size / GIB:.2f}" for size in held)
         found.add_row("allocator's rounding, libraries' workspaces", *shown, "")
+        if any(card.others_bytes for card in rig.cards):
+            others = (f"{(card.others_bytes or 0) / GIB:.2f}" for card in rig.cards)
+            found.add_row("other programs, as measured", *others, "")
     sums = [
         f"{(rank.device_bytes + card.beside_bytes) / GIB:.2f}"
         for rank, card in zip(ranks, rig.cards, strict=True)

@@ -13,6 +13,7 @@ from fttrain.plan.fake import full_batch
 from fttrain.plan.live import LiveBytes
 from fttrain.plan.memory import with_layers
 from fttrain.plan.random_base import RandomBase
+from fttrain.rig.card import beside_allocator_bytes
 from fttrain.rig.probe import peak_host_bytes
 from fttrain.rig.timing import median_s
 from fttrain.schedule import ScheduleConfig
@@ -33,7 +34,8 @@ class Trial:
     head_s: float  # loss and its gradient, every token a target
     overhead_bytes: int | None = None  # of host memory, of a process on the CPU; None elsewhere
     # That torch's allocator on a GPU held beyond live tensors: what it rounds up and cannot give
-    # out again, and workspaces of libraries; None elsewhere
+    # out again, and workspaces of libraries; with them the kernels that the steps had loaded. None
+    # elsewhere
     allocator_bytes: int | None = None
 
 
@@ -60,13 +62,19 @@ def take(recipe: Recipe, config: Any, device: torch.device) -> Trial:
     frozen_format = architecture.frozen_format(recipe.quant, dtype)
     alone = Group(0, 1, 0, device)
     on_cpu = device.type == "cpu"
+    beside_bytes = 0
     if not on_cpu:
         torch.cuda.reset_peak_memory_stats(device)
-    with LiveBytes() as live:
+        beside_bytes = beside_allocator_bytes(device)
+    with LiveBytes(device.type) as live:
         blueprint = Blueprint(recipe, architecture, frozen_format, alone)
         strategy = blueprint.build(RandomBase(LAYERS, frozen_format), lambda done, total: None)
         _step(strategy, recipe, None)
-    held_bytes = peak_host_bytes() if on_cpu else torch.cuda.max_memory_reserved(device)
+    if on_cpu:
+        held_bytes = peak_host_bytes()
+    else:
+        loaded_bytes = beside_allocator_bytes(device) - beside_bytes
+        held_bytes = torch.cuda.max_memory_reserved(device) + loaded_bytes
     beyond_bytes = held_bytes - live.peak
     # With a single target there is next to nothing to do behind the layers.
     layers_s = median_s(lambda: _step(strategy, recipe, 1), device, BUDGET_S)

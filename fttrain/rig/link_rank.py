@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import time
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ from typing import Any
 import psutil
 import torch
 
-from fttrain.dist import Group, local_world_size
+from fttrain.dist import Group
 from fttrain.errors import UserError
 from fttrain.joining import process_group
 from fttrain.launch import die_with_parent
-from fttrain.rig.card import own_bytes
+from fttrain.rig.card import beside_allocator_bytes
 from fttrain.rig.config import RigConfig
 from fttrain.rig.link import WrongResult, gradients_s, measure_link
-from fttrain.rig.probe import ranks_a_device, set_up_rank
+from fttrain.rig.probe import set_up_rank
 from fttrain.rig.topology import nvlink_bytes
 from fttrain.rig.transports import RUN, LinkJob
 from fttrain.track import counting
@@ -43,7 +44,7 @@ def _measure(job: LinkJob, group: Group) -> dict[str, Any]:
     group.barrier()  # makes the communicator
     answer["overhead_bytes"] = _overhead_bytes(job, group.device)
     group.barrier()  # until here no rank has made a tensor
-    before = nvlink_bytes(group.device)
+    before, started = nvlink_bytes(group.device), time.monotonic()
     show = counting(job.label) if group.is_main else lambda done, total: None
     try:
         found = measure_link(group, job.true_bytes, job.most_bytes, job.budget_s, show)
@@ -56,8 +57,13 @@ def _measure(job: LinkJob, group: Group) -> dict[str, Any]:
     answer["samples"] = {
         name: [list(astuple(sample)) for sample in samples] for name, samples in found.items()
     }
-    after = nvlink_bytes(group.device)
-    answer["nvlink_bytes"] = None if before is None or after is None else after - before
+    after, seconds = nvlink_bytes(group.device), time.monotonic() - started
+    if before is not None and after is not None:
+        answer["nvlink_bytes_per_s"] = (after - before) / seconds
+    if group.device.type == "cuda":  # NCCL connects for each collective at its first use
+        group.barrier()
+        answer["overhead_bytes"] = _overhead_bytes(job, group.device)
+        group.barrier()
     return answer
 
 
@@ -68,12 +74,7 @@ def _overhead_bytes(job: LinkJob, device: torch.device) -> int:
     if device.type != "cuda":
         importlib.import_module(RUN)
         return psutil.Process().memory_info().rss
-    own = own_bytes(device)
-    if own is None:  # the same of each rank that has its context there
-        free, total = torch.cuda.mem_get_info(device)
-        grown = total - free - job.taken_bytes
-        own = grown // ranks_a_device(device, local_world_size())
-    return own - torch.cuda.memory_reserved(device)
+    return beside_allocator_bytes(device, job.taken_bytes)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from fttrain.dist import Group, local_world_size
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.rig import machine, topology
+from fttrain.rig.card import others_bytes
 from fttrain.rig.compute import (
     adamw_values_per_s,
     dequantise_bytes_per_s,
@@ -34,9 +35,11 @@ from fttrain.rig.profile import (
     card_of,
 )
 from fttrain.rig.transports import TRANSPORTS, measure_transport, transports
+from fttrain.units import GIB, gib
 
 Say = Callable[[str], None]
 BUSY = 0.3  # of the cores, in the minute before: above that others spoil what is measured
+MUCH_BYTES = 2 * GIB  # of a card: more than a display takes
 _CPU = torch.device("cpu")
 
 
@@ -110,9 +113,16 @@ def measure(
     card = dataclasses.replace(
         card, to_card=to_card, to_host=to_host, overhead_bytes=overhead_bytes
     )
+    cards = tuple(card_of(json.loads(text)) for text in _each(group, json.dumps(asdict(card))))
+    for rank, own in enumerate(cards):
+        if (own.others_bytes or 0) > MUCH_BYTES:
+            say(
+                f"other programs hold {gib(own.others_bytes or 0)} of the card of rank {rank}: "
+                "plans leave it to them; without them measure anew"
+            )
     return RigProfile(
         name=f"{group.world_size}x {card.name}",
-        cards=tuple(card_of(json.loads(text)) for text in _each(group, json.dumps(asdict(card)))),
+        cards=cards,
         host=host,
         links=links,
         measured=Measured(
@@ -134,6 +144,7 @@ def _card(work: Work, group: Group, device: torch.device) -> CardProfile:
     name, memory_bytes = machine.cpu_name(), psutil.virtual_memory().total
     if device.type == "cuda":
         torch.cuda.empty_cache()  # for the processes that come
+        facts["others_bytes"] = others_bytes(device)
         properties = torch.cuda.get_device_properties(device)
         name, memory_bytes = properties.name, properties.total_memory
     memory_bytes //= ranks_a_device(device, local_world_size())

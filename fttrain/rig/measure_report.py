@@ -119,13 +119,16 @@ def _cards(profile: RigProfile) -> Table:
     rows = {
         "card": [card.name for card in profile.cards],
         "memory": [gib(card.memory_bytes) for card in profile.cards],
-        "taken before the first tensor": [
+        "taken beside tensors": [
             NONE if card.overhead_bytes is None else gib(card.overhead_bytes)
             for card in profile.cards
         ],
         "held beside tensors by torch": [
             NONE if card.allocator_bytes is None else gib(card.allocator_bytes)
             for card in profile.cards
+        ],
+        "held by other programs": [
+            NONE if card.others_bytes is None else gib(card.others_bytes) for card in profile.cards
         ],
         "GEMMs, TFLOP/s": [_scaled(card.gemm_flop_per_s, 1e12) for card in profile.cards],
         "head with its loss, TFLOP/s": [

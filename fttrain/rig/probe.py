@@ -17,13 +17,14 @@ from fttrain.rig.config import RigConfig
 CGROUPS = Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 # What errors say that are no torch.OutOfMemoryError: torch's allocator of the CPU; cuBLAS, which
-# makes a handle at its first use on a thread, and names either reason; the driver;
-# NCCL, whose buffers come with the first use of a connection
+# makes a handle at its first use on a thread, and names either reason; the driver, of its calls and
+# of mapping segments; NCCL, whose buffers come with the first use of a connection
 _RAN_OUT = (
     "can't allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED",
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
     "'out of memory'",
 )
 

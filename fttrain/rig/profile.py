@@ -56,11 +56,14 @@ class CardProfile:
     peer_access: bool | None = None  # whether it can read every other card's memory
     power_limit_w: float | None = None
     price_per_h: float | None = None  # US dollars, of renting one
-    # Of one rank, before its first tensor: context and communication buffers; of a CPU all that is
+    # Of one rank, beside its tensors: context and communication buffers; of a CPU all that is
     # resident of a process with its libraries
     overhead_bytes: int | None = None
-    # That torch's allocator holds beyond live tensors, of real steps; None: not measured
+    # That torch's allocator holds beyond live tensors, and kernels that were loaded for them, of
+    # real steps; None: not measured
     allocator_bytes: int | None = None
+    # That other programs held while it was measured, a display for one; None: nobody knows
+    others_bytes: int | None = None
     # Of real steps (fttrain/plan/trial.py). None: what is not a GEMM takes no time
     layer_values_per_s: float | None = None  # as plan/work.py counts them: all but GEMMs
     head_flop_per_s: float | None = None  # the head's GEMMs, the loss and its gradient included
@@ -68,7 +71,9 @@ class CardProfile:
     @property
     def beside_bytes(self) -> int:
         """Of its memory, what tensors cannot have."""
-        return (self.overhead_bytes or 0) + (self.allocator_bytes or 0)
+        return sum(
+            size or 0 for size in (self.overhead_bytes, self.allocator_bytes, self.others_bytes)
+        )
 
 
 @dataclass(frozen=True)

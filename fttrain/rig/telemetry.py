@@ -26,19 +26,19 @@ GPU_SENSOR = pynvml.NVML_TEMPERATURE_GPU
 # A card at its power limit (SwPowerCap) is a card at work: it is written down, and no reason to
 # warn. These are faults of cooling or supply.
 THROTTLES = {
-    pynvml.nvmlClocksThrottleReasonHwSlowdown: "the hardware slows it down",
-    pynvml.nvmlClocksThrottleReasonSwThermalSlowdown: "it is too hot",
-    pynvml.nvmlClocksThrottleReasonHwThermalSlowdown: "it is far too hot",
-    pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown: "its power supply asks for less",
+    pynvml.nvmlClocksEventReasonHwSlowdown: "the hardware slows it down",
+    pynvml.nvmlClocksEventReasonSwThermalSlowdown: "it is too hot",
+    pynvml.nvmlClocksEventReasonHwThermalSlowdown: "it is far too hot",
+    pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown: "its power supply asks for less",
 }
 FIGURES: dict[str, Callable[[Any], float]] = {  # name -> what the driver is asked of a card
     "power_w": lambda card: pynvml.nvmlDeviceGetPowerUsage(card) / 1e3,
     "temperature_c": lambda card: pynvml.nvmlDeviceGetTemperature(card, GPU_SENSOR),
     "sm_clock_mhz": lambda card: pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_SM),
     "memory_clock_mhz": lambda card: pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_MEM),
-    "throttle_reasons": lambda card: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(card),
+    "throttle_reasons": lambda card: pynvml.nvmlDeviceGetCurrentClocksEventReasons(card),
     "throttled": lambda card: float(
-        any(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(card) & bit for bit in THROTTLES)
+        any(pynvml.nvmlDeviceGetCurrentClocksEventReasons(card) & bit for bit in THROTTLES)
     ),
     "pcie_generation": lambda card: pynvml.nvmlDeviceGetCurrPcieLinkGeneration(card),
     "pcie_width": lambda card: pynvml.nvmlDeviceGetCurrPcieLinkWidth(card),

@@ -4,6 +4,7 @@ A machine without a driver, a driver without some figure, a container that hides
 None, one figure at a time.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pynvml
@@ -14,6 +15,7 @@ from fttrain.rig.nvml import ask
 
 _ALL_LINKS = 0xFFFFFFFF  # scope of a counter: the sum over a card's links
 _KIB = 1024
+PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -31,7 +33,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "pcie_width": ask(lambda: pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle)),
         "pcie_width_most": ask(lambda: pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)),
         "nvlink_lanes": _nvlink_lanes(handle),
-        "numa_node": ask(lambda: pynvml.nvmlDeviceGetNumaNodeId(handle)),
+        "numa_node": _numa_node(handle),
         "power_limit_w": ask(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3),
         "peer_access": _peer_access(device),
     }
@@ -62,6 +64,21 @@ def _nvlink_lanes(handle: Any) -> int | None:
     # A card refuses the number of a link that it does not have.
     states = [is_up(link) for link in range(pynvml.NVML_NVLINK_MAX_LINKS)]
     return sum(state for state in states if state)
+
+
+def _numa_node(handle: Any) -> int | None:
+    """The host's that the card's slot belongs to. NVML's own NUMA id is of cards that are a node
+    themselves. The kernel says -1 where the host has one node only.
+    """
+    slot = ask(lambda: pynvml.nvmlDeviceGetPciInfo(handle))
+    if slot is None:
+        return None
+    place = f"{slot.domain:04x}:{slot.bus:02x}:{slot.device:02x}.0"
+    try:
+        node = int((PCI_DEVICES / place / "numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None
 
 
 def _peer_access(device: torch.device) -> bool | None:

@@ -30,7 +30,8 @@ from fttrain.units import MIB
 RUN = "fttrain.train"  # what a process of a run has imported; by name, for it is far above
 START_S = 120.0  # for the imports, the first collective, and a slow first size
 GRACE = 4.0  # how many times its budget a transport may take before it counts as hanging
-_NVLINK_LEAST_BYTES = MIB  # less is somebody else's
+# Less is the link's own: two RTX 3090 at rest exchange 1.2 MiB/s (Syllo/nvtop, pull request 469)
+_NVLINK_LEAST_BYTES_PER_S = 8 * MIB
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def measure_transport(
     most_bytes: int,
     budget_s: float,
 ) -> tuple[LinkProfile, int | None]:
-    """The link, and the bytes of this rank's card that went before its first tensor (context,
-    buffers of the transport; on the CPU the process with its libraries), None where it failed.
+    """The link, and the bytes of this rank's card that it takes beside tensors (context, buffers of
+    the transport; on the CPU the process with its libraries), None where it failed.
 
     ``group``: the ranks that start the processes; every rank calls it, and gets the same link. One
     that fails, hangs or corrupts is told in ``wrong``.
@@ -105,7 +106,7 @@ def measure_transport(
         )
         problem = _run(job, {**transport.environment, "MASTER_PORT": port}, folder)
         answer = {} if problem else json.loads(Path(job.answer).read_text())
-        seen = _seen(transport, folder, answer.get("nvlink_bytes"))
+        seen = _seen(transport, folder, answer.get("nvlink_bytes_per_s"))
     problems = [group.share(problem, rank) for rank in range(group.world_size)]
     wrong = next((told for told in problems if told), "") or answer["wrong"]
     seen = group.share(seen)
@@ -126,6 +127,7 @@ def _run(job: LinkJob, variables: Mapping[str, str], folder: Path) -> str:
     environment = {
         **os.environ,
         "NCCL_DEBUG": "INFO",
+        "NCCL_DEBUG_SUBSYS": "INIT",  # in which it names carriers, whatever the user wants to read
         "NCCL_DEBUG_FILE": str(folder / "nccl.log"),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         **variables,
@@ -154,26 +156,27 @@ def _samples(found: Mapping[str, Any]) -> dict[str, tuple[Sample, ...]]:
     return {name: tuple(Sample(*sample) for sample in samples) for name, samples in found.items()}
 
 
-def _seen(transport: Transport, folder: Path, nvlink_bytes: int | None) -> str:
+def _seen(transport: Transport, folder: Path, nvlink_bytes_per_s: float | None) -> str:
     if transport.backend == "gloo":
         return f"TCP on {gloo_interface()}"
     log = folder / "nccl.log"
-    return carriers(log.read_text(errors="replace") if log.is_file() else "", nvlink_bytes)
+    return carriers(log.read_text(errors="replace") if log.is_file() else "", nvlink_bytes_per_s)
 
 
-def carriers(log: str, nvlink_bytes: int | None) -> str:
+def carriers(log: str, nvlink_bytes_per_s: float | None) -> str:
     """What NCCL's log names, such as "P2P/CUMEM over NVLink".
 
-    ``nvlink_bytes``: by how much the card's counters grew meanwhile; None: it has none.
+    ``nvlink_bytes_per_s``: how fast the card's counters grew meanwhile; None: it has none.
     """
     # NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM, SHM/direct/direct, NET/Socket/0/GDRDMA
     named = sorted(set(re.findall(r"Channel \S+ : .* via ((?:P2P|SHM|NET)(?:/[A-Za-z]+)*)", log)))
     if not named:
         return "not in NCCL's log"
     text = ", ".join(named)
-    if nvlink_bytes is None or not any(name.startswith("P2P") for name in named):
+    if nvlink_bytes_per_s is None or not any(name.startswith("P2P") for name in named):
         return text
-    return f"{text} over {'NVLink' if nvlink_bytes >= _NVLINK_LEAST_BYTES else 'PCIe'}"
+    over = "NVLink" if nvlink_bytes_per_s >= _NVLINK_LEAST_BYTES_PER_S else "PCIe"
+    return f"{text} over {over}"
 
 
 def is_as_asked(transport: Transport, seen: str) -> bool:

@@ -3,8 +3,10 @@ not fit is an answer.
 """
 
 import importlib
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +18,7 @@ import torch
 from ranks import run_ranks
 from smoke import ROOT, smoke_run
 
+from fttrain.dist import Group
 from fttrain.errors import UserError
 from fttrain.joining import process_group
 from fttrain.strategy.usage import explained
@@ -32,7 +35,7 @@ def run(file: Path, *arguments: str) -> tuple["subprocess.CompletedProcess[str]"
 
 
 def test_every_strategy_runs_and_moves_what_it_should(tmp_path: Path) -> None:
-    arguments = ("--seq-len=32", "--steps=2", f"--link-gb-s={LINK_GB_S}")
+    arguments = ("--seq-len=32", "--steps=2", f"--link-gb-s={LINK_GB_S}", "--backend=gloo")
     done, figures = run(tmp_path / "fit.json", *arguments)
     assert done.returncode == 0, done.stderr
     limits = figures["settings"]["limits"]
@@ -53,6 +56,23 @@ def test_every_strategy_runs_and_moves_what_it_should(tmp_path: Path) -> None:
     assert shared["shard"] == tables
     layers = [sum(shared[f"stream k={k}"].values()) - sum(tables.values()) for k in (0, 2)]
     assert layers[0] == 2 * layers[1] > 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("backend", ["auto", "gloo"])
+def test_two_ranks_fit_on_what_cards_there_are(backend: str, tmp_path: Path) -> None:
+    """On a single one NCCL has to believe that they are on two hosts; gloo need not."""
+    arguments = ("--device=cuda", f"--backend={backend}", "--seq-len=32", "--steps=2")
+    done, figures = run(tmp_path / "fit.json", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = figures["results"]
+    assert {(r["outcome"], len(r["ranks"])) for r in results} == {("fits", 2)}
+    losses = [result["ranks"][0]["steps"][0]["loss"] for result in results]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-3)
+    for result in results:
+        for rank in result["ranks"]:
+            assert 0 < rank["reserved_bytes"] < 1 << 30
+            assert rank["nvml_card_bytes"] is None or rank["nvml_card_bytes"] > 1 << 27
 
 
 def test_a_refusal_is_a_row_and_the_next_side_runs(tmp_path: Path) -> None:
@@ -85,6 +105,83 @@ def test_a_run_beyond_its_time_is_named_and_fails_the_whole(tmp_path: Path) -> N
     done, figures = run(tmp_path / "fit.json", "--limit-s=1", "--only=shard", "--steps=1000")
     assert [result["outcome"] for result in figures["results"]] == ["time limit"]
     assert done.returncode == 1
+
+
+def test_figures_are_noted_after_each_step(module: Module) -> None:
+    fit_rank, sides = module("harness.fit_rank"), module("harness.fit_sides")
+    unlimited = module("harness.fit_limits").UNLIMITED
+    job = {"shape": sides.SHAPES["tiny"], "seq_len": 32, "accumulation": 1, "ranks": 1, "steps": 2}
+    job |= {"started_s": 0.0, "limits": unlimited, **sides.usual_sides("tiny")[0].settings}
+    noted: list[int] = []
+
+    def note(figures: dict[str, Any]) -> None:
+        noted.append(len(figures["steps"]))
+
+    memory = module("common").HostMemory()
+    found = fit_rank.run_steps(job, Group(0, 1, 0, torch.device("cpu")), memory, note)
+    assert (noted, len(found["steps"])) == ([1, 2], 2)
+
+
+def test_steps_of_a_run_that_ran_out_of_time_are_kept(
+    module: Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit70b, common = module("fit70b"), module("common")
+
+    def cut(script: str, job: dict[str, Any], folder: Path) -> None:
+        assert time.time() < job["ends_s"] <= time.time() + 60
+        for rank in range(job["ranks"]):
+            monkeypatch.setenv("RANK", str(rank))
+            common.note(str(folder / "job.json"), {"steps": [rank]})
+        raise SystemExit(128 + signal.SIGALRM)
+
+    monkeypatch.setattr(common, "run_ranks", cut)
+    job = {"side": "shard", "seq_len": 32, "steps": 9, "ranks": 2, "limit_s": 600}
+    job |= {"started_s": time.time(), "total_s": 60}
+    found = fit70b.run(job)
+    assert (found["outcome"], found["ranks"]) == ("time limit", [{"steps": [0]}, {"steps": [1]}])
+
+
+def test_what_there_is_no_time_for_is_not_run(tmp_path: Path) -> None:
+    done, figures = run(tmp_path / "fit.json", "--total-s=5", "--longest")
+    assert done.returncode == 0, done.stderr
+    assert {(r["outcome"], len(r["ranks"])) for r in figures["results"]} == {("not run", 0)}
+    assert {goal["met"] for goal in figures["goals"]} == {None}
+
+
+def test_rows_are_searched_in_turns_after_all_sides(
+    module: Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is known first is what fits at all; then for each side the row that is the goal."""
+    fit70b, sides = module("fit70b"), module("harness.fit_sides")
+    asked: list[tuple[str, int]] = []
+
+    def run(job: dict[str, Any]) -> dict[str, Any]:
+        asked.append((job["side"], job["seq_len"]))
+        return {"seq_len": job["seq_len"], "outcome": "fits" if job["seq_len"] < 9000 else "no"}
+
+    monkeypatch.setattr(fit70b, "run", run)
+    monkeypatch.setattr(sys, "argv", ["fit70b.py", "--longest", "--accumulation", "1", "8"])
+    chosen = sides.usual_sides("llama3_70b")[:2]
+    results: list[dict[str, Any]] = []
+    assert len(list(fit70b.measure(fit70b._arguments(), chosen, None, 0.0, results))) == len(asked)
+    names = [f"{side.name}, accumulation 1" for side in chosen]
+    assert asked[:4] == [
+        *((name, 2048) for name in names),
+        *((f"{side.name}, accumulation 8", 2048) for side in chosen),
+    ]
+    assert asked[4:6] == [(name, module("harness.fit_goals").LONGEST_TOKENS) for name in names]
+    assert [len(result.get("tries", [])) for result in results] == [3, 3, 0, 0]
+
+
+def test_a_search_ends_where_no_time_is_left(module: Module) -> None:
+    """What was not run is no row that does not fit."""
+    outcomes = iter(["fits", "not run"])
+    tries = list(
+        module("fit70b").search(
+            list(range(10, 90, 10)), lambda tokens: {"seq_len": tokens, "outcome": next(outcomes)}
+        )
+    )
+    assert [found["outcome"] for found in tries] == ["fits", "not run"]
 
 
 def runs_out_of_memory(benchmarks: str) -> tuple[int, str]:

@@ -74,6 +74,10 @@ def test_the_longest_row_has_a_goal(module: Module) -> None:
     short = result("pipeline") | {"tries": long["tries"][:1]}
     found = goals([long, short, result("stream k=0")], SETTINGS, NAMES)
     assert met(found, "rows of 16384") == [True, None, None, False]
+    for unknown in ("time limit", "not run"):
+        cut = {"tries": [*short["tries"], {"seq_len": 16384, "outcome": unknown}]}
+        found = goals([long, short | cut], SETTINGS, NAMES)
+        assert met(found, "rows of 16384") == [True, None, None, None]
 
 
 def test_offloading_is_compared_with_its_own_strategy_under_both_limits(module: Module) -> None:
@@ -104,7 +108,7 @@ def test_the_table_says_what_it_does_not_know(
     one, other = (result("pipeline")["ranks"][0] for _ in range(2))
     other["shared_host_bytes"] = {"head": 20 * GIB}  # not what the first maps
     assert report.host_bytes([one, other]) == 80 * GIB
-    settings = SETTINGS | {"cap_gib": 23.4, "steps": 1, "limits": None}
+    settings = SETTINGS | {"backend": "auto", "cap_gib": 23.4, "steps": 1, "limits": None}
     report.show([result("shard"), result("pipeline", "failed")], settings, common.environment())
     said = " ".join(capsys.readouterr().out.split())
     assert "NCCL over its socket transport" in said

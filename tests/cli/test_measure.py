@@ -17,30 +17,35 @@ from fttrain.model.decoder import Architecture
 from fttrain.quant.config import QuantConfig
 from fttrain.rig.machine import identity
 from fttrain.rig.profile import COLLECTIVES, load_profile
+from fttrain.rig.transports import TRANSPORTS
 from fttrain.units import MIB
 
 
-def test_two_ranks_leave_a_profile_and_a_report(tmp_path: Path) -> None:
-    model, output, cache = tmp_path / "model", tmp_path / "output", tmp_path / "cache"
-    tiny_files.save(tiny.model(), model)
-    settings = [
+def measure(folder: Path, *settings: str) -> "subprocess.CompletedProcess[str]":
+    """The command for two ranks; model, output and cache lie in ``folder`` under these names."""
+    tiny_files.save(tiny.model(), folder / "model")
+    usual = [
         "model=local",
-        f"model.path={model}",
+        f"model.path={folder / 'model'}",
         "lora.r=4",
         "data.seq_len=128",
         "loop.micro_batch_size=2",
-        f"frozen.cache_dir={cache}",
+        f"frozen.cache_dir={folder / 'cache'}",
         "launch.processes=2",
-        "rig.device=cpu",
         "rig.link_s=0.5",
-        f"output={output}",
+        f"output={folder / 'output'}",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "fttrain", "measure", *settings],
+    return subprocess.run(
+        [sys.executable, "-m", "fttrain", "measure", *usual, *settings],
         capture_output=True,
         text=True,
         timeout=240,
     )
+
+
+def test_two_ranks_leave_a_profile_and_a_report(tmp_path: Path) -> None:
+    model, output, cache = tmp_path / "model", tmp_path / "output", tmp_path / "cache"
+    done = measure(tmp_path, "rig.device=cpu")
     assert done.returncode == 0, done.stderr
     profile = load_profile(cache / "rig_2.json")
     assert load_profile(output / "profile.json") == profile
@@ -82,6 +87,30 @@ def test_two_ranks_leave_a_profile_and_a_report(tmp_path: Path) -> None:
     assert "![bus bandwidth over size](measure.png)" in report
     assert (output / "measure.png").read_bytes().startswith(b"\x89PNG")
     assert "1 of 1 links work" in done.stdout
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("backend", ["gloo", "auto"])
+def test_two_ranks_measure_cards_and_each_transport(backend: str, tmp_path: Path) -> None:
+    """Over gloo they may share a card; NCCL wants one for each."""
+    if backend == "auto" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two cards")
+    done = measure(tmp_path, "rig.device=cuda", f"rig.backend={backend}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    profile = load_profile(tmp_path / "cache" / "rig_2.json")
+    for card in profile.cards:
+        rates = [card.gemm_flop_per_s, card.dequantise_bytes_per_s, card.memory_bytes_per_s]
+        for way in (card.to_card, card.to_host):
+            rates += [way.pinned_bytes_per_s, way.pageable_bytes_per_s]
+            rates += [way.both_ways_bytes_per_s, way.all_cards_bytes_per_s]
+        rates += [card.overhead_bytes, card.allocator_bytes]
+        assert all(rate is not None and rate > 0 for rate in rates), card
+    names = [link.transport for link in profile.links]
+    assert names == (["gloo"] if backend == "gloo" else [own.name for own in TRANSPORTS])
+    for link in profile.links:
+        assert (link.wrong, link.as_asked) == ("", True), link.seen
+        assert "not in" not in link.seen
+        assert set(link.samples) == set(COLLECTIVES)
 
 
 def _resident_after(imports: str) -> int:

@@ -8,7 +8,7 @@ from fttrain.doctor import cards
 from fttrain.doctor.cards import Card
 from fttrain.doctor.finding import FAILURE, OK, WARNING
 
-GOOD = Card("RTX 3090", 24 << 30, 16, 16, 4, 350.0, 350.0, False, 0)
+GOOD = Card("RTX 3090", 24 << 30, 16, 16, 4, 350.0, 350.0, False, 0, "GPU-good")
 UNKNOWN = Card("RTX 3090", 24 << 30)
 
 
@@ -28,6 +28,16 @@ def test_what_one_card_lacks(check, change: dict, verdict: str, text: str) -> No
     assert found.remedy
     for nothing in ([], [UNKNOWN]):
         assert (check(nothing).verdict, check(nothing).figure) == (OK, "not available")
+
+
+@pytest.mark.parametrize(
+    ("check", "change"),
+    [(cards.power, {"power_limit_w": 220.0}), (cards.ecc, {"ecc": True, "ecc_errors": 3})],
+)
+def test_what_mends_a_card_names_it_as_nvidia_smi_finds_it(check, change: dict) -> None:
+    """torch's numbers are nvidia-smi's only in PCI order, with all cards visible."""
+    found = check([GOOD, replace(GOOD, uuid="GPU-bad", **change)])
+    assert "-i GPU-bad" in found.remedy
 
 
 def test_the_cards_are_listed() -> None:

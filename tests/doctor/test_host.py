@@ -3,11 +3,13 @@
 import resource
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from fttrain.doctor import host
 from fttrain.doctor.finding import OK, WARNING
@@ -17,22 +19,33 @@ from fttrain.units import MIB
 @pytest.fixture
 def limits() -> Iterator[None]:
     """What a test lowers is put back."""
-    kinds = (resource.RLIMIT_MEMLOCK, resource.RLIMIT_NOFILE)
-    before = {kind: resource.getrlimit(kind) for kind in kinds}
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield
-    for kind, limit in before.items():
-        resource.setrlimit(kind, limit)
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_a_limit_of_locked_memory(limits: None) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, hard))
-    found = host.locked_memory(65537)
+def test_memory_that_cannot_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, speak: bool) -> None:
+        warnings.warn("a buffer: 1.00 GiB could not be page-locked", stacklevel=1)
+
+    monkeypatch.setattr(host.Memory, "page_lock", refused)
+    found = host.locked_memory(torch.device("cuda", 0))
     assert found.verdict == WARNING
-    assert found.figure.startswith("64 KiB may be page-locked")
-    assert found.remedy.startswith("ulimit -l ")
-    assert host.locked_memory(65536).verdict == OK
-    assert host.locked_memory(0).verdict == OK
+    assert "could not be page-locked" in found.figure
+    assert host.locked_memory(torch.device("cpu")).verdict == OK
+
+
+@pytest.mark.cuda
+def test_memory_is_locked_beyond_the_limit_of_the_shell() -> None:
+    """NVIDIA's driver does not ask for RLIMIT_MEMLOCK, on most machines 64 KiB or 8 MiB."""
+    before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, before[1]))
+    try:
+        found = host.locked_memory(torch.device("cuda", 0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
+    assert found.verdict == OK, found
+    assert "1.00 GiB page-locked" in found.figure
 
 
 def test_a_limit_of_open_files(limits: None) -> None:

@@ -78,3 +78,11 @@ def test_cuda_and_the_driver(
     assert found.verdict == verdict
     assert text in found.figure
     assert bool(found.remedy) == (verdict != OK)
+
+
+@pytest.mark.parametrize(("driver", "index"), [("570.86.10", "/cu126"), ("580.65.06", None)])
+def test_a_torch_is_named_that_the_driver_runs(driver: str, index: str | None) -> None:
+    """CUDA 12.8 has had no builds since torch 2.12."""
+    remedy = versions.cuda(None, driver, False).remedy
+    assert "'torch>=2.11,<2.14'" in remedy
+    assert index in remedy if index else "--index-url" not in remedy

@@ -46,7 +46,8 @@ def test_a_plan_of_the_trials_own_steps_says_what_the_trial_measured() -> None:
 def test_steps_as_fast_as_their_gemms_have_nothing_beside_them() -> None:
     card = calibrated(CARD, Trial(1e-9, 0.0), RECIPE, A)
     assert card == CARD
-    assert calibrated(CARD, Trial(1e-9, 0.0, None, 5), RECIPE, A).beside_bytes == 7 + 5
+    found = calibrated(replace(CARD, others_bytes=3), Trial(1e-9, 0.0, None, 5), RECIPE, A)
+    assert found.beside_bytes == 7 + 5 + 3
 
 
 def test_real_steps_of_a_small_model() -> None:
@@ -55,6 +56,17 @@ def test_real_steps_of_a_small_model() -> None:
     assert found.layer_s > 0
     assert found.overhead_bytes is not None
     assert found.overhead_bytes > 50 << 20  # Python and torch alone
+
+
+@pytest.mark.cuda
+def test_what_a_card_holds_beside_tensors_is_something_and_not_much() -> None:
+    """Steps load kernels, and the allocator takes 2 MiB at least; the host's bytes do not count."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    config = with_layers(tiny.model(hidden_size=512).config, 2)
+    found = trial.take(replace(RECIPE, dtype="bfloat16"), config, device)
+    assert found.overhead_bytes is None
+    assert found.allocator_bytes is not None
+    assert 0 < found.allocator_bytes < 1 << 30
 
 
 def test_a_trial_that_fails_leaves_the_card_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

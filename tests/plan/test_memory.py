@@ -52,6 +52,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_of_a_card_s_live_bytes_those_of_the_host_are_none() -> None:
+    """A layer's random bytes on the host stay while the steps on the card are measured."""
+    with LiveBytes("meta") as live:  # stands in for the card
+        on_host = torch.ones(1000, dtype=torch.uint8)
+        there = torch.zeros(70, dtype=torch.uint8, device="meta")
+    assert (live.peak, live.now) == (there.nbytes, there.nbytes)
+    del there
+    assert live.now == 0
+    assert on_host.nbytes == 1000
+
+
 class Zeros(NoBase):
     """Real bytes, all zero, and nothing beside them."""
 

@@ -87,7 +87,11 @@ def test_peak_memory_grows_with_what_is_touched() -> None:
             True,
         ),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
-        (torch.distributed.DistBackendError("Last error:\nCuda failure 2 'out of memory'"), True),
+        (RuntimeError("CUDA driver error: out of memory"), True),
+        # NCCL before 2.19, and since
+        (RuntimeError("unhandled cuda error\nLast error:\nCuda failure 'out of memory'"), True),
+        (RuntimeError("unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"), True),
+        (RuntimeError("unhandled cuda error\nCuda failure 999 'unknown error'"), False),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (MemoryError(), False),
     ],

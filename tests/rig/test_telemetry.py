@@ -20,8 +20,8 @@ MEASURED = Measured("2026-11-25T12:00:00Z", identity(), {})
 PROFILE = RigProfile("rig", (CARD, CARD), HostProfile("cpu", 16, 64 << 30), measured=MEASURED)
 COOL = {"throttle_reasons": 0, "pcie_generation": 4, "pcie_width": 16}
 HOT = COOL | {
-    "throttle_reasons": pynvml.nvmlClocksThrottleReasonHwThermalSlowdown
-    | pynvml.nvmlClocksThrottleReasonSwPowerCap,
+    "throttle_reasons": pynvml.nvmlClocksEventReasonHwThermalSlowdown
+    | pynvml.nvmlClocksEventReasonSwPowerCap,
     "temperature_c": 97.0,
     "sm_clock_mhz": 705.0,
 }
@@ -44,7 +44,7 @@ class Driver:
         "nvmlDeviceGetHandleByUUID": "card",
         "nvmlDeviceGetPowerUsage": 341_200,  # mW
         "nvmlDeviceGetTemperature": 78,
-        "nvmlDeviceGetCurrentClocksThrottleReasons": 4,
+        "nvmlDeviceGetCurrentClocksEventReasons": 4,
         "nvmlDeviceGetCurrPcieLinkGeneration": 4,
         "nvmlDeviceGetCurrPcieLinkWidth": 8,
     }
@@ -76,14 +76,14 @@ def test_figures_have_their_units_and_unknown_ones_are_left_out(
         "pcie_generation": 4,
         "pcie_width": 8,
     }
-    hot = pynvml.nvmlClocksThrottleReasonHwThermalSlowdown | 4
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda card: hot)
+    hot = pynvml.nvmlClocksEventReasonHwThermalSlowdown | 4
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", lambda card: hot)
     assert telemetry.sample(torch.device("cuda", 0))["throttled"] == 1
 
 
 def test_a_card_that_throttles_is_named_once() -> None:
     watch = CardWatch()
-    capped = COOL | {"throttle_reasons": pynvml.nvmlClocksThrottleReasonSwPowerCap}
+    capped = COOL | {"throttle_reasons": pynvml.nvmlClocksEventReasonSwPowerCap}
     assert watch.look([COOL, capped]) == [], "at its power limit a card is at work"
     assert watch.look([COOL, HOT]) == [
         "the card of rank 1 throttles (97 °C, 705 MHz): it is far too hot"

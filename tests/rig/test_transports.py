@@ -14,26 +14,31 @@ from fttrain.units import MIB
 
 CPU = torch.device("cpu")
 BY_NAME = {transport.name: transport for transport in TRANSPORTS}
-# As NCCL 2.27 writes them.
+# As NCCL 2.27 writes them (src/transport/p2p.cc, shm.cc, net.cc; a log of two cards without peer
+# access is in NVIDIA/nccl-tests, issue 307).
 P2P = "rig:7:9 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM\n"
-SHM = "rig:7:9 [0] NCCL INFO Channel 01/0 : 1[1] -> 0[0] via SHM/direct/direct\n"
+SHM = "rig:7:9 [0] NCCL INFO Channel 01 : 1[1] -> 0[0] via SHM/direct/direct\n"
+P2P_READ = "rig:7:9 [0] NCCL INFO Channel 02/1 : 0[0] -> 1[1] via P2P/CUMEM/read\n"
+NET_IB = "rig:7:9 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[0] [send] via NET/IB/0(1)/GDRDMA(PCI)\n"
 NET = "rig:7:9 [0] NCCL INFO Channel 00/0 : 1[1] -> 0[0] [receive] via NET/Socket/0\n"
 OTHER = "rig:7:9 [0] NCCL INFO NET/Plugin: no plugin; 24 coll channels, 0 via nobody\n"
 
 
 @pytest.mark.parametrize(
-    ("log", "nvlink_bytes", "seen"),
+    ("log", "nvlink_bytes_per_s", "seen"),
     [
         (OTHER + P2P + P2P, None, "P2P/CUMEM"),
         (P2P, 1 << 30, "P2P/CUMEM over NVLink"),
         (P2P, 0, "P2P/CUMEM over PCIe"),
+        (P2P, 3 * MIB, "P2P/CUMEM over PCIe"),  # what a bridge exchanges that nobody uses
+        (P2P_READ + NET_IB, None, "NET/IB, P2P/CUMEM/read"),
         (SHM, 0, "SHM/direct/direct"),
         (NET + SHM, None, "NET/Socket, SHM/direct/direct"),
         (OTHER, None, "not in NCCL's log"),
     ],
 )
-def test_what_carried_the_bytes(log: str, nvlink_bytes: int | None, seen: str) -> None:
-    assert carriers(log, nvlink_bytes) == seen
+def test_what_carried_the_bytes(log: str, nvlink_bytes_per_s: float | None, seen: str) -> None:
+    assert carriers(log, nvlink_bytes_per_s) == seen
 
 
 @pytest.mark.parametrize(
@@ -84,6 +89,29 @@ def test_a_link_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     job = LinkJob("cpu", "gloo", 1, "test", 0, {}, 0, 0.0, 0, str(tmp_path / "answer.json"))
     told = transports._run(job, {"MASTER_PORT": str(transports.free_port())}, tmp_path)
     assert told.startswith("no answer within 1 s: it hangs")
+
+
+def test_what_a_user_reads_of_nccl_hides_no_carrier(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """NCCL says them under INIT alone (its other name for them is that of the transport)."""
+    told: dict[str, str] = {}
+
+    class Rank:
+        def __init__(self, command: list[str], env: dict[str, str], **_: object) -> None:
+            told.update(env)
+
+        def wait(self, limit_s: float = 0.0) -> int:
+            return 0
+
+        def kill(self) -> None: ...
+
+    monkeypatch.setattr(transports.subprocess, "Popen", Rank)
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    monkeypatch.setenv("NCCL_DEBUG_SUBSYS", "COLL")
+    job = LinkJob("cuda", "nccl", 1, "test", 0, {}, 0, 0.0, 0, "")
+    assert transports._run(job, {}, tmp_path) == ""
+    assert (told["NCCL_DEBUG"], told["NCCL_DEBUG_SUBSYS"]) == ("INFO", "INIT")
 
 
 class SharedCard:
