@@ -48,6 +48,15 @@ class Evaluation:
         except (OSError, ValueError, TypeError):
             return cls()
 
+    def go_back(self, step: int) -> None:
+        """Forgets what was found of the model after a later step than ``step``, and of an end: the
+        run goes on from here.
+        """
+        self.tuned = None
+        self.history = [entry for entry in self.history if entry["step"] <= step]
+        for sample in self.samples:
+            sample.after = ""
+
     def write(self, folder: Path) -> None:
         """Replaces the file in one step."""
         write_text(folder / FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")

@@ -55,8 +55,6 @@ def resume(run: Run, path: str, snapshot: Snapshot) -> None:
     run.strategy.load_optimizer_state(snapshot.optimizer)
     run.guard.restore(snapshot.scalars["guard"])
     run.step = run.loader.position = snapshot.step
-    history = run.figures.history
-    run.figures.history = [entry for entry in history if entry["step"] <= run.step]
     run.say(f"resuming after step {run.step} from {path}")
     _keep_split(run, snapshot.scalars.get("micro_batch_size"))
 

@@ -112,6 +112,9 @@ def _start(run: Run, plan: dict[str, Any] | None) -> None:
         _measure_base(run)
     if found is not None:
         resume(run, *found)
+    run.figures.go_back(run.step)
+    if run.figures.base is not None:
+        _write_figures(run)
 
 
 def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
