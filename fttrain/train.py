@@ -25,9 +25,7 @@ from fttrain.checkpoint.source import (
     resolve,
 )
 from fttrain.config import RunConfig, to_yaml
-from fttrain.data.batch import MicroBatch
 from fttrain.data.dataset import Dataset, prepare
-from fttrain.data.loader import evaluation_batches
 from fttrain.data.samples import Sample, holdout_samples
 from fttrain.dist import rank_from_environment
 from fttrain.errors import UserError
@@ -108,7 +106,7 @@ def _start(run: Run, plan: dict[str, Any] | None) -> None:
     run.figures = Evaluation.read(run.output)
     # Rank 0 has the file; other machines may not see it.
     unmeasured = run.group.any(run.group.is_main and run.figures.base is None)
-    if unmeasured and len(run.dataset.holdout):
+    if unmeasured and len(run.holdout.rows):
         _measure_base(run)
     if found is not None:
         resume(run, *found)
@@ -138,7 +136,7 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
             for line in [*watch.look(cards), *([slow] if slow else [])]:
                 run.say(f"warning: step {run.step}: {line}")
         if eval_every and run.step % eval_every == 0 and run.step < run.total_steps:
-            nll = evaluation.held_out_loss(run.strategy, _holdout(run))["nll"]
+            nll = run.holdout.loss(run.strategy, run.say)["nll"]
             run.figures.history.append({"step": run.step, "nll": nll})
             trackers.log(run.step, {"holdout_nll": nll})
             _write_figures(run)
@@ -226,7 +224,7 @@ def _over_ranks(run: Run, stats: StepStats) -> dict[str, float]:
 def _measure_base(run: Run) -> None:
     """Held-out loss and answers of the base: the adapter is still without effect."""
     run.say("measuring the base on the held-out rows")
-    run.figures.base = evaluation.held_out_loss(run.strategy, _holdout(run))
+    run.figures.base = run.holdout.loss(run.strategy, run.say)
     run.figures.history = [{"step": 0, "nll": run.figures.base["nll"]}]
     samples = _samples(run)
     answers = evaluation.answer(run.strategy, samples, run.tokenizer, run.say)
@@ -239,8 +237,8 @@ def _measure_base(run: Run) -> None:
 
 def _finish(run: Run, source: Source) -> None:
     """Held-out loss and answers of the tuned model, what has trained, and how to use it."""
-    if len(run.dataset.holdout):
-        run.figures.tuned = evaluation.held_out_loss(run.strategy, _holdout(run))
+    if len(run.holdout.rows):
+        run.figures.tuned = run.holdout.loss(run.strategy, run.say)
         run.figures.history.append({"step": run.step, "nll": run.figures.tuned["nll"]})
         answers = evaluation.answer(run.strategy, _samples(run), run.tokenizer, run.say)
         for sample, after in zip(run.figures.samples, answers, strict=False):
@@ -248,11 +246,6 @@ def _finish(run: Run, source: Source) -> None:
         _write_figures(run)
     how_to_use = leave(run, source)
     run.say(f"\n{run.figures.summary()}\n\n{how_to_use}")
-
-
-def _holdout(run: Run) -> list[MicroBatch]:
-    rows, size = run.dataset.holdout, run.loader.micro_batch_size
-    return evaluation_batches(rows, size, *run.strategy.data_parallel)
 
 
 def _samples(run: Run) -> list[Sample]:

@@ -161,6 +161,12 @@ def step_of(path: Path) -> int:
     return int(json.loads((path / STATE).read_bytes())["step"])
 
 
+def scalars_of(path: Path) -> dict[str, Any]:
+    """``Snapshot.scalars`` of a whole snapshot."""
+    found: dict[str, Any] = json.loads((path / STATE).read_bytes())["scalars"]
+    return found
+
+
 def load_snapshot(path: Path | str) -> Snapshot:
     """Reads a snapshot, verified first. Tensors come back on the CPU, bit for bit as they were
     saved.
