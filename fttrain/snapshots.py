@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fttrain.checkpoint.newest import newest_snapshot
-from fttrain.checkpoint.resume import Snapshot, find_snapshot, save_snapshot, scalars_of
+from fttrain.checkpoint import newest
+from fttrain.checkpoint.course import leave
+from fttrain.checkpoint.resume import WORDS, Snapshot, find_snapshot, save_snapshot, scalars_of
 from fttrain.config import RunConfig
 from fttrain.errors import UserError
 from fttrain.launch import restarted
@@ -23,11 +24,8 @@ def wanted_snapshot(run: Run) -> tuple[str, Snapshot] | None:
 
     Raises UserError where it is damaged or was saved with other settings or data.
     """
-    checkpoints, asked = run.output / "checkpoints", run.group.share(run.config.resume)
-    found = None
-    if run.group.any(restarted()):
-        found = newest_snapshot(checkpoints, "auto", run.group)
-    found = found or newest_snapshot(checkpoints, asked, run.group)
+    asked, again = run.group.share(run.config.resume), run.group.any(restarted())
+    found = newest.wanted_snapshot(run.output / "checkpoints", asked, run.group, again)
     if found is None:
         return None
     path, snapshot = found
@@ -57,10 +55,23 @@ def resume(run: Run, path: str, snapshot: Snapshot) -> None:
     """Go on from ``snapshot``. Raises UserError where its tensors do not fit the model."""
     run.strategy.load_adapter_state(snapshot.adapter)
     run.strategy.load_optimizer_state(snapshot.optimizer)
+    if run.group.share(run.config.resume) not in WORDS:
+        _leave_course(run, snapshot.step)
     run.guard.restore(snapshot.scalars["guard"])
     run.step = run.loader.position = snapshot.step
     run.say(f"resuming after step {run.step} from {path}")
     _keep_split(run, snapshot.scalars)
+
+
+def _leave_course(run: Run, step: int) -> None:
+    """What was saved after ``step`` is not this run's any more. Every rank calls it."""
+    problem = ""
+    if run.group.machine.is_main:
+        try:
+            leave(run.output / "checkpoints", step)
+        except UserError as error:
+            problem = str(error)
+    run.group.refuse_together(problem)
 
 
 def last_micro_batch_size(config: RunConfig) -> int:
