@@ -104,11 +104,9 @@ def _plan(folder: Path, lines: Sequence[Mapping[str, Any]]) -> dict[str, Table]:
     }
 
 
-def _summary(lines: Sequence[Mapping[str, Any]], held_out_nll: Sequence[float]) -> dict[str, float]:
-    """Of all steps so far; nothing before the first. ``held_out_nll``: by step, the base first."""
+def figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of all steps so far, by name: medians and peaks; what no step has is left out."""
     found: dict[str, float] = {}
-    if not lines:
-        return found
     for name in ("tokens_per_s", "step_s"):
         values = [value for _, value in series(lines, name)]
         if values:
@@ -117,7 +115,13 @@ def _summary(lines: Sequence[Mapping[str, Any]], held_out_nll: Sequence[float]) 
         peak = max((value for _, value in series(lines, name)), default=0)
         if peak:
             found[f"{name}_max"] = peak
-    if held_out_nll:
+    return found
+
+
+def _summary(lines: Sequence[Mapping[str, Any]], held_out_nll: Sequence[float]) -> dict[str, float]:
+    """Nothing before the first step. ``held_out_nll``: by step, the base first."""
+    found = figures(lines)
+    if lines and held_out_nll:
         found["holdout_nll_base"] = held_out_nll[0]
         found["holdout_nll_best"] = min(held_out_nll)
         found["holdout_nll_last"] = held_out_nll[-1]
