@@ -36,7 +36,7 @@ from fttrain.launch import restarted
 from fttrain.loop import StopSignals
 from fttrain.optim.config import learning_rate
 from fttrain.peers import uncut
-from fttrain.planned import keep, link_table, note_measured, settle
+from fttrain.planned import for_targets, keep, link_table, note_measured, settle
 from fttrain.result import leave
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank
@@ -60,6 +60,7 @@ def train(config: RunConfig) -> int:
     device = set_up_rank(config.rig)
     config, plan = settle(config)
     source, tokenizer, dataset = prepare_inputs(config)
+    plan = for_targets(config, plan, dataset.train.target_share)
     output = Path(config.output)
     is_main = rank_from_environment()[0] == 0
     # Started anew, it goes on with what it has left, however it was to begin.

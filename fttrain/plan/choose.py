@@ -162,6 +162,14 @@ def judge(recipe: Recipe, architecture: Architecture, rig: RigProfile) -> Verdic
     )
 
 
+def reckoned(recipe: Recipe, architecture: Architecture, rig: RigProfile) -> StepTime:
+    """How long a step of ``recipe`` lasts, whether or not it fits. Raises UserError as
+    ``memory.book``, and for a rate that ``rig`` lacks.
+    """
+    rooms = [room_bytes(card) for card in rig.cards]
+    return step_time(memory.book(recipe, architecture, rig.cards[0].kind, rooms), rig)
+
+
 def confirm(verdict: Verdict, architecture: Architecture, rig: RigProfile) -> Verdict:
     """``verdict`` by the memory of one full run."""
     kind, rooms = rig.cards[0].kind, [room_bytes(card) for card in rig.cards]
