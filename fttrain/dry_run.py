@@ -24,6 +24,7 @@ from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank
 from fttrain.run import Run, build
 from fttrain.strategy.protocol import StepStats
+from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.track import Trackers, progress
 from fttrain.train import prepare_inputs, take_step
 from fttrain.units import duration, gib
@@ -110,17 +111,21 @@ def rents(cards: Sequence[str], hours: float) -> list[str]:
 def advice(config: RunConfig, waiting: float) -> list[str]:
     """What would make this run shorter, the surest first. ``waiting``: as in ``Trial``."""
     helps = []
+    name, adapters = config.strategy.name, config.lora.r > 0
     if waiting > WAITING:
+        other = "another strategy" if adapters else "a lower strategy.zero.stage"
         helps.append(
-            f"another strategy: {waiting:.0%} of the time goes into waiting for what "
-            f"strategy={config.strategy.name} moves"
+            f"{other}: {waiting:.0%} of the time goes into waiting for what strategy={name} moves"
         )
-    elif config.strategy.name != "replicate":
-        helps.append("strategy=replicate if the base fits each card")
+    elif adapters and name != "replicate":  # all weights train with DeepSpeed alone
+        grouped = "" if config.schedule.kind == "grouped" else " schedule=grouped"
+        helps.append(f"strategy=replicate{grouped} if the base fits each card")
     if not config.data.packing:
         helps.append("data.packing=true")
     if config.activations == "recompute":
-        helps.append("activations=keep or offload if memory allows (no second forward)")
+        offload = "" if name == DEEPSPEED else " or offload"
+        there = " with boundaries=device" if config.boundaries == "host" else ""
+        helps.append(f"activations=keep{offload}{there} if memory allows (no second forward)")
     if config.loop.epochs > 1:
         helps.append(f"fewer passes than loop.epochs={config.loop.epochs:g}")
     if config.lora.r > SMALL_R:

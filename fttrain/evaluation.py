@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fttrain.data.batch import MicroBatch
+from fttrain.data.loader import PackedRows, evaluation_batches
 from fttrain.data.samples import Sample
 from fttrain.files import write_text
-from fttrain.strategy.protocol import Strategy
+from fttrain.strategy.protocol import OutOfMemory, Strategy
 from fttrain.track.report import verdict
 from fttrain.units import duration
 
@@ -48,6 +48,15 @@ class Evaluation:
         except (OSError, ValueError, TypeError):
             return cls()
 
+    def go_back(self, step: int) -> None:
+        """Forgets what was found of the model after a later step than ``step``, and of an end: the
+        run goes on from here.
+        """
+        self.tuned = None
+        self.history = [entry for entry in self.history if entry["step"] <= step]
+        for sample in self.samples:
+            sample.after = ""
+
     def write(self, folder: Path) -> None:
         """Replaces the file in one step."""
         write_text(folder / FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
@@ -72,11 +81,35 @@ def _number(nll: float | None) -> float:
     return math.nan if nll is None else nll
 
 
-def held_out_loss(strategy: Strategy, batches: list[MicroBatch]) -> dict[str, Any]:
-    """Loss in nats per target token over all ranks. Every rank calls it."""
-    loss_sum, targets = strategy.evaluate(batches)
-    nll = loss_sum / max(1, targets)
-    return {"nll": nll if math.isfinite(nll) else None, "tokens": targets}
+@dataclass
+class HoldOut:
+    """The held-out rows, and in which micro-batches they pass."""
+
+    rows: PackedRows
+    micro_batch_size: int  # smaller from the time on that memory ran out
+    halve: bool  # whether it may become so
+
+    def loss(self, strategy: Strategy, say: Callable[[str], None]) -> dict[str, Any]:
+        """In nats per target token over all ranks. Every rank calls it. ``say`` tells the user
+        where memory ran out, and the rows are measured again with smaller micro-batches.
+
+        Raises OutOfMemory where they cannot be smaller.
+        """
+        while True:
+            size = self.micro_batch_size
+            try:
+                loss_sum, targets = strategy.evaluate(
+                    evaluation_batches(self.rows, size, *strategy.data_parallel)
+                )
+            except OutOfMemory as error:
+                self.micro_batch_size = size // error.pieces(size, self.halve)
+                say(
+                    f"warning: held-out rows: {error.what}; they are measured again with "
+                    f"micro-batches of {self.micro_batch_size} row(s)"
+                )
+                continue
+            nll = loss_sum / max(1, targets)
+            return {"nll": nll if math.isfinite(nll) else None, "tokens": targets}
 
 
 def answer(

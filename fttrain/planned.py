@@ -15,6 +15,7 @@ from fttrain.dist import local_world_size, rank_from_environment
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.plan.auto import Answer, Question, answer, check_fits
+from fttrain.plan.choose import reckoned
 from fttrain.plan.rigs import MEASURED, find_rig
 from fttrain.rig.measure_report import links_table
 from fttrain.rig.profile import RigProfile, kept_profile
@@ -65,6 +66,21 @@ def settle(config: RunConfig) -> tuple[RunConfig, Plan | None]:
         if ranks != world_size:
             print(f"{asked}: the plan of one machine; links between machines are not in it")
     return _applied(config, found.settings), found.plan
+
+
+def for_targets(config: RunConfig, plan: Plan | None, target_share: float) -> Plan | None:
+    """``plan``, made before the data was there and so as if all tokens were targets, with the time
+    of a step for data of whose tokens ``target_share`` is trained on.
+    """
+    if plan is None or not (predicted := track_plan.candidate(plan)["predicted"]):
+        return plan
+    ranks = local_world_size()
+    rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks, lambda text: None)
+    question = _question(config, rig)
+    size = replace(question.recipe.size, target_share=target_share)
+    time = reckoned(replace(question.recipe, size=size), question.architecture, rig)
+    predicted |= {"step_s": time.seconds, "tokens_per_s": time.tokens_per_s}
+    return plan
 
 
 def keep(output: Path, plan: Plan | None, step: int) -> None:

@@ -11,7 +11,7 @@ from fttrain.config import RunConfig
 from fttrain.data.dataset import Dataset
 from fttrain.data.loader import Loader, PackedRows
 from fttrain.dist import Group
-from fttrain.evaluation import Evaluation
+from fttrain.evaluation import Evaluation, HoldOut
 from fttrain.loop import SpikeGuard
 from fttrain.model import liger
 from fttrain.model.attention_op import kernel_name
@@ -35,6 +35,7 @@ class Run:
     tokenizer: Any
     dataset: Dataset
     loader: Loader
+    holdout: HoldOut
     guard: SpikeGuard
     total_steps: int
     base_model: str
@@ -104,6 +105,7 @@ def build(
         tokenizer,
         dataset,
         loader,
+        HoldOut(dataset.holdout, loop.micro_batch_size, loop.halve_on_oom),
         SpikeGuard(loop.spike_policy, loop.spike_rise),
         loop.total_steps(loader.steps_per_epoch),
         source.name,
@@ -158,15 +160,11 @@ def _machines(group: Group) -> str:
 
 
 def halve(run: Run, error: OutOfMemory) -> None:
-    """Smaller micro-batches, and as many more of them in a step: by half, or where that does not
-    divide their rows by as little as does. Every rank calls it.
+    """Smaller micro-batches, and as many more of them in a step. Every rank calls it.
 
     Raises ``error`` where they have one row, or the settings say so.
     """
-    size = run.loader.micro_batch_size
-    if size == 1 or not run.config.loop.halve_on_oom:
-        raise error
-    divide(run, next(pieces for pieces in range(2, size + 1) if size % pieces == 0))
+    divide(run, error.pieces(run.loader.micro_batch_size, run.config.loop.halve_on_oom))
     run.say(
         f"warning: step {run.step + 1}: {error.what}; it is taken again, and the run goes on, with "
         f"{split(run)} (put them into the configuration to start with them)"
@@ -176,6 +174,7 @@ def halve(run: Run, error: OutOfMemory) -> None:
 def divide(run: Run, pieces: int) -> None:
     """Micro-batches with 1 / ``pieces`` of the rows from here on, as many times more in a step."""
     run.loader.divide(pieces)
+    run.holdout.micro_batch_size = min(run.holdout.micro_batch_size, run.loader.micro_batch_size)
     run.loader.position = run.step  # the rows of a step that was not taken come again
     run.strategy.divide(pieces)
 

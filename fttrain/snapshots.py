@@ -1,11 +1,16 @@
 """How a run is saved, and goes on from what it has saved."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from fttrain.checkpoint.newest import newest_snapshot
-from fttrain.checkpoint.resume import Snapshot, save_snapshot
+from fttrain.checkpoint import newest
+from fttrain.checkpoint.course import leave
+from fttrain.checkpoint.resume import WORDS, Snapshot, find_snapshot, save_snapshot, scalars_of
+from fttrain.config import RunConfig
 from fttrain.errors import UserError
 from fttrain.launch import restarted
+from fttrain.loop import LoopConfig
 from fttrain.peers import uncut
 from fttrain.run import Run, adapter_info, divide, split
 
@@ -19,11 +24,8 @@ def wanted_snapshot(run: Run) -> tuple[str, Snapshot] | None:
 
     Raises UserError where it is damaged or was saved with other settings or data.
     """
-    checkpoints, asked = run.output / "checkpoints", run.group.share(run.config.resume)
-    found = None
-    if run.group.any(restarted()):
-        found = newest_snapshot(checkpoints, "auto", run.group)
-    found = found or newest_snapshot(checkpoints, asked, run.group)
+    asked, again = run.group.share(run.config.resume), run.group.any(restarted())
+    found = newest.wanted_snapshot(run.output / "checkpoints", asked, run.group, again)
     if found is None:
         return None
     path, snapshot = found
@@ -53,21 +55,52 @@ def resume(run: Run, path: str, snapshot: Snapshot) -> None:
     """Go on from ``snapshot``. Raises UserError where its tensors do not fit the model."""
     run.strategy.load_adapter_state(snapshot.adapter)
     run.strategy.load_optimizer_state(snapshot.optimizer)
+    if run.group.share(run.config.resume) not in WORDS:
+        _leave_course(run, snapshot.step)
     run.guard.restore(snapshot.scalars["guard"])
     run.step = run.loader.position = snapshot.step
-    history = run.figures.history
-    run.figures.history = [entry for entry in history if entry["step"] <= run.step]
     run.say(f"resuming after step {run.step} from {path}")
-    _keep_split(run, snapshot.scalars.get("micro_batch_size"))
+    _keep_split(run, snapshot.scalars)
 
 
-def _keep_split(run: Run, saved: dict[str, int] | None) -> None:
-    """Micro-batches as small as the run had made them, unless their setting is another one now."""
-    loop = run.config.loop
+def _leave_course(run: Run, step: int) -> None:
+    """What was saved after ``step`` is not this run's any more. Every rank calls it."""
+    problem = ""
+    if run.group.machine.is_main:
+        try:
+            leave(run.output / "checkpoints", step)
+        except UserError as error:
+            problem = str(error)
+    run.group.refuse_together(problem)
+
+
+def last_micro_batch_size(config: RunConfig) -> int:
+    """Rows of the micro-batches that the run in ``config.output`` had come to, by its newest whole
+    snapshot; those of the settings where there is none.
+    """
+    try:
+        path = find_snapshot(Path(config.output) / "checkpoints", "auto")
+    except UserError:  # what has trained may be elsewhere
+        path = None
+    return config.loop.micro_batch_size if path is None else _kept(scalars_of(path), config.loop)
+
+
+def _kept(scalars: Mapping[str, Any], loop: LoopConfig) -> int:
+    """Rows of micro-batches as small as a run had made them when it was saved, unless their setting
+    is another one now.
+    """
+    saved = scalars.get("micro_batch_size")
     if saved is None or saved["configured"] != loop.micro_batch_size or not loop.halve_on_oom:
-        return
-    if saved["used"] < loop.micro_batch_size:
-        divide(run, loop.micro_batch_size // saved["used"])
+        return loop.micro_batch_size
+    used: int = saved["used"]
+    return used
+
+
+def _keep_split(run: Run, scalars: Mapping[str, Any]) -> None:
+    loop = run.config.loop
+    used = _kept(scalars, loop)
+    if used < loop.micro_batch_size:
+        divide(run, loop.micro_batch_size // used)
         run.say(
             f"with {split(run)}, since memory ran out before with "
             f"loop.micro_batch_size={loop.micro_batch_size}; loop.halve_on_oom=false would try it "

@@ -25,9 +25,7 @@ from fttrain.checkpoint.source import (
     resolve,
 )
 from fttrain.config import RunConfig, to_yaml
-from fttrain.data.batch import MicroBatch
 from fttrain.data.dataset import Dataset, prepare
-from fttrain.data.loader import evaluation_batches
 from fttrain.data.samples import Sample, holdout_samples
 from fttrain.dist import rank_from_environment
 from fttrain.errors import UserError
@@ -38,7 +36,7 @@ from fttrain.launch import restarted
 from fttrain.loop import StopSignals
 from fttrain.optim.config import learning_rate
 from fttrain.peers import uncut
-from fttrain.planned import keep, link_table, note_measured, settle
+from fttrain.planned import for_targets, keep, link_table, note_measured, settle
 from fttrain.result import leave
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank
@@ -62,6 +60,7 @@ def train(config: RunConfig) -> int:
     device = set_up_rank(config.rig)
     config, plan = settle(config)
     source, tokenizer, dataset = prepare_inputs(config)
+    plan = for_targets(config, plan, dataset.train.target_share)
     output = Path(config.output)
     is_main = rank_from_environment()[0] == 0
     # Started anew, it goes on with what it has left, however it was to begin.
@@ -108,10 +107,13 @@ def _start(run: Run, plan: dict[str, Any] | None) -> None:
     run.figures = Evaluation.read(run.output)
     # Rank 0 has the file; other machines may not see it.
     unmeasured = run.group.any(run.group.is_main and run.figures.base is None)
-    if unmeasured and len(run.dataset.holdout):
+    if unmeasured and len(run.holdout.rows):
         _measure_base(run)
     if found is not None:
         resume(run, *found)
+    run.figures.go_back(run.step)
+    if run.figures.base is not None:
+        _write_figures(run)
 
 
 def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
@@ -135,7 +137,7 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
             for line in [*watch.look(cards), *([slow] if slow else [])]:
                 run.say(f"warning: step {run.step}: {line}")
         if eval_every and run.step % eval_every == 0 and run.step < run.total_steps:
-            nll = evaluation.held_out_loss(run.strategy, _holdout(run))["nll"]
+            nll = run.holdout.loss(run.strategy, run.say)["nll"]
             run.figures.history.append({"step": run.step, "nll": nll})
             trackers.log(run.step, {"holdout_nll": nll})
             _write_figures(run)
@@ -223,7 +225,7 @@ def _over_ranks(run: Run, stats: StepStats) -> dict[str, float]:
 def _measure_base(run: Run) -> None:
     """Held-out loss and answers of the base: the adapter is still without effect."""
     run.say("measuring the base on the held-out rows")
-    run.figures.base = evaluation.held_out_loss(run.strategy, _holdout(run))
+    run.figures.base = run.holdout.loss(run.strategy, run.say)
     run.figures.history = [{"step": 0, "nll": run.figures.base["nll"]}]
     samples = _samples(run)
     answers = evaluation.answer(run.strategy, samples, run.tokenizer, run.say)
@@ -236,8 +238,8 @@ def _measure_base(run: Run) -> None:
 
 def _finish(run: Run, source: Source) -> None:
     """Held-out loss and answers of the tuned model, what has trained, and how to use it."""
-    if len(run.dataset.holdout):
-        run.figures.tuned = evaluation.held_out_loss(run.strategy, _holdout(run))
+    if len(run.holdout.rows):
+        run.figures.tuned = run.holdout.loss(run.strategy, run.say)
         run.figures.history.append({"step": run.step, "nll": run.figures.tuned["nll"]})
         answers = evaluation.answer(run.strategy, _samples(run), run.tokenizer, run.say)
         for sample, after in zip(run.figures.samples, answers, strict=False):
@@ -245,11 +247,6 @@ def _finish(run: Run, source: Source) -> None:
         _write_figures(run)
     how_to_use = leave(run, source)
     run.say(f"\n{run.figures.summary()}\n\n{how_to_use}")
-
-
-def _holdout(run: Run) -> list[MicroBatch]:
-    rows, size = run.dataset.holdout, run.loader.micro_batch_size
-    return evaluation_batches(rows, size, *run.strategy.data_parallel)
 
 
 def _samples(run: Run) -> list[Sample]:

@@ -15,7 +15,8 @@ from fttrain.schedule.stage_link import StageLink
 
 def limit(patch: pytest.MonkeyPatch, place: str, tokens: int, layer: int = 0) -> None:
     """From here on this process has no memory for more than ``tokens`` tokens of a micro-batch. It
-    shows in ``place``: embed | head | receive, or forward | recompute | backward of ``layer``.
+    shows in ``place``: embed | head | loss | receive, or of ``layer`` forward | recompute |
+    backward.
     """
 
     def forward(mlp: Mlp, hidden: torch.Tensor) -> int:
@@ -42,6 +43,7 @@ def limit(patch: pytest.MonkeyPatch, place: str, tokens: int, layer: int = 0) ->
         "forward": (Mlp, "forward", forward),
         "recompute": (Mlp, "forward", recompute),
         "head": (Head, "loss_and_gradient", lambda head, hidden, *_: len(hidden)),
+        "loss": (Head, "loss", lambda head, hidden, *_: len(hidden)),  # of an evaluation
         "backward": (LinearGroup, "backward", backward),
         "receive": (StageLink, "receive", receive),
     }[place]

@@ -136,6 +136,34 @@ def test_what_helps_depends_on_the_run() -> None:
     assert "activations" not in other
 
 
+@pytest.mark.parametrize("waiting", [0.0, 0.4])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(
+            ["strategy=deepspeed", "quant=none", "lora=none"], marks=pytest.mark.deepspeed
+        ),
+        pytest.param(["strategy=deepspeed"], marks=pytest.mark.deepspeed),
+        ["strategy=pipeline", "schedule=one_f_one_b"],
+        ["strategy=shard", "boundaries=host"],
+    ],
+)
+def test_what_helps_is_allowed(settings: list[str], waiting: float) -> None:
+    """Each advice that names settings is taken, over those of the run."""
+    helps = advice(compose([*settings, "data.packing=false", "loop.epochs=3"]), waiting)
+    taken = 0
+    for one in helps:
+        named = re.findall(r"[\w.]+=[\w.]+", one)
+        for values in (named, [text.replace("keep", "offload") for text in named]):
+            if values == named or " or offload" in one:
+                compose([*settings, *values])
+                taken += bool(values)
+    assert taken >= 2
+    whole_weights = "lora=none" in settings
+    assert ("replicate" in " ".join(helps)) == (waiting == 0 and not whole_weights)
+    assert ("another strategy" in " ".join(helps)) == (waiting > 0 and not whole_weights)
+
+
 def test_a_negative_number_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "dry_run=-1"]) == 2
     assert "dry_run=-1: a number of examples such as 50" in capsys.readouterr().err

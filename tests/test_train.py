@@ -28,11 +28,13 @@ from fttrain.checkpoint.claim import claim_output
 from fttrain.cli import main
 from fttrain.data.config import DataConfig
 from fttrain.data.dataset import prepare
+from fttrain.data.loader import Loader
 from fttrain.model.head import Head
 from fttrain.quant.config import QuantConfig
 from fttrain.store import hostpool
 from fttrain.track import read_metrics
 from fttrain.track.memory import read_samples
+from fttrain.track.results import held_out
 from fttrain.track.wandb import end_service
 
 STEPS = 24
@@ -220,6 +222,27 @@ def test_a_finished_run_that_is_started_again_changes_nothing(
     assert run(folder, again, "loop.max_steps=6", "loop.eval_every=4", "checkpoint.every=2") == 0
     assert losses(again) == losses(finished)
     assert all(torch.equal(t, adapter(finished)[n]) for n, t in adapter(again).items())
+
+
+def test_a_finished_run_that_goes_on_and_is_stopped_has_not_ended(
+    folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more steps: what was found at the earlier end stays a point at that step, no more."""
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    before = json.loads((output / "evaluation.json").read_text())
+    monkeypatch.setattr(Loader, "next_step", Loader.next_step)  # what the fault does is undone
+    Fault(0, 6, signal.SIGTERM).inject()
+    assert run(folder, output, "loop.max_steps=9") == 128 + signal.SIGTERM
+    assert max(losses(output)) == 7
+    figures = json.loads((output / "evaluation.json").read_text())
+    assert (figures["base"], figures["history"]) == (before["base"], before["history"])
+    assert figures["tuned"] is None
+    assert [sample["after"] for sample in figures["samples"]] == [""]
+    points = held_out(read_metrics(output / "metrics.jsonl"), figures)
+    assert points == [(entry["step"], entry["nll"]) for entry in before["history"]]
+    report = (output / "report.md").read_text()
+    assert "Not finished: the last step so far is 7; there is no verdict yet." in report
 
 
 def test_a_second_run_into_the_same_folder_is_refused(

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -101,6 +102,25 @@ def test_a_resumed_run_keeps_the_size_unless_the_user_says_otherwise(
     assert (kept in capsys.readouterr().out) is (size == 1)
     assert sizes(output) == [1, 1, size, size]
     assert same(output, small) is (size == 1)
+
+
+def test_evaluate_takes_the_size_that_the_run_had_come_to(
+    folder: Path, halved: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With as little memory as the run had; a size that the user gives is tried, and halved."""
+    output = tmp_path / "run"
+    shutil.copytree(halved[0], output)
+    before = json.loads((output / "evaluation.json").read_text())
+    two = ("loop.micro_batch_size=4", "loop.gradient_accumulation_steps=1")
+    for more, told in (((), 0), (two, 2)):
+        (output / "evaluation.json").unlink()
+        capsys.readouterr()
+        with pytest.MonkeyPatch.context() as patch:
+            short_memory.limit(patch, "loss", SEQ_LEN)
+            assert main(["evaluate", f"output={output}", *more]) == 0
+        assert capsys.readouterr().out.count("warning: held-out rows: rank 0 ran out") == told
+        again = json.loads((output / "evaluation.json").read_text())
+        assert (again["base"], again["tuned"]) == (before["base"], before["tuned"])
 
 
 def test_rows_that_two_does_not_divide_are_still_those_of_the_step(

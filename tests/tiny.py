@@ -3,7 +3,7 @@
 Shapes: hidden 64, 3 layers, 4 query heads over 2 key heads, vocabulary 300.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -220,9 +220,15 @@ def with_peft(source: PreTrainedModel, decoder: Decoder, lora: LoraConfig) -> An
     )
     peft = get_peft_model(source, peft_config, autocast_adapter_dtype=False)
     parameters = dict(peft.named_parameters())
-    for name, master in decoder.named_masters():
+    for name, master in named_masters(decoder):
         parameters[peft_name(name)].data.copy_(master)
     return peft
+
+
+def named_masters(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """Of all layers, as they are after the last update."""
+    for layer in decoder.layers:
+        yield from layer.adapters.named_masters()
 
 
 def peft_name(name: str) -> str:
@@ -233,7 +239,7 @@ def peft_name(name: str) -> str:
 def peft_gradients(peft: Any, decoder: Decoder) -> dict[str, Tensor]:
     """Gradients of PEFT's parameters under our names, fp32."""
     parameters = dict(peft.named_parameters())
-    return {n: parameters[peft_name(n)].grad.float() for n, _ in decoder.named_masters()}
+    return {n: parameters[peft_name(n)].grad.float() for n, _ in named_masters(decoder)}
 
 
 def gradients(decoder: Decoder) -> dict[str, Tensor]:

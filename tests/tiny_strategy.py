@@ -197,4 +197,4 @@ def adapters(strategy: Any) -> dict[str, Tensor]:
     if layers[0].adapters.layout.portion.world_size > 1:
         strategy.optimizer_state()  # which waits for the update
         return {str(layer.index): layer.adapters.flat.detach().clone() for layer in layers}
-    return copied(dict(strategy.decoder.named_masters()))
+    return copied(dict(tiny.named_masters(strategy.decoder)))

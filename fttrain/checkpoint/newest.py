@@ -9,7 +9,9 @@ import json
 import os
 from pathlib import Path
 
+from fttrain.checkpoint.course import left_for
 from fttrain.checkpoint.resume import (
+    WORDS,
     Snapshot,
     find_snapshot,
     load_snapshot,
@@ -19,6 +21,19 @@ from fttrain.checkpoint.resume import (
 )
 from fttrain.dist import Group
 from fttrain.errors import UserError
+
+
+def wanted_snapshot(
+    checkpoints: Path, resume: str, group: Group, again: bool
+) -> tuple[str, Snapshot] | None:
+    """As ``newest_snapshot``; of a run that its launcher has started ``again`` the newest that it
+    has left, on the course that ``resume`` began. Every rank calls it.
+    """
+    if again and group.any(resume in WORDS or (group.machine.is_main and left_for(checkpoints))):
+        found = newest_snapshot(checkpoints, "auto", group)
+        if found is not None:
+            return found
+    return newest_snapshot(checkpoints, resume, group)
 
 
 def newest_snapshot(

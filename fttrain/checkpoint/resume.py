@@ -8,6 +8,7 @@
             state.json                   step, scalars (data position ...), settings, base model
             manifest.json                sizes and SHA-256 of the above, written last
         .part_step_00000200/         a save under way, or one that was killed: never looked at
+        .left_step_00000300/         of a course that the run has left, see course.py: likewise
 
 There is no pointer to the latest: the newest folder that verifies is the latest.
 """
@@ -42,7 +43,8 @@ __all__ = [
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 FOLDER = re.compile(r"step_(?P<step>\d{8,})(?P<aside>\.replaced)?")
-PART = ".part_"
+WORDS = ("auto", "none")  # what ``resume`` may be beside the path of a snapshot
+PART, LEFT = ".part_", ".left_"
 
 Warn = Callable[[str], None]
 
@@ -156,9 +158,20 @@ def find_snapshot(checkpoints: Path | str, resume: str, warn: Warn = _to_stderr)
     return None
 
 
+def later_than(checkpoints: Path, step: int) -> list[Path]:
+    """Snapshots of later steps, whole or not."""
+    return [path for path in _newest_first(checkpoints) if _place(path)[0] > step]
+
+
 def step_of(path: Path) -> int:
     """Optimizer steps done, of a whole snapshot."""
     return int(json.loads((path / STATE).read_bytes())["step"])
+
+
+def scalars_of(path: Path) -> dict[str, Any]:
+    """``Snapshot.scalars`` of a whole snapshot."""
+    found: dict[str, Any] = json.loads((path / STATE).read_bytes())["scalars"]
+    return found
 
 
 def load_snapshot(path: Path | str) -> Snapshot:
@@ -227,32 +240,35 @@ def _write(part: Path, snapshot: Snapshot) -> None:
 
 def _newest_first(checkpoints: Path) -> list[Path]:
     """Snapshot folders, whole or not; one that was set aside comes after its replacement."""
-    matches = [
-        (FOLDER.fullmatch(path.name), path) for path in checkpoints.glob("step_*") if path.is_dir()
-    ]
-    keyed = [
-        ((int(match["step"]), match["aside"] is None), path) for match, path in matches if match
-    ]
-    return [path for _, path in sorted(keyed, reverse=True)]
+    folders = [path for path in checkpoints.glob("step_*") if path.is_dir()]
+    found = [path for path in folders if FOLDER.fullmatch(path.name)]
+    return sorted(found, key=_place, reverse=True)
+
+
+def _place(path: Path) -> tuple[int, bool]:
+    """Step of a snapshot's folder, and whether it is in its place, not set aside."""
+    match = FOLDER.fullmatch(path.name)
+    assert match is not None
+    return int(match["step"]), match["aside"] is None
 
 
 def _rotate(checkpoints: Path, step: int, keep_last: int, warn: Warn) -> None:
     """Keeps the snapshot of ``step``, just verified, and ``keep_last`` - 1 whole ones before it."""
-    kept = 1
+    kept, old = 1, list(checkpoints.glob(f"{LEFT}*"))
     for path in _newest_first(checkpoints):
-        match = FOLDER.fullmatch(path.name)
-        assert match is not None
-        at, aside = int(match["step"]), match["aside"] is not None
-        if at == step and not aside:
+        at, in_place = _place(path)
+        if at == step and in_place:
             continue
         if (
             at < step
-            and not aside
+            and in_place
             and kept < keep_last
             and durable.flaw(path, contents=False) is None
         ):
             kept += 1
-            continue
+        else:
+            old.append(path)
+    for path in old:
         try:
             gone = path.with_name(f"{PART}{path.name}")
             path.rename(gone)  # from here on it is no snapshot, however far the deletion gets

@@ -48,15 +48,15 @@ def _evaluate(config: RunConfig) -> int:
     from fttrain.checkpoint.resume import claim_output
     from fttrain.checkpoint.source import load_tokenizer, resolve
     from fttrain.data.dataset import prepare
-    from fttrain.data.loader import evaluation_batches
     from fttrain.data.samples import holdout_samples
     from fttrain.dist import rank_from_environment
-    from fttrain.evaluation import Answer, Evaluation, answer, held_out_loss
+    from fttrain.evaluation import Answer, Evaluation, HoldOut, answer
     from fttrain.joining import process_group
     from fttrain.planned import settle
     from fttrain.result import find
     from fttrain.rig.probe import set_up_rank
     from fttrain.run import recipe
+    from fttrain.snapshots import last_micro_batch_size
     from fttrain.strategy.build import build_strategy
 
     device = set_up_rank(config.rig)
@@ -72,15 +72,16 @@ def _evaluate(config: RunConfig) -> int:
     claim = claim_output(output, "auto") if is_main else nullcontext()
     with claim, process_group(device, config.rig.backend) as group:
         strategy, _ = build_strategy(recipe(config), resolve(config.model), group)
-        size = config.loop.micro_batch_size
-        batches = evaluation_batches(dataset.holdout, size, *strategy.data_parallel)
+        # Rank 0's, for other machines may not see the run's snapshots
+        size = int(group.share(str(last_micro_batch_size(config)) if group.is_main else ""))
+        holdout = HoldOut(dataset.holdout, size, config.loop.halve_on_oom)
         samples = holdout_samples(config.data, dataset, tokenizer, config.loop.samples)
         figures = Evaluation.read(output)
         say: Callable[[str], None] = print if group.is_main else lambda text: None
-        figures.base = held_out_loss(strategy, batches)
+        figures.base = holdout.loss(strategy, say)
         before = answer(strategy, samples, tokenizer, say)
         strategy.load_adapter_state(trained)
-        figures.tuned = held_out_loss(strategy, batches)
+        figures.tuned = holdout.loss(strategy, say)
         after = answer(strategy, samples, tokenizer, say)
         figures.samples = [
             Answer(sample.prompt, sample.reference, *texts)

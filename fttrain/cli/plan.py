@@ -3,6 +3,7 @@ anything is loaded.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fttrain import launch
@@ -48,7 +49,10 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     own, architecture, loop = recipe(config), Architecture(model), config.loop
     rows_per_step = loop.micro_batch_size * loop.gradient_accumulation_steps * len(rig.cards)
     rows = training_rows(config.model, config.data)
-    steps = run_steps(loop.max_steps, loop.epochs, rows, rows_per_step)
+    if rows is not None:
+        own = replace(own, size=replace(own.size, target_share=rows.target_share))
+    count = None if rows is None else len(rows)
+    steps = run_steps(loop.max_steps, loop.epochs, count, rows_per_step)
     stored = disk(own, architecture, config.checkpoint.keep_last)
     wanted = list(candidates(own, len(rig.cards)))
     verdicts = choose(wanted, architecture, rig, counting("planning"))

@@ -89,6 +89,11 @@ class Rows:
         first = self._documents[:-1]
         return int(np.count_nonzero(self._trained)) - int(np.count_nonzero(self._trained[first]))
 
+    @property
+    def target_share(self) -> float:
+        """Of all tokens, those that are trained on."""
+        return self.trained_tokens / max(1, self.tokens)
+
 
 class Records(Sequence[list[dict[str, str]]]):
     """The conversations of the held-out examples, read from disk one by one; plain text has the
@@ -143,14 +148,14 @@ def prepare(
     return dataset
 
 
-def cached_rows(config: DataConfig, tokenizer: Any, tokenizer_id: str) -> int | None:
-    """Rows to train on of a data set that is in the cache already; None: it is not there.
+def cached_rows(config: DataConfig, tokenizer: Any, tokenizer_id: str) -> Rows | None:
+    """Those to train on of a data set that is in the cache already; None: it is not there.
 
     Raises UserError as ``prepare``, of what says which data set it is.
     """
     fingerprint, _ = _described(config, tokenizer, tokenizer_id)
     folder = find(cache_root(config.cache_dir), fingerprint)
-    return None if folder is None else len(Rows(folder, "train"))
+    return None if folder is None else Rows(folder, "train")
 
 
 def _described(config: DataConfig, tokenizer: Any, tokenizer_id: str) -> tuple[str, Builder]:

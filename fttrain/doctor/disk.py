@@ -1,19 +1,33 @@
 """Is there room for the frozen base and for the checkpoints of the chosen model?"""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from fttrain.checkpoint.base import Base, cache_bytes
+from fttrain.checkpoint.config import ModelConfig
 from fttrain.checkpoint.durable import MANIFEST
-from fttrain.doctor.finding import Finding, failure, ok
+from fttrain.checkpoint.source import resolve
+from fttrain.doctor.finding import Finding, failure, ok, warning
+from fttrain.errors import UserError
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture
 from fttrain.model.layer_adapters import LayerAdapters
+from fttrain.quant.config import QuantConfig
+from fttrain.strategy.build import frozen_base
 from fttrain.units import gib
 
 SAVED_BYTES = 12  # fp32, of each value that trains and of AdamW's two moments
+
+
+def of_model(model: ModelConfig, quant: QuantConfig, check: Callable[[Base], Finding]) -> Finding:
+    """``check`` of the model's frozen base; a warning where the model is not there."""
+    try:
+        return check(frozen_base(resolve(model), quant, model.dtype))
+    except UserError as error:
+        return warning(f"nobody knows what the model needs: {error}", "another model.path=")
 
 
 def cache(base: Base, cache_dir: str | None) -> Finding:

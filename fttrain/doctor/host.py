@@ -2,46 +2,18 @@
 
 import platform
 import resource
-import warnings
 from pathlib import Path
 
 import psutil
-import torch
 
 from fttrain.doctor.finding import NOT_AVAILABLE, Finding, ok, warning
 from fttrain.rig.probe import cgroup_limit_bytes
-from fttrain.rig.timing import median_s
-from fttrain.store.hostpool import Memory
 from fttrain.units import GIB, MIB, gib
 
 SHM_BYTES = 1 * GIB  # NCCL's buffers between ranks without peer access, and more than Docker gives
-LOCKED_BYTES = 1 * GIB  # what a run locks is some GiB to most of the host's memory
 OPEN_FILES = 1024  # one for each layer's file, libraries, connections of a few ranks
 SWAPPED_BYTES = 1 * GIB
 BYPASS = ("iommu=pt", "iommu.passthrough=1", "intel_iommu=off", "amd_iommu=off", "iommu=off")
-
-
-def locked_memory(device: torch.device) -> Finding:
-    """Page-locks memory as a run does, and asks how fast it is copied to ``device``. `ulimit -l` is
-    no sign: NVIDIA's driver locks pages itself, and the limit is not asked.
-    """
-    if device.type != "cuda":
-        return ok("a CPU run page-locks nothing")
-    memory = Memory(-1, LOCKED_BYTES)
-    buffer = torch.frombuffer(memory, dtype=torch.uint8)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        memory.page_lock(buffer, "a buffer", speak=False)
-    if said:
-        return warning(
-            str(said[0].message),
-            "Linux itself instead of WSL2, a container that lets the driver lock pages; "
-            "strategy=shard or pipeline, embedding=device and boundaries=device need little of it",
-        )
-    there = torch.empty(LOCKED_BYTES, dtype=torch.uint8, device=device)
-    seconds = median_s(lambda: there.copy_(buffer, non_blocking=True), device)
-    rate = f"{LOCKED_BYTES / seconds / 1e9:.1f} GB/s"
-    return ok(f"{gib(LOCKED_BYTES)} page-locked, copied to the card at {rate}")
 
 
 def open_files() -> Finding:

@@ -50,8 +50,8 @@ def quantiser(device: torch.device) -> Finding:
 
 
 REINSTALL = (
-    "pip install --force-reinstall bitsandbytes (python -m bitsandbytes says what it finds); "
-    "quant=none does without"
+    "pip install --force-reinstall --no-deps bitsandbytes "
+    "(python -m bitsandbytes says what it finds); quant=none does without"
 )
 
 

@@ -7,22 +7,17 @@ Rank 0 writes the median time in seconds, or raises where a result is not the kn
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as torch_dist
-from torch import Tensor
 
+from fttrain.collectives import Handles
+from fttrain.dist import Group
 from fttrain.launch import die_with_parent
+from fttrain.rig.exchange import Exchange, make, pattern
 
 ROUNDS = 5
-WHOLE = 1 << 20  # whole numbers below it, and sums of a few of them, are exact in fp32
-
-
-def pattern(values: int, seed: int, device: torch.device) -> Tensor:
-    """Whole numbers that each process can make for every other, fp32 (values,)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, WHOLE, (values,), generator=generator).float().to(device)
 
 
 def all_reduce(backend: str, kind: str, size_bytes: int) -> float:
@@ -32,45 +27,47 @@ def all_reduce(backend: str, kind: str, size_bytes: int) -> float:
     device = torch.device(kind, rank % torch.cuda.device_count() if kind == "cuda" else 0)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    given = [pattern(size_bytes // 4, seed, device) for seed in range(ranks)]
-    expected, flat = torch.stack(given).sum(0), torch.empty_like(given[rank])
-
-    def exchange() -> None:
-        flat.copy_(given[rank])
-        torch_dist.all_reduce(flat)
-
-    seconds = _timed(exchange, device)
-    _compare(flat, expected, f"all_reduce over {backend}, rank {rank}")
+    exchange = make("all_reduce", size_bytes, Group(rank, ranks, rank, device))
+    seconds = _timed(exchange, f"{backend}, rank {rank}")
     torch_dist.destroy_process_group()
     return seconds
 
 
 def copy(source: int, target: int, size_bytes: int) -> float:
     """Median seconds of a copy from one card to another. Raises RuntimeError for wrong bytes."""
-    given = pattern(size_bytes // 4, 1, torch.device("cuda", source))
-    taken = torch.empty_like(given, device=torch.device("cuda", target))
-    seconds = _timed(lambda: taken.copy_(given), taken.device)
-    _compare(taken.cpu(), given.cpu(), f"a copy from card {source} to card {target}")
-    return seconds
+    given, expected = (
+        pattern(0, size_bytes, torch.uint8, torch.device("cuda", card)) for card in (source, target)
+    )
+    taken = torch.empty_like(expected)
+
+    def start() -> Handles:
+        taken.copy_(given)
+        return Handles(())
+
+    exchange = Exchange("a copy", size_bytes, taken.zero_, start, taken, expected)
+    return _timed(exchange, f"card {source} to card {target}")
 
 
-def _timed(work: Callable[[], object], device: torch.device) -> float:
+def _timed(exchange: Exchange, where: str) -> float:
     def once() -> float:
+        exchange.reset()
+        _wait_for_cards()
         began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            for card in range(torch.cuda.device_count()):
-                torch.cuda.synchronize(card)
+        exchange.start().wait()
+        _wait_for_cards()
         return time.perf_counter() - began
 
     once()  # connections are made at the first use
-    return statistics.median(once() for _ in range(ROUNDS))
+    seconds = statistics.median(once() for _ in range(ROUNDS))
+    fault = exchange.fault()
+    if fault:
+        raise RuntimeError(f"{where}: {fault}")
+    return seconds
 
 
-def _compare(found: Tensor, expected: Tensor, what: str) -> None:
-    wrong = int((found != expected).sum())
-    if wrong:
-        raise RuntimeError(f"{what}: {wrong} of {found.numel()} values are wrong")
+def _wait_for_cards() -> None:
+    for card in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(card)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,7 +1,9 @@
 """Do Python, the libraries, CUDA and the driver fit together?"""
 
+import importlib
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 
 import torch
 from packaging.requirements import Requirement
@@ -9,8 +11,19 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from fttrain.doctor.finding import Finding, failure, ok, warning
+from fttrain.errors import first_line
 
 PROJECT = "fttrain"
+# Built against torch or against each other, so that versions may fit and the import still fail.
+COMPANIONS = (
+    "bitsandbytes",
+    "transformers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "gguf",
+    "datasets",
+)
 # CUDA's major version -> the oldest Linux driver that runs it (NVIDIA, "CUDA Compatibility",
 # minor version compatibility).
 OLDEST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580"}
@@ -45,6 +58,23 @@ def libraries(project: str = PROJECT) -> Finding:
     # A run imports what an extra asks for only where a setting wants it.
     tell = failure if any(map(_is_needed, misfits)) else warning
     return tell("; ".join(misfits.values()), remedy)
+
+
+def imports(names: Sequence[str] = COMPANIONS) -> Finding:
+    """Whether the libraries that runs compute and read with can be imported, each by itself."""
+    problems = {}
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever a library that was built for another machine throws
+            problems[name] = f"{name} cannot be imported: {first_line(error)}"
+    if not problems:
+        return ok(", ".join(names))
+    # Without their own needs: pip would bring another torch.
+    return failure(
+        "; ".join(problems.values()),
+        f"pip install --force-reinstall --no-deps {' '.join(problems)}",
+    )
 
 
 def _is_needed(requirement: Requirement) -> bool:

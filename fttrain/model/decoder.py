@@ -6,7 +6,7 @@ hands out a layer's bytes, the schedule binds them to the layer's state while it
 Legend: N tokens, C hidden width, D width of a head.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -197,10 +197,6 @@ class Decoder:
     def parameters(self) -> list[nn.Parameter]:
         """One flat fp32 parameter a layer: exactly what trains."""
         return [layer.adapters.flat for layer in self.layers]
-
-    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
-        for layer in self.layers:
-            yield from layer.adapters.named_masters()
 
     @torch.no_grad()
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:

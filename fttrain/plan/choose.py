@@ -4,6 +4,7 @@ What a candidate changes: strategy, resident layers, G, activations, micro-batch
 stay as they are). Everything else is as the configuration says.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -161,6 +162,14 @@ def judge(recipe: Recipe, architecture: Architecture, rig: RigProfile) -> Verdic
     )
 
 
+def reckoned(recipe: Recipe, architecture: Architecture, rig: RigProfile) -> StepTime:
+    """How long a step of ``recipe`` lasts, whether or not it fits. Raises UserError as
+    ``memory.book``, and for a rate that ``rig`` lacks.
+    """
+    rooms = [room_bytes(card) for card in rig.cards]
+    return step_time(memory.book(recipe, architecture, rig.cards[0].kind, rooms), rig)
+
+
 def confirm(verdict: Verdict, architecture: Architecture, rig: RigProfile) -> Verdict:
     """``verdict`` by the memory of one full run."""
     kind, rooms = rig.cards[0].kind, [room_bytes(card) for card in rig.cards]
@@ -178,26 +187,25 @@ def confirm(verdict: Verdict, architecture: Architecture, rig: RigProfile) -> Ve
 
 def _lacking(taken: Sequence[RankMemory], rig: RigProfile) -> tuple[str, int]:
     """Why it does not fit, and what is missing; "" and 0 where it fits."""
-    kind = rig.cards[0].kind
-    for own, card in zip(taken, rig.cards, strict=True):
-        missing = _needed_bytes(own) - room_bytes(card)
+    on_cpu = rig.cards[0].kind == "cpu"  # its ranks have the host's memory, all of them together
+    for own, card in () if on_cpu else zip(taken, rig.cards, strict=True):
+        missing = own.needed_bytes - room_bytes(card)
         if missing > 0:
             parts = [Booking(what, size, "device") for what, size in own.device.items()]
             return (
-                f"card {own.rank}: {gib(_needed_bytes(own))} of {gib(room_bytes(card))}: "
+                f"card {own.rank}: {gib(own.needed_bytes)} of {gib(room_bytes(card))}: "
                 f"{largest(parts)}",
                 missing,
             )
-    needed = memory.host_bytes(taken, kind)
-    missing = needed - rig.host.memory_bytes
-    if missing > 0:
-        return f"host: {gib(needed)} of {gib(rig.host.memory_bytes)}", missing
+    needed = memory.host_bytes(taken, rig.cards[0].kind)
+    there = rig.host.memory_bytes - sum(card.beside_bytes for card in rig.cards if on_cpu)
+    if needed > there:
+        own_parts = Counter(taken[0].shared)
+        for own in taken:
+            own_parts.update({**own.host, **(own.device if on_cpu else {})})
+        parts = [Booking(what, size, "host") for what, size in own_parts.items()]
+        return f"host: {gib(needed)} of {gib(there)}: {largest(parts)}", needed - there
     return "", 0
-
-
-def _needed_bytes(own: RankMemory) -> int:
-    """On the card: the peak, and no less than what is booked."""
-    return max(own.device_bytes, own.booked_bytes)
 
 
 def _more_resident(verdict: Verdict, architecture: Architecture, rig: RigProfile) -> list[Verdict]:
@@ -206,7 +214,7 @@ def _more_resident(verdict: Verdict, architecture: Architecture, rig: RigProfile
         return []
     layer_bytes = memory.layer_bytes(verdict.recipe, architecture)
     rooms = [
-        (room_bytes(card) - _needed_bytes(own)) // layer_bytes
+        (room_bytes(card) - own.needed_bytes) // layer_bytes
         for own, card in zip(verdict.memory, rig.cards, strict=True)
     ]
     fitting = tuple(min(room, architecture.layers) for room in rooms)

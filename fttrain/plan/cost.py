@@ -9,7 +9,7 @@ from fttrain.checkpoint.base import cache_bytes
 from fttrain.checkpoint.config import ModelConfig
 from fttrain.checkpoint.source import load_tokenizer
 from fttrain.data.config import DataConfig
-from fttrain.data.dataset import cached_rows
+from fttrain.data.dataset import Rows, cached_rows
 from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.optim.optimizer import moment_bytes
@@ -121,8 +121,8 @@ def run_steps(
     return min(steps, max_steps or steps)
 
 
-def training_rows(model: ModelConfig, data: DataConfig) -> int | None:
-    """Rows of the tokenised data set, if it is in the cache. Nothing is downloaded or tokenised:
+def training_rows(model: ModelConfig, data: DataConfig) -> Rows | None:
+    """Those of the tokenised data set, if it is in the cache. Nothing is downloaded or tokenised:
     None for what is on a hub.
     """
     path = Path(model.path or "").expanduser()

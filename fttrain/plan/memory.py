@@ -57,12 +57,17 @@ class RankMemory:
         """Of the device, what a run refuses to start without."""
         return self.device_bytes - self.device.get(WORKSPACE, 0)
 
+    @property
+    def needed_bytes(self) -> int:
+        """Of the device: the peak, and no less than what is booked."""
+        return max(self.device_bytes, self.booked_bytes)
+
 
 def host_bytes(ranks: Sequence[RankMemory], kind: str) -> int:
     """Host memory of all ``ranks`` together; of CPUs what stands for cards is part of it."""
     own = sum(sum(rank.host.values()) for rank in ranks)
     if kind == "cpu":
-        own += sum(rank.device_bytes for rank in ranks)
+        own += sum(rank.needed_bytes for rank in ranks)
     return own + sum(ranks[0].shared.values())
 
 

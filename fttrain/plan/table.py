@@ -114,7 +114,8 @@ def parts_table(verdict: Verdict, rig: RigProfile) -> Table:
     overheads = [f"{(card.overhead_bytes or 0) / GIB:.2f}" for card in rig.cards]
     known = "measured" if rig.measured else "an allowance"
     found.add_row(f"context, communication ({known})", *overheads, "")
-    if rig.cards[0].kind != "cpu":
+    on_cpu = rig.cards[0].kind == "cpu"
+    if not on_cpu:
         held = [card.allocator_bytes for card in rig.cards]
         shown = ("not measured" if size is None else f"{size / GIB:.2f}" for size in held)
         found.add_row("allocator's rounding, libraries' workspaces", *shown, "")
@@ -126,8 +127,10 @@ def parts_table(verdict: Verdict, rig: RigProfile) -> Table:
         for rank, card in zip(ranks, rig.cards, strict=True)
     ]
     found.add_section()
-    found.add_row("together", *sums, f"{verdict.host_bytes / GIB:.2f}")
-    there = [f"{card.memory_bytes / GIB:.2f}" for card in rig.cards]
+    # What ranks of a CPU take is the host's, all of it.
+    on_host = verdict.host_bytes + sum(card.beside_bytes for card in rig.cards if on_cpu)
+    found.add_row("together", *sums, f"{on_host / GIB:.2f}")
+    there = ["" if on_cpu else f"{card.memory_bytes / GIB:.2f}" for card in rig.cards]
     found.add_row("there is", *there, f"{rig.host.memory_bytes / GIB:.2f}")
     return found
 

@@ -202,10 +202,11 @@ class _Rank:
         return share * len(self._layers) * layer_values(self._plan.architecture) / known
 
     def _head_s(self, micro_batches: int) -> float:
-        """All tokens count as targets. A streamed table is brought first, and nothing hides it."""
+        """Only targets have logits. A streamed table is brought first, and nothing hides it."""
         plan = self._plan
         known = self._card.head_flop_per_s or self._gemm()
-        seconds = micro_batches * self._tokens * head_flops(plan.architecture) / known
+        targets = micro_batches * self._tokens * plan.recipe.size.target_share
+        seconds = targets * head_flops(plan.architecture) / known
         seconds += self._dequantise_s(micro_batches * head_dequantised_bytes(plan))
         if plan.recipe.placement.head == "streamed":
             seconds += self._to_card_s(plan.table_bytes)

@@ -80,7 +80,8 @@ def head_dequantised_bytes(plan: Plan) -> int:
     """What a head in 4 bits makes of its table for one micro-batch: all of it, twice a chunk."""
     if plan.recipe.placement.head != "nf4":
         return 0
-    tokens = plan.recipe.size.micro_batch_tokens
+    size = plan.recipe.size
+    tokens = math.ceil(size.micro_batch_tokens * size.target_share)
     vocabulary = int(plan.architecture.config.vocab_size)
     rows = chunk_rows(vocabulary, plan.dtype, tokens, QuantisedTable.chunk_factor)
     return 2 * plan.table_bytes * math.ceil(tokens / rows)

@@ -1,4 +1,4 @@
-"""One rank's part in a step, which memory may not suffice for.
+"""One rank's part in a step or an evaluation, which memory may not suffice for.
 
 A rank that runs out cannot just stop: the others wait for its part of every layer, its gradients,
 or what it sends. It drops all it has under way and walks on with nothing to compute, like a rank
@@ -25,7 +25,7 @@ Dropout = Callable[[MicroBatch], DropoutKey | None]
 
 
 class Attempt:
-    """What a step has under way on this rank, and what came of it so far."""
+    """What a step, or an evaluation, has under way on this rank, and what came of it so far."""
 
     def __init__(self, decoder: Decoder, policies: Policies, dropout: Dropout) -> None:
         self._decoder, self._policies, self._dropout = decoder, policies, dropout
@@ -52,6 +52,12 @@ class Attempt:
             for work in self.works[works]:
                 layer_pass.forward(self._decoder.layers[layer], work, self._policies[layer])
 
+    def forward_only(self, layer: int, works: slice = slice(None)) -> None:
+        """As ``forward``, without keeping anything for backward."""
+        with self.computing():
+            for work in self.works[works]:
+                layer_pass.forward_only(self._decoder.layers[layer], work)
+
     def head(self, works: slice = slice(None)) -> None:
         """Add the loss of ``works``; from here on they hold the gradient."""
         if not self.works[works]:
@@ -64,6 +70,16 @@ class Attempt:
                     work.hidden, batch.targets, batch.trained
                 )
                 self.loss_sum += loss
+
+    def head_only(self, works: slice = slice(None)) -> None:
+        """Add the loss of ``works``, which has no gradient."""
+        if not self.works[works]:
+            return
+        head = self._decoder.head
+        with self.computing(), head.brought():
+            for work in self.works[works]:
+                batch = work.micro_batch
+                self.loss_sum += head.loss(work.hidden, batch.targets, batch.trained)
 
     def backward(self, layer: int, works: slice = slice(None)) -> None:
         """Pass ``works`` back through the bound ``layer``, whose gradient is open."""

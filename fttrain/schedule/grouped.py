@@ -5,9 +5,6 @@ one layer for all of them: its bytes are brought and dequantised once a pass, an
 gradient is complete as its backward ends.
 """
 
-import torch
-from torch import Tensor
-
 from fttrain.data.batch import MicroBatch
 from fttrain.model.decoder import Decoder
 from fttrain.schedule import layer_pass
@@ -49,20 +46,17 @@ def forward_backward(
 
 def evaluate(
     decoder: Decoder, store: Store, micro_batches: list[MicroBatch], group_size: int
-) -> Tensor:
-    """Loss sum over all targets, fp64, without gradients."""
-    total = torch.zeros((), dtype=torch.float64, device=decoder.device)
+) -> Attempt:
+    """Loss sum over all targets, without gradients, and whether memory ran out."""
+    attempt = Attempt(decoder, (), lambda batch: None)
     for i in range(0, len(micro_batches), group_size):
-        group = _with_tokens(micro_batches[i : i + group_size])
-        works = [layer_pass.start(decoder, batch, None, None) for batch in group]
+        for batch in _with_tokens(micro_batches[i : i + group_size]):
+            attempt.start(batch)
         for layer in layer_pass.walk(decoder, store, range(len(store))):
-            for work in works:
-                layer_pass.forward_only(decoder.layers[layer], work)
-        with decoder.head.brought():
-            for work in works:
-                batch = work.micro_batch
-                total += decoder.head.loss(work.hidden, batch.targets, batch.trained)
-    return total
+            attempt.forward_only(layer)
+        attempt.head_only()
+        attempt.works.clear()
+    return attempt
 
 
 def _with_tokens(group: list[MicroBatch]) -> list[MicroBatch]:

@@ -74,16 +74,14 @@ class StagePass:
 
     def evaluate(self, number: int) -> None:
         """Forward without keeping anything."""
-        hidden = None if self._from_before is None else self._from_before.next()
-        work = layer_pass.start(self._decoder, self._micro_batches[number], None, hidden)
+        self.attempt.start(self._micro_batches[number], self._received(self._from_before))
         for layer in self._walk(range(len(self._store))):
-            layer_pass.forward_only(self._decoder.layers[layer], work)
-        if not self._link.is_last:
-            self._link.send(work.hidden, UP)
-            return
-        head, batch = self._decoder.head, work.micro_batch
-        with head.brought():
-            self.attempt.loss_sum += head.loss(work.hidden, batch.targets, batch.trained)
+            self.attempt.forward_only(layer)
+        if self._link.is_last:
+            self.attempt.head_only()
+        else:
+            self._send(number, NEWEST, UP)
+        self.attempt.works.clear()
 
     def _take_gradient(self) -> None:
         """The last stage's head has left it there."""

@@ -2,6 +2,8 @@
 ranks hold.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,7 @@ def load_adapter_state(decoder: Decoder, state: dict[str, Tensor]) -> None:
     Raises UserError where names or shapes differ.
     """
     state = part_of(state, decoder)
-    _check_fit(decoder, state)
+    check_fit(_shapes(decoder), state)
     for layer in decoder.layers:  # one at a time: whole masters may be more than a rank's own
         adapters = layer.adapters
         whole = torch.zeros(adapters.layout.values, device=adapters.flat.device)
@@ -56,26 +58,31 @@ def load_adapter_state(decoder: Decoder, state: dict[str, Tensor]) -> None:
         adapters.load(whole)
 
 
-def _check_fit(decoder: Decoder, state: dict[str, Tensor]) -> None:
-    """Raises UserError where names or shapes differ."""
-    shapes = {
+def _shapes(decoder: Decoder) -> dict[str, torch.Size]:
+    return {
         name: view.shape
         for layer in decoder.layers
         for name, view in layer.adapters.named(
             torch.empty(layer.adapters.layout.values, device="meta")
         )
     }
+
+
+def check_fit(shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
+    """``shapes``: of what trains, by name. Raises UserError where ``state`` has other names or
+    shapes.
+    """
     differing = sorted(shapes.keys() ^ state.keys())
     if differing:
         raise UserError(
-            f"adapter: {differing[0]} and {len(differing) - 1} more are only in one of the "
+            f"{differing[0]} and {len(differing) - 1} more are only in one of the "
             "snapshot and the model; "
             "lora.target_modules, lora.use_dora or the model differ"
         )
     for name, shape in shapes.items():
         if state[name].shape != shape:
             raise UserError(
-                f"adapter: {name} has shape {tuple(state[name].shape)} in the snapshot, "
+                f"{name} has shape {tuple(state[name].shape)} in the snapshot, "
                 f"{tuple(shape)} in the model; lora.r or the model differ"
             )
 

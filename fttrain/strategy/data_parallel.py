@@ -44,9 +44,9 @@ class DataParallel(NativeStrategy):
             self._gradients,
         )
 
-    def _forward(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, int]:
-        loss_sum = grouped.evaluate(self.decoder, self._store, micro_batches, EVALUATION_GROUP)
-        return loss_sum, -(-len(micro_batches) // EVALUATION_GROUP)
+    def _forward(self, micro_batches: list[MicroBatch]) -> tuple[Attempt, int]:
+        attempt = grouped.evaluate(self.decoder, self._store, micro_batches, EVALUATION_GROUP)
+        return attempt, -(-len(micro_batches) // EVALUATION_GROUP)
 
     def _next_tokens(self, cache: KeyValueCache, fresh: Fresh) -> list[int]:
         # Ranks must not come to differ in how many passes they make: rank 0 decides.

@@ -119,8 +119,10 @@ class NativeStrategy(ABC):
         """
 
     @abstractmethod
-    def _forward(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, int]:
-        """This rank's part of the loss sum, fp64, and the passes over the layers it took."""
+    def _forward(self, micro_batches: list[MicroBatch]) -> tuple[Attempt, int]:
+        """This rank's part of the loss sum, as far as memory suffices, and the passes over the
+        layers it took.
+        """
 
     @abstractmethod
     def _next_tokens(self, cache: KeyValueCache, fresh: Fresh) -> list[int]:
@@ -165,10 +167,12 @@ class NativeStrategy(ABC):
     def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
         started = time.perf_counter()
         with self._explained():
-            loss_sum, passes = self._forward(micro_batches)
-        loss, targets, _ = self._totals(loss_sum, micro_batches)
+            attempt, passes = self._forward(micro_batches)
+        try:
+            loss, targets, _ = self._totals(attempt.loss_sum, micro_batches, attempt.ran_out)
+        finally:
+            self._take_traffic()  # it belongs to no step
         self.pass_s = (time.perf_counter() - started) / max(1, passes)
-        self._take_traffic()  # it belongs to no step
         return loss, targets
 
     def generate(

@@ -39,12 +39,12 @@ class PipelineStage(NativeStrategy):
         self._link.flush()
         return stage.attempt
 
-    def _forward(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, int]:
+    def _forward(self, micro_batches: list[MicroBatch]) -> tuple[Attempt, int]:
         stage = self._pass(micro_batches, lambda batch: None)
         for number in range(len(stage)):
             stage.evaluate(number)
         self._link.flush()
-        return stage.attempt.loss_sum, len(stage)
+        return stage.attempt, len(stage)
 
     def _pass(self, micro_batches: list[MicroBatch], dropout: Dropout) -> StagePass:
         """What this stage does in a pass of those that have tokens."""

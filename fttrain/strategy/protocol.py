@@ -30,13 +30,23 @@ class StepStats:
 
 
 class OutOfMemory(UserError):
-    """Memory ran out on some rank in a step; raised on all of them. Nothing was updated, and the
-    step can be taken again with smaller micro-batches.
+    """Memory ran out on some rank in a step or an evaluation; raised on all of them. Nothing was
+    updated, and it can be taken again with smaller micro-batches.
     """
 
     def __init__(self, what: str, helps: str) -> None:
         super().__init__(f"{what}; {helps}")
         self.what = what  # the rank and its largest parts
+
+    def pieces(self, micro_batch_size: int, halve: bool) -> int:
+        """What a micro-batch of so many rows is to be divided by, for it to be taken again: 2, or
+        where that does not divide them as little as does.
+
+        Raises this error where there is one row, or where it is not to be (not ``halve``).
+        """
+        if micro_batch_size == 1 or not halve:
+            raise self
+        return next(n for n in range(2, micro_batch_size + 1) if micro_batch_size % n == 0)
 
 
 Judge = Callable[[float, float], bool]  # (loss, grad_norm) -> whether the update is made
@@ -68,7 +78,10 @@ class Strategy(Protocol):
         ...
 
     def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
-        """(loss sum in nats, target tokens) over the micro-batches of all ranks."""
+        """(loss sum in nats, target tokens) over the micro-batches of all ranks.
+
+        Raises as ``train_step``.
+        """
         ...
 
     @property

@@ -26,6 +26,7 @@ class StepSize:
     micro_batch_size: int = 1  # rows
     seq_len: int = 1  # tokens of a row
     gradient_accumulation_steps: int = 1  # micro-batches
+    target_share: float = 1.0  # of the tokens, those that are trained on; plans alone ask
 
     @property
     def row_tokens(self) -> int:

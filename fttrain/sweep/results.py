@@ -4,7 +4,6 @@ experiment.
 
 import json
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from fttrain.sweep.objective import OBJECTIVES
 from fttrain.sweep.plots import plot_parameters
 from fttrain.sweep.record import Record, keys_of, records, value_of
 from fttrain.track import read_metrics
+from fttrain.track.results import figures
 from fttrain.units import duration, gib
 
 ORDER = ("done", "pruned", "running", "interrupted", "failed")
@@ -57,17 +57,12 @@ def _order(row: Row) -> tuple[int, float]:
 
 
 def _row(folder: Path, record: Record) -> Row:
-    lines = read_metrics(folder / record.name / "metrics.jsonl")
-    rates = [line["tokens_per_s"] for line in lines if line.get("tokens_per_s")]
-    peaks = [
-        max((line.get(key) or 0 for line in lines), default=0)
-        for key in ("peak_device_bytes", "peak_host_bytes")
-    ]
+    known = figures(read_metrics(folder / record.name / "metrics.jsonl"))
     return Row(
         record,
         OBJECTIVES["holdout_nll"].measure(folder / record.name),
-        statistics.median(rates) if rates else None,
-        next((peak for peak in peaks if peak), None),
+        known.get("tokens_per_s_median"),
+        known.get("peak_device_bytes_max", known.get("peak_host_bytes_max")),
     )
 
 

@@ -8,6 +8,7 @@ plan.json   of a run, beside what `fttrain plan` writes:
 """
 
 import json
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from fttrain.units import gib
 FILE = "plan.json"
 COMPARED = ("figure", "predicted", "measured", "difference")
 
+_PLANNED_ROWS = re.compile(r"\bloop\.micro_batch_size=(\d+)")
 # name -> its row, what is made of the steps' figures, how it is written
 _FIGURES: dict[str, tuple[str, Callable[[list[float]], float], Callable[[float], str]]] = {
     "step_s": ("seconds a step, median", statistics.median, "{:.3f} s".format),
@@ -55,9 +57,13 @@ def measured(lines: Sequence[Mapping[str, Any]], since_step: int) -> dict[str, f
 
 
 def compare(plan: dict[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A row of ``COMPARED`` for each figure that is known both ways, as people read it."""
+    """A row of ``COMPARED`` for each figure that is known both ways, as people read it.
+
+    Where memory ran out, and steps became other ones than those that were planned, the first row
+    says so.
+    """
     predicted, taken = candidate(plan)["predicted"], measured(lines, plan["since_step"])
-    return [
+    return _divided(plan, lines) + [
         [
             label,
             show(predicted[name]),
@@ -67,6 +73,15 @@ def compare(plan: dict[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[li
         for name, (label, _, show) in _FIGURES.items()
         if predicted.get(name) and name in taken
     ]
+
+
+def _divided(plan: dict[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    planned = _PLANNED_ROWS.search(plan["ran"])
+    sizes = [line.get("micro_batch_size") for line in lines if line["step"] > plan["since_step"]]
+    if planned is None or not sizes or sizes[-1] in (None, int(planned[1])):
+        return []
+    change = f"{100 * (sizes[-1] / int(planned[1]) - 1):+.1f} %"
+    return [["rows of a micro-batch, since memory ran out", planned[1], str(sizes[-1]), change]]
 
 
 def plan_section(folder: Path, lines: Sequence[Mapping[str, Any]]) -> str | None:

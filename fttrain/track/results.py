@@ -23,11 +23,7 @@ def read_results(folder: Path, step: int, tables: Mapping[str, Table] | None = N
     """
     evaluation = read_evaluation(folder / "evaluation.json")
     lines = read_metrics(folder / "metrics.jsonl")
-    # What was measured of a tuned model is in the history, with its step: "tuned" may be that of an
-    # earlier end, which the run has gone on from.
-    points = {
-        at: value for at, value in held_out(lines, {**evaluation, "tuned": None}) if at <= step
-    }
+    points = {at: value for at, value in held_out(lines, evaluation) if at <= step}
     found = {"samples": _samples(evaluation), **_plan(folder, lines), **(tables or {})}
     plots = sorted((folder / "plots").glob("*.png"))
     return Results(
@@ -75,14 +71,15 @@ def smoothed(values: Iterable[float]) -> list[float]:
 def held_out(
     lines: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]
 ) -> list[tuple[int, float]]:
-    """(step, held-out loss): the base at step 0, what was taken on the way, the tuned model."""
+    """(step, held-out loss): the base at step 0, what was taken on the way and at the end.
+
+    "tuned" says no step and may be of an earlier end; the end is in the history as well.
+    """
     points = dict(series(lines, "holdout_nll"))
     points.update(series(evaluation.get("history") or [], "nll"))
-    base, tuned = holdout_nll(evaluation, "base"), holdout_nll(evaluation, "tuned")
+    base = holdout_nll(evaluation, "base")
     if base is not None:
         points.setdefault(0, base)
-    if tuned is not None and lines:
-        points.setdefault(lines[-1]["step"], tuned)
     return sorted(points.items())
 
 
@@ -107,11 +104,9 @@ def _plan(folder: Path, lines: Sequence[Mapping[str, Any]]) -> dict[str, Table]:
     }
 
 
-def _summary(lines: Sequence[Mapping[str, Any]], held_out_nll: Sequence[float]) -> dict[str, float]:
-    """Of all steps so far; nothing before the first. ``held_out_nll``: by step, the base first."""
+def figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of all steps so far, by name: medians and peaks; what no step has is left out."""
     found: dict[str, float] = {}
-    if not lines:
-        return found
     for name in ("tokens_per_s", "step_s"):
         values = [value for _, value in series(lines, name)]
         if values:
@@ -120,7 +115,13 @@ def _summary(lines: Sequence[Mapping[str, Any]], held_out_nll: Sequence[float]) 
         peak = max((value for _, value in series(lines, name)), default=0)
         if peak:
             found[f"{name}_max"] = peak
-    if held_out_nll:
+    return found
+
+
+def _summary(lines: Sequence[Mapping[str, Any]], held_out_nll: Sequence[float]) -> dict[str, float]:
+    """Nothing before the first step. ``held_out_nll``: by step, the base first."""
+    found = figures(lines)
+    if lines and held_out_nll:
         found["holdout_nll_base"] = held_out_nll[0]
         found["holdout_nll_best"] = min(held_out_nll)
         found["holdout_nll_last"] = held_out_nll[-1]

@@ -1,6 +1,7 @@
 """The newest snapshot of any machine reaches every rank, whoever sees its files."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch.distributed as torch_dist
 from ranks import run_ranks
 
 from fttrain.checkpoint.adapter import AdapterInfo
-from fttrain.checkpoint.newest import newest_snapshot
+from fttrain.checkpoint.course import leave
+from fttrain.checkpoint.newest import newest_snapshot, wanted_snapshot
 from fttrain.checkpoint.resume import Snapshot, load_snapshot, save_snapshot
 from fttrain.dist import Group
 from fttrain.errors import UserError
@@ -95,6 +97,45 @@ def test_every_rank_gets_the_newest(tmp_path: Path) -> None:
         assert same(found["by path"][1], snapshot(3, 1))
         assert "none of the 1 checkpoints is whole" in found["damaged"]
         assert found["no such path"].startswith(f"resume={tmp_path / 'nothing'}: not a whole")
+
+
+def attempts(folder: Path) -> list[int | None]:
+    """On one of four ranks of two machines: what a run that is started again and again goes on
+    from.
+    """
+    rank = torch_dist.get_rank()
+    group = divided(Group(rank, 4, rank % 2, CPU), 2)
+    own = folder / str(group.across.rank)
+    asked, found = str(own / "step_00000003"), []
+
+    def wanted(again: bool) -> None:
+        taken = wanted_snapshot(own, asked, group, again)
+        found.append(None if taken is None else taken[1].step)
+
+    def on_machine(place: int, act: Callable[[], object]) -> None:
+        if group.machine.is_main and group.across.rank == place:
+            act()
+        group.barrier()
+
+    wanted(again=False)
+    wanted(again=True)  # it crashed before it had read
+    for place in range(2):
+        on_machine(place, lambda: leave(own, 3))
+    wanted(again=True)
+    on_machine(1, lambda: save_snapshot(own, snapshot(4, 1)))
+    on_machine(0, lambda: [note.unlink() for note in own.glob(".course_*")])  # it came anew
+    wanted(again=True)
+    return found
+
+
+def test_all_machines_leave_the_later_ones(tmp_path: Path) -> None:
+    """The first has the one that is asked for, the second later ones as well."""
+    for machine, steps in enumerate(((2, 3), (3, 6))):
+        for step in steps:
+            save_snapshot(tmp_path / str(machine), snapshot(step, machine))
+    for found in run_ranks(attempts, 4, tmp_path):
+        assert found == [3, 3, 3, 4]
+    assert not list(tmp_path.glob("*/.left_*")), "gone with the first save"
 
 
 def test_one_rank_reads_it_as_it_is(tmp_path: Path) -> None:

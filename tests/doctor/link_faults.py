@@ -8,17 +8,19 @@ import time
 
 
 def flip() -> None:
-    import torch.distributed
+    from torch import Tensor
 
+    from fttrain import collectives
     from fttrain.doctor import link_probe
 
-    right = torch.distributed.all_reduce
+    right = collectives.all_reduce
 
-    def flips(flat: torch.Tensor) -> None:
-        right(flat)
+    def flips(flat: Tensor) -> collectives.Handle:
+        right(flat).wait()
         flat[77] += 1
+        return collectives.Handles(())
 
-    torch.distributed.all_reduce = flips
+    collectives.all_reduce = flips
     link_probe.main(sys.argv[1:])
 
 

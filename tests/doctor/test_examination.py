@@ -1,6 +1,8 @@
 """All checks together: what is said, as text and as JSON, and the exit code."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,3 +130,31 @@ def test_only_its_own_flag_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["doctor", "--jsn"], ["train", "--json"]):
         assert main(arguments) == 2
         assert "write key=value" in capsys.readouterr().err
+
+
+def test_libraries_that_cannot_be_imported_are_named_and_all_else_is_looked_at(
+    tmp_path: Path,
+) -> None:
+    """In a process of its own, as a user starts it: here they are imported long since."""
+    names = ("bitsandbytes", "transformers", "accelerate", "peft")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise OSError('lib{name}.so.9: not there')")
+    done = subprocess.run(
+        [sys.executable, "-m", "fttrain", "doctor", "rig.device=cpu", "--json"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{Path.cwd()}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    found = {one["check"]: one for one in json.loads(done.stdout)["checks"]}
+    imports = found["imports"]
+    for name in names:
+        assert f"{name} cannot be imported: lib{name}.so.9: not there" in imports["figure"]
+    assert imports["remedy"].startswith("pip install --force-reinstall --no-deps bitsandbytes ")
+    for name in ("disk, cache", "quantiser", "attention"):
+        assert found[name]["figure"].startswith("not looked at: lib")
+        assert found[name]["remedy"] == "first what imports names"
+    assert found["python"]["verdict"] == found["gloo"]["verdict"] == OK

@@ -45,7 +45,7 @@ def test_names_and_shapes_are_pefts() -> None:
         for name, parameter in get_peft_model(source, config).named_parameters()
         if "lora_" in name
     }
-    assert {tiny.peft_name(n): tuple(m.shape) for n, m in decoder.named_masters()} == theirs
+    assert {tiny.peft_name(n): tuple(m.shape) for n, m in tiny.named_masters(decoder)} == theirs
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import tiny_cpu_rig
 from rich.console import Console
 from rich.table import Table
 from tiny_rig import RECIPE, ROOMY, A, chosen, rig
@@ -49,6 +50,21 @@ def test_what_does_not_fit_says_what_is_missing() -> None:
     needed = judge(stream, A, rig(ROOMY)).host_bytes
     assert judge(stream, A, rig(ROOMY, needed)).fits
     assert judge(stream, A, rig(ROOMY, needed - 1)).reason.startswith("host: ")
+
+
+def test_ranks_of_a_cpu_share_the_host() -> None:
+    """A stage may take more than its share where the other takes less; what is missing is the
+    host's, said once.
+    """
+    pipeline = replace(RECIPE, strategy=StrategyConfig("pipeline"), schedule=ONE_F_ONE_B)
+    found = judge(pipeline, A, tiny_cpu_rig.rig(cards=2))
+    needed = found.host_bytes + 2 * 1000
+    assert max(own.device_bytes for own in found.memory) + 1000 > needed / 2
+    share = -(-needed // 2)
+    assert judge(pipeline, A, tiny_cpu_rig.rig(cards=2, memory_bytes=share)).fits
+    short = judge(pipeline, A, tiny_cpu_rig.rig(cards=2, memory_bytes=share - 500))
+    assert short.missing_bytes == needed - 2 * (share - 500)
+    assert re.fullmatch(r"host: .* GiB of .* GiB: .* GiB, .* GiB, .* GiB", short.reason)
 
 
 def test_nothing_fits_a_card_that_is_too_small() -> None:

@@ -14,6 +14,7 @@ from fttrain.checkpoint.config import ModelConfig
 from fttrain.checkpoint.resume import Snapshot, save_snapshot
 from fttrain.checkpoint.source import load_tokenizer
 from fttrain.config import compose
+from fttrain.data.batch import IGNORE
 from fttrain.data.config import DataConfig
 from fttrain.data.dataset import prepare
 from fttrain.model.decoder import Architecture
@@ -93,7 +94,12 @@ def test_rows_are_those_of_a_data_set_that_is_there(tmp_path: Path) -> None:
     assert training_rows(model, data) is None
     assert not (tmp_path / "cache").exists()  # it tokenises nothing
     made = prepare(data, *load_tokenizer(model))
-    assert training_rows(model, data) == len(made.train)
+    rows = training_rows(model, data)
+    assert rows is not None
+    assert len(rows) == len(made.train)
+    labels = [label for row in rows for _, own in row for label in own[1:]]
+    targets = sum(label != IGNORE for label in labels)
+    assert 0 < rows.target_share == targets / rows.tokens < 1
     assert training_rows(model, replace(data, seq_len=32)) is None
     assert training_rows(ModelConfig("hub", "nobody/nothing"), data) is None
     assert training_rows(model, replace(data, path=str(tmp_path / "none.jsonl"))) is None

@@ -60,6 +60,15 @@ def flops(policy: str = "recompute") -> float:
     return ACCUMULATION * TOKENS * (layers + head_flops(A))
 
 
+@pytest.mark.parametrize("strategy", ["replicate", "pipeline"])
+def test_only_targets_have_logits(strategy: str) -> None:
+    own = recipe(strategy)
+    quarter = replace(own, size=replace(own.size, target_share=0.25))
+    found = [timed(each, rig(gemm=1e9)).seconds for each in (own, quarter)]
+    on_rank = ACCUMULATION * TOKENS * (2 if strategy == "pipeline" else 1)
+    assert found[0] - found[1] == pytest.approx(0.75 * on_rank * head_flops(A) / 1e9)
+
+
 @pytest.mark.parametrize("strategy", ["replicate", "shard", "stream"])
 def test_compute_alone(strategy: str) -> None:
     found = timed(recipe(strategy), rig(gemm=1e9))

@@ -32,16 +32,19 @@ def test_a_part_has_its_layers_and_no_others() -> None:
     state = whole()
     decoder.layers = decoder.layers[1:3]
     part = part_of(state, decoder)
-    assert part.keys() == {name for name, _ in decoder.named_masters()}
+    assert part.keys() == {name for name, _ in tiny.named_masters(decoder)}
     changed = {name: tensor + 1 for name, tensor in part.items()}
     load_adapter_state(decoder, changed)
-    for name, master in decoder.named_masters():
+    for name, master in tiny.named_masters(decoder):
         assert torch.equal(master, state[name] + 1)
 
 
 def test_a_tensor_of_no_layer_is_left_to_be_refused() -> None:
     decoder = stage(range(2))
-    state = {**dict(decoder.named_masters()), "model.layers.99.mlp.up_proj.lora_A": torch.ones(1)}
+    state = {
+        **dict(tiny.named_masters(decoder)),
+        "model.layers.99.mlp.up_proj.lora_A": torch.ones(1),
+    }
     part = part_of(state, decoder)
     with pytest.raises(UserError, match=r"model\.layers\.99\.mlp\.up_proj\.lora_A"):
         load_adapter_state(decoder, part)

@@ -17,6 +17,7 @@ import torch
 from ranks import run_ranks
 
 from fttrain.data.loader import Loader
+from fttrain.evaluation import HoldOut
 from fttrain.schedule.attempt import Attempt
 from fttrain.strategy.protocol import OutOfMemory, StepStats
 from fttrain.strategy.recipe import Recipe, StepSize
@@ -146,6 +147,60 @@ def test_the_step_is_taken_again_as_if_it_had_begun_with_smaller_ones(number: in
         assert all(updated for *_, updated in ours["figures"])
         for part in ("adapters", "gradients"):
             assert all(torch.equal(ours[part][n], expected[part][n]) for n in expected[part])
+
+
+EVALUATIONS = [
+    Case({}, "embed", (0,)),
+    Case({"strategy": "shard"}, "forward", (0, 1)),
+    Case({"strategy": "stream", **HOST}, "loss"),
+    Case({"strategy": "pipeline"}, "forward", (0,), layer=1),
+    Case({"strategy": "pipeline", **HOST}, "loss"),
+    Case({"strategy": "pipeline"}, "receive"),
+]
+
+
+def evaluations(cases: list[Case]) -> list[dict[str, Any]]:
+    """Held-out rows in micro-batches of 4, for which there is no memory, and of 2; then a step."""
+    found = []
+    for case in cases:
+        strategy, loader = prepared(case.recipe, 4)
+        rows = loader._rows
+        here, said = tiny_strategy.this_group().rank in case.ranks, []
+        with pytest.MonkeyPatch.context() as patch:
+            if here:
+                short_memory.limit(patch, case.place, ROOM[0], case.layer)
+            short_of = HoldOut(rows, 4, halve=True)
+            measured = short_of.loss(strategy, said.append)
+        with pytest.MonkeyPatch.context() as patch:
+            if here:
+                short_memory.limit(patch, case.place, 0, case.layer)
+            with pytest.raises(OutOfMemory) as refused:
+                HoldOut(rows, 1, halve=True).loss(strategy, said.append)
+        found.append(
+            {
+                "measured": measured,
+                "expected": HoldOut(rows, 2, halve=True).loss(strategy, said.append),
+                "size": short_of.micro_batch_size,
+                "said": said,
+                "refused": str(refused.value),
+                "updated": take(strategy, loader, 0).updated,
+            }
+        )
+    return found
+
+
+def test_an_evaluation_is_made_again_as_well() -> None:
+    """With halves; of one row there are none."""
+    for rank in run_ranks(evaluations, 2, EVALUATIONS):
+        for case, found in zip(EVALUATIONS, rank, strict=True):
+            assert found["measured"] == found["expected"]
+            assert found["size"] == 2
+            ran_out = f"rank {case.ranks[0]} ran out of memory on cpu"
+            (said,) = found["said"]
+            assert said.startswith(f"warning: held-out rows: {ran_out}")
+            assert said.endswith("with micro-batches of 2 row(s)")
+            assert found["refused"].startswith(ran_out)
+            assert found["updated"]
 
 
 def test_the_gradient_is_that_of_the_undivided_step() -> None:

@@ -61,6 +61,21 @@ def test_the_reports_section(tmp_path: Path) -> None:
     assert section in write_report(tmp_path).read_text()
 
 
+@pytest.mark.parametrize(("size", "told"), [(1, "| 4 | 1 | -75.0 % |"), (4, "")])
+def test_micro_batches_that_were_divided_are_told(size: int, told: str, tmp_path: Path) -> None:
+    """What was planned was another step."""
+    ran = "strategy=stream loop.micro_batch_size=4 loop.gradient_accumulation_steps=2"
+    write_metrics(tmp_path, micro_batch_size=size)
+    one = {**PLAN["candidates"][1], "settings": ran}
+    keep(tmp_path, {**PLAN, "ran": ran, "candidates": [one]}, 0)
+    row = (
+        f"| rows of a micro-batch, since memory ran out {told}\n| seconds a step, median | 2.000 s"
+    )
+    text = write_report(tmp_path).read_text()
+    assert (row in text) is bool(told)
+    assert ("ran out" in text) is bool(told)
+
+
 def test_what_is_not_known_has_no_line(tmp_path: Path) -> None:
     write_metrics(tmp_path, peak_device_bytes=0)  # a CPU
     alone = {"settings": "strategy=stream", "predicted": {"step_s": 2.0, "peak_device_bytes": GIB}}

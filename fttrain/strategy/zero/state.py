@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fttrain.errors import UserError
+from fttrain.strategy import adapters
 from fttrain.strategy.recipe import Plan, Recipe
 from fttrain.strategy.zero import model
 from fttrain.strategy.zero.engine import MOMENTS, Engine, Trained
@@ -35,16 +36,8 @@ def parameter_groups(trained: Trained, recipe: Recipe) -> list[dict[str, Any]]:
 
 def check_fit(trained: Trained, values: dict[str, Tensor]) -> None:
     """Raises UserError where names or shapes differ."""
-    shapes = {name: tuple(getattr(own, "ds_shape", own.shape)) for name, own in trained}
-    for name in sorted(shapes.keys() ^ values.keys()):
-        where = "the snapshot" if name in shapes else "this run"
-        raise UserError(f"resume: {name} is not in {where}; other lora settings or another model")
-    for name, shape in shapes.items():
-        if tuple(values[name].shape) != shape:
-            raise UserError(
-                f"resume: {name} is {tuple(values[name].shape)} in the snapshot and {shape} in "
-                "this run; other lora settings or another model"
-            )
+    # the shape under stage 3, where a rank has a part
+    adapters.check_fit({name: getattr(own, "ds_shape", own.shape) for name, own in trained}, values)
 
 
 def optimizer_state(plan: Plan, engine: Engine, trained: Trained) -> dict[str, Tensor]:
