@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from fttrain.units import round_up
+
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # torch's CPU flash backward is 4 times slower in bf16 than in fp32 up to about this many tokens
@@ -224,6 +226,26 @@ def _cuda_backward(
         scale=scale,
         **_cuda_window(window),
     )
+
+
+def cuda_backward_bytes(
+    tokens: int, documents: int, heads: int, kv_heads: int, width: int, itemsize: int
+) -> int:
+    """What ``varlen_attention_backward`` takes on a GPU beside its arguments and its result, all of
+    it at once; the forward takes nothing of size.
+
+    As torch allocates it (``mha_varlen_bwd`` in ATen/native/transformers/cuda/flash_attn/
+    flash_api.cpp). ``torch.use_deterministic_algorithms``, which nothing here sets, could multiply
+    the first of it.
+    """
+    rows = tokens + 128 * documents  # a block of rows lies between two documents
+    padded = round_up(width, 32 if width <= 128 else 64)
+    dq_accum = rows * heads * padded * 4  # fp32
+    softmax_d = heads * rows * 4  # fp32
+    # Each query head has its own gradients of k and v before those of shared ones are added.
+    expanded = 2 * tokens * heads * width * itemsize if kv_heads < heads else 0
+    grads = tokens * (heads + 2 * kv_heads) * width * itemsize  # of q, k and v, side by side later
+    return dq_accum + softmax_d + expanded + grads
 
 
 def kernel_name(device: torch.device) -> str:

@@ -121,14 +121,15 @@ class Peak:
     step_bytes: int
 
 
-def run(plan: Plan) -> Peak:
+def run(plan: Plan, kind: str) -> Peak:
     """Build ``plan``'s strategy on fake tensors, update it once, so that the optimizer has its
-    state, and step it. ``plan`` speaks of the CPU; its pool is replaced.
+    state, and step it. ``plan`` speaks of the CPU, which stands in for a card of ``kind``; its pool
+    is replaced.
     """
     dynamic_code(CPU)  # bitsandbytes makes it with real tensors and keeps it
     group = plan.group
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with _fake_ranks(group), fake, _FakeBytes() as live:
+    with _fake_ranks(group), fake, _FakeBytes(kind=kind) as live:
         plan = replace(plan, pool=PlannedPool(group, plan.pool.free_device_bytes, live))
         page = PAGES[plan.recipe.strategy.name]
         share = page.book(plan)

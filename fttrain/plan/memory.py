@@ -294,8 +294,10 @@ def _few(recipe: Recipe) -> int:
 
 
 def beyond_books(plan: Plan, kind: str) -> int:
-    """What the step of ``plan``, on the CPU, takes beyond what is booked on the device."""
+    """What the step of ``plan``, on the CPU in place of a card of ``kind``, takes beyond what is
+    booked on the device.
+    """
     booked = sum(b.size_bytes for b in plan.pool.bookings if b.place == "device")
-    peak = fake.run(plan)
+    peak = fake.run(plan, kind)
     taken = max(peak.step_bytes, peak.building_bytes) if kind == "cpu" else peak.step_bytes
     return taken - booked

@@ -1,11 +1,20 @@
 """Packed attention against plain SDPA with a dense mask, document by document."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import tiny
 import torch
 from torch import Tensor
 
-from fttrain.model.attention_op import _tiles, varlen_attention, varlen_attention_backward
+from fttrain.model.attention_op import (
+    _tiles,
+    cuda_backward_bytes,
+    varlen_attention,
+    varlen_attention_backward,
+)
+from fttrain.units import KIB
 
 CASES = {  # documents, window
     "one": ([24], 0),
@@ -185,3 +194,49 @@ def test_a_plain_transformers_model_runs_on_it(name: str) -> None:
         torch.testing.assert_close(mine.grad, expected.grad, rtol=1e-3, atol=1e-3)
     one = packed(input_ids=documents[2]).logits
     torch.testing.assert_close(one, theirs[:, 12:], rtol=1e-4, atol=1e-4)
+
+
+TAKEN_INSIDE = {  # (N, documents, H, K, D) -> fp32 and bf16 tensors, as mha_varlen_bwd makes them
+    (8192, 200, 64, 8, 128): (  # Llama-3-70B: (N + 128 * documents, H, D), (H, N + 128 * documents)
+        [(33792, 64, 128), (64, 33792)],
+        [(8192, 64, 128)] * 3 + [(8192, 8, 128)] * 2,  # dk and dv of each query head, dq; dk, dv
+    ),
+    (1000, 3, 12, 12, 80): ([(1384, 12, 96), (12, 1384)], [(1000, 12, 80)] * 3),  # none are shared
+    (64, 1, 2, 1, 136): ([(192, 2, 192), (2, 192)], [(64, 2, 136)] * 3 + [(64, 1, 136)] * 2),
+}
+
+
+def values(shapes: list[tuple[int, ...]]) -> int:
+    return sum(torch.Size(shape).numel() for shape in shapes)
+
+
+@pytest.mark.parametrize("shape", TAKEN_INSIDE, ids=str)
+def test_what_backward_takes_inside_on_a_card(shape: tuple[int, int, int, int, int]) -> None:
+    fp32, bf16 = TAKEN_INSIDE[shape]
+    assert cuda_backward_bytes(*shape, 2) == 4 * values(fp32) + 2 * values(bf16)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("heads", [(16, 16, 128), (16, 2, 128), (6, 3, 64), (4, 2, 80)], ids=str)
+@pytest.mark.parametrize("documents", [1, 50])
+def test_a_card_takes_inside_what_is_foretold(documents: int, heads: tuple[int, int, int]) -> None:
+    tokens, lengths = 4000, [4000 // documents] * documents
+    q, k, v, grad = inputs(tokens, *heads, torch.bfloat16, "cuda")
+    (out, lse), forward_bytes = measured(lambda: varlen_attention(q, k, v, lengths, SCALE, 0))
+    grads, backward_bytes = measured(
+        lambda: varlen_attention_backward(grad, q, k, v, out, lse, lengths, SCALE, 0)
+    )
+    foretold = cuda_backward_bytes(tokens, documents, *heads, 2) + grads.nbytes
+    # Beside it: where documents begin, and numbers for a dropout that there is not.
+    assert 0 <= forward_bytes - out.nbytes - lse.nbytes < 16 * KIB
+    assert 0 <= backward_bytes - foretold < 16 * KIB
+
+
+def measured(work: Callable[[], Any]) -> tuple[Any, int]:
+    """What ``work`` gives, and the most that it asked torch's allocator for at once: as
+    ``torch.cuda.max_memory_allocated``, but without the allocator's rounding.
+    """
+    torch.cuda.reset_peak_memory_stats()
+    before_bytes = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    found = work()
+    return found, torch.cuda.memory_stats()["requested_bytes.all.peak"] - before_bytes

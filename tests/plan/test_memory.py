@@ -13,6 +13,7 @@ from ranks import run_ranks
 from torch import Tensor
 from transformers import LlamaConfig
 
+from fttrain.model.attention_op import cuda_backward_bytes
 from fttrain.model.decoder import Architecture
 from fttrain.optim.config import OptimConfig
 from fttrain.plan import memory
@@ -88,7 +89,7 @@ def measured_bytes(names: list[str]) -> dict[str, int]:
         own = recipe(name)
         a, group = architecture(), tiny_strategy.this_group()
         frozen_format = a.frozen_format(own.quant, getattr(torch, own.dtype))
-        with LiveBytes() as live:
+        with LiveBytes(kind="cuda") as live:
             blueprint = Blueprint(own, a, frozen_format, group)
             strategy: Any = blueprint.build(Zeros(LAYERS, a.tied), lambda done, total: None)
             _, places = strategy.data_parallel
@@ -116,6 +117,19 @@ def test_predicted_peaks_are_those_of_real_steps() -> None:
         for rank in memory.with_workspace(booked, own, a, "cuda"):
             real = measured[rank.rank][name]
             assert rank.device_bytes == pytest.approx(real, rel=TOLERANCE), (name, rank)
+
+
+def test_a_card_has_room_for_what_flash_attention_takes_inside() -> None:
+    """Where attention's backward takes most. On the CPU that is what follows it, a little more than
+    attention's without its inside.
+    """
+    a = Architecture(tiny.model(hidden_size=64, head_dim=128, intermediate_size=64).config)
+    size = StepSize(2, 16384, 1)
+    own = replace(tiny_strategy.variant(dtype="bfloat16"), size=size)
+    plan = memory.book(own, a, "cpu", ROOMY[:1])[0].plan
+    on_card, on_cpu = (memory.beyond_books(plan, kind) for kind in ("cuda", "cpu"))
+    inside = cuda_backward_bytes(2 * 16384, 2, a.heads, a.kv_heads, a.head_dim, 2)
+    assert 0.8 * inside < on_card - on_cpu < inside
 
 
 def llama_70b() -> Architecture:
