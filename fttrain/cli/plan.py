@@ -49,9 +49,11 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     own, architecture, loop = recipe(config), Architecture(model), config.loop
     rows_per_step = loop.micro_batch_size * loop.gradient_accumulation_steps * len(rig.cards)
     rows = training_rows(config.model, config.data)
+    count = documents = None
     if rows is not None:
-        own = replace(own, size=replace(own.size, target_share=rows.target_share))
-    count = None if rows is None else len(rows)
+        count, documents = len(rows), int(rows.row_documents.max(initial=1))
+        share = rows.target_share
+        own = replace(own, size=replace(own.size, target_share=share, row_documents=documents))
     steps = run_steps(loop.max_steps, loop.epochs, count, rows_per_step)
     stored = disk(own, architecture, config.checkpoint.keep_last)
     wanted = list(candidates(own, len(rig.cards)))
@@ -60,7 +62,7 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     if not console.is_terminal:  # a file has room for the table
         console = Console(width=WIDE)
     console.print(table(verdicts, rig, steps))
-    for line in notes(rig, stored, steps):
+    for line in notes(rig, stored, steps, documents):
         console.print(line, highlight=False)
     shown = next((verdict for verdict in verdicts if verdict.memory), None)
     if shown is not None:

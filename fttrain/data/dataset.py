@@ -80,6 +80,11 @@ class Rows:
         return np.diff(ends[self._rows])
 
     @property
+    def row_documents(self) -> NDArray[np.int64]:
+        """Documents of each row, int64 (rows,)."""
+        return np.diff(self._rows)
+
+    @property
     def tokens(self) -> int:
         return len(self._ids)
 

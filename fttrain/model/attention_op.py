@@ -240,12 +240,13 @@ def cuda_backward_bytes(
     """
     rows = tokens + 128 * documents  # a block of rows lies between two documents
     padded = round_up(width, 32 if width <= 128 else 64)
-    dq_accum = rows * heads * padded * 4  # fp32
-    softmax_d = heads * rows * 4  # fp32
+    dq_accum_bytes = rows * heads * padded * 4  # fp32
+    softmax_d_bytes = heads * rows * 4  # fp32
+    head_bytes = tokens * width * itemsize
     # Each query head has its own gradients of k and v before those of shared ones are added.
-    expanded = 2 * tokens * heads * width * itemsize if kv_heads < heads else 0
-    grads = tokens * (heads + 2 * kv_heads) * width * itemsize  # of q, k and v, side by side later
-    return dq_accum + softmax_d + expanded + grads
+    expanded_bytes = 2 * heads * head_bytes if kv_heads < heads else 0
+    grads_bytes = (heads + 2 * kv_heads) * head_bytes  # dq, dk, dv, before they lie side by side
+    return dq_accum_bytes + softmax_d_bytes + expanded_bytes + grads_bytes
 
 
 def kernel_name(device: torch.device) -> str:

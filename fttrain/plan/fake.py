@@ -158,10 +158,14 @@ def _chunk_tokens(plan: Plan) -> int:
 
 
 def full_batch(size: StepSize, index: int, targets: int | None = None) -> MicroBatch:
-    """A micro-batch of full rows, the first ``targets`` tokens with a target, None: all."""
+    """A micro-batch of full rows of as many documents as ``size`` says, the first ``targets``
+    tokens with a target, None: all.
+    """
     tokens = size.micro_batch_size * size.seq_len
     ids = torch.zeros(tokens, dtype=torch.int64)
-    lengths = (size.seq_len,) * size.micro_batch_size
+    shorter, longer = divmod(size.seq_len, size.row_documents)
+    row = (shorter + 1,) * longer + (shorter,) * (size.row_documents - longer)
+    lengths = row * size.micro_batch_size
     return MicroBatch(
         ids, ids.clone(), ids.clone(), lengths, index, torch.arange(min(tokens, targets or tokens))
     )

@@ -50,8 +50,9 @@ def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         recipe = replace(recipe, lora=replace(recipe.lora, r=SMALL_R))
         yield " ".join(said), recipe
     while recipe.size.seq_len // 2 >= SHORTEST:
-        seq_len = recipe.size.seq_len // 2
-        recipe = replace(recipe, size=replace(recipe.size, seq_len=seq_len))
+        seq_len, documents = recipe.size.seq_len // 2, -(-recipe.size.row_documents // 2)
+        size = replace(recipe.size, seq_len=seq_len, row_documents=documents)
+        recipe = replace(recipe, size=size)
         yield " ".join([*said, f"data.seq_len={seq_len}"]), recipe
 
 

@@ -68,8 +68,8 @@ def _short(verdict: Verdict) -> str:
     return f"no: {where} +{verdict.missing_bytes / GIB:.2f} GiB"
 
 
-def notes(rig: RigProfile, disk: Disk, steps: int | None) -> list[str]:
-    """What the table leaves out, a line each."""
+def notes(rig: RigProfile, disk: Disk, steps: int | None, documents: int | None) -> list[str]:
+    """What the table leaves out, a line each. ``documents``: the most of a row, None: not known."""
     found = []
     if rig.measured is None:
         found.append(
@@ -81,10 +81,16 @@ def notes(rig: RigProfile, disk: Disk, steps: int | None) -> list[str]:
             "the run's length is not known (loop.max_steps, or a data set that is tokenised "
             "already, says it): hours, energy and price are those of a million tokens"
         )
+    of_rows = (
+        "one document each, every token a target: short documents and prompts that are not trained "
+        "take less time, but on a GPU each further document of a row takes memory"
+        if documents is None
+        else f"up to {documents} document(s) each, and the data's share of targets: short "
+        "documents take less time"
+    )
     return [
         *found,
-        "a step is the most that one may have: full rows, one document each, every token a target; "
-        "packed rows with prompts that are not trained take less of everything",
+        f"a step has full rows, {of_rows}",
         f"disk, with every strategy: {gib(disk.total_bytes)}: frozen base {gib(disk.cache_bytes)}, "
         f"snapshots {gib(disk.snapshots_bytes)}",
         "energy: the cards at their power limit for all of that time, an upper bound",

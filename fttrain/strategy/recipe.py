@@ -27,6 +27,7 @@ class StepSize:
     seq_len: int = 1  # tokens of a row
     gradient_accumulation_steps: int = 1  # micro-batches
     target_share: float = 1.0  # of the tokens, those that are trained on; plans alone ask
+    row_documents: int = 1  # the most that are packed into a row; plans alone ask
 
     @property
     def row_tokens(self) -> int:

@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_files
 from transformers import LlamaConfig
 
+from fttrain.checkpoint.config import ModelConfig
+from fttrain.checkpoint.source import load_tokenizer
 from fttrain.cli import main
+from fttrain.data.config import DataConfig
+from fttrain.data.dataset import prepare
 from fttrain.plan.rigs import find_rig
 
 RIG = "rig.profile=one_24gb"
@@ -33,6 +38,30 @@ def test_a_plan_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert winner["settings"] in " ".join(printed.split())
     assert plan["rig"] == "one_24gb"
     assert winner["ranks"][0]["device_bytes"]["frozen layers"] > 0
+
+
+def test_a_row_has_as_many_documents_as_the_data_says_once_it_is_tokenised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, cache = tiny_files.save(tiny.model(num_hidden_layers=2), tmp_path), tmp_path / "cache"
+    data = tiny_files.write_data(tmp_path / "data.jsonl")
+    own = DataConfig("file", str(data), seq_len=512, cache_dir=str(cache))
+    settings = ("loop.micro_batch_size=1", "loop.gradient_accumulation_steps=1")
+    named = ("data=file", f"data.path={data}", "data.seq_len=512", f"data.cache_dir={cache}")
+
+    def planned() -> tuple[int, str]:
+        assert main(arguments(model, RIG, *settings, *named)) == 0
+        plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+        [on_card] = (rank["device_bytes"] for rank in plan["candidates"][0]["ranks"])
+        return sum(on_card.values()), " ".join(capsys.readouterr().out.split())
+
+    guessed_bytes, said = planned()
+    assert "full rows, one document each" in said
+    made = prepare(own, *load_tokenizer(ModelConfig("local", str(model))))
+    most = max(len(row) for row in made.train)
+    known_bytes, said = planned()
+    assert f"full rows, up to {most} document(s) each" in said
+    assert known_bytes > guessed_bytes
 
 
 def test_a_model_that_is_too_big_is_refused_with_what_is_nearest(

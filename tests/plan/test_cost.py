@@ -100,6 +100,7 @@ def test_rows_are_those_of_a_data_set_that_is_there(tmp_path: Path) -> None:
     labels = [label for row in rows for _, own in row for label in own[1:]]
     targets = sum(label != IGNORE for label in labels)
     assert 0 < rows.target_share == targets / rows.tokens < 1
+    assert rows.row_documents.tolist() == [len(row) for row in rows]
     assert training_rows(model, replace(data, seq_len=32)) is None
     assert training_rows(ModelConfig("hub", "nobody/nothing"), data) is None
     assert training_rows(model, replace(data, path=str(tmp_path / "none.jsonl"))) is None

@@ -29,6 +29,7 @@ LAYERS, ACCUMULATION, RANKS = 6, 3, 2
 SHAPE = {"num_hidden_layers": LAYERS, "hidden_size": 128}
 SIZE = StepSize(2, 96, ACCUMULATION)
 ROOMY = [1 << 50] * RANKS
+LONG_ROWS = Architecture(tiny.model(hidden_size=64, head_dim=128, intermediate_size=64).config)
 TOLERANCE = 0.03  # most are exact; a step of several groups keeps a little of the one before
 VARIANTS: dict[str, dict[str, Any]] = {
     "replicate": {},
@@ -119,17 +120,29 @@ def test_predicted_peaks_are_those_of_real_steps() -> None:
             assert rank.device_bytes == pytest.approx(real, rel=TOLERANCE), (name, rank)
 
 
-def test_a_card_has_room_for_what_flash_attention_takes_inside() -> None:
-    """Where attention's backward takes most. On the CPU that is what follows it, a little more than
-    attention's without its inside.
-    """
-    a = Architecture(tiny.model(hidden_size=64, head_dim=128, intermediate_size=64).config)
-    size = StepSize(2, 16384, 1)
+def beyond_books(kind: str, documents: int) -> int:
+    """Of rows for which attention's backward takes most."""
+    size = StepSize(2, 16384, 1, row_documents=documents)
     own = replace(tiny_strategy.variant(dtype="bfloat16"), size=size)
-    plan = memory.book(own, a, "cpu", ROOMY[:1])[0].plan
-    on_card, on_cpu = (memory.beyond_books(plan, kind) for kind in ("cuda", "cpu"))
-    inside = cuda_backward_bytes(2 * 16384, 2, a.heads, a.kv_heads, a.head_dim, 2)
-    assert 0.8 * inside < on_card - on_cpu < inside
+    plan = memory.book(own, LONG_ROWS, "cpu", ROOMY[:1])[0].plan
+    return memory.beyond_books(plan, kind)
+
+
+def inside_bytes(documents: int) -> int:
+    a = LONG_ROWS
+    return cuda_backward_bytes(2 * 16384, 2 * documents, a.heads, a.kv_heads, a.head_dim, 2)
+
+
+def test_a_card_has_room_for_what_flash_attention_takes_inside() -> None:
+    """On the CPU what follows takes most, a little more than attention's backward without that."""
+    more = beyond_books("cuda", 1) - beyond_books("cpu", 1)
+    assert 0.8 * inside_bytes(1) < more < inside_bytes(1)
+
+
+def test_each_document_of_a_row_takes_its_part_of_a_card() -> None:
+    more = beyond_books("cuda", 100) - beyond_books("cuda", 1)
+    assert more == inside_bytes(100) - inside_bytes(1) > 10 << 20
+    assert beyond_books("cpu", 100) == beyond_books("cpu", 1)
 
 
 def llama_70b() -> Architecture:

@@ -6,7 +6,7 @@ from tiny_rig import RECIPE, ROOMY, A, chosen, rig
 
 from fttrain.plan.choose import judge
 from fttrain.plan.relax import what_fits
-from fttrain.strategy.recipe import Recipe
+from fttrain.strategy.recipe import Recipe, StepSize
 
 
 def taken_bytes(recipe: Recipe) -> int:
@@ -39,3 +39,15 @@ def test_a_layer_that_keeps_everything_leaves_no_boundary_to_move() -> None:
 def test_where_nothing_smaller_helps_a_larger_rig_is_named() -> None:
     tight = rig(100_000)
     assert "the smallest rig of conf/rig/profiles" in what_fits(chosen(tight)[0], A, tight)
+
+
+def test_shorter_rows_hold_fewer_documents() -> None:
+    """What flash attention takes for each of them on a card is most of what a step takes."""
+    placement = replace(RECIPE.placement, boundaries="host", embedding="host", head="streamed")
+    long = replace(RECIPE, optim=replace(RECIPE.optim, offload=True), placement=placement)
+    long, short = (
+        replace(long, size=StepSize(1, seq_len, 1, row_documents=documents))
+        for seq_len, documents in ((1024, 200), (256, 50))
+    )
+    tight = rig(taken_bytes(short))
+    assert what_fits(judge(long, A, tight), A, tight) == "it fits with data.seq_len=256"
