@@ -158,9 +158,9 @@ class Simulation(TorchDispatchMode):
             self._running.pop()
 
     def in_host_memory(self, tensor: Tensor, what: str) -> Tensor:
-        """``tensor``, whose memory is the host's from here on; races call it ``what``."""
+        """``tensor``, whose memory is the host's and always was; races call it ``what``."""
         block = self._block(tensor)
-        block.owner, block.what = self._running[0], what
+        block.owner, block.what, block.accesses = self._running[0], what, []
         return tensor
 
     def __torch_dispatch__(
