@@ -21,10 +21,11 @@ What a card would do is told apart as follows.
   matters it shows here as a race.
 - A stream never goes ahead of the host: what the host has done by itself an op finds done.
 
-What it cannot see: collectives, which are local copies on the one rank there is (NCCL's own streams
-are not there, nor what other ranks do meanwhile); kernels inside an op; what is done without
-torch's dispatcher (numpy, mmap, ``tolist``); bytes between the strides of a tensor, which count as
-used; which of two host threads is earlier but for ``submit`` and ``result``; time.
+What it cannot see: what other ranks do (``simulated_nccl`` has the streams of NCCL on this one);
+kernels inside an op; what is done without torch's dispatcher (numpy, mmap, ``tolist``); bytes
+between the strides of a tensor, which count as used; which of two host threads is earlier but for
+``submit`` and ``result``; an order of ops that another run might have; what code does for
+``device.type == "cuda"`` alone, as page-locking; time.
 """
 
 import functools
@@ -203,14 +204,12 @@ class Simulation(TorchDispatchMode):
 
     def _span(self, tensor: Tensor) -> Span:
         """What it uses, from the first to the last byte."""
-        if not tensor.numel():
-            return Span(self._block(tensor), 0, 0)
-        start = int(tensor.storage_offset())
-        last = start + sum(
-            (n - 1) * by for n, by in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-        size_bytes = tensor.element_size()
-        return Span(self._block(tensor), start * size_bytes, (last + 1) * size_bytes)
+        values = tensor.numel()
+        if values and not tensor.is_contiguous():
+            strides = zip(tensor.shape, tensor.stride(), strict=True)
+            values = 1 + sum((count - 1) * stride for count, stride in strides)
+        start = int(tensor.storage_offset()) * tensor.element_size()
+        return Span(self._block(tensor), start, start + values * tensor.element_size())
 
     def _block(self, tensor: Tensor, maker: Timeline | None = None) -> Block:
         """The allocation that it lies in; one that is new is ``maker``'s, or was there before."""
