@@ -42,14 +42,18 @@ class Communicator:
         self._own = [parts[rank].numpy().tobytes() for parts in self._parts]
 
     def all_reduce(self, flat: Tensor) -> None:
-        flat.add_(flat.flip(0)) if flat.dim() == 2 else flat.mul_(1)
+        if flat.dim() == 2:
+            flat.add_(flat.flip(0))
+        else:
+            flat.mul_(1)
 
     def broadcast(self, tensor: Tensor) -> None:
         tensor.mul_(1)
 
     def all_gather(self, out: Tensor, shard: Tensor) -> None:
-        own, others = (out.view(RANKS, -1)[rank] for rank in (1 - self._other, self._other))
-        if own.data_ptr() != shard.data_ptr():
+        parts = out.view(RANKS, -1)
+        own, others = parts[1 - self._other], parts[self._other]
+        if own.data_ptr() != shard.data_ptr():  # adapters are gathered in place
             own.copy_(shard)
         if out.dtype == torch.uint8:
             layer = self._own.index(shard.numpy().tobytes())

@@ -173,9 +173,8 @@ class Simulation(TorchDispatchMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         pinned = kwargs.pop("pin_memory", None)  # a build without CUDA has none
-        inputs = [*tensors(args), *tensors(kwargs.values())]
-        for tensor in inputs:
-            self._block(tensor)
+        for tensor in [*tensors(args), *tensors(kwargs.values())]:
+            self._block(tensor)  # what is not known by now was there before
         result = func(*args, **kwargs)
         reading, writing = accessed(func, args, kwargs)
         fresh = [t for t in tensors([result]) if t.untyped_storage()._cdata not in self._blocks]

@@ -1,5 +1,5 @@
-"""Each wait that orders streams is needed: the real code loses one, and a race must be found where it
-was. That nothing races with all of them is what ``test_stream_order`` is for.
+"""Each wait that orders streams is needed: the real code loses one, and a race must be found where
+it was. That nothing races with all of them is what ``test_stream_order`` is for.
 """
 
 from collections.abc import Callable, Sequence
