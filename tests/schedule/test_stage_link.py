@@ -3,17 +3,22 @@
 import functools
 import random
 import time
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
+import simulated_streams
 import tiny_strategy
 import torch
 from ranks import run_ranks
+from stream_races import Race
 from torch import Tensor
 
-from fttrain.schedule.stage_link import DOWN, UP, StageLink
+from fttrain.schedule import stage_link
+from fttrain.schedule.stage_link import DOWN, UP, StageLink, _StagedSend
 from fttrain.store import Traffic
+from fttrain.store.lane import device_thread
 
 WIDTH = 6
 CASES = [(torch.float32, "gloo"), (torch.bfloat16, "gloo"), (torch.float32, "nccl")]
@@ -109,3 +114,23 @@ def test_a_single_stage_is_first_and_last() -> None:
     assert link.is_first
     assert link.is_last
     assert link.take_traffic() == Traffic()
+
+
+def staged_races() -> list[Race]:
+    with simulated_streams.simulated_streams() as simulation:
+        sender = device_thread(torch.device("cpu"), "sender")
+        for number in range(3):
+            _StagedSend(sender, torch.full((4, WIDTH), float(number)), 1, 0, None).wait()
+    return simulation.races
+
+
+def test_nothing_is_sent_before_it_has_come_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def send(tensor: Tensor, *_: Any, **__: Any) -> None:
+        assert tensor.isfinite().all()
+
+    monkeypatch.setattr(stage_link, "torch_dist", SimpleNamespace(send=send))
+    assert staged_races() == []
+    monkeypatch.setattr(simulated_streams.Event, "synchronize", lambda self: None)
+    [race] = staged_races()[:1]
+    expected = "float32 (4, 6) of _StagedSend.__init__", "copy_ * writes it on compute"
+    assert race.is_like(*expected, "* in * reads it on thread sender")
