@@ -37,14 +37,18 @@ def test_strategies_and_peers_do_the_same_work(tiny_model: Path, tmp_path: Path)
 
 @pytest.mark.alone
 def test_a_slow_link_slows_what_sends_much(tiny_model: Path, tmp_path: Path) -> None:
+    before = namespaces()
     fast, slow = run(tiny_model, tmp_path / "figures.json", "--mbit", "20", "--only", "FSDP2")
     assert (fast["settings"]["mbit"], slow["settings"]["mbit"]) == (None, 20)
     assert slow["losses"] == fast["losses"]
     assert slow["sent_bytes_per_step"] == pytest.approx(fast["sent_bytes_per_step"], rel=0.1)
     # Each rank sends half of the bytes, at 20 Mbit/s.
     assert min(map(min, slow["step_s"])) > 0.8 * slow["sent_bytes_per_step"] / 2 * 8 / 20e6
-    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
-    assert "fttrain-" not in left
+    assert namespaces() == before
+
+
+def namespaces() -> str:
+    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
 
 
 def result(
