@@ -71,14 +71,11 @@ def varlen_attention_backward(
     window: int,
 ) -> Tensor:
     """Gradient of the output (N, H, D) -> gradients of q, k and v side by side (N, H + 2K, D)."""
+    if q.is_cuda:
+        return torch.cat(_cuda_backward(grad, q, k, v, out, lse, lengths, scale, window), dim=1)
     heads, kv_heads = q.shape[1], k.shape[1]
     grads = q.new_empty(q.shape[0], heads + 2 * kv_heads, q.shape[2])
     grad_q, grad_k, grad_v = grads.split([heads, kv_heads, kv_heads], dim=1)
-    if q.is_cuda:
-        results = _cuda_backward(grad, q, k, v, out, lse, lengths, scale, window)
-        for target, value in zip((grad_q, grad_k, grad_v), results, strict=True):
-            target.copy_(value)
-        return grads
     if window:
         grad_k.zero_(), grad_v.zero_()
     if max(lengths, default=0) <= _CPU_FP32_BACKWARD_TOKENS:
@@ -231,8 +228,8 @@ def _cuda_backward(
 def cuda_backward_bytes(
     tokens: int, documents: int, heads: int, kv_heads: int, width: int, itemsize: int
 ) -> int:
-    """What ``varlen_attention_backward`` takes on a GPU beside its arguments and its result, all of
-    it at once; the forward takes nothing of size.
+    """The most that ``varlen_attention_backward`` takes on a GPU at once beside its arguments and
+    its result; the forward takes nothing of size.
 
     As torch allocates it (``mha_varlen_bwd`` in ATen/native/transformers/cuda/flash_attn/
     flash_api.cpp). ``torch.use_deterministic_algorithms``, which nothing here sets, could multiply
@@ -245,8 +242,9 @@ def cuda_backward_bytes(
     head_bytes = tokens * width * itemsize
     # Each query head has its own gradients of k and v before those of shared ones are added.
     expanded_bytes = 2 * heads * head_bytes if kv_heads < heads else 0
-    grads_bytes = (heads + 2 * kv_heads) * head_bytes  # dq, dk, dv, before they lie side by side
-    return dq_accum_bytes + softmax_d_bytes + expanded_bytes + grads_bytes
+    # Beside all this stand dq, dk and dv, as large as the result that is made of them afterwards.
+    grads_bytes = (heads + 2 * kv_heads) * head_bytes
+    return max(dq_accum_bytes + softmax_d_bytes + expanded_bytes, grads_bytes)
 
 
 def kernel_name(device: torch.device) -> str:
