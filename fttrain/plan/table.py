@@ -12,6 +12,7 @@ from fttrain.rig.profile import RigProfile
 from fttrain.units import GIB, duration, gib
 
 SHOWN = 24  # candidates
+NOT_AT_ONCE = "of these never there at once"
 
 
 def table(verdicts: Sequence[Verdict], rig: RigProfile, steps: int | None) -> Table:
@@ -113,7 +114,9 @@ def parts_table(verdict: Verdict, rig: RigProfile) -> Table:
         column.justify = "right"
     on_cards = {part: max(r.device.get(part, 0) for r in ranks) for r in ranks for part in r.device}
     for part in sorted(on_cards, key=lambda part: -on_cards[part]):
-        found.add_row(part, *(f"{rank.device.get(part, 0) / GIB:.2f}" for rank in ranks), "")
+        # Kernels may take less than what of the booked parts is not there while they run.
+        name = part if on_cards[part] >= 0 else NOT_AT_ONCE
+        found.add_row(name, *(f"{rank.device.get(part, 0) / GIB:.2f}" for rank in ranks), "")
     own = {part: sum(r.host.get(part, 0) for r in ranks) for r in ranks for part in r.host}
     for part, size_bytes in sorted({**own, **ranks[0].shared}.items(), key=lambda item: -item[1]):
         found.add_row(part, *("" for _ in ranks), f"{size_bytes / GIB:.2f}")

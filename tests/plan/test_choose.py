@@ -12,11 +12,12 @@ from tiny_rig import RECIPE, ROOMY, A, chosen, rig
 
 from fttrain.plan import memory
 from fttrain.plan.choose import candidates, judge, room_bytes
-from fttrain.plan.table import parts_table, table
+from fttrain.plan.table import NOT_AT_ONCE, parts_table, table
 from fttrain.rig.profile import RigProfile
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.config import StrategyConfig
 from fttrain.strategy.recipe import StepSize
+from fttrain.strategy.usage import WORKSPACE
 from fttrain.units import gib
 
 ONE_F_ONE_B = ScheduleConfig("all", "one_f_one_b")
@@ -110,6 +111,16 @@ def test_what_tensors_cannot_have_is_lines_of_its_own() -> None:
     assert re.search(r"allocator's rounding.* 2\.00 ", shown)
     assert re.search(r"together.* 3\.00 ", shown)  # and next to nothing
     assert "not measured" in printed(parts_table(verdict, on))
+
+
+@pytest.mark.parametrize(("size_bytes", "at_once"), [(1 << 30, True), (-1 << 30, False)])
+def test_booked_parts_that_never_meet_are_said_to(size_bytes: int, at_once: bool) -> None:
+    on = rig(ROOMY)
+    verdict = judge(RECIPE, A, on)
+    (rank,) = verdict.memory
+    other = replace(rank, device={**rank.device, WORKSPACE: size_bytes})
+    shown = printed(parts_table(replace(verdict, memory=(other,)), on))
+    assert (WORKSPACE in shown, NOT_AT_ONCE in shown) == (at_once, not at_once)
 
 
 def unequal(needed_bytes: int) -> RigProfile:
