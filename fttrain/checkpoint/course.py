@@ -7,11 +7,15 @@ did it: of a launcher that starts its ranks again it is the same, of the user's 
 
     checkpoints/
         .left_step_00000200/         a snapshot of the course that was left, whole as it was
-        .course_HOST                 pid of the launcher, and since when it runs (s since 1970)
+        .course_HOST                 pid of the launcher, since when it runs (s since 1970), the
+                                     step that the course began with
 """
 
+import contextlib
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import psutil
@@ -33,8 +37,9 @@ def leave(checkpoints: Path, step: int) -> None:
     try:
         durable.make_folder(checkpoints)
         for path in later_than(checkpoints, step):
-            path.rename(path.with_name(f"{LEFT}{path.name}"))
-        write_text(_note(checkpoints), json.dumps(_launcher()))
+            with contextlib.suppress(FileNotFoundError):  # another machine that shares the folder
+                _set_aside(path)
+        write_text(_note(checkpoints), json.dumps([*_launcher(), step]))
     except OSError as error:
         raise UserError(
             f"{checkpoints}: later checkpoints cannot be set aside ({error.strerror}): another "
@@ -42,14 +47,27 @@ def leave(checkpoints: Path, step: int) -> None:
         ) from error
 
 
-def left_for(checkpoints: Path) -> bool:
-    """Whether an earlier start by the same launcher has called ``leave`` on this machine."""
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(f"{LEFT}{path.name}")
     try:
-        pid, since_s = json.loads(_note(checkpoints).read_text())
+        path.rename(aside)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(aside)  # of a course that was left before
+        path.rename(aside)
+
+
+def begun_at(checkpoints: Path) -> int | None:
+    """The step with which an earlier start by the same launcher has called ``leave`` on this
+    machine; None where there was none.
+    """
+    try:
+        pid, since_s, step = json.loads(_note(checkpoints).read_text())
     except (OSError, ValueError):
-        return False
+        return None
     own_pid, own_since_s = _launcher()
-    return bool(pid == own_pid and abs(since_s - own_since_s) < CLOCK_S)
+    return int(step) if pid == own_pid and abs(since_s - own_since_s) < CLOCK_S else None
 
 
 def _note(checkpoints: Path) -> Path:
@@ -58,5 +76,8 @@ def _note(checkpoints: Path) -> Path:
 
 
 def _launcher() -> tuple[int, float]:
-    parent = psutil.Process(os.getppid())
-    return parent.pid, parent.create_time()
+    pid = os.getppid()
+    try:
+        return pid, psutil.Process(pid).create_time()
+    except psutil.Error:  # it is outside of this container, or another user's
+        return pid, 0.0

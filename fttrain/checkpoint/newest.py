@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from fttrain.checkpoint.course import left_for
+from fttrain.checkpoint.course import begun_at
 from fttrain.checkpoint.resume import (
     WORDS,
     Snapshot,
@@ -29,11 +29,23 @@ def wanted_snapshot(
     """As ``newest_snapshot``; of a run that its launcher has started ``again`` the newest that it
     has left, on the course that ``resume`` began. Every rank calls it.
     """
-    if again and group.any(resume in WORDS or (group.machine.is_main and left_for(checkpoints))):
+    begun = _begun_at(checkpoints, resume, group) if again else None
+    if begun is not None:
         found = newest_snapshot(checkpoints, "auto", group)
-        if found is not None:
+        if found is not None and found[1].step > begun:
             return found
     return newest_snapshot(checkpoints, resume, group)
+
+
+def _begun_at(checkpoints: Path, resume: str, group: Group) -> int | None:
+    """The step after which snapshots are of the course that ``resume`` began, on whichever machine
+    knows it; None where no start of this launcher has come so far.
+    """
+    own = -1 if resume in WORDS else None
+    if own is None and group.machine.is_main:
+        own = begun_at(checkpoints)
+    known = max(step for (step,) in group.gather([-2.0 if own is None else float(own)]))
+    return None if known == -2 else int(known)
 
 
 def newest_snapshot(

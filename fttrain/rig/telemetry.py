@@ -31,15 +31,23 @@ THROTTLES = {
     pynvml.nvmlClocksEventReasonHwThermalSlowdown: "it is far too hot",
     pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown: "its power supply asks for less",
 }
+
+
+def _slowed_by(card: Any) -> int:
+    """Bits of ``THROTTLES`` and others; drivers before 535 know the question by its older name."""
+    try:
+        return int(pynvml.nvmlDeviceGetCurrentClocksEventReasons(card))
+    except pynvml.NVMLError_FunctionNotFound:
+        return int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(card))
+
+
 FIGURES: dict[str, Callable[[Any], float]] = {  # name -> what the driver is asked of a card
     "power_w": lambda card: pynvml.nvmlDeviceGetPowerUsage(card) / 1e3,
     "temperature_c": lambda card: pynvml.nvmlDeviceGetTemperature(card, GPU_SENSOR),
     "sm_clock_mhz": lambda card: pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_SM),
     "memory_clock_mhz": lambda card: pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_MEM),
-    "throttle_reasons": lambda card: pynvml.nvmlDeviceGetCurrentClocksEventReasons(card),
-    "throttled": lambda card: float(
-        any(pynvml.nvmlDeviceGetCurrentClocksEventReasons(card) & bit for bit in THROTTLES)
-    ),
+    "throttle_reasons": _slowed_by,
+    "throttled": lambda card: float(any(_slowed_by(card) & bit for bit in THROTTLES)),
     "pcie_generation": lambda card: pynvml.nvmlDeviceGetCurrPcieLinkGeneration(card),
     "pcie_width": lambda card: pynvml.nvmlDeviceGetCurrPcieLinkWidth(card),
 }

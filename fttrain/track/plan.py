@@ -77,8 +77,10 @@ def compare(plan: dict[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[li
 
 def _divided(plan: dict[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     planned = _PLANNED_ROWS.search(plan["ran"])
-    sizes = [line.get("micro_batch_size") for line in lines if line["step"] > plan["since_step"]]
-    if planned is None or not sizes or sizes[-1] in (None, int(planned[1])):
+    after = [line for line in lines if line["step"] > plan["since_step"]]
+    # A line may hold a held-out loss alone.
+    sizes = [line["micro_batch_size"] for line in after if "micro_batch_size" in line]
+    if planned is None or not sizes or sizes[-1] == int(planned[1]):
         return []
     change = f"{100 * (sizes[-1] / int(planned[1]) - 1):+.1f} %"
     return [["rows of a micro-batch, since memory ran out", planned[1], str(sizes[-1]), change]]

@@ -81,6 +81,19 @@ def test_figures_have_their_units_and_unknown_ones_are_left_out(
     assert telemetry.sample(torch.device("cuda", 0))["throttled"] == 1
 
 
+def test_an_older_driver_knows_the_reasons_by_their_older_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unknown(card: str) -> int:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+
+    Driver(monkeypatch)
+    hot = pynvml.nvmlClocksEventReasonHwThermalSlowdown
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", unknown)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda card: hot)
+    assert telemetry.sample(torch.device("cuda", 0))["throttle_reasons"] == hot
+
+
 def test_a_card_that_throttles_is_named_once() -> None:
     watch = CardWatch()
     capped = COOL | {"throttle_reasons": pynvml.nvmlClocksEventReasonSwPowerCap}

@@ -68,6 +68,8 @@ def test_micro_batches_that_were_divided_are_told(size: int, told: str, tmp_path
     write_metrics(tmp_path, micro_batch_size=size)
     one = {**PLAN["candidates"][1], "settings": ran}
     keep(tmp_path, {**PLAN, "ran": ran, "candidates": [one]}, 0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # the held-out loss of an unlogged step
+        file.write(json.dumps({"step": 6, "eval_nll": 3.0}) + "\n")
     row = (
         f"| rows of a micro-batch, since memory ran out {told}\n| seconds a step, median | 2.000 s"
     )

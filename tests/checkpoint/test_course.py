@@ -1,0 +1,79 @@
+"""A course that is left: what is set aside, and who else is at it."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fttrain.checkpoint import course
+from fttrain.checkpoint.adapter import AdapterInfo
+from fttrain.checkpoint.course import begun_at, leave
+from fttrain.checkpoint.newest import wanted_snapshot
+from fttrain.checkpoint.resume import LEFT, Snapshot, save_snapshot
+from fttrain.dist import Group
+
+NAME = "model.layers.0.self_attn.q_proj"
+
+
+def save(checkpoints: Path, step: int) -> Path:
+    adapter = {f"{NAME}.lora_A": torch.ones(2, 8), f"{NAME}.lora_B": torch.zeros(5, 2)}
+    info = AdapterInfo(2, 4.0, 0.0, ("q_proj",), True)
+    taken = Snapshot(step, adapter, {"step": torch.tensor(step)}, {}, info, "base", "main")
+    return save_snapshot(checkpoints, taken, keep_last=9)
+
+
+def names(checkpoints: Path) -> set[str]:
+    return {path.name for path in checkpoints.iterdir() if path.is_dir()}
+
+
+def test_without_a_process_above_it_the_course_is_left_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container the launcher may be out of sight: its id is 0."""
+    save(tmp_path, 1), save(tmp_path, 2)
+    monkeypatch.setattr(os, "getppid", lambda: 0)
+    leave(tmp_path, 1)
+    assert names(tmp_path) == {"step_00000001", f"{LEFT}step_00000002"}
+    assert begun_at(tmp_path) == 1
+    monkeypatch.undo()
+    assert begun_at(tmp_path) is None, "of another launcher"
+
+
+def test_another_machine_may_set_the_same_ones_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    seen = course.later_than(tmp_path, 1)
+    leave(tmp_path, 1)  # the other one was quicker
+    monkeypatch.setattr(course, "later_than", lambda checkpoints, step: seen)
+    left = {"step_00000001", f"{LEFT}step_00000002", f"{LEFT}step_00000003"}
+    assert names(tmp_path) == left
+    leave(tmp_path, 1)
+    assert names(tmp_path) == left
+
+
+def test_what_was_left_before_is_in_nobodys_way(tmp_path: Path) -> None:
+    save(tmp_path, 1), save(tmp_path, 2)
+    leave(tmp_path, 1)
+    again = save(tmp_path / "elsewhere", 2)
+    again.rename(tmp_path / "step_00000002")
+    leave(tmp_path, 1)
+    assert names(tmp_path) == {"step_00000001", f"{LEFT}step_00000002", "elsewhere"}
+
+
+def test_a_restart_takes_nothing_older_than_what_the_course_began_with(tmp_path: Path) -> None:
+    """What it began with lies where nobody looks for the newest."""
+    save(tmp_path, 1)
+    begun = save(tmp_path / "kept", 3)
+    alone = Group(0, 1, 0, torch.device("cpu"))
+    leave(tmp_path, 3)
+    for again in (False, True):
+        found = wanted_snapshot(tmp_path, str(begun), alone, again)
+        assert found is not None
+        assert found[1].step == 3
+    save(tmp_path, 4)
+    found = wanted_snapshot(tmp_path, str(begun), alone, True)
+    assert found is not None
+    assert found[1].step == 4
