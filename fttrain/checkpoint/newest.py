@@ -29,17 +29,17 @@ def wanted_snapshot(
     """As ``newest_snapshot``; of a run that its launcher has started ``again`` the newest that it
     has left, on the course that ``resume`` began. Every rank calls it.
     """
-    begun = _begun_at(checkpoints, resume, group) if again else None
+    begun = _begun_anywhere(checkpoints, resume, group) if again else None
     if begun is not None:
         found = newest_snapshot(checkpoints, "auto", group)
-        if found is not None and found[1].step > begun:
+        if found is not None and found[1].step >= begun:
             return found
     return newest_snapshot(checkpoints, resume, group)
 
 
-def _begun_at(checkpoints: Path, resume: str, group: Group) -> int | None:
-    """The step after which snapshots are of the course that ``resume`` began, on whichever machine
-    knows it; None where no start of this launcher has come so far.
+def _begun_anywhere(checkpoints: Path, resume: str, group: Group) -> int | None:
+    """The step from which on snapshots are of the course that ``resume`` began, on whichever
+    machine knows it; None where no start of this launcher has come so far.
     """
     own = -1 if resume in WORDS else None
     if own is None and group.machine.is_main:

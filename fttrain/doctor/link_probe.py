@@ -49,16 +49,15 @@ def copy(source: int, target: int, size_bytes: int) -> float:
 
 
 def _timed(exchange: Exchange, where: str) -> float:
-    on_card = exchange.result.is_cuda  # else no card is opened: it may be somebody else's
+    # For memory of the CPU no card is opened: it may be somebody else's.
+    cards = range(torch.cuda.device_count() if exchange.result.is_cuda else 0)
 
     def once() -> float:
         exchange.reset()
-        if on_card:
-            _wait_for_cards()
+        _wait_for(cards)
         began = time.perf_counter()
         exchange.start().wait()
-        if on_card:
-            _wait_for_cards()
+        _wait_for(cards)
         return time.perf_counter() - began
 
     once()  # connections are made at the first use
@@ -69,8 +68,8 @@ def _timed(exchange: Exchange, where: str) -> float:
     return seconds
 
 
-def _wait_for_cards() -> None:
-    for card in range(torch.cuda.device_count()):
+def _wait_for(cards: Sequence[int]) -> None:
+    for card in cards:
         torch.cuda.synchronize(card)
 
 

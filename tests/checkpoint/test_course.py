@@ -74,6 +74,8 @@ def test_a_restart_takes_nothing_older_than_what_the_course_began_with(tmp_path:
         assert found is not None
         assert found[1].step == 3
     save(tmp_path, 4)
-    found = wanted_snapshot(tmp_path, str(begun), alone, True)
-    assert found is not None
-    assert found[1].step == 4
+    for _ in range(2):  # the second time after a start that has saved nothing of its own
+        found = wanted_snapshot(tmp_path, str(begun), alone, True)
+        assert found is not None
+        assert found[1].step == 4
+        leave(tmp_path, 4)
