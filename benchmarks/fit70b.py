@@ -41,11 +41,11 @@ from harness.fit_rank import OUT_OF_MEMORY, REFUSED, reason, run_rank
 from harness.fit_report import CARD_GIB, show
 from harness.fit_sides import SHAPES, Side, chosen_sides, usual_sides
 
-from fttrain.errors import UserError
 from fttrain.launch_files import read_env
-from fttrain.paths import launch_folder
 from fttrain.rig.config import BACKENDS
-from fttrain.units import duration
+from fttrain.util.errors import UserError
+from fttrain.util.paths import launch_folder
+from fttrain.util.units import duration
 
 # Times --seq-len, in search of the longest row. The fifth is tried first: 16384 tokens, the goal
 LONGER = (2, 3, 4, 6, 8, 12, 16, 24)

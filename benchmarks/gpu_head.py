@@ -22,10 +22,10 @@ import torch
 from harness import card
 from torch import Tensor
 
-from fttrain.errors import first_line
 from fttrain.model.functions import rms_norm, rms_norm_backward
 from fttrain.model.head import Head
 from fttrain.model.projection import Table
+from fttrain.util.errors import first_line
 
 EPS, LOSS_NATS, WEIGHT_STD = 1e-5, 2.0, 0.02
 CALLS = 1  # of a turn: each takes milliseconds

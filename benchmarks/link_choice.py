@@ -21,8 +21,8 @@ from harness.netns import Veth, veth_pair
 from harness.rank import run_rank
 from harness.turns import native
 
-from fttrain.errors import UserError
 from fttrain.rig.profile import bus_bytes_per_s
+from fttrain.util.errors import UserError
 
 USUAL = {  # with --quick
     "warmup": (1, 1),

@@ -19,8 +19,8 @@ import common
 from harness.measured import measured
 from harness.netns import Veth, veth_pair
 
-from fttrain.errors import UserError
 from fttrain.rig.profile import LinkProfile, bus_bytes_per_s
+from fttrain.util.errors import UserError
 
 WITHIN = 0.1
 # Over gloo reduce_scatter is an all_reduce, which sends twice what its bus bandwidth counts.

@@ -29,7 +29,7 @@ from harness.rank import run_rank
 from harness.turns import Side, Turn, native
 from peers.work import Work
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 USUAL = {  # with --quick
     "warmup": (1, 1),

@@ -19,20 +19,16 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fttrain import schema
 from fttrain.checkpoint.config import CheckpointConfig, FrozenConfig, ModelConfig
 from fttrain.data.config import DataConfig
-from fttrain.errors import UserError
 from fttrain.launch import LaunchConfig
 from fttrain.loop import LoopConfig
 from fttrain.model.config import AUTO_KERNELS, LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.options import HOW_CHOSEN, groups, one_line, option_of
-from fttrain.paths import conf_folder
 from fttrain.quant.config import QuantConfig
 from fttrain.rig.config import RigConfig
 from fttrain.schedule import ScheduleConfig
-from fttrain.secrets import is_secret, redact
 from fttrain.strategy.config import (
     AUTO,
     Placement,
@@ -43,6 +39,10 @@ from fttrain.strategy.config import (
 )
 from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.track import TrackConfig
+from fttrain.util import schema
+from fttrain.util.errors import UserError
+from fttrain.util.paths import conf_folder
+from fttrain.util.redact import is_secret, redact
 
 
 @dataclass(frozen=True)

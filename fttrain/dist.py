@@ -22,8 +22,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from fttrain.errors import UserError
 from fttrain.machines import Board
+from fttrain.util.errors import UserError
 
 # Longer than the slowest step; a dead rank ends the others sooner.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)

@@ -27,7 +27,7 @@ from fttrain.strategy.protocol import StepStats
 from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.track import Trackers, progress
 from fttrain.train import prepare_inputs, take_step
-from fttrain.units import duration, gib
+from fttrain.util.units import duration, gib
 
 LONG_RUN_S, LONG_EPOCH_S = 12 * 3600.0, 6 * 3600.0  # from here on it warns
 WAITING = 0.2  # of the time: from here on what the strategy moves is what to look at

@@ -9,10 +9,10 @@ from typing import Any
 
 from fttrain.data.loader import PackedRows, evaluation_batches
 from fttrain.data.samples import Sample
-from fttrain.files import write_text
 from fttrain.strategy.protocol import OutOfMemory, Strategy
 from fttrain.track.report import verdict
-from fttrain.units import duration
+from fttrain.util.atomic_files import write_text
+from fttrain.util.units import duration
 
 FILE = "evaluation.json"
 ANSWER_TOKENS = 64  # of a sample answer

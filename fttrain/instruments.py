@@ -4,10 +4,10 @@ import dataclasses
 import json
 from typing import Any
 
-from fttrain.checkpoint.durable import write_json
 from fttrain.rig import memory
 from fttrain.run import Run
 from fttrain.strategy import usage
+from fttrain.util.atomic_files import write_json
 
 
 def tell_memory(run: Run) -> None:

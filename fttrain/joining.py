@@ -11,10 +11,10 @@ import torch
 import torch.distributed as torch_dist
 
 from fttrain.dist import COLLECTIVE_TIMEOUT, Group, local_world_size, rank_from_environment
-from fttrain.errors import UserError
 from fttrain.machines import lost_connection, open_board
 from fttrain.meeting import keeps_its_store, store_of_attempt
 from fttrain.peers import Mark, Watch
+from fttrain.util.errors import UserError
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from fttrain.errors import UserError
 from fttrain.launch_files import integer, read_files
+from fttrain.util.errors import UserError
 
 PARENT_PID = "FTTRAIN_LAUNCHER_PID"  # environment variable: who started this rank, or this trial
 GRACE_S = 30.0  # after a rank died: from SIGTERM to SIGKILL for the others

@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
-from fttrain.errors import UserError
-from fttrain.paths import launch_folder
+from fttrain.util.errors import UserError
+from fttrain.util.paths import launch_folder
 
 DEEPSPEED = "DEEPSPEED"  # distributed_type of a launch file
 DEEPSPEED_VARIABLES = {  # key of its deepspeed_config -> the environment variable of its ranks

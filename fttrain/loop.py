@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any, Literal, Self
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 SPIKE_POLICIES = ("stop", "skip", "ignore")
 

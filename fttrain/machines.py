@@ -17,9 +17,9 @@ from typing import Any
 
 import torch.distributed as torch_dist
 
-from fttrain.errors import UserError
 from fttrain.meeting import launcher_store
 from fttrain.peers import DIED_EXIT_CODE
+from fttrain.util.errors import UserError
 
 BEAT_S = 5.0
 SILENCE_S = 60.0  # a link that is out for less goes unnoticed, as TCP sends again

@@ -9,9 +9,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fttrain import schema
-from fttrain.errors import UserError
-from fttrain.paths import conf_folder
+from fttrain.util import schema
+from fttrain.util.errors import UserError
+from fttrain.util.paths import conf_folder
 
 # Groups that say how settings are chosen; no settings of a run
 HOW_CHOSEN = ("experiment", "sweep")

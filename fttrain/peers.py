@@ -22,8 +22,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from fttrain.errors import UserError
-from fttrain.secrets import redact
+from fttrain.util.errors import UserError
+from fttrain.util.redact import redact
 
 POLL_S = 0.5
 GRACE_S = 5.0  # for the error path of a rank, from the end of a peer to the end of its process

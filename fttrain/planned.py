@@ -6,13 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fttrain import schema
-from fttrain.checkpoint import durable
 from fttrain.checkpoint.hub import SHAPES
 from fttrain.checkpoint.source import check_length, load_config, resolve
 from fttrain.config import RunConfig
 from fttrain.dist import local_world_size, rank_from_environment
-from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.plan.auto import Answer, Question, answer, check_fits
 from fttrain.plan.choose import reckoned
@@ -27,6 +24,8 @@ from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.track import Table, counting, read_metrics
 from fttrain.track import plan as track_plan
 from fttrain.track.metrics import to_stderr
+from fttrain.util import atomic_files, schema
+from fttrain.util.errors import UserError
 
 Plan = dict[str, Any]  # content of plan.json
 
@@ -176,4 +175,4 @@ def _applied(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
 
 
 def _write(path: Path, plan: Plan) -> None:
-    durable.replace(path, lambda part: durable.write_json(part, plan))
+    atomic_files.replace(path, lambda part: atomic_files.write_json(part, plan))

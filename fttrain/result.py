@@ -10,8 +10,8 @@ from fttrain.checkpoint.resume import find_snapshot
 from fttrain.checkpoint.source import Source, load_config
 from fttrain.checkpoint.whole import load_weights, save_model
 from fttrain.config import RunConfig
-from fttrain.errors import UserError
 from fttrain.run import Run, adapter_info
+from fttrain.util.errors import UserError
 
 ADAPTER, MODEL = "adapter", "model"  # folders in the run's output
 

@@ -8,11 +8,11 @@ from fttrain.checkpoint import newest
 from fttrain.checkpoint.course import leave
 from fttrain.checkpoint.resume import WORDS, Snapshot, find_snapshot, save_snapshot, scalars_of
 from fttrain.config import RunConfig
-from fttrain.errors import UserError
 from fttrain.launch import restarted
 from fttrain.loop import LoopConfig
 from fttrain.peers import uncut
 from fttrain.run import Run, adapter_info, divide, split
+from fttrain.util.errors import UserError
 
 # Of keys that older snapshots lack
 _BEFORE_THERE_WAS_A_CHOICE = {"lora.use_dora": False, "head in 4 bits": False}

@@ -28,7 +28,6 @@ from fttrain.config import RunConfig, to_yaml
 from fttrain.data.dataset import Dataset, prepare
 from fttrain.data.samples import Sample, holdout_samples
 from fttrain.dist import rank_from_environment
-from fttrain.errors import UserError
 from fttrain.evaluation import Evaluation
 from fttrain.instruments import sample_memory, tell_memory
 from fttrain.joining import process_group
@@ -47,6 +46,7 @@ from fttrain.strategy.link_watch import link_watch
 from fttrain.strategy.protocol import OutOfMemory, StepStats
 from fttrain.track import Results, Trackers, open_trackers, read_results
 from fttrain.track.report import write_report
+from fttrain.util.errors import UserError
 
 SPIKE_EXIT_CODE = 3
 

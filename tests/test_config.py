@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fttrain import config, options, schema
+from fttrain import config, options
 from fttrain.config import RunConfig, compose, to_yaml
-from fttrain.errors import UserError
 from fttrain.options import groups
-from fttrain.paths import conf_folder
+from fttrain.util import schema
+from fttrain.util.errors import UserError
+from fttrain.util.paths import conf_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS = {  # options that ask for a path of the user's

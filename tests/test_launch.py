@@ -15,10 +15,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from fttrain import launch
-from fttrain.errors import UserError
 from fttrain.launch import LaunchConfig
 from fttrain.launch_files import DEEPSPEED_VARIABLES, read_env
-from fttrain.paths import launch_folder
+from fttrain.util.errors import UserError
+from fttrain.util.paths import launch_folder
 
 FILES = sorted(launch_folder().glob("*.yaml"))
 WAIT_S = 60

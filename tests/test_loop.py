@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fttrain.errors import UserError
 from fttrain.loop import MAX_SKIPPED, LoopConfig, SpikeGuard, StopSignals
+from fttrain.util.errors import UserError
 
 
 def fed(guard: SpikeGuard, losses: list[float]) -> list[str]:

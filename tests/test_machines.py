@@ -15,10 +15,10 @@ from ranks import become_rank, run_ranks
 
 from fttrain import machines
 from fttrain.dist import Group
-from fttrain.errors import UserError
 from fttrain.joining import process_group
 from fttrain.machines import Board, lost_connection
 from fttrain.peers import DIED_EXIT_CODE
+from fttrain.util.errors import UserError
 
 NAMES = ("anna", "bert", "carl")
 WAIT_S = 30

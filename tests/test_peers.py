@@ -18,8 +18,8 @@ from ranks import become_rank
 from fttrain import cli, launch, peers
 from fttrain.collectives import all_gather
 from fttrain.dist import Group
-from fttrain.errors import UserError
 from fttrain.joining import process_group
+from fttrain.util.errors import UserError
 
 WAIT_S = 60
 FOREVER_S = 600  # no test waits so long

@@ -21,7 +21,7 @@ import os, signal, sys
 import torch
 from fttrain import cli
 from fttrain.joining import process_group
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 def command(_arguments):
     with process_group(torch.device("cpu")) as group:
         group.barrier()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fttrain.launch_files import read_env
-from fttrain.paths import launch_folder
+from fttrain.util.paths import launch_folder
 
 LAUNCH = launch_folder() / "deepspeed_zero3.yaml"
 

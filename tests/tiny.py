@@ -26,7 +26,6 @@ from transformers import (
 from fttrain.checkpoint.frozen import load_end, load_layer
 from fttrain.checkpoint.readers import Reader
 from fttrain.data.batch import IGNORE, MicroBatch, collate
-from fttrain.errors import UserError
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture, Decoder
 from fttrain.model.layer_adapters import LayerAdapters
@@ -41,6 +40,7 @@ from fttrain.store.resident import ResidentStore
 from fttrain.store.verify import VerifiedStore
 from fttrain.strategy.gradients import ResidentGradients
 from fttrain.strategy.sync import NoSync
+from fttrain.util.errors import UserError
 
 CPU = torch.device("cpu")
 VOCABULARY = 300

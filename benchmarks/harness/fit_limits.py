@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 GREEN, MPS = "green contexts", "MPS"  # what divides a card
 MPS_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"

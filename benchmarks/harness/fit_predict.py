@@ -7,8 +7,8 @@ from harness.fit_rank import CONTEXT_GIB
 from harness.fit_report import GIB, highest
 from harness.fit_steps import architecture_of, recipe_of
 
-from fttrain.errors import UserError
 from fttrain.plan import memory
+from fttrain.util.errors import UserError
 
 WITHIN = 0.03  # of what torch's allocator reserved
 GOAL = f"predicted peaks within {WITHIN:.0%} of torch.cuda.max_memory_reserved"

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import common
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 REFUSED, OUT_OF_MEMORY = 8, 9  # exit codes of all ranks, whichever of them it was
 CONTEXT_GIB = 0.6  # CUDA's context and NCCL's buffers, outside torch's allocator

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from harness.fit_limits import GREEN
 
-from fttrain.errors import first_line
+from fttrain.util.errors import first_line
 
 _KEPT: list[Any] = []  # green contexts: an error leaves their block while they still have work
 

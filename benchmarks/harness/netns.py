@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 BURST_BYTES = 128 * 1024  # sent at full speed before the limit takes hold; 5 ms at 200 Mbit/s
 QUEUE_MS = 50  # what waits longer is dropped

@@ -5,7 +5,6 @@ from typing import Any
 from peers.work import Row
 from safetensors.torch import load_file
 
-from fttrain import schema
 from fttrain.checkpoint.config import FrozenConfig, ModelConfig
 from fttrain.checkpoint.source import resolve
 from fttrain.data.batch import MicroBatch, collate
@@ -17,6 +16,7 @@ from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.build import build_strategy
 from fttrain.strategy.config import Placement, StrategyConfig
 from fttrain.strategy.recipe import Recipe, StepSize
+from fttrain.util import schema
 
 
 def recipe_of(job: dict[str, Any]) -> Recipe:

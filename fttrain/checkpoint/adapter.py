@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fttrain.checkpoint import durable
-from fttrain.errors import UserError
+from fttrain.util import atomic_files
+from fttrain.util.errors import UserError
+from fttrain.util.tensor_files import tensor_bytes, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -101,16 +102,16 @@ def save_adapter(
         "init_lora_weights": True,
     }
     tensors = {_key(name): tensor for name, tensor in state.items()}
-    with durable.room_for(folder, durable.tensor_bytes(tensors), "saving the adapter"):
-        durable.make_folder(folder)
+    with atomic_files.room_for(folder, tensor_bytes(tensors), "saving the adapter"):
+        atomic_files.make_folder(folder)
         text = (json.dumps(config, indent=2) + "\n").encode()
         old = folder / CONFIG
         if old.exists() and old.read_bytes() != text:
             # a kill between the two files must not leave new weights under an old scale
             old.unlink()
-            durable.sync(folder)
-        durable.replace(folder / WEIGHTS, lambda part: durable.write_tensors(part, tensors))
-        durable.replace(old, lambda part: durable.write_bytes(part, text))
+            atomic_files.sync(folder)
+        atomic_files.replace(folder / WEIGHTS, lambda part: write_tensors(part, tensors))
+        atomic_files.replace(old, lambda part: atomic_files.write_bytes(part, text))
 
 
 def load_adapter(folder: Path | str) -> tuple[dict[str, Tensor], AdapterInfo]:

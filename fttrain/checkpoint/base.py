@@ -11,9 +11,9 @@ from typing import Any
 from fttrain.checkpoint.fingerprint import fingerprint
 from fttrain.checkpoint.frozen_cache import FORM
 from fttrain.checkpoint.source import Source
-from fttrain.data.cache import cache_root
 from fttrain.model.decoder import Architecture
 from fttrain.quant.frozen_layer import FrozenFormat
+from fttrain.util.cache_dir import cache_root
 
 
 @dataclass(frozen=True)

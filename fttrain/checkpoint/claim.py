@@ -1,14 +1,17 @@
 """One folder, one run: who may write into ``output=``."""
 
-import fcntl
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
-from fttrain.errors import UserError
+from filelock import FileLock
+
+from fttrain.util.errors import UserError
+from fttrain.util.locks import try_lock
 
 LOCK = ".lock"
+PATIENCE_S = 0.3  # a sweep's trials look for a moment whether the lock is held
 TRACES = (
     "metrics.jsonl",
     "checkpoints",
@@ -21,12 +24,12 @@ TRACES = (
 class Claim:
     """The right to write into a run's folder until ``release``, a with block's end, or death."""
 
-    def __init__(self, file: IO[str]) -> None:
-        self._file = file
+    def __init__(self, lock: FileLock) -> None:
+        self._lock = lock
 
     def release(self) -> None:
         """Lets another run have the folder."""
-        self._file.close()
+        self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -55,29 +58,23 @@ def claim_output(folder: Path | str, resume: str) -> Claim:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+")
+        lock = try_lock(folder / LOCK, PATIENCE_S)
     except OSError as error:
         raise UserError(
             f"output={folder}: cannot be written to ({error.strerror}): give another output="
         ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
+    if lock is None:
+        owner = (folder / LOCK).read_text().strip() or "another process"
         raise UserError(
             f"output={folder}: {owner} is writing there: wait, stop it, or give another output="
-        ) from None
+        )
     try:
         _refuse_mixing(folder, resume)
     except UserError:
-        file.close()
+        lock.release()
         raise
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-    file.flush()
-    return Claim(file)
+    (folder / LOCK).write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
+    return Claim(lock)
 
 
 def _refuse_mixing(folder: Path, resume: str) -> None:

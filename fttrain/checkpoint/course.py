@@ -20,10 +20,10 @@ from pathlib import Path
 
 import psutil
 
-from fttrain.checkpoint import durable
 from fttrain.checkpoint.resume import LEFT, later_than
-from fttrain.errors import UserError
-from fttrain.files import write_text
+from fttrain.util import atomic_files
+from fttrain.util.atomic_files import write_text
+from fttrain.util.errors import UserError
 
 CLOCK_S = 2.0  # by which the start of one process may seem to move when the clock is set
 
@@ -35,7 +35,7 @@ def leave(checkpoints: Path, step: int) -> None:
     Raises UserError where the disk refuses.
     """
     try:
-        durable.make_folder(checkpoints)
+        atomic_files.make_folder(checkpoints)
         for path in later_than(checkpoints, step):
             with contextlib.suppress(FileNotFoundError):  # another machine that shares the folder
                 _set_aside(path)

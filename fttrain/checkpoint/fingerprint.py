@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fttrain.checkpoint.source import Source
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 GGUF_HEAD_BYTES = 1 << 20  # the start of a GGUF file: its metadata
 MOST_HEADER_BYTES = 100_000_000  # safetensors refuses a longer one

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fttrain.checkpoint.readers import Reader
-from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.quant.scheme import NESTED_BLOCKSIZE, QuantisedWeight, dynamic_code, quantise
+from fttrain.util.errors import UserError
 
 ENDS = {  # what is frozen outside the layers -> its tensor in the checkpoint
     "embedding": "model.embed_tokens.weight",

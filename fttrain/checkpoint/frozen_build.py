@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fttrain.checkpoint import durable
 from fttrain.checkpoint.base import Base
 from fttrain.checkpoint.frozen import ENDS, check_head, load_end, load_layer
 from fttrain.checkpoint.frozen_cache import (
@@ -40,9 +39,11 @@ from fttrain.checkpoint.readers import (
     read_index,
 )
 from fttrain.dist import Group
-from fttrain.errors import UserError
 from fttrain.quant.checksum import checksum
 from fttrain.store.filling import Progress
+from fttrain.util import atomic_files
+from fttrain.util.errors import UserError
+from fttrain.util.manifest import MANIFEST, read_sealed, write_sealed
 
 
 def open_or_build(
@@ -148,7 +149,7 @@ class _Build:
         """
         form = {**FORM, **self._base.meaning}
         with contextlib.suppress(ValueError):
-            return Record.read(durable.read_sealed(self._folder / f"{name}.json", form)["file"])
+            return Record.read(read_sealed(self._folder / f"{name}.json", form)["file"])
         return read_records(self._folder, self._base.meaning)[name]
 
     def _damaged(self) -> set[str]:
@@ -171,7 +172,7 @@ class _Build:
             # The layers of a round are neighbours: they lie in one file more than there are ranks.
             weights = set(read_index(self._base.source.folder).values()) or {SINGLE}
             needed += self._hub.needed_bytes(weights, self._group.world_size + 1)
-        with durable.room_for(self._folder, needed, f"frozen cache {self._folder}", HELP):
+        with atomic_files.room_for(self._folder, needed, f"frozen cache {self._folder}", HELP):
             pass
 
     def _size_bytes(self, name: str) -> int:
@@ -205,16 +206,16 @@ class _Build:
         def write(path: Path) -> None:
             with open(path, "wb") as file:
                 file.write(data)
-            durable.sync(path)
+            atomic_files.sync(path)
 
-        with durable.room_for(self._folder, len(data), f"frozen cache {self._folder}", HELP):
-            durable.replace(file_of(self._folder, name), write)
+        with atomic_files.room_for(self._folder, len(data), f"frozen cache {self._folder}", HELP):
+            atomic_files.replace(file_of(self._folder, name), write)
             self._write_sealed(f"{name}.json", {"file": asdict(record)})
 
     def _write_sealed(self, name: str, body: dict[str, Any]) -> None:
         """At once: a whole manifest is never given up for a part of one."""
         meant = {**FORM, **self._base.meaning, **body}
-        durable.replace(self._folder / name, lambda path: durable.write_sealed(path, meant))
+        atomic_files.replace(self._folder / name, lambda path: write_sealed(path, meant))
 
     def _drop_files(self, reader: Reader, still_missing: list[str]) -> None:
         """Downloads that no file waits for any more."""
@@ -224,9 +225,9 @@ class _Build:
 
     def _seal(self, names: list[str]) -> None:
         records = {name: asdict(self._record(name)) for name in names}
-        with durable.room_for(self._folder, 0, f"frozen cache {self._folder}", HELP):
-            self._write_sealed(durable.MANIFEST, {"files": records})
-            durable.sync(self._folder)
+        with atomic_files.room_for(self._folder, 0, f"frozen cache {self._folder}", HELP):
+            self._write_sealed(MANIFEST, {"files": records})
+            atomic_files.sync(self._folder)
             for name in names:
                 (self._folder / f"{name}.json").unlink(missing_ok=True)
         if self._hub is not None:
@@ -250,7 +251,7 @@ def _problem(work: Callable[[], None]) -> str:
 def _sha256(file: Path) -> str:
     """As hex; of a file that cannot be read, something that no record has."""
     try:
-        return durable.sha256(file)
+        return atomic_files.sha256(file)
     except OSError as error:
         return str(error)
 

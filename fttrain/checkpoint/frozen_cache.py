@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fttrain.checkpoint.durable import MANIFEST, read_sealed
-from fttrain.errors import UserError
 from fttrain.quant.checksum import checksum
+from fttrain.util.errors import UserError
+from fttrain.util.manifest import MANIFEST, read_sealed
 
 FORM = {"format": "fttrain-frozen-base", "version": 2}
 HELP = "free some space, or set frozen.cache_dir to a folder with room that you may write to"

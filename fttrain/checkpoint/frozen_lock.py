@@ -1,15 +1,16 @@
 """The lock under which a frozen cache is made."""
 
-import fcntl
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fttrain.checkpoint import durable
+from filelock import FileLock
+
 from fttrain.checkpoint.frozen_cache import HELP
 from fttrain.dist import Group
+from fttrain.util import atomic_files
+from fttrain.util.locks import try_lock
 
 POLL_S = 1.0
 
@@ -19,30 +20,26 @@ def alone(folder: Path, group: Group) -> Iterator[None]:
     """No other run makes this cache meanwhile. Ranks wait in small steps: another run may take
     hours.
     """
-    problem, lock = "", -1
+    problem = ""
+    lock: FileLock | None = None
+    path = folder / ".lock"
     if group.is_main:
         try:
-            durable.make_folder(folder)
-            lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            atomic_files.make_folder(folder)
+            lock = try_lock(path)
         except OSError as error:
             problem = f"frozen cache {folder}: cannot be made ({error.strerror}): {HELP}"
     group.refuse_together(problem)
     told = False
-    while not group.all(lock < 0 or _locked(lock)):
+    while group.any(group.is_main and lock is None):
         if group.is_main and not told:
             print(f"waiting for another process that is making {folder}", flush=True)
             told = True
         time.sleep(POLL_S)
+        if group.is_main:
+            lock = try_lock(path)
     try:
         yield
     finally:
-        if lock >= 0:
-            os.close(lock)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+        if lock is not None:
+            lock.release()

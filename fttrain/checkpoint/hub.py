@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fttrain.checkpoint.durable import room_for, sha256
 from fttrain.checkpoint.frozen_cache import HELP
-from fttrain.data.cache import locked
-from fttrain.errors import UserError, first_line
+from fttrain.util.atomic_files import room_for, sha256
+from fttrain.util.errors import UserError, first_line
+from fttrain.util.locks import locked
 
 CONFIGURATION = ("*.json", "*.model", "*.jinja", "*.txt")  # everything but the weights
 SHAPES = ("config.json",)  # what a plan needs

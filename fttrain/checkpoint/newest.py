@@ -20,7 +20,7 @@ from fttrain.checkpoint.resume import (
     step_of,
 )
 from fttrain.dist import Group
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 
 def wanted_snapshot(

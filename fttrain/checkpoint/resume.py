@@ -26,11 +26,13 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fttrain.checkpoint import durable
 from fttrain.checkpoint.adapter import AdapterInfo, load_adapter, save_adapter
 from fttrain.checkpoint.claim import Claim, claim_output
 from fttrain.checkpoint.whole import load_weights, save_weights
-from fttrain.errors import UserError
+from fttrain.util import atomic_files
+from fttrain.util.errors import UserError
+from fttrain.util.manifest import fault, seal_folder
+from fttrain.util.tensor_files import tensor_bytes, write_tensors
 
 __all__ = [
     "Claim",
@@ -41,6 +43,7 @@ __all__ = [
     "save_snapshot",
 ]
 
+FORM = {"format": "fttrain-snapshot", "version": 1}
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 FOLDER = re.compile(r"step_(?P<step>\d{8,})(?P<aside>\.replaced)?")
 WORDS = ("auto", "none")  # what ``resume`` may be beside the path of a snapshot
@@ -91,13 +94,13 @@ def save_snapshot(
     checkpoints = Path(checkpoints)
     name = f"step_{snapshot.step:08d}"
     part, final = checkpoints / f"{PART}{name}", checkpoints / name
-    needed = durable.tensor_bytes(snapshot.adapter) + durable.tensor_bytes(snapshot.optimizer)
+    needed = tensor_bytes(snapshot.adapter) + tensor_bytes(snapshot.optimizer)
     _sweep(checkpoints)
     try:
-        with durable.room_for(
+        with atomic_files.room_for(
             checkpoints, needed, f"saving the checkpoint of step {snapshot.step}"
         ):
-            durable.make_folder(checkpoints)
+            atomic_files.make_folder(checkpoints)
             part.mkdir()
             _write(part, snapshot)
             if (
@@ -107,11 +110,11 @@ def save_snapshot(
                 shutil.rmtree(aside, ignore_errors=True)
                 final.rename(aside)
             part.rename(final)
-            durable.sync(checkpoints)
+            atomic_files.sync(checkpoints)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    reason = durable.flaw(final)
+    reason = fault(final, FORM)
     if reason is not None:
         raise UserError(
             f"{final}: reads back differently from what was written ({reason}); the disk or the "
@@ -134,7 +137,7 @@ def find_snapshot(checkpoints: Path | str, resume: str, warn: Warn = _to_stderr)
         return None
     if resume != "auto":
         path = Path(resume)
-        reason = durable.flaw(path)
+        reason = fault(path, FORM)
         if reason is not None:
             inside = [
                 found.name
@@ -146,7 +149,7 @@ def find_snapshot(checkpoints: Path | str, resume: str, warn: Warn = _to_stderr)
         return path
     found = _newest_first(Path(checkpoints))
     for path in found:
-        reason = durable.flaw(path)
+        reason = fault(path, FORM)
         if reason is None:
             return path
         warn(f"checkpoint {path} is refused: {reason}")
@@ -182,7 +185,7 @@ def load_snapshot(path: Path | str) -> Snapshot:
         UserError: naming the file that is missing or damaged.
     """
     path = Path(path)
-    reason = durable.flaw(path)
+    reason = fault(path, FORM)
     if reason is not None:
         raise UserError(f"{path}: not a whole checkpoint: {reason}")
     state = json.loads((path / STATE).read_bytes())
@@ -233,9 +236,9 @@ def _write(part: Path, snapshot: Snapshot) -> None:
         save_weights(part, snapshot.adapter)
     else:
         save_adapter(part, snapshot.adapter, info, snapshot.base_model, snapshot.revision)
-    durable.write_tensors(part / OPTIMIZER, snapshot.optimizer)
-    durable.write_json(part / STATE, state_of(snapshot))
-    durable.write_manifest(part, snapshot.step)
+    write_tensors(part / OPTIMIZER, snapshot.optimizer)
+    atomic_files.write_json(part / STATE, state_of(snapshot))
+    seal_folder(part, FORM, step=snapshot.step)
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:
@@ -263,7 +266,7 @@ def _rotate(checkpoints: Path, step: int, keep_last: int, warn: Warn) -> None:
             at < step
             and in_place
             and kept < keep_last
-            and durable.flaw(path, contents=False) is None
+            and fault(path, FORM, contents=False) is None
         ):
             kept += 1
         else:

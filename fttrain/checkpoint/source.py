@@ -16,8 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from fttrain.checkpoint.config import ModelConfig
 from fttrain.checkpoint.hub import CONFIGURATION, configuration
-from fttrain.data.cache import cache_root, load_or_build
-from fttrain.errors import UserError, first_line
+from fttrain.util.cache_dir import cache_root, load_or_build
+from fttrain.util.errors import UserError, first_line
 
 PACKAGE_PREFIX = "pypi:"
 

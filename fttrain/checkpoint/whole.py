@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fttrain.checkpoint import durable
 from fttrain.checkpoint.readers import INDEX, SINGLE, read_index
 from fttrain.checkpoint.source import Source
-from fttrain.errors import UserError
+from fttrain.util import atomic_files
+from fttrain.util.errors import UserError
+from fttrain.util.tensor_files import write_tensors
 
 WEIGHTS = "weights.safetensors"  # of a snapshot: fp32 masters under transformers' names
 SHARD_BYTES = 5 * 10**9  # as transformers divides a model
@@ -36,7 +37,7 @@ def check(weights: Mapping[str, Tensor], where: str) -> None:
 def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
     """Writes fp32 masters into the folder of a snapshot. Raises UserError as ``check`` does."""
     check(weights, str(folder))
-    durable.write_tensors(folder / WEIGHTS, weights)
+    write_tensors(folder / WEIGHTS, weights)
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -80,18 +81,18 @@ def save_model(
     shutil.rmtree(part, ignore_errors=True)  # of a killed save
     size_bytes = sum(tensor.numel() * dtype.itemsize for tensor in weights.values())
     try:
-        with durable.room_for(folder, size_bytes, "saving the model"):
-            durable.make_folder(part)
+        with atomic_files.room_for(folder, size_bytes, "saving the model"):
+            atomic_files.make_folder(part)
             _write_shards(part, weights, dtype, size_bytes)
             _configuration(config, dtype).save_pretrained(part)
             tokenizer.save_pretrained(part)
             if (source.folder / GENERATION).is_file():
                 shutil.copyfile(source.folder / GENERATION, part / GENERATION)
             for file in part.iterdir():
-                durable.sync(file)
+                atomic_files.sync(file)
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
-            durable.sync(folder.parent)
+            atomic_files.sync(folder.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -102,15 +103,15 @@ def _write_shards(
 ) -> None:
     shards = list(_shards(weights, dtype))
     if len(shards) == 1:
-        durable.write_tensors(folder / SINGLE, _as(weights, shards[0], dtype))
+        write_tensors(folder / SINGLE, _as(weights, shards[0], dtype))
         return
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        durable.write_tensors(folder / file, _as(weights, names, dtype))  # one at a time in memory
+        write_tensors(folder / file, _as(weights, names, dtype))  # one at a time in memory
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": size_bytes}, "weight_map": weight_map}
-    durable.write_bytes(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    atomic_files.write_bytes(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
 
 def _shards(weights: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[list[str]]:

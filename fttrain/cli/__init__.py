@@ -14,10 +14,10 @@ import time
 from collections.abc import Sequence
 
 from fttrain import __version__
-from fttrain.errors import UserError
 from fttrain.launch import PARENT_PID, die_with_parent, is_owned, is_rank
-from fttrain.schema import nearest
-from fttrain.secrets import redact
+from fttrain.util.errors import UserError
+from fttrain.util.redact import redact
+from fttrain.util.schema import nearest
 
 COMMANDS = {
     "train": "fine-tune a model with QLoRA",

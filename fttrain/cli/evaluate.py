@@ -7,9 +7,10 @@ from pathlib import Path
 
 import yaml
 
-from fttrain import launch, schema
+from fttrain import launch
 from fttrain.config import RunConfig
-from fttrain.errors import UserError
+from fttrain.util import schema
+from fttrain.util.errors import UserError
 
 
 def run(config: RunConfig, argv: list[str]) -> int:

@@ -4,7 +4,7 @@ of ``conf/``.
 
 import yaml
 
-from fttrain.paths import conf_folder
+from fttrain.util.paths import conf_folder
 
 SWEEPING = """\
 fttrain train -m [group.key=value,value ...]   a sweep: a run for each combination of the values

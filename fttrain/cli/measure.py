@@ -27,7 +27,6 @@ def run(config: RunConfig, argv: list[str]) -> int:
 
     from fttrain.checkpoint.hub import SHAPES
     from fttrain.checkpoint.source import load_config, resolve
-    from fttrain.errors import UserError
     from fttrain.joining import process_group
     from fttrain.model.decoder import Architecture
     from fttrain.plan.calibrate import calibrate, python
@@ -37,6 +36,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
     from fttrain.rig.probe import set_up_rank
     from fttrain.rig.profile import profile_path
     from fttrain.run import recipe
+    from fttrain.util.errors import UserError
 
     started = time.monotonic()
     device = set_up_rank(config.rig)
@@ -73,7 +73,7 @@ def _work(config: RunConfig, architecture: "Architecture") -> "Work":
     from fttrain.data.batch import ROW_MULTIPLE
     from fttrain.model.layer_adapters import LayerAdapters
     from fttrain.rig.measure import Work
-    from fttrain.units import round_up
+    from fttrain.util.units import round_up
 
     dtype = getattr(torch, config.model.dtype)
     adapters = LayerAdapters(0, architecture.groups, config.lora, torch.device("meta"), dtype)
@@ -91,8 +91,8 @@ def _work(config: RunConfig, architecture: "Architecture") -> "Work":
 
 def _disk(config: RunConfig) -> "Disk":
     """The layers of any frozen base in the cache, the largest first."""
-    from fttrain.data.cache import cache_root
     from fttrain.rig.measure import Disk
+    from fttrain.util.cache_dir import cache_root
 
     root = cache_root(config.frozen.cache_dir)
     files = sorted(

@@ -23,10 +23,8 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
 
     if "--table" in argv:
         return _sizes(argv)
-    from fttrain.checkpoint.durable import write_json
     from fttrain.checkpoint.hub import SHAPES
     from fttrain.checkpoint.source import check_length, load_config, resolve
-    from fttrain.errors import UserError
     from fttrain.model.decoder import Architecture
     from fttrain.plan.choose import candidates, choose
     from fttrain.plan.cost import disk, run_steps, training_rows
@@ -36,6 +34,8 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     from fttrain.run import recipe
     from fttrain.strategy.zero.config import DEEPSPEED
     from fttrain.track import counting
+    from fttrain.util.atomic_files import write_json
+    from fttrain.util.errors import UserError
 
     if config.strategy.name == DEEPSPEED:
         raise UserError(
@@ -84,9 +84,9 @@ def _sizes(argv: Sequence[str]) -> int:
     """What models of common sizes take, beside published figures; writes nothing."""
     from rich.console import Console
 
-    from fttrain.errors import UserError
     from fttrain.plan.sizes_table import show
     from fttrain.track import counting
+    from fttrain.util.errors import UserError
 
     if settings := [text for text in argv[1:] if text != "--table"]:
         raise UserError(f"plan --table: {settings[0]}: it takes no settings; leave it out")

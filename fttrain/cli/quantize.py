@@ -20,7 +20,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
     from fttrain.rig.probe import set_up_rank
     from fttrain.strategy.build import frozen_base, silent
     from fttrain.track import counting
-    from fttrain.units import duration, gib
+    from fttrain.util.units import duration, gib
 
     device = set_up_rank(config.rig)
     base = frozen_base(resolve(config.model), config.quant, config.model.dtype)

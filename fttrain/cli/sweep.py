@@ -4,15 +4,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fttrain import schema
 from fttrain.checkpoint.claim import claim_output
 from fttrain.config import RunConfig
-from fttrain.errors import UserError
 from fttrain.sweep import axes, cards, check, multirun, stop
 from fttrain.sweep.config import Sweep, SweepConfig
 from fttrain.sweep.record import records
 from fttrain.sweep.trial import Place
 from fttrain.sweep.watch import Watch
+from fttrain.util import schema
+from fttrain.util.errors import UserError
 
 
 def sweep(arguments: Sequence[str]) -> int:

@@ -11,11 +11,11 @@ from pathlib import Path
 from fttrain.checkpoint.hub import SHAPES
 from fttrain.checkpoint.source import load_config, resolve
 from fttrain.config import compose
-from fttrain.errors import UserError
 from fttrain.launch import die_with_parent
 from fttrain.plan.trial import take
 from fttrain.rig.probe import set_up_rank
 from fttrain.run import recipe
+from fttrain.util.errors import UserError
 
 
 def main(overrides: Sequence[str], answer: str) -> int:

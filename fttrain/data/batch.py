@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fttrain.units import round_up
+from fttrain.util.units import round_up
 
 # Matrix kernels are made anew for each number of rows, which costs milliseconds and megabytes: a
 # few rows too many are cheaper than a new number of them in every micro-batch.

@@ -26,7 +26,7 @@ from fttrain.data.pack import one_per_row, pack
 from fttrain.data.records import BadRow, Located, Source
 from fttrain.data.report import Report
 from fttrain.data.shapes import Example, detect, to_example
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 DETECT_ROWS = 20  # the shape of the data set is the shape of most of these
 BATCH_ROWS = 128  # rows tokenised at once

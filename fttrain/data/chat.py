@@ -23,7 +23,7 @@ import jinja2
 from fttrain.data.encode import Encoder, Rendered, Span
 from fttrain.data.records import BadRow
 from fttrain.data.shapes import Message
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 # Private-use characters, as no text has them: number of the message between OPEN and START, or OPEN
 # and END.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 KINDS = ("stdlib", "file", "hub")
 FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text")

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from fttrain.data.batch import IGNORE
 from fttrain.data.build import Builder
-from fttrain.data.cache import cache_root, find, load_or_build
 from fttrain.data.chat import load_template
 from fttrain.data.config import DataConfig
 from fttrain.data.encode import Encoder
 from fttrain.data.records import Source, file_source, hub_source
 from fttrain.data.report import Report
 from fttrain.data.stdlib import stdlib_source
-from fttrain.errors import UserError
+from fttrain.util.cache_dir import cache_root, find, load_or_build
+from fttrain.util.errors import UserError
 
 FORMAT_VERSION = (
     1  # of the cached files and of the rules that make them: raise it when either changes

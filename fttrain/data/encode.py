@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from fttrain.data.records import BadRow
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 Span = tuple[int, int]  # characters [start, end)
 

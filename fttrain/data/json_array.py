@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 
 def elements(path: Path, text: str, at: int) -> Iterator[tuple[int, bytes]]:

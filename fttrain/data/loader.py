@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fttrain.data.batch import MicroBatch, collate
 from fttrain.data.dataset import Document
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 
 class PackedRows(Protocol):

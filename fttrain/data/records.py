@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fttrain.data.json_array import elements
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fttrain.data.records import BadRow
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 Message = dict[str, str]  # {"role": system | user | assistant | tool, "content": text}
 

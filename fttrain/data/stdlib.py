@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fttrain.data.records import Located, Source
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 PAIRS = 2000
 FEWEST = 500  # fewer than this and the library's sources are not there

@@ -12,7 +12,7 @@ from fttrain.doctor.finding import NOT_AVAILABLE, Finding, failure, ok, warning
 from fttrain.rig import topology
 from fttrain.rig.card import handle_of, uuid_of
 from fttrain.rig.nvml import ask
-from fttrain.units import gib
+from fttrain.util.units import gib
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,16 @@ import torch
 
 from fttrain.checkpoint.base import Base, cache_bytes
 from fttrain.checkpoint.config import ModelConfig
-from fttrain.checkpoint.durable import MANIFEST
 from fttrain.checkpoint.source import resolve
 from fttrain.doctor.finding import Finding, failure, ok, warning
-from fttrain.errors import UserError
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture
 from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.quant.config import QuantConfig
 from fttrain.strategy.build import frozen_base
-from fttrain.units import gib
+from fttrain.util.errors import UserError
+from fttrain.util.manifest import MANIFEST
+from fttrain.util.units import gib
 
 SAVED_BYTES = 12  # fp32, of each value that trains and of AdamW's two moments
 

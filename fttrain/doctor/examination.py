@@ -13,12 +13,12 @@ import torch
 from fttrain.checkpoint.config import ModelConfig
 from fttrain.doctor import cards, host, links, versions
 from fttrain.doctor.finding import FAILURE, OK, WARNING, Finding, failure
-from fttrain.errors import first_line
 from fttrain.model.config import LoraConfig
 from fttrain.quant.config import QuantConfig
 from fttrain.rig.config import RigConfig
 from fttrain.rig.nvml import driver_version
-from fttrain.secrets import redact
+from fttrain.util.errors import first_line
+from fttrain.util.redact import redact
 
 Check = Callable[[], Finding]
 IMPORTS = "imports"  # the check that says which library is broken

@@ -8,7 +8,7 @@ import psutil
 
 from fttrain.doctor.finding import NOT_AVAILABLE, Finding, ok, warning
 from fttrain.rig.probe import cgroup_limit_bytes
-from fttrain.units import GIB, MIB, gib
+from fttrain.util.units import GIB, MIB, gib
 
 SHM_BYTES = 1 * GIB  # NCCL's buffers between ranks without peer access, and more than Docker gives
 OPEN_FILES = 1024  # one for each layer's file, libraries, connections of a few ranks

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from fttrain.doctor.finding import Finding, failure, ok, warning
-from fttrain.errors import first_line
 from fttrain.model import functions, liger
 from fttrain.model.attention_op import kernel_name, varlen_attention
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.scheme import dequantise, quantise
+from fttrain.util.errors import first_line
 
 # The 16 values of NF4 (Dettmers et al. 2023, appendix E).
 NF4 = (

@@ -4,7 +4,7 @@ import torch
 
 from fttrain.doctor.finding import NOT_AVAILABLE, Finding, failure, ok
 from fttrain.doctor.processes import run_module
-from fttrain.units import MIB
+from fttrain.util.units import MIB
 
 PROBE = "fttrain.doctor.link_probe"
 SIZE_BYTES = 16 * MIB

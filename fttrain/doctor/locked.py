@@ -7,7 +7,7 @@ import torch
 from fttrain.doctor.finding import Finding, ok, warning
 from fttrain.rig.timing import median_s
 from fttrain.store.hostpool import Memory
-from fttrain.units import GIB, gib
+from fttrain.util.units import GIB, gib
 
 LOCKED_BYTES = 1 * GIB  # what a run locks is some GiB to most of the host's memory
 

@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from fttrain.doctor.finding import Finding, failure, ok, warning
-from fttrain.errors import first_line
+from fttrain.util.errors import first_line
 
 PROJECT = "fttrain"
 # Built against torch or against each other, so that versions may fit and the import still fail.

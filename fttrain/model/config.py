@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 # What computes norms, rotary embedding and SwiGLU: on a GPU Liger's Triton kernels where they run,
 # else plain torch | plain torch | Liger's, or an error

@@ -17,7 +17,7 @@ from fttrain.data.batch import ROW_MULTIPLE, moved
 from fttrain.model.functions import rms_norm, rms_norm_backward
 from fttrain.model.projection import Projection
 from fttrain.store import Traffic
-from fttrain.units import round_up
+from fttrain.util.units import round_up
 
 CHUNK_BYTES = (
     96 * 1024**2

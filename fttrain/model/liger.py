@@ -15,9 +15,9 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from fttrain.errors import UserError, first_line
 from fttrain.model.config import AUTO_KERNELS, LIGER_KERNELS, TORCH_KERNELS
 from fttrain.model.rows import inverse_rms, row_tiles
+from fttrain.util.errors import UserError, first_line
 
 _DEVICE = "cuda"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fttrain.errors import UserError
 from fttrain.model.config import LoraConfig
 from fttrain.model.dora import Magnitudes, Member
 from fttrain.quant.frozen_layer import GroupShape
+from fttrain.util.errors import UserError
 
 
 @dataclass(frozen=True)

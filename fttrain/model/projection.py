@@ -18,7 +18,7 @@ from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer, GroupShape
 from fttrain.quant.scheme import quantise
 from fttrain.store import Traffic
 from fttrain.store.lane import copy, copy_lane
-from fttrain.units import MIB
+from fttrain.util.units import MIB
 
 # Of a tile in the compute dtype: 2048 rows of a 70B model, enough for a GEMM that fills the device
 # and little beside the chunk of logits.

@@ -4,7 +4,7 @@ import importlib.util
 import math
 from dataclasses import dataclass
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 KINDS = ("adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "deepspeed_cpu_adam")
 

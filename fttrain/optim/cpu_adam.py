@@ -4,7 +4,6 @@ DeepSpeed is optional and imported here alone, once its kernel is asked for: the
 seconds, and the first use on a machine compiles the kernel, which takes a minute or two.
 """
 
-import fcntl
 import functools
 import importlib
 import itertools
@@ -19,7 +18,8 @@ import torch
 from torch.utils import cpp_extension
 
 from fttrain.dist import rank_from_environment
-from fttrain.errors import UserError, first_line
+from fttrain.util.errors import UserError, first_line
+from fttrain.util.locks import locked
 
 
 class CpuAdam(torch.optim.Optimizer):
@@ -125,8 +125,7 @@ def _alone(folder: Path) -> Iterator[None]:
     wait for ever. Who holds this one, which the system drops with its process, may take it away.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "fttrain.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(folder / "fttrain.lock"):
         for left in folder.glob("*/lock"):
             left.unlink()
         yield

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fttrain.units import round_up
+from fttrain.util.units import round_up
 
 BLOCK_VALUES = 256  # of 8-bit moments that share a scale
 

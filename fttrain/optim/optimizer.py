@@ -8,11 +8,11 @@ from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 from bitsandbytes.optim.lion import Lion8bit
 from torch import Tensor, nn
 
-from fttrain.errors import UserError
 from fttrain.optim import cpu_adam
 from fttrain.optim.config import OptimConfig
 from fttrain.optim.cpu_adam import CpuAdam
 from fttrain.optim.flat import BLOCK_VALUES, Section
+from fttrain.util.errors import UserError
 
 # Names in bitsandbytes' state that are constants, not state.
 CONSTANTS = ("qmap1", "qmap2")

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 import transformers
 
-from fttrain.checkpoint.durable import write_json
-from fttrain.data.cache import cache_root, load_or_build
-from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.plan.choose import Progress, Verdict, candidates, choose, judge
 from fttrain.plan.cost import disk
 from fttrain.plan.table import as_json, summary
 from fttrain.rig.profile import RigProfile
 from fttrain.strategy.recipe import Recipe
+from fttrain.util.atomic_files import write_json
+from fttrain.util.cache_dir import cache_root, load_or_build
+from fttrain.util.errors import UserError
 
 _FILE = "answer.json"
 

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.plan import memory
 from fttrain.plan.confirm import confirmed
@@ -19,7 +18,8 @@ from fttrain.schedule import ScheduleConfig
 from fttrain.store.hostpool import Booking, largest
 from fttrain.strategy.config import POLICIES, SCHEDULES, Placement, StrategyConfig
 from fttrain.strategy.recipe import Recipe
-from fttrain.units import gib
+from fttrain.util.errors import UserError
+from fttrain.util.units import gib
 
 Progress = Callable[[int, int], None]  # (done, total)
 

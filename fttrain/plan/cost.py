@@ -10,7 +10,6 @@ from fttrain.checkpoint.config import ModelConfig
 from fttrain.checkpoint.source import load_tokenizer
 from fttrain.data.config import DataConfig
 from fttrain.data.dataset import Rows, cached_rows
-from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.optim.optimizer import moment_bytes
 from fttrain.plan import memory
@@ -21,6 +20,7 @@ from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.config import StrategyConfig
 from fttrain.strategy.recipe import Recipe
 from fttrain.strategy.trained import FP32_BYTES, layout_of
+from fttrain.util.errors import UserError
 
 PART_TOKENS = 1_000_000  # what is reckoned where the length of the run is not known
 

@@ -5,7 +5,6 @@ time.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.plan import memory
 from fttrain.plan.choose import room_bytes
@@ -16,6 +15,7 @@ from fttrain.rig.profile import LinkProfile, RigProfile
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.config import SCHEDULES, StrategyConfig
 from fttrain.strategy.recipe import Recipe
+from fttrain.util.errors import UserError
 
 COMPARED = ("replicate", "shard", "pipeline")  # beside the configured one
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fttrain.plan.sizes import CONTEXT, Need, Question
-from fttrain.units import GIB
+from fttrain.util.units import GIB
 
 TOLERANCE = 0.05  # a card that lacks more than this of what is needed runs out of memory
 LOW, RIGHT, HIGH = "too low", "right", "too high"

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from fttrain.errors import UserError
-from fttrain.paths import conf_folder
 from fttrain.rig.changes import changes, is_here
 from fttrain.rig.machine import identity
 from fttrain.rig.profile import RigProfile, kept_profile, load_profile
-from fttrain.schema import nearest
 from fttrain.track.metrics import Warn, to_stderr
+from fttrain.util.errors import UserError
+from fttrain.util.paths import conf_folder
+from fttrain.util.schema import nearest
 
 MEASURED = "measured"
 

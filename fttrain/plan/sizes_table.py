@@ -24,7 +24,7 @@ from fttrain.plan.sizes import (
 from fttrain.store.filling import LAYERS
 from fttrain.strategy import ends, parts, trained
 from fttrain.strategy.usage import WORKSPACE
-from fttrain.units import GIB, gib
+from fttrain.util.units import GIB, gib
 
 SHOWN = {"whole": "one card", "two": "two, each", "least": "least"}  # place -> column
 STYLES = {LOW: "red", RIGHT: "green", HIGH: "yellow"}

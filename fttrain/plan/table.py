@@ -9,7 +9,7 @@ from fttrain.plan.choose import Verdict, room_bytes
 from fttrain.plan.cost import PART_TOKENS, Disk, cost, renting
 from fttrain.plan.memory import RankMemory
 from fttrain.rig.profile import RigProfile
-from fttrain.units import GIB, duration, gib
+from fttrain.util.units import GIB, duration, gib
 
 SHOWN = 24  # candidates
 NOT_AT_ONCE = "of these never there at once"

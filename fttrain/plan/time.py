@@ -13,7 +13,6 @@ A step is one in the middle of a run: what lies in slots where passes meet is no
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fttrain.errors import UserError
 from fttrain.plan.memory import Booked
 from fttrain.plan.work import (
     dequantisations,
@@ -27,6 +26,7 @@ from fttrain.rig.profile import CardProfile, CopyRates, RigProfile
 from fttrain.store.sharded import SLOTS
 from fttrain.strategy import parts, trained
 from fttrain.strategy.recipe import Plan
+from fttrain.util.errors import UserError
 
 BACKWARD_SHARE = 2 / 3  # of a layer's work that is no GEMM
 

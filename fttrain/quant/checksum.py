@@ -8,7 +8,7 @@ that change places change it too. It finds accidents; against intent the manifes
 import torch
 from torch import Tensor
 
-from fttrain.units import MIB
+from fttrain.util.units import MIB
 
 PIECE_WORDS = 2 * MIB // 8  # few enough for the cache of a CPU; a product is as large as its piece
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 KINDS = ("nf4", "fp4", "none")
 # From 2048 on bitsandbytes' CPU kernel falls back to a slow path.

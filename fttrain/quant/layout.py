@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fttrain.units import round_up
+from fttrain.util.units import round_up
 
 ALIGN_BYTES = 256  # a tensor starts where a CUDA kernel can read it vectorised
 FLAT_MULTIPLE_BYTES = math.lcm(*range(1, 9)) * ALIGN_BYTES

@@ -12,8 +12,8 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from fttrain.errors import UserError
 from fttrain.quant.config import QuantConfig
+from fttrain.util.errors import UserError
 
 # At once: bitsandbytes' CPU kernel takes 12 to 16 bytes of memory a weight while it quantises.
 PIECE_WEIGHTS = 1 << 20

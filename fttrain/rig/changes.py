@@ -3,11 +3,11 @@
 import psutil
 import torch
 
-from fttrain.errors import UserError
 from fttrain.rig import machine
 from fttrain.rig.probe import ranks_a_device
 from fttrain.rig.profile import RigProfile, kept_profile, load_profile
-from fttrain.units import GIB
+from fttrain.util.errors import UserError
+from fttrain.util.units import GIB
 
 SAME = 0.02  # memory that differs by no more: what a kernel or a driver keeps for itself
 WATCHED = ("torch", "driver")  # versions that rates depend on most

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer
 from fttrain.rig.timing import median_s
-from fttrain.units import MIB
+from fttrain.util.units import MIB
 
 COPY_BYTES = {"cuda": 512 * MIB, "cpu": 128 * MIB}  # far above any cache
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fttrain.dist import Group
 from fttrain.rig.profile import CopyRates
 from fttrain.rig.timing import elapsed_s, median_s
-from fttrain.units import MIB
+from fttrain.util.units import MIB
 
 COPY_BYTES = 256 * MIB
 COPIES = 8  # queued one after the other where directions or cards run beside each other

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fttrain.units import MIB
+from fttrain.util.units import MIB
 
 READ_BYTES = 1024 * MIB  # at most
 TEMPORARY_BYTES = 256 * MIB  # of a file that is made where there is none to read

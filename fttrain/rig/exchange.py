@@ -15,7 +15,7 @@ from torch import Tensor
 from fttrain import collectives
 from fttrain.collectives import Handle, Handles
 from fttrain.dist import Group
-from fttrain.units import round_up
+from fttrain.util.units import round_up
 
 # Values until the table begins anew: a prime, so no power of two shifts it onto itself
 PERIOD = 65521

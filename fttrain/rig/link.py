@@ -13,7 +13,7 @@ from fttrain.dist import Group
 from fttrain.rig import exchange
 from fttrain.rig.profile import COLLECTIVES, Sample
 from fttrain.rig.timing import LEAST, elapsed_s, repetitions
-from fttrain.units import KIB, MIB
+from fttrain.util.units import KIB, MIB
 
 LEAST_BYTES = 64 * KIB
 MOST_BYTES = {"cuda": 512 * MIB, "cpu": 64 * MIB}  # by device; it grows by factors of 4

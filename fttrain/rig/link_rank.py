@@ -12,7 +12,6 @@ import psutil
 import torch
 
 from fttrain.dist import Group
-from fttrain.errors import UserError
 from fttrain.joining import process_group
 from fttrain.launch import die_with_parent
 from fttrain.rig.card import beside_allocator_bytes
@@ -22,6 +21,7 @@ from fttrain.rig.probe import set_up_rank
 from fttrain.rig.topology import nvlink_bytes
 from fttrain.rig.transports import RUN, LinkJob
 from fttrain.track import counting
+from fttrain.util.errors import UserError
 
 
 def main(argument: str) -> int:

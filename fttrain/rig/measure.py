@@ -35,7 +35,7 @@ from fttrain.rig.profile import (
     card_of,
 )
 from fttrain.rig.transports import TRANSPORTS, measure_transport, transports
-from fttrain.units import GIB, gib
+from fttrain.util.units import GIB, gib
 
 Say = Callable[[str], None]
 BUSY = 0.3  # of the cores, in the minute before: above that others spoil what is measured

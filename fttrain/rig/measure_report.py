@@ -17,7 +17,7 @@ from fttrain.rig.profile import (
     algorithm_bytes_per_s,
     bus_bytes_per_s,
 )
-from fttrain.units import KIB, MIB, duration, gib
+from fttrain.util.units import KIB, MIB, duration, gib
 
 PLOT = "measure.png"
 NONE = "not available"

@@ -11,8 +11,8 @@ import psutil
 import torch
 
 from fttrain.dist import local_world_size, rank_from_environment
-from fttrain.errors import UserError
 from fttrain.rig.config import RigConfig
+from fttrain.util.errors import UserError
 
 CGROUPS = Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fttrain.data.cache import cache_root
-from fttrain.errors import UserError
+from fttrain.util.cache_dir import cache_root
+from fttrain.util.errors import UserError
 
 FILE_NAME = "rig_{ranks}.json"  # in the cache folder: fewer ranks never replace more
 OLD_FILE_NAME = "rig.json"  # of any number of ranks, where there is no other

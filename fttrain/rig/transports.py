@@ -25,7 +25,7 @@ import torch
 from fttrain.dist import Group
 from fttrain.launch import PARENT_PID, free_port
 from fttrain.rig.profile import LinkProfile, Sample
-from fttrain.units import MIB
+from fttrain.util.units import MIB
 
 RUN = "fttrain.train"  # what a process of a run has imported; by name, for it is far above
 START_S = 120.0  # for the imports, the first collective, and a slow first size

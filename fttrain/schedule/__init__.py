@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 KINDS = ("grouped", "one_f_one_b")
 

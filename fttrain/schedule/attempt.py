@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from fttrain.data.batch import MicroBatch
-from fttrain.errors import first_line
 from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
 from fttrain.rig.probe import is_out_of_memory
 from fttrain.schedule import layer_pass
 from fttrain.schedule.activations import Policies
 from fttrain.schedule.layer_pass import Work
+from fttrain.util.errors import first_line
 
 Dropout = Callable[[MicroBatch], DropoutKey | None]
 

@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from fttrain.collectives import Handle, Handles
 from fttrain.store import Traffic
 from fttrain.store.lane import Lane, copy, copy_lane
-from fttrain.units import round_up
+from fttrain.util.units import round_up
 
 UNDER_WAY = 2  # passes whose tensors stay on the device while they leave
 ALIGN_BYTES = 256  # of a tensor's start: what kernels like

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from fttrain.dist import Group, local_world_size
-from fttrain.errors import UserError
 from fttrain.rig.probe import available_host_bytes, free_device_bytes
-from fttrain.units import GIB, MIB, gib
+from fttrain.util.errors import UserError
+from fttrain.util.units import GIB, MIB, gib
 
 PROBE_BYTES = 256 * MIB  # copied to say how fast memory is that is not page-locked
 TELL_BYTES = 4 * GIB  # page-locking that much takes seconds: say what is going on

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from fttrain.collectives import Handle, all_gather
 from fttrain.dist import Group
-from fttrain.errors import UserError
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer
 from fttrain.quant.layout import FLAT_MULTIPLE_BYTES
 from fttrain.store import Traffic
 from fttrain.store.lane import Lane, collective_lane
 from fttrain.store.slots import Slots
+from fttrain.util.errors import UserError
 
 SLOTS = 2  # one computes, one fills
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fttrain.dist import Group
-from fttrain.errors import UserError
 from fttrain.model.decoder import Decoder
+from fttrain.util.errors import UserError
 
 
 def adapter_state(decoder: Decoder, group: Group) -> dict[str, Tensor]:

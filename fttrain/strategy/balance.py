@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from fttrain.errors import UserError
-from fttrain.units import gib
+from fttrain.util.errors import UserError
+from fttrain.util.units import gib
 
 ROOMY = 0.75  # of a device's free memory: up to here no stage counts as fuller than another
 

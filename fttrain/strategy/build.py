@@ -12,7 +12,6 @@ from fttrain.checkpoint.frozen_build import open_or_build
 from fttrain.checkpoint.frozen_cache import FrozenCache
 from fttrain.checkpoint.source import Source, load_config, quantisation_of
 from fttrain.dist import Group
-from fttrain.errors import UserError
 from fttrain.model import liger
 from fttrain.model.decoder import Architecture
 from fttrain.optim.optimizer import check_available
@@ -28,6 +27,7 @@ from fttrain.strategy.recipe import Plan, Recipe
 from fttrain.strategy.usage import explained
 from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.strategy.zero.settings import refuse_deepspeed_launch
+from fttrain.util.errors import UserError
 
 Show = Callable[[str], Progress]
 CAPABILITY, MAX_HEAD_DIM = (8, 0), 256  # of flash attention's kernels on a GPU

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from fttrain.errors import UserError
 from fttrain.model.config import (
     AUTO_KERNELS,
     KERNELS,
@@ -15,6 +14,7 @@ from fttrain.quant.config import QuantConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.zero.checks import check_placement, check_whole_weights, check_zero
 from fttrain.strategy.zero.config import DEEPSPEED, ZeroConfig
+from fttrain.util.errors import UserError
 
 # native strategy -> the schedule it runs with; every other pair is refused by name.
 SCHEDULES = {

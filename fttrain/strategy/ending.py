@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from fttrain.dist import Group
-from fttrain.errors import UserError
 from fttrain.store.verify import VerifiedStore
 from fttrain.strategy.protocol import Judge, OutOfMemory, StepStats
 from fttrain.strategy.sync import SyncStats
 from fttrain.strategy.update import Update
+from fttrain.util.errors import UserError
 
 
 class Ending:

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from fttrain.errors import UserError
 from fttrain.model.head import chunk_bytes, chunk_rows
 from fttrain.model.projection import (
     Projection,
@@ -18,6 +17,7 @@ from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.store import FrozenBase
 from fttrain.strategy.config import Placement
 from fttrain.strategy.recipe import Plan
+from fttrain.util.errors import UserError
 
 # What the books call each part.
 EMBEDDING, HEAD, QUANTISED_HEAD = "embedding", "head", "head in 4 bits"

@@ -20,7 +20,7 @@ from fttrain.store.verify import VerifiedStore
 from fttrain.strategy import trained
 from fttrain.strategy.ends import book_ends, load_ends
 from fttrain.strategy.recipe import Plan
-from fttrain.units import round_up
+from fttrain.util.units import round_up
 
 # What the books call each part.
 SLOTS, WEIGHTS = "layers in use", "dequantised weights"

@@ -7,11 +7,11 @@ from typing import Protocol
 from torch import Tensor
 
 from fttrain.data.batch import MicroBatch
-from fttrain.errors import UserError
 from fttrain.store import Traffic
 from fttrain.store.hostpool import Booking
 from fttrain.strategy.sync import SyncStats
 from fttrain.strategy.update import UpdateStats
+from fttrain.util.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.schedule import ScheduleConfig
 from fttrain.store.hostpool import HostPool
 from fttrain.strategy.config import Placement, StrategyConfig
-from fttrain.units import round_up
+from fttrain.util.units import round_up
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from fttrain.errors import UserError, first_line
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import is_out_of_memory, peak_host_bytes
 from fttrain.store.filling import LAYERS
 from fttrain.store.hostpool import Booking, largest
 from fttrain.strategy import ends, parts, trained
-from fttrain.units import GIB
+from fttrain.util.errors import UserError, first_line
+from fttrain.util.units import GIB
 
 KNOBS = {  # part on the device -> what makes it smaller
     LAYERS: "strategy=shard, stream or pipeline, or a smaller strategy.resident_layers",

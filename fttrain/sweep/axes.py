@@ -10,12 +10,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
-from fttrain import schema
 from fttrain.config import RunConfig, is_text, quoted, split_override
-from fttrain.errors import UserError
 from fttrain.options import groups, is_path, one_line, option_of, read_option_file
-from fttrain.secrets import is_secret, redact
 from fttrain.sweep.config import SweepConfig
+from fttrain.util import schema
+from fttrain.util.errors import UserError
+from fttrain.util.redact import is_secret, redact
 
 # Hydra's own keys that a sweep may set; everything else of Hydra would name files or code.
 HYDRA_GROUPS = ("hydra/sweeper", "hydra/sweeper/sampler", "hydra/launcher")

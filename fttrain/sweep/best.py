@@ -6,11 +6,11 @@ from typing import Any
 import yaml
 
 from fttrain.config import compose_values
-from fttrain.files import write_text
 from fttrain.sweep.config import Sweep
 from fttrain.sweep.objective import OBJECTIVES
 from fttrain.sweep.record import Record
 from fttrain.sweep.trial import NOT_SEARCHED, composing
+from fttrain.util.atomic_files import write_text
 
 FILE = "experiment/best.yaml"
 

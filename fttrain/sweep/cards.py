@@ -22,9 +22,9 @@ from omegaconf import DictConfig
 
 from fttrain import launch
 from fttrain.config import RunConfig
-from fttrain.errors import UserError
 from fttrain.rig.nvml import ask
 from fttrain.sweep.trial import Place
+from fttrain.util.errors import UserError
 
 NAME = "cards"
 # One rank, which is the trial's own process.

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from fttrain.checkpoint.claim import TRACES
 from fttrain.config import RunConfig, compose
-from fttrain.errors import UserError
 from fttrain.sweep.axes import Axis, combinations
 from fttrain.sweep.config import Sweep, SweepConfig
 from fttrain.sweep.record import Record, records
 from fttrain.sweep.trial import identity, told
 from fttrain.track import counting
+from fttrain.util.errors import UserError
 
 MANY = 30  # configurations to compose: from here on it takes seconds, and is shown
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fttrain.launch import PARENT_PID, killed_by
-from fttrain.secrets import redact
+from fttrain.util.redact import redact
 
 PROGRAM = (sys.executable, "-m", "fttrain")
 ERROR = "fttrain: error: "

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from fttrain.errors import UserError
 from fttrain.sweep.objective import OBJECTIVES
+from fttrain.util.errors import UserError
 
 PARALLEL = ("none", "cards")
 PRUNE = ("none", "median")

@@ -21,13 +21,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from fttrain.config import quoted
-from fttrain.errors import UserError
 from fttrain.options import one_line
-from fttrain.paths import conf_folder
 from fttrain.sweep import cards
 from fttrain.sweep.axes import Axis
 from fttrain.sweep.config import Sweep
 from fttrain.sweep.trial import EVERYWHERE, Place, run_trial
+from fttrain.util.errors import UserError
+from fttrain.util.paths import conf_folder
 
 EXTRAS = {
     "hydra/sweeper/optuna": "optuna",

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from fttrain.files import write_text
+from fttrain.util.atomic_files import write_text
 
 FILE = "trial.json"
 FINISHED = ("done", "pruned")  # such a trial is not run again

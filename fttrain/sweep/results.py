@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fttrain.files import write_text
 from fttrain.sweep.best import FILE as BEST
 from fttrain.sweep.best import write_best
 from fttrain.sweep.config import Sweep
@@ -18,7 +17,8 @@ from fttrain.sweep.plots import plot_parameters
 from fttrain.sweep.record import Record, keys_of, records, value_of
 from fttrain.track import read_metrics
 from fttrain.track.results import figures
-from fttrain.units import duration, gib
+from fttrain.util.atomic_files import write_text
+from fttrain.util.units import duration, gib
 
 ORDER = ("done", "pruned", "running", "interrupted", "failed")
 PLOT = "parameters.png"

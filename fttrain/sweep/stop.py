@@ -3,7 +3,6 @@ in this process, in others, or on another machine that sees the folder.
 """
 
 import contextlib
-import fcntl
 import os
 import signal
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from fttrain.checkpoint.claim import LOCK
 from fttrain.launch import Stops, handlers
+from fttrain.util.locks import is_locked
 
 FILE = ".stop"
 
@@ -57,8 +57,6 @@ def abandoned(folder: Path, host: str) -> bool:
     if os.uname().nodename != host:
         return False
     try:
-        with (folder / LOCK).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return not is_locked(folder / LOCK)
     except OSError:
         return False
-    return True

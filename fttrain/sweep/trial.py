@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fttrain.config import RunConfig, checked, compose_values, plain, quoted
-from fttrain.errors import UserError
 from fttrain.sweep import stop
 from fttrain.sweep.child import Child
 from fttrain.sweep.config import Sweep
 from fttrain.sweep.objective import OBJECTIVES
 from fttrain.sweep.prune import curve, hopeless, share_done
 from fttrain.sweep.record import FINISHED, Record, records, trial_name
+from fttrain.util.errors import UserError
 
 LOG = "train.log"
 WORST = math.inf  # what the search is told of a trial without a value

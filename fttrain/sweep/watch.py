@@ -13,7 +13,7 @@ from fttrain.sweep.config import Sweep
 from fttrain.sweep.record import FINISHED, Record, records
 from fttrain.sweep.results import summary, write_results
 from fttrain.track import read_metrics
-from fttrain.units import duration
+from fttrain.util.units import duration
 
 LOOK_S = 1.0  # between looks at the folders
 LINE_S = 10.0  # between lines of a trial that goes on

@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fttrain.errors import first_line
 from fttrain.track.base import Results, Tracker, plain
 from fttrain.track.metrics import Warn, to_stderr
+from fttrain.util.errors import first_line
 
 QUEUE_LENGTH = 1000  # steps that may wait for a slow tracker before new ones are dropped
 FINISH_S = 60.0  # how long the end of a run may wait for a tracker

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 KINDS = ("none", "wandb", "tensorboard")
 MODES = ("auto", "online", "offline")

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from fttrain.track.metrics import read_metrics
-from fttrain.units import GIB
+from fttrain.util.units import GIB
 
 Sample = tuple[int, list[dict[str, int]]]  # step; each rank's figures, in bytes
 CardSample = tuple[int, list[dict[str, float]]]  # step; the figures of each rank's card

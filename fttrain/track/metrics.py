@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fttrain.errors import UserError
 from fttrain.track.base import Tracker, plain
+from fttrain.util.errors import UserError
 
 Warn = Callable[[str], None]
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fttrain.units import gib
+from fttrain.util.units import gib
 
 FILE = "plan.json"
 COMPARED = ("figure", "predicted", "measured", "difference")

@@ -9,7 +9,7 @@ from typing import Any
 
 from fttrain.track.memory import CardSample, Sample
 from fttrain.track.results import smoothed
-from fttrain.units import GIB
+from fttrain.util.units import GIB
 
 SIZE = (8.0, 4.5)  # inches; each further panel is as high
 DEVICE_LINES = {  # figure of a rank -> (how it is called, how it is drawn)

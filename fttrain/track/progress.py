@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fttrain.track.base import Tracker, plain
-from fttrain.units import duration
+from fttrain.util.units import duration
 
 
 def progress(

@@ -18,15 +18,15 @@ from typing import Any
 
 import yaml
 
-from fttrain.errors import UserError
-from fttrain.files import write_text
 from fttrain.track.cards import cards_section
 from fttrain.track.memory import memory_section, read_samples
 from fttrain.track.metrics import read_metrics
 from fttrain.track.plan import plan_section
 from fttrain.track.plots import plot_loss, plot_memory, plot_rate
 from fttrain.track.results import held_out, holdout_nll, read_evaluation, series
-from fttrain.units import duration, gib
+from fttrain.util.atomic_files import write_text
+from fttrain.util.errors import UserError
+from fttrain.util.units import duration, gib
 
 REAL_FALL = 0.5  # nats per token that count as a real improvement
 LOSS_PLOT, RATE_PLOT, MEMORY_PLOT = "loss.png", "throughput.png", "memory.png"

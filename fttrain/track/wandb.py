@@ -22,11 +22,11 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from fttrain.errors import first_line
-from fttrain.secrets import redact
 from fttrain.track.background import FINISH_S, Background
 from fttrain.track.base import Results, TrackConfig, Tracker
 from fttrain.track.metrics import Warn, to_stderr
+from fttrain.util.errors import first_line
+from fttrain.util.redact import redact
 
 ID_FILE = "wandb_run_id"
 INIT_S = 30.0  # how long a server may take to answer before logging goes offline

@@ -19,9 +19,9 @@ from ranks import run_ranks
 from smoke import ROOT, smoke_run
 
 from fttrain.dist import Group
-from fttrain.errors import UserError
 from fttrain.joining import process_group
 from fttrain.strategy.usage import explained
+from fttrain.util.errors import UserError
 
 Module = Callable[[str], ModuleType]
 

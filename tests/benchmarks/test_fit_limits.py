@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 Module = Callable[[str], ModuleType]
 Figures = dict[str, Any]

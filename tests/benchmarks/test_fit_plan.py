@@ -11,7 +11,7 @@ from smoke import smoke_run
 
 from fttrain.plan.choose import judge
 from fttrain.rig.profile import CardProfile, CopyRates, HostProfile, LinkProfile, RigProfile, Sample
-from fttrain.units import GIB
+from fttrain.util.units import GIB
 
 Module = Callable[[str], ModuleType]
 SETTINGS = {"shape": "tiny", "ranks": 2, "cap_gib": 1.6, "seq_len": 64}

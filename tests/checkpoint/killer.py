@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from fttrain.checkpoint.adapter import AdapterInfo
-from fttrain.checkpoint.durable import flaw
-from fttrain.checkpoint.resume import Snapshot, find_snapshot, load_snapshot, save_snapshot
+from fttrain.checkpoint.resume import FORM, Snapshot, find_snapshot, load_snapshot, save_snapshot
+from fttrain.util.manifest import fault
 
 NAME = "model.layers.0.mlp.up_proj"
 
@@ -28,8 +28,7 @@ READS_ONLY = {
     "check",
     "_problem",
     "sha256",
-    "flaw",
-    "read_manifest",
+    "fault",
     "read_sealed",
     "_seal",
     "tensor_bytes",
@@ -112,7 +111,8 @@ def dies_before_line(number: int) -> Callable[..., Any]:
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal seen
         code = frame.f_code
-        ours = "fttrain/checkpoint" in code.co_filename or code.co_filename.endswith("shutil.py")
+        rooms = ("fttrain/checkpoint", "fttrain/util", "shutil.py")
+        ours = any(room in code.co_filename for room in rooms)
         if not ours or code.co_name in READS_ONLY:
             return None
         if event == "line":
@@ -146,7 +146,7 @@ def lines(folder: Path, case: str, stride: int) -> None:
         if number % 8 == 1:  # the next save clears up whatever was left
             save_snapshot(place, snapshot(step, 2), keep_last=1)
             assert os.listdir(place) == [f"step_{step:08d}"]
-            assert flaw(place / f"step_{step:08d}") is None
+            assert fault(place / f"step_{step:08d}", FORM) is None
         if not os.WIFSIGNALED(status):
             assert os.WEXITSTATUS(status) == 0
             break

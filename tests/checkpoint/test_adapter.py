@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fttrain.checkpoint.adapter import AdapterInfo, load_adapter, save_adapter
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 HIDDEN, MIDDLE, HEADS, KV_HEADS, LAYERS, R = 16, 24, 4, 2, 2, 3
 KV = HIDDEN // HEADS * KV_HEADS

@@ -19,13 +19,13 @@ from fttrain.checkpoint.frozen import check_head, check_quantisation, load_layer
 from fttrain.checkpoint.readers import SafetensorsReader, open_checkpoint
 from fttrain.checkpoint.source import Source, load_config, quantisation_of
 from fttrain.data.batch import collate
-from fttrain.errors import UserError
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture, Decoder
 from fttrain.model.projection import Table
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenLayer
 from fttrain.store.resident import ResidentStore
+from fttrain.util.errors import UserError
 
 LORA = LoraConfig(r=4)
 

@@ -18,7 +18,6 @@ import torch
 from ranks import become_rank, run_ranks
 from tiny_frozen import LAYERS, build, content, damage, truncate
 
-from fttrain.checkpoint import durable
 from fttrain.checkpoint.config import ModelConfig
 from fttrain.checkpoint.fingerprint import fingerprint
 from fttrain.checkpoint.frozen import load_layer
@@ -26,12 +25,14 @@ from fttrain.checkpoint.readers import open_checkpoint
 from fttrain.checkpoint.source import resolve
 from fttrain.cli import main
 from fttrain.dist import Group
-from fttrain.errors import UserError
 from fttrain.joining import process_group
 from fttrain.quant.checksum import checksum
 from fttrain.quant.config import QuantConfig
 from fttrain.strategy.build import frozen_base
-from fttrain.units import MIB
+from fttrain.util import atomic_files
+from fttrain.util.errors import UserError
+from fttrain.util.manifest import write_sealed
+from fttrain.util.units import MIB
 
 
 @pytest.fixture
@@ -107,10 +108,10 @@ def test_a_cache_of_another_base_is_refused(
         build(other, tmp_path).folder.rename(right.folder)
     else:
         build(model, tmp_path, quant=QuantConfig("fp4")).folder.rename(right.folder)
-    before = durable.sha256(right.path(0))
+    before = atomic_files.sha256(right.path(0))
     with pytest.raises(UserError, match=rf"manifest.json: of another frozen base .*other {key}\)"):
         build(model, tmp_path, verify=verify)
-    assert durable.sha256(right.path(0)) == before
+    assert atomic_files.sha256(right.path(0)) == before
 
 
 def test_files_of_another_base_do_not_count(model: Path, tmp_path: Path) -> None:
@@ -135,8 +136,8 @@ def killed_build(model: Path, root: Path, moment: str, quant: QuantConfig | None
         os.kill(os.getpid(), signal.SIGKILL)
 
     if moment == "writing":
-        sync = durable.sync
-        durable.sync = lambda path: kill() if path.name == "layer_002.bin" else sync(path)
+        sync = atomic_files.sync
+        atomic_files.sync = lambda path: kill() if path.name == "layer_002.bin" else sync(path)
     build(model, root, progress=lambda done, _: kill() if done == 3 else None, quant=quant)
 
 
@@ -180,20 +181,20 @@ def on_two_machines(model: Path, seconds: list[Path], root: Path) -> list[tuple[
 
 def built_by(group: Group, model: Path, root: Path) -> tuple[str, int]:
     wrote = []
-    replace = durable.replace
+    replace = atomic_files.replace
 
     def counted(path: Path, write: Callable[[Path], None]) -> None:
         if path.suffix == ".bin":
             wrote.append(path)
         replace(path, write)
 
-    durable.replace = counted
+    atomic_files.replace = counted
     try:
         return build(model, root, group).digest, len(wrote)
     except UserError as error:
         return str(error), len(wrote)
     finally:
-        durable.replace = replace
+        atomic_files.replace = replace
 
 
 def test_ranks_divide_the_work_and_fail_together(model: Path, tmp_path: Path) -> None:
@@ -301,7 +302,7 @@ def test_a_file_that_is_made_again_gets_a_record_of_its_own(model: Path, tmp_pat
     body = json.loads(manifest.read_text())
     del body["sha256"]
     body["files"]["layer_002"].update(sha256="0" * 64, checksum=1)
-    durable.write_sealed(manifest, body)
+    write_sealed(manifest, body)
     made: list[int] = []
     for _ in range(2):  # the second time there is nothing to make
         again = build(model, tmp_path, progress=lambda _, total: made.append(total), verify=True)

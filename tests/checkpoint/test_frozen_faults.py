@@ -14,9 +14,9 @@ import tiny_frozen
 import torch
 from tiny_frozen import LAYERS, build, truncate
 
-from fttrain.checkpoint import durable
 from fttrain.cli import main
-from fttrain.errors import UserError
+from fttrain.util import atomic_files
+from fttrain.util.errors import UserError
 
 UNREADABLE = "/proc/self/mem"  # opens, and then reading it is EIO, as of a bad sector
 
@@ -71,10 +71,10 @@ def test_a_disk_that_fills_up_is_one_line_and_the_build_goes_on(
 ) -> None:
     """File systems that allocate late tell a full disk at fsync."""
     digest = build(model, tmp_path / "other").digest
-    sync = durable.sync
+    sync = atomic_files.sync
     with monkeypatch.context() as patched:
         patched.setattr(
-            durable, "sync", lambda path: full(path) if path.name == file else sync(path)
+            atomic_files, "sync", lambda path: full(path) if path.name == file else sync(path)
         )
         with pytest.raises(UserError, match=r"^frozen cache .*No space left.*cache_dir") as told:
             build(model, tmp_path)
@@ -91,14 +91,14 @@ def test_a_disk_that_fills_up_is_one_line_and_the_build_goes_on(
 def test_a_full_disk_while_verifying_leaves_the_cache_whole(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digest, write = build(model, tmp_path).digest, durable.write_bytes
+    digest, write = build(model, tmp_path).digest, atomic_files.write_bytes
 
     def half(path: Path, data: bytes) -> None:
         write(path, data[: len(data) // 2])
         full(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(durable, "write_bytes", half)
+        patched.setattr(atomic_files, "write_bytes", half)
         with pytest.raises(UserError, match="No space left"):
             build(model, tmp_path, verify=True)
     made: list[int] = []

@@ -16,15 +16,15 @@ import pytest
 import tiny
 import tiny_files
 
-from fttrain.checkpoint import durable
 from fttrain.checkpoint.config import ModelConfig
 from fttrain.checkpoint.frozen_build import open_or_build
 from fttrain.checkpoint.frozen_cache import FrozenCache
 from fttrain.checkpoint.source import load_config, load_tokenizer, resolve
 from fttrain.dist import Group
-from fttrain.errors import UserError
 from fttrain.quant.config import QuantConfig
 from fttrain.strategy.build import frozen_base
+from fttrain.util import atomic_files
+from fttrain.util.errors import UserError
 
 ALONE = Group(0, 1, 0, tiny.CPU)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -199,7 +199,7 @@ def test_the_room_that_is_asked_for_is_what_is_needed(
     (hub.folder / "consolidated.safetensors").write_bytes(bytes(5_000_000))  # never fetched
     weights = sorted(path.stat().st_size for path in hub.folder.glob("model*.safetensors"))
     cache_bytes = build(str(hub.folder), tmp_path / "local").size_bytes
-    needed = cache_bytes + sum(weights[-2:]) + durable.SLACK_BYTES
+    needed = cache_bytes + sum(weights[-2:]) + atomic_files.SLACK_BYTES
     usage, free = shutil.disk_usage(tmp_path), needed - 1
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
     with pytest.raises(UserError, match=rf"{needed:,} bytes needed, {free:,} free"):

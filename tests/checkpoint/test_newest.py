@@ -15,8 +15,8 @@ from fttrain.checkpoint.course import leave
 from fttrain.checkpoint.newest import newest_snapshot, wanted_snapshot
 from fttrain.checkpoint.resume import Snapshot, load_snapshot, save_snapshot
 from fttrain.dist import Group
-from fttrain.errors import UserError
 from fttrain.joining import divided
+from fttrain.util.errors import UserError
 
 CPU = torch.device("cpu")
 # Steps of the snapshots that the first and the second machine have; which of them is taken

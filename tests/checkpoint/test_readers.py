@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fttrain.checkpoint.readers import GgufReader, Reader, SafetensorsReader, open_checkpoint
 from fttrain.checkpoint.source import Source
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 
 def assert_holds(reader: Reader, source: PreTrainedModel) -> None:

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from fttrain.checkpoint import durable
 from fttrain.checkpoint.adapter import AdapterInfo, load_adapter
 from fttrain.checkpoint.config import CheckpointConfig
 from fttrain.checkpoint.resume import (
+    FORM,
     Snapshot,
     claim_output,
     find_snapshot,
     load_snapshot,
     save_snapshot,
 )
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 KILLER = Path(__file__).with_name("killer.py")
 FILES = (
@@ -159,7 +159,7 @@ def test_falls_back_to_the_newest_whole_one(file: str, damage: str, tmp_path: Pa
 def test_a_later_format_is_refused_by_its_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(durable.FORMAT, "version", 2)
+    monkeypatch.setitem(FORM, "version", 2)
     path = save_snapshot(tmp_path, snapshot(1))
     monkeypatch.undo()
     with pytest.raises(UserError, match="version 2; this program reads 1"):
@@ -271,7 +271,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_resume import UserError, assert_equal, snapshot
 from test_resume import find_snapshot, load_snapshot, save_snapshot
-from fttrain.checkpoint import durable
+from fttrain.util import atomic_files
 folder = Path(sys.argv[1])
 save_snapshot(folder, snapshot(1, size=8))
 {limit}
@@ -287,7 +287,9 @@ save_snapshot(folder, snapshot(3, size=8))
 """
 NO_LIMIT = ""
 FILE_LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"
-BLIND = "durable.shutil.disk_usage = lambda place: __import__('types').SimpleNamespace(free=10**12)"
+BLIND = (
+    "atomic_files.shutil.disk_usage = lambda _: __import__('types').SimpleNamespace(free=10**12)"
+)
 
 
 def full_disk(limit: str, folder: Path, *prefix: str) -> str:

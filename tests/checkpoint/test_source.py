@@ -19,7 +19,7 @@ from fttrain.checkpoint.source import (
     resolve,
 )
 from fttrain.cli import main
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 
 def config(path: Path | str, **settings: Any) -> ModelConfig:

@@ -13,7 +13,7 @@ from fttrain.checkpoint import whole
 from fttrain.checkpoint.resume import Snapshot, load_snapshot, save_snapshot
 from fttrain.checkpoint.source import Source
 from fttrain.checkpoint.whole import load_weights, save_model
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_tied"])

@@ -10,10 +10,10 @@ import pytest
 
 from fttrain import __version__, cli
 from fttrain.config import RunConfig
-from fttrain.errors import UserError
 from fttrain.options import groups
-from fttrain.schema import keys_of, lookup
 from fttrain.sweep.config import SweepConfig
+from fttrain.util.errors import UserError
+from fttrain.util.schema import keys_of, lookup
 
 
 @pytest.fixture

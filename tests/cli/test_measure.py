@@ -18,7 +18,7 @@ from fttrain.quant.config import QuantConfig
 from fttrain.rig.machine import identity
 from fttrain.rig.profile import COLLECTIVES, load_profile
 from fttrain.rig.transports import TRANSPORTS
-from fttrain.units import MIB
+from fttrain.util.units import MIB
 
 
 def measure(folder: Path, *settings: str) -> "subprocess.CompletedProcess[str]":

@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 from fttrain.data.chat import FIXED_DATE, Chat, load_template
 from fttrain.data.encode import Encoder
 from fttrain.data.records import BadRow
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 Messages = list[dict[str, str]]
 

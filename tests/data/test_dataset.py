@@ -11,7 +11,7 @@ import pytest
 from fttrain.data.batch import IGNORE
 from fttrain.data.config import DataConfig
 from fttrain.data.dataset import Dataset, prepare
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 

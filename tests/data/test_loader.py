@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from fttrain.data.loader import Loader, evaluation_batches
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 
 class Numbered:

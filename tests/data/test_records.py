@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fttrain.data.records import BadRow, Source, file_source, hub_source
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 ROWS = [
     {"prompt": "What?", "completion": "It\u2028is\n日本"},
@@ -188,7 +188,7 @@ def test_the_hub_is_read_through_datasets(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_hub_without_a_network_is_one_line() -> None:
     code = (
         "from fttrain.data.records import hub_source\n"
-        "from fttrain.errors import UserError\n"
+        "from fttrain.util.errors import UserError\n"
         "try:\n    hub_source('no-such-owner/no-such-data', 'train')\n"
         "except UserError as error:\n    print(error)"
     )

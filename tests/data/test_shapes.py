@@ -4,7 +4,7 @@ import pytest
 
 from fttrain.data.records import BadRow
 from fttrain.data.shapes import detect, shape_of, to_example
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 QA = (("user", "Q"), ("assistant", "A"))
 SYSTEM = ("system", "S")

@@ -11,7 +11,7 @@ import pytest
 
 from fttrain.doctor import host
 from fttrain.doctor.finding import OK, WARNING
-from fttrain.units import MIB
+from fttrain.util.units import MIB
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from fttrain.model.attention_op import (
     varlen_attention,
     varlen_attention_backward,
 )
-from fttrain.units import KIB
+from fttrain.util.units import KIB
 
 CASES = {  # documents, window
     "one": ([24], 0),

@@ -6,10 +6,10 @@ import pytest
 import tiny
 import torch
 
-from fttrain.errors import UserError
 from fttrain.model.config import LoraConfig
 from fttrain.model.families import FAMILIES, family_of
 from fttrain.quant.config import QuantConfig
+from fttrain.util.errors import UserError
 
 LORA = LoraConfig(r=4, lora_alpha=10)
 QUANTS = {

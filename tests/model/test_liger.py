@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fttrain.data.batch import collate
-from fttrain.errors import UserError
 from fttrain.model import functions, liger, rows
 from fttrain.model.config import AUTO_KERNELS, LIGER_KERNELS, LoraConfig
 from fttrain.plan.live import LiveBytes
+from fttrain.util.errors import UserError
 
 pytestmark = pytest.mark.liger
 EPS = 1e-5

@@ -9,12 +9,12 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 
-from fttrain.errors import UserError
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture
 from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.model.lora import GroupMembers, target_indices
 from fttrain.quant.frozen_layer import GroupShape
+from fttrain.util.errors import UserError
 
 GROUPS = (
     GroupMembers(GroupShape("qkv", 8, (8, 4, 4)), ("a.q_proj", "a.k_proj", "a.v_proj")),

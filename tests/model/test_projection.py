@@ -14,7 +14,7 @@ from fttrain.model.projection import (
     tiled_format,
 )
 from fttrain.quant.config import QuantConfig
-from fttrain.units import MIB
+from fttrain.util.units import MIB
 
 CPU = torch.device("cpu")
 VOCABULARY, WIDTH, TOKENS = 300, 128, 7

@@ -13,8 +13,8 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from fttrain.errors import UserError
 from fttrain.optim.config import OptimConfig, learning_rate
+from fttrain.util.errors import UserError
 
 TOTAL = 50
 

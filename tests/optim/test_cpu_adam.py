@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fttrain.errors import UserError
 from fttrain.optim.config import OptimConfig
 from fttrain.optim.cpu_adam import CpuAdam, build_folder
 from fttrain.optim.flat import Section
 from fttrain.optim.optimizer import Optimizer
+from fttrain.util.errors import UserError
 
 SIZES = ((9001, 5003), (600, 40))  # values of each layer, and of its A's; no multiple of a register
 STEPS = 20
@@ -110,7 +110,7 @@ def test_where_deepspeed_is_missing_it_is_refused(monkeypatch: pytest.MonkeyPatc
 
 CHOSEN = """
 import sys, torch
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 from fttrain.optim.config import OptimConfig
 from fttrain.optim.cpu_adam import CpuAdam
 OptimConfig(kind="deepspeed_cpu_adam", offload=True)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fttrain.errors import UserError
 from fttrain.optim import config as optim_config
 from fttrain.optim.config import OptimConfig
 from fttrain.optim.flat import FlatLayout, Portion, Section
 from fttrain.optim.optimizer import Optimizer, moment_bytes
+from fttrain.util.errors import UserError
 
 ON_THE_HOST = "deepspeed_cpu_adam"
 KINDS = [

@@ -8,7 +8,6 @@ import tiny
 import tiny_cpu_rig
 import tiny_strategy
 
-from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.plan import auto
 from fttrain.plan.auto import Question, answer, check_fits, ranked
@@ -16,6 +15,7 @@ from fttrain.plan.choose import Verdict, candidates, choose, judge
 from fttrain.rig.profile import RigProfile
 from fttrain.strategy.config import POLICIES
 from fttrain.strategy.recipe import Recipe, StepSize
+from fttrain.util.errors import UserError
 
 A = Architecture(tiny.model(num_hidden_layers=4).config)
 RECIPE = replace(tiny_strategy.variant(), size=StepSize(1, 64, 1))

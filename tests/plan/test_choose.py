@@ -18,7 +18,7 @@ from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.config import StrategyConfig
 from fttrain.strategy.recipe import StepSize
 from fttrain.strategy.usage import WORKSPACE
-from fttrain.units import gib
+from fttrain.util.units import gib
 
 ONE_F_ONE_B = ScheduleConfig("all", "one_f_one_b")
 

@@ -8,10 +8,10 @@ from typing import Any
 import psutil
 import pytest
 
-from fttrain.errors import UserError
 from fttrain.plan.rigs import find_rig, shipped
 from fttrain.rig import machine
 from fttrain.rig.profile import CardProfile, Measured, RigProfile, profile_path
+from fttrain.util.errors import UserError
 
 
 @pytest.mark.parametrize("name", shipped())

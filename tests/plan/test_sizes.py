@@ -25,7 +25,7 @@ from fttrain.plan.sizes_table import show
 from fttrain.store.filling import LAYERS
 from fttrain.strategy import ends, parts, trained
 from fttrain.strategy.usage import WORKSPACE
-from fttrain.units import GIB
+from fttrain.util.units import GIB
 
 KNOWN = {  # billions of parameters, as model cards have them
     "Llama-2-7B": 6.74,

@@ -7,7 +7,6 @@ import pytest
 import tiny
 import tiny_strategy
 
-from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.plan import memory
 from fttrain.plan.time import StepTime, step_time, update_bytes
@@ -22,6 +21,7 @@ from fttrain.rig.profile import (
 )
 from fttrain.strategy import trained
 from fttrain.strategy.recipe import Recipe, StepSize
+from fttrain.util.errors import UserError
 
 LAYERS, ROWS, SEQ_LEN, ACCUMULATION = 6, 2, 64, 4
 TOKENS = ROWS * SEQ_LEN

@@ -6,10 +6,10 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from fttrain.errors import UserError
 from fttrain.quant import scheme
 from fttrain.quant.config import BLOCKSIZES, QuantConfig
 from fttrain.quant.scheme import QuantisedWeight, dequantise, dequantise_scales, quantise
+from fttrain.util.errors import UserError
 
 
 def weight(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

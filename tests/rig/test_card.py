@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fttrain.rig import card
-from fttrain.units import MIB
+from fttrain.util.units import MIB
 
 TOTAL = 24 * 1024 * MIB
 

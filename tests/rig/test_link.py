@@ -16,7 +16,7 @@ from fttrain.dist import Group
 from fttrain.rig import exchange
 from fttrain.rig.link import LEAST_BYTES, WrongResult, gradients_s, measure_link, plan
 from fttrain.rig.profile import COLLECTIVES
-from fttrain.units import KIB, MIB
+from fttrain.util.units import KIB, MIB
 
 TRUE_BYTES = {"all_reduce": 100_001, "all_gather": 3 * MIB}
 ODD_BYTES = 262_147  # no whole number of values, or of parts

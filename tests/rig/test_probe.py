@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from fttrain.errors import UserError
 from fttrain.rig.config import RigConfig
 from fttrain.rig.probe import free_device_bytes, is_out_of_memory, peak_host_bytes, set_up
+from fttrain.util.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from fttrain.errors import UserError
 from fttrain.rig.profile import (
     CardProfile,
     CopyRates,
@@ -18,6 +17,7 @@ from fttrain.rig.profile import (
     bus_bytes_per_s,
     load_profile,
 )
+from fttrain.util.errors import UserError
 
 LINK = LinkProfile("default", "NVLink", 2, {"all_gather": (Sample(1000, 1e-3), Sample(5000, 3e-3))})
 PROFILE = RigProfile(

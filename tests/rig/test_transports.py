@@ -10,7 +10,7 @@ import torch
 from fttrain.dist import Group
 from fttrain.rig import link_rank, transports
 from fttrain.rig.transports import TRANSPORTS, LinkJob, Transport, carriers, is_as_asked
-from fttrain.units import MIB
+from fttrain.util.units import MIB
 
 CPU = torch.device("cpu")
 BY_NAME = {transport.name: transport for transport in TRANSPORTS}

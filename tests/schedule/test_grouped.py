@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fttrain.data.batch import IGNORE, MicroBatch, collate
-from fttrain.errors import UserError
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
 from fttrain.quant.config import QuantConfig
 from fttrain.schedule import ScheduleConfig, grouped, layer_pass
 from fttrain.schedule.activations import Keep, Policy, Recompute
+from fttrain.util.errors import UserError
 
 LORA = LoraConfig(r=4, lora_alpha=10)
 DROPOUT = LoraConfig(r=4, lora_alpha=10, lora_dropout=0.25)

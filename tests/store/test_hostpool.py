@@ -11,9 +11,9 @@ import torch.distributed
 from ranks import run_ranks
 
 import fttrain.store.hostpool
-from fttrain.errors import UserError
 from fttrain.store.hostpool import HostPool, Memory
-from fttrain.units import GIB
+from fttrain.util.errors import UserError
+from fttrain.util.units import GIB
 
 SIZE = 1000
 

@@ -6,9 +6,9 @@ import tiny_strategy
 import torch
 from ranks import run_ranks
 
-from fttrain.errors import UserError
 from fttrain.store import Traffic
 from fttrain.store.sharded import SLOTS, ShardedStore, shard_bytes
+from fttrain.util.errors import UserError
 
 LAYERS = 5
 ORDERS = [*tiny_store.walks(LAYERS, 12), [3, 1], [3, 1], [2]]

@@ -8,8 +8,8 @@ import tiny_strategy
 import torch
 from ranks import run_ranks
 
-from fttrain.errors import UserError
 from fttrain.strategy.adapters import assemble, load_adapter_state, part_of
+from fttrain.util.errors import UserError
 
 
 def stage(layers: range) -> Any:

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from fttrain.errors import UserError
 from fttrain.strategy.balance import ROOMY, balance
-from fttrain.units import GIB
+from fttrain.util.errors import UserError
+from fttrain.util.units import GIB
 
 
 def fullest(

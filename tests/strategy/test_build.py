@@ -8,9 +8,9 @@ import tiny_strategy
 import torch
 
 from fttrain.dist import Group
-from fttrain.errors import UserError
 from fttrain.model.decoder import Architecture
 from fttrain.strategy.build import Blueprint
+from fttrain.util.errors import UserError
 
 CARD = Group(0, 1, 0, torch.device("cuda", 0))
 

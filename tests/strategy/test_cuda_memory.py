@@ -15,7 +15,7 @@ from fttrain.data.batch import MicroBatch, collate
 from fttrain.dist import Group
 from fttrain.strategy.protocol import OutOfMemory
 from fttrain.strategy.recipe import StepSize
-from fttrain.units import MIB
+from fttrain.util.units import MIB
 
 pytestmark = pytest.mark.cuda
 # Short documents: of longer ones flash attention's backward adds in any order. All together they

@@ -8,7 +8,7 @@ import tiny_strategy
 import torch
 from ranks import run_ranks
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 # name -> (strategy, layer that is damaged on rank 1, ranks that see it)
 KEPT: dict[str, tuple[dict[str, Any], int, list[int]]] = {

@@ -11,7 +11,6 @@ import tiny_strategy
 
 from fttrain.config import compose
 from fttrain.dist import Group
-from fttrain.errors import UserError
 from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.schedule import ScheduleConfig
@@ -20,6 +19,7 @@ from fttrain.strategy.config import Placement, StrategyConfig, check_trained
 from fttrain.strategy.recipe import Plan, StepSize
 from fttrain.strategy.zero.config import ZeroConfig
 from fttrain.strategy.zero.settings import Settings, refuse_deepspeed_launch, resolve
+from fttrain.util.errors import UserError
 
 ACCELERATE = "ACCELERATE_DEEPSPEED_"
 OPTIM = OptimConfig(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=0.5)

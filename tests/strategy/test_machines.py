@@ -19,9 +19,9 @@ from ranks import run_ranks
 
 from fttrain.data.batch import MicroBatch, collate
 from fttrain.dist import Group
-from fttrain.errors import UserError
 from fttrain.joining import divided
 from fttrain.strategy.recipe import Recipe
+from fttrain.util.errors import UserError
 
 RANKS, HERE = 4, 2
 STEPS = 2

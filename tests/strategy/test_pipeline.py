@@ -9,7 +9,6 @@ import tiny_strategy
 import torch
 
 from fttrain.dist import Group
-from fttrain.errors import UserError
 from fttrain.model import head as head_module
 from fttrain.model.head import Head
 from fttrain.model.projection import Projection, QuantisedTable, Table, tiled_format
@@ -18,6 +17,7 @@ from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer
 from fttrain.store.hostpool import HostPool
 from fttrain.strategy.pipeline import fixed_bytes
 from fttrain.strategy.recipe import Plan
+from fttrain.util.errors import UserError
 
 STAGES = 3
 TABLE_BYTES = 300 * 64 * 4

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from fttrain.errors import UserError
 from fttrain.strategy.config import StrategyConfig
+from fttrain.util.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ import tiny
 import tiny_strategy
 
 from fttrain.data.batch import collate
-from fttrain.errors import UserError
 from fttrain.optim.config import OptimConfig
 from fttrain.schedule import KINDS, ScheduleConfig, layer_pass
 from fttrain.store.hostpool import HostPool
 from fttrain.strategy import parts
 from fttrain.strategy.config import SCHEDULES, Placement, StrategyConfig, check_together
 from fttrain.strategy.recipe import Plan, StepSize
+from fttrain.util.errors import UserError
 
 
 @pytest.mark.parametrize(("strategy", "kind"), list(itertools.product(SCHEDULES, KINDS)))

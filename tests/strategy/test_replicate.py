@@ -261,7 +261,7 @@ def test_state_goes_on_bit_for_bit() -> None:
 
 
 def test_foreign_adapters_are_refused() -> None:
-    from fttrain.errors import UserError
+    from fttrain.util.errors import UserError
 
     trained = strategy()
     state = {n: t.clone() for n, t in trained.adapter_state().items()}

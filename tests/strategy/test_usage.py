@@ -5,12 +5,12 @@ import tiny
 import tiny_strategy
 import torch
 
-from fttrain.errors import UserError
 from fttrain.rig.probe import peak_host_bytes
 from fttrain.store.hostpool import Booking
 from fttrain.strategy import usage
 from fttrain.strategy.usage import Use, explained, table, uses
-from fttrain.units import GIB
+from fttrain.util.errors import UserError
+from fttrain.util.units import GIB
 
 BOOKINGS = [
     Booking("head", GIB, "shared"),

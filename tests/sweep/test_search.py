@@ -3,11 +3,11 @@
 import pytest
 import yaml
 
-from fttrain import schema
 from fttrain.options import groups
-from fttrain.paths import conf_folder
 from fttrain.sweep import axes, check, multirun
 from fttrain.sweep.config import SweepConfig
+from fttrain.util import schema
+from fttrain.util.paths import conf_folder
 
 
 def test_the_defaults_are_those_of_the_code_and_commented() -> None:

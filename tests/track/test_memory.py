@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from fttrain.errors import UserError
 from fttrain.track import TrackConfig, open_trackers, plots
 from fttrain.track.memory import memory_section, read_samples
+from fttrain.util.errors import UserError
 
 GIB = 1024**3
 

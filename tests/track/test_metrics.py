@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fttrain.errors import UserError
 from fttrain.track import MetricsFile, read_metrics
+from fttrain.util.errors import UserError
 
 
 def strict(text: str) -> list[dict[str, Any]]:

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from fttrain.cli.report import run
-from fttrain.errors import UserError
 from fttrain.track.metrics import read_metrics
 from fttrain.track.report import verdict, write_report
 from fttrain.track.results import held_out
+from fttrain.util.errors import UserError
 
 SAMPLE = {
     "prompt": "What does `textwrap.dedent` do?",

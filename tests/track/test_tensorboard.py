@@ -9,9 +9,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fttrain.config import compose
-from fttrain.errors import UserError
 from fttrain.track import Results, Table, TrackConfig
 from fttrain.track.tensorboard import open_tensorboard
+from fttrain.util.errors import UserError
 
 CONFIG = {"optim": {"lr": 1e-4, "offload": False}, "model": {"name": "tiny"}, "output": None}
 

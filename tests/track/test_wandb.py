@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from fttrain.errors import UserError
 from fttrain.track import TrackConfig, Trackers
 from fttrain.track.wandb import choose_mode, has_login
+from fttrain.util.errors import UserError
 
 STAND_IN = """
 import json, os, sys, time

@@ -5,9 +5,9 @@ A family joins the table only with a test that compares its logits and gradients
 
 from transformers import PretrainedConfig
 
-from fttrain.errors import UserError
 from fttrain.model.families import llama, mistral, qwen2, qwen3
 from fttrain.model.families.family import Family
+from fttrain.util.errors import UserError
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family

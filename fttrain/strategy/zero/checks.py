@@ -4,12 +4,12 @@ import importlib.util
 from dataclasses import fields
 from typing import Any
 
-from fttrain.errors import UserError
 from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.config import QuantConfig
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.zero.config import DEEPSPEED
+from fttrain.util.errors import UserError
 
 
 def check_whole_weights(strategy: str, lora: LoraConfig, quant: QuantConfig) -> None:

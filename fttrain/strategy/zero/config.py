@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 DEEPSPEED = "deepspeed"
 DEFAULT_STAGE = 2

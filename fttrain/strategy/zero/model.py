@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from fttrain.data.batch import MicroBatch
-from fttrain.errors import UserError
 from fttrain.model.attention_op import NAME as ATTENTION
 from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.model.linears import DropoutKey, dropout_mask
@@ -28,6 +27,7 @@ from fttrain.store.filling import Progress
 from fttrain.strategy.recipe import Plan
 from fttrain.strategy.zero.head import LossHead
 from fttrain.strategy.zero.linear4bit import linear4bit
+from fttrain.util.errors import UserError
 
 Done = Callable[[nn.Module], None]  # told of each part of the model once its weights are there
 ADAPTER = "default"  # PEFT's name of the one adapter

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fttrain.errors import UserError
 from fttrain.launch_files import DEEPSPEED_VARIABLES
 from fttrain.strategy.recipe import Plan, Recipe
 from fttrain.strategy.zero.checks import shown
 from fttrain.strategy.zero.config import DEFAULT_STAGE
 from fttrain.strategy.zero.user_json import AUTO, UserJson, read
+from fttrain.util.errors import UserError
 
 STAGE, FILE = "zero_stage", "deepspeed_config_file"  # keys of a launch file's deepspeed_config
 STEPS, CLIPPING = "gradient_accumulation_steps", "gradient_clipping"

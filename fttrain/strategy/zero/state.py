@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fttrain.errors import UserError
 from fttrain.strategy import adapters
 from fttrain.strategy.recipe import Plan, Recipe
 from fttrain.strategy.zero import model
 from fttrain.strategy.zero.engine import MOMENTS, Engine, Trained
+from fttrain.util.errors import UserError
 
 
 def parameter_groups(trained: Trained, recipe: Recipe) -> list[dict[str, Any]]:

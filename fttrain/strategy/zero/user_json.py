@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fttrain.errors import UserError
-from fttrain.schema import nearest
+from fttrain.util.errors import UserError
+from fttrain.util.schema import nearest
 
 AUTO = "auto"
 # Sections, and of each the keys that are honoured; those of "" stand alone.

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
 T = TypeVar("T")
 _NO = object()  # "this value does not fit"

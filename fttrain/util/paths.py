@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def conf_folder() -> Path:

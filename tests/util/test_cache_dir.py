@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fttrain.data.cache import cache_root, fault, load_or_build
-from fttrain.errors import UserError
+from fttrain.util.cache_dir import FORM, cache_root, load_or_build
+from fttrain.util.errors import UserError
+from fttrain.util.manifest import fault
 
 
 def build(folder: Path) -> None:
@@ -45,10 +46,10 @@ def test_a_whole_folder_is_not_built_again(tmp_path: Path) -> None:
         raise AssertionError("built again")
 
     folder = load_or_build(tmp_path, "key", build)
-    assert fault(folder) is None
+    assert fault(folder, FORM) is None
     assert load_or_build(tmp_path, "key", never) == folder
     (folder / "values").write_bytes(b"wholE")
-    assert fault(folder) == "values is damaged"
+    assert fault(folder, FORM) == "values is damaged (its SHA-256 differs)"
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:

@@ -1,18 +1,16 @@
 """A folder made once, whoever asks first, and verified before each use."""
 
-import fcntl
-import hashlib
-import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from fttrain.errors import UserError
+from fttrain.util.errors import UserError
+from fttrain.util.locks import locked
+from fttrain.util.manifest import fault, seal_folder
 
-MANIFEST = "manifest.json"
+FORM = {"format": "fttrain-cache", "version": 1}
 _log = logging.getLogger(__name__)
 
 
@@ -26,7 +24,7 @@ def cache_root(cache_dir: str | None) -> Path:
 def find(root: Path, key: str, kind: str = "data") -> Path | None:
     """The folder ``root/kind/key``, if it is there and whole."""
     folder = root / kind / key
-    return folder if fault(folder) is None else None
+    return folder if fault(folder, FORM) is None else None
 
 
 def load_or_build(
@@ -44,12 +42,12 @@ def load_or_build(
     ``setting`` is what puts ``root`` elsewhere.
     """
     folder = root / kind / key
-    if fault(folder) is None:
+    if fault(folder, FORM) is None:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f"{key}.lock")):
-            found = fault(folder)
+            found = fault(folder, FORM)
             if found is None:
                 return folder
             if folder.exists():
@@ -60,7 +58,7 @@ def load_or_build(
             building.mkdir()
             try:
                 build(building)
-                _seal(building)
+                seal_folder(building, FORM)
                 building.rename(folder)
             except BaseException:
                 shutil.rmtree(building, ignore_errors=True)
@@ -72,45 +70,3 @@ def load_or_build(
             "folder with room that you may write to"
         ) from None
     return folder
-
-
-def fault(folder: Path) -> str | None:
-    """What is wrong with a cached folder, or None when every file is as it was written."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        for name, digest in manifest.items():
-            if _digest(folder / name) != digest:
-                return f"{name} is damaged"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, AttributeError, TypeError):
-        return "it cannot be read"
-    return None
-
-
-def _seal(folder: Path) -> None:
-    """Writes the manifest, last, once the other files are on the disk."""
-    digests = {}
-    for file in sorted(folder.iterdir()):
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
-        digests[file.name] = _digest(file)
-    with open(folder / MANIFEST, "w", encoding="utf-8") as stream:
-        json.dump(digests, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Waits for the lock of the file ``path`` and holds it; the system lets go of it when the
-    process dies.
-    """
-    with open(path, "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

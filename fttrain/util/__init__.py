@@ -1,0 +1,1 @@
+"""Errors, units, paths, locks, files: what every room may use."""
