@@ -107,7 +107,7 @@ def _run_rank(job_file: str) -> None:
     job = common.read_job(job_file)
     import torch
 
-    from fttrain.joining import process_group
+    from fttrain.distributed.process_group import process_group
     from fttrain.rig.config import RigConfig
     from fttrain.rig.probe import set_up
 

@@ -21,7 +21,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from fttrain.launch import PARENT_PID, die_with_parent, free_port, supervise
+from fttrain.launcher.launch import PARENT_PID, die_with_parent, free_port, supervise
 from fttrain.util.units import duration, gib
 
 STACK = ("torch", "transformers", "bitsandbytes")  # what every side needs: not held against any

@@ -41,7 +41,7 @@ from harness.fit_rank import OUT_OF_MEMORY, REFUSED, reason, run_rank
 from harness.fit_report import CARD_GIB, show
 from harness.fit_sides import SHAPES, Side, chosen_sides, usual_sides
 
-from fttrain.launch_files import read_env
+from fttrain.launcher.accelerate_yaml import read_env
 from fttrain.rig.config import BACKENDS
 from fttrain.util.errors import UserError
 from fttrain.util.paths import launch_folder

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fttrain.checkpoint.config import CheckpointConfig, FrozenConfig, ModelConfig
 from fttrain.data.config import DataConfig
-from fttrain.launch import LaunchConfig
+from fttrain.launcher.launch import LaunchConfig
 from fttrain.loop import LoopConfig
 from fttrain.model.config import AUTO_KERNELS, LoraConfig
 from fttrain.optim.config import OptimConfig

@@ -15,8 +15,8 @@ import torch
 from fttrain.config import RunConfig
 from fttrain.data.dataset import Dataset
 from fttrain.data.excerpt import Excerpt
+from fttrain.distributed.process_group import process_group
 from fttrain.instruments import memory_uses, show_fullest
-from fttrain.joining import process_group
 from fttrain.optim.config import learning_rate
 from fttrain.plan.cost import reference_price, references
 from fttrain.planned import settle

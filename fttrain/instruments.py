@@ -25,7 +25,9 @@ def memory_uses(run: Run) -> list[list[dict[str, Any]]]:
     """Each rank's parts of memory so far (``usage.Use``), by rank. Every rank calls it."""
     own = usage.uses(run.strategy.bookings, run.group.device)
     written = json.dumps([dataclasses.asdict(use) for use in own])
-    return [json.loads(run.group.share(written, rank)) for rank in range(run.group.world_size)]
+    return [
+        json.loads(run.group.broadcast_str(written, rank)) for rank in range(run.group.world_size)
+    ]
 
 
 def show_fullest(run: Run, ranks: list[list[dict[str, Any]]], when: str) -> None:

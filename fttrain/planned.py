@@ -9,7 +9,7 @@ from typing import Any
 from fttrain.checkpoint.hub import SHAPES
 from fttrain.checkpoint.source import check_length, load_config, resolve
 from fttrain.config import RunConfig
-from fttrain.dist import local_world_size, rank_from_environment
+from fttrain.distributed.rank_group import local_world_size, rank_from_environment
 from fttrain.model.decoder import Architecture
 from fttrain.plan.auto import Answer, Question, answer, check_fits
 from fttrain.plan.choose import reckoned

@@ -10,7 +10,7 @@ from fttrain.checkpoint.source import Source
 from fttrain.config import RunConfig
 from fttrain.data.dataset import Dataset
 from fttrain.data.loader import Loader, PackedRows
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.evaluation import Evaluation, HoldOut
 from fttrain.loop import SpikeGuard
 from fttrain.model import liger
@@ -29,7 +29,7 @@ class Run:
     """What the parts of one run share."""
 
     config: RunConfig
-    group: Group
+    group: RankGroup
     output: Path
     strategy: Strategy
     tokenizer: Any
@@ -72,7 +72,7 @@ def recipe(config: RunConfig) -> Recipe:
 
 def build(
     config: RunConfig,
-    group: Group,
+    group: RankGroup,
     output: Path,
     source: Source,
     tokenizer: Any,
@@ -85,7 +85,7 @@ def build(
     """
     assert not config.left_open
     _check_alike(config, group, dataset)
-    show = counting if group.machine.is_main else silent
+    show = counting if group.intra_node.is_main else silent
     strategy, cache = build_strategy(recipe(config), source, group, show)
     loop = config.loop
     place, places = strategy.data_parallel
@@ -113,7 +113,7 @@ def build(
     )
 
 
-def _check_alike(config: RunConfig, group: Group, dataset: Dataset) -> None:
+def _check_alike(config: RunConfig, group: RankGroup, dataset: Dataset) -> None:
     """Raises UserError, on every rank, where machines would take different steps."""
     settings = {
         f"{section}.{key}": str(value)
@@ -125,9 +125,9 @@ def _check_alike(config: RunConfig, group: Group, dataset: Dataset) -> None:
     settings["checkpoint.every"] = str(config.checkpoint.every)
     settings["track.memory_every"] = str(config.track.memory_every)
     settings["dry_run"] = str(config.dry_run)
-    group.refuse_differing(settings, "the same command on every machine helps")
+    group.raise_where_nodes_differ(settings, "the same command on every machine helps")
     fingerprint = {"data fingerprint": dataset.fingerprint}
-    group.refuse_differing(fingerprint, "the same data and tokenizer on every machine help")
+    group.raise_where_nodes_differ(fingerprint, "the same data and tokenizer on every machine help")
 
 
 def describe(run: Run) -> None:
@@ -146,7 +146,7 @@ def describe(run: Run) -> None:
     )
 
 
-def _kernels(config: RunConfig, group: Group) -> str:
+def _kernels(config: RunConfig, group: RankGroup) -> str:
     """Those that really run; DeepSpeed's layers have transformers' own, but for attention."""
     attention = kernel_name(group.device)
     if group.device.type == "cpu" or config.strategy.name == DEEPSPEED:
@@ -154,8 +154,8 @@ def _kernels(config: RunConfig, group: Group) -> str:
     return f"{attention}; norms, rotary embedding and SwiGLU by {liger.name()}"
 
 
-def _machines(group: Group) -> str:
-    machines = group.across.world_size
+def _machines(group: RankGroup) -> str:
+    machines = group.inter_node.world_size
     return f" on {machines} machines" if machines > 1 else ""
 
 

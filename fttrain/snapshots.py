@@ -8,9 +8,9 @@ from fttrain.checkpoint import newest
 from fttrain.checkpoint.course import leave
 from fttrain.checkpoint.resume import WORDS, Snapshot, find_snapshot, save_snapshot, scalars_of
 from fttrain.config import RunConfig
-from fttrain.launch import restarted
+from fttrain.distributed.peer_watchdog import uninterruptible
+from fttrain.launcher.launch import restarted
 from fttrain.loop import LoopConfig
-from fttrain.peers import uncut
 from fttrain.run import Run, adapter_info, divide, split
 from fttrain.util.errors import UserError
 
@@ -24,7 +24,7 @@ def wanted_snapshot(run: Run) -> tuple[str, Snapshot] | None:
 
     Raises UserError where it is damaged or was saved with other settings or data.
     """
-    asked, again = run.group.share(run.config.resume), run.group.any(restarted())
+    asked, again = run.group.broadcast_str(run.config.resume), run.group.any(restarted())
     found = newest.wanted_snapshot(run.output / "checkpoints", asked, run.group, again)
     if found is None:
         return None
@@ -55,7 +55,7 @@ def resume(run: Run, path: str, snapshot: Snapshot) -> None:
     """Go on from ``snapshot``. Raises UserError where its tensors do not fit the model."""
     run.strategy.load_adapter_state(snapshot.adapter)
     run.strategy.load_optimizer_state(snapshot.optimizer)
-    if run.group.share(run.config.resume) not in WORDS:
+    if run.group.broadcast_str(run.config.resume) not in WORDS:
         _leave_course(run, snapshot.step)
     run.guard.restore(snapshot.scalars["guard"])
     run.step = run.loader.position = snapshot.step
@@ -66,12 +66,12 @@ def resume(run: Run, path: str, snapshot: Snapshot) -> None:
 def _leave_course(run: Run, step: int) -> None:
     """What was saved after ``step`` is not this run's any more. Every rank calls it."""
     problem = ""
-    if run.group.machine.is_main:
+    if run.group.intra_node.is_main:
         try:
             leave(run.output / "checkpoints", step)
         except UserError as error:
             problem = str(error)
-    run.group.refuse_together(problem)
+    run.group.raise_everywhere(problem)
 
 
 def last_micro_batch_size(config: RunConfig) -> int:
@@ -130,11 +130,11 @@ def save(run: Run) -> None:
             run.config.model.revision,
         )
         try:
-            with uncut:
+            with uninterruptible:
                 save_snapshot(run.output / "checkpoints", snapshot, run.config.checkpoint.keep_last)
         except UserError as error:
             problem = str(error)
-    run.group.refuse_together(problem)
+    run.group.raise_everywhere(problem)
 
 
 def _identity(run: Run) -> dict[str, Any]:

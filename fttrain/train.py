@@ -27,14 +27,14 @@ from fttrain.checkpoint.source import (
 from fttrain.config import RunConfig, to_yaml
 from fttrain.data.dataset import Dataset, prepare
 from fttrain.data.samples import Sample, holdout_samples
-from fttrain.dist import rank_from_environment
+from fttrain.distributed.peer_watchdog import uninterruptible
+from fttrain.distributed.process_group import process_group
+from fttrain.distributed.rank_group import rank_from_environment
 from fttrain.evaluation import Evaluation
 from fttrain.instruments import sample_memory, tell_memory
-from fttrain.joining import process_group
-from fttrain.launch import restarted
+from fttrain.launcher.launch import restarted
 from fttrain.loop import StopSignals
 from fttrain.optim.config import learning_rate
-from fttrain.peers import uncut
 from fttrain.planned import for_targets, keep, link_table, note_measured, settle
 from fttrain.result import leave
 from fttrain.rig.memory import peak_device_bytes
@@ -272,7 +272,7 @@ def _trackers(run: Run) -> Iterator[Trackers]:
         trackers.exit_code = getattr(error, "exit_code", 1)
         raise
     finally:
-        with uncut:  # they limit their own time
+        with uninterruptible:  # they limit their own time
             trackers.finish()
 
 

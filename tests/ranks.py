@@ -16,7 +16,7 @@ from typing import Any
 
 import processes
 
-from fttrain.launch import die_with_parent, free_port
+from fttrain.launcher.launch import die_with_parent, free_port
 
 
 def run_ranks(

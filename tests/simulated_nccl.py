@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from fttrain import collectives
+from fttrain.distributed import collectives
 from fttrain.strategy import sync
 
 RANKS = 2

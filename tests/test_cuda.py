@@ -6,7 +6,7 @@ import tiny_strategy
 import torch
 
 from fttrain.data.batch import collate
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.config import LoraConfig
 from fttrain.model.linears import DropoutKey
 from fttrain.optim.config import OptimConfig
@@ -41,7 +41,7 @@ def test_gradients_equal_the_cpu(name: str) -> None:
 
 
 def test_steps_lower_the_loss_and_their_state_comes_back() -> None:
-    group = Group(0, 1, 0, torch.device("cuda"))
+    group = RankGroup(0, 1, 0, torch.device("cuda"))
 
     def build() -> DataParallel:
         decoder, store = tiny.build(

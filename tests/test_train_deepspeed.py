@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fttrain.launch_files import read_env
+from fttrain.launcher.accelerate_yaml import read_env
 from fttrain.util.paths import launch_folder
 
 LAUNCH = launch_folder() / "deepspeed_zero3.yaml"

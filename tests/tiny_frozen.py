@@ -11,11 +11,11 @@ from fttrain.checkpoint.config import ModelConfig
 from fttrain.checkpoint.frozen_build import open_or_build
 from fttrain.checkpoint.frozen_cache import FrozenCache
 from fttrain.checkpoint.source import resolve
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.quant.config import QuantConfig
 from fttrain.strategy.build import frozen_base
 
-ALONE = Group(0, 1, 0, tiny.CPU)
+ALONE = RankGroup(0, 1, 0, tiny.CPU)
 LAYERS = 6
 
 
@@ -28,7 +28,7 @@ def model(folder: Path) -> Path:
 def build(
     model: Path,
     root: Path,
-    group: Group = ALONE,
+    group: RankGroup = ALONE,
     progress: Callable[[int, int], None] = lambda done, total: None,
     verify: bool = False,
     quant: QuantConfig | None = None,

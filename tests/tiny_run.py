@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from fttrain.cli import main
 from fttrain.data.batch import MicroBatch
 from fttrain.data.loader import Loader
-from fttrain.launch import free_port
+from fttrain.launcher.launch import free_port
 from fttrain.track import read_metrics
 
 WAIT_S = 300

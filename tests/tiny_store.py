@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fttrain.collectives import Handle
+from fttrain.distributed.collectives import Handle
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.store import Store, Traffic

@@ -13,7 +13,7 @@ from torch import Tensor
 from fttrain.checkpoint.config import FrozenConfig
 from fttrain.checkpoint.frozen import ENDS
 from fttrain.data.batch import IGNORE, MicroBatch, collate
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture, Decoder
 from fttrain.optim.config import OptimConfig
@@ -127,22 +127,22 @@ def variant(
     )
 
 
-def this_group() -> Group:
+def this_group() -> RankGroup:
     """This rank among those of ``run_ranks``; a single one without it."""
     if not torch.distributed.is_initialized():
-        return Group(0, 1, 0, tiny.CPU)
+        return RankGroup(0, 1, 0, tiny.CPU)
     rank = torch.distributed.get_rank()
-    return Group(rank, torch.distributed.get_world_size(), rank, tiny.CPU)
+    return RankGroup(rank, torch.distributed.get_world_size(), rank, tiny.CPU)
 
 
-def build(recipe: Recipe, frozen: MemoryBase, group: Group | None = None) -> Any:
+def build(recipe: Recipe, frozen: MemoryBase, group: RankGroup | None = None) -> Any:
     """The strategy, as a run builds it; adapters random, B not zero."""
     strategy = start(recipe, frozen, group)
     tiny.randomise(strategy.decoder)
     return strategy
 
 
-def start(recipe: Recipe, frozen: MemoryBase, group: Group | None = None) -> Any:
+def start(recipe: Recipe, frozen: MemoryBase, group: RankGroup | None = None) -> Any:
     """The strategy, as a run builds it."""
     group = group or this_group()
     blueprint = Blueprint(recipe, frozen.architecture, frozen.frozen_format, group)
@@ -150,7 +150,7 @@ def start(recipe: Recipe, frozen: MemoryBase, group: Group | None = None) -> Any
 
 
 def data_parallel(
-    decoder: Decoder, store: VerifiedStore, group: Group, optim: OptimConfig
+    decoder: Decoder, store: VerifiedStore, group: RankGroup, optim: OptimConfig
 ) -> DataParallel:
     """All of a step's micro-batches pass a layer together; everything is on the device."""
     adapters = [layer.adapters for layer in decoder.layers]

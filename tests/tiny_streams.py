@@ -11,7 +11,7 @@ from simulated_streams import simulated_streams
 from stream_races import Race
 
 from fttrain.data.batch import MicroBatch, collate
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.strategy.protocol import OutOfMemory
 from fttrain.strategy.recipe import StepSize
 
@@ -35,9 +35,9 @@ def races(settings: Settings, rank: int = 0, evaluated: bool = False) -> list[Ra
     recipe = tiny_strategy.variant(dtype="bfloat16", **settings)
     recipe = replace(recipe, size=StepSize(1, max(map(sum, LENGTHS)), len(LENGTHS)))
     frozen = tiny_strategy.base(dtype="bfloat16", num_hidden_layers=LAYERS)
-    group = Group(rank, RANKS, rank, tiny.CPU)
+    group = RankGroup(rank, RANKS, rank, tiny.CPU)
     if settings.get("strategy") == "stream":  # the other rank of a machine would fill half its copy
-        group = replace(group, beside=Group(0, 1, 0, tiny.CPU), opposite=group)
+        group = replace(group, intra=RankGroup(0, 1, 0, tiny.CPU), inter=group)
     with simulated_streams() as simulation, simulated_nccl(rank, frozen.flats):
         strategy = tiny_strategy.build(recipe, frozen, group)
         for step in range(STEPS):

@@ -29,7 +29,7 @@ def run_rank(job_file: str) -> None:
     end_by(job["ends_s"])
     from harness.multiprocessors import limited
 
-    from fttrain.joining import process_group
+    from fttrain.distributed.process_group import process_group
 
     device = _device(job)
     try:

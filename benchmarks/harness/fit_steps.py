@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from fttrain.checkpoint.config import FrozenConfig
 from fttrain.data.batch import MicroBatch, collate
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture
 from fttrain.optim.config import OptimConfig
@@ -26,7 +26,7 @@ Steps = list[dict[str, Any]]
 TOLD_LAYERS = 20  # layers between two lines of progress
 
 
-def build(job: dict[str, Any], group: Group, say: Say) -> Strategy:
+def build(job: dict[str, Any], group: RankGroup, say: Say) -> Strategy:
     """The job's strategy, adapters at their start.
 
     Raises UserError for a machine that is too small.
@@ -66,7 +66,7 @@ def recipe_of(job: dict[str, Any]) -> Recipe:
 
 def train(
     job: dict[str, Any],
-    group: Group,
+    group: RankGroup,
     trained: Strategy,
     say: Say,
     note: Callable[[Steps], None] = lambda steps: None,

@@ -7,7 +7,7 @@ from typing import Any
 
 import common
 
-from fttrain.launch import PARENT_PID, free_port, supervise
+from fttrain.launcher.launch import PARENT_PID, free_port, supervise
 from fttrain.rig.profile import RigProfile, load_profile
 
 

@@ -15,7 +15,7 @@ def run_rank(job_file: str) -> None:
         importlib.import_module(name)
     import torch
 
-    from fttrain.joining import process_group
+    from fttrain.distributed.process_group import process_group
     from fttrain.rig.config import RigConfig
     from fttrain.rig.probe import set_up
 

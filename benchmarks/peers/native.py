@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from fttrain.checkpoint.config import FrozenConfig, ModelConfig
 from fttrain.checkpoint.source import resolve
 from fttrain.data.batch import MicroBatch, collate
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.config import QuantConfig
@@ -38,7 +38,7 @@ def recipe_of(job: dict[str, Any]) -> Recipe:
 class Native:
     """One rank of fttrain."""
 
-    def __init__(self, job: dict[str, Any], group: Group) -> None:
+    def __init__(self, job: dict[str, Any], group: RankGroup) -> None:
         recipe = recipe_of(job)
         source = resolve(ModelConfig("benchmark", job["model"]))
         self._strategy, _ = build_strategy(recipe, source, group)

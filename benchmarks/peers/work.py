@@ -113,12 +113,12 @@ def _fill_cache(job: dict[str, Any], config: Any) -> None:
     from fttrain.checkpoint.config import ModelConfig
     from fttrain.checkpoint.frozen_build import open_or_build
     from fttrain.checkpoint.source import resolve
-    from fttrain.dist import Group
+    from fttrain.distributed.rank_group import RankGroup
     from fttrain.strategy.build import frozen_base
 
     source = resolve(ModelConfig("benchmark", job["model"]))
     base = frozen_base(source, config.quant, config.model.dtype)
-    alone = Group(0, 1, 0, torch.device("cpu"))
+    alone = RankGroup(0, 1, 0, torch.device("cpu"))
     open_or_build(base, job["cache_dir"], alone, lambda done, total: None)
 
 

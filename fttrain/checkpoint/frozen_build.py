@@ -38,7 +38,7 @@ from fttrain.checkpoint.readers import (
     open_checkpoint,
     read_index,
 )
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.quant.checksum import checksum
 from fttrain.store.filling import Progress
 from fttrain.util import atomic_files
@@ -47,7 +47,7 @@ from fttrain.util.manifest import MANIFEST, read_sealed, write_sealed
 
 
 def open_or_build(
-    base: Base, cache_dir: str | None, group: Group, progress: Progress, verify: bool = False
+    base: Base, cache_dir: str | None, group: RankGroup, progress: Progress, verify: bool = False
 ) -> FrozenCache:
     """The cache of ``base``, whole; what is missing of it is made, on each machine by its ranks.
     Every rank calls it.
@@ -57,9 +57,9 @@ def open_or_build(
     checkpoint that cannot be used, a disk that is too small, a cache of another base, and machines
     whose caches differ.
     """
-    with group.each_machine("frozen base"):
-        cache = _of_machine(base, cache_dir, group.machine, progress, verify)
-    group.refuse_differing(
+    with group.node_local_work("frozen base"):
+        cache = _of_machine(base, cache_dir, group.intra_node, progress, verify)
+    group.raise_where_nodes_differ(
         {"frozen base": cache.digest},
         "it was made of another checkpoint, or by cards whose kernels round otherwise; the same "
         "files everywhere help: `fttrain quantize` on one machine, and its frozen.cache_dir and "
@@ -69,7 +69,7 @@ def open_or_build(
 
 
 def _of_machine(
-    base: Base, cache_dir: str | None, group: Group, progress: Progress, verify: bool
+    base: Base, cache_dir: str | None, group: RankGroup, progress: Progress, verify: bool
 ) -> FrozenCache:
     """``group``: the ranks of this machine. A folder that machines share is made by the one that
     has its lock; the others find it whole.
@@ -80,7 +80,7 @@ def _of_machine(
             whole = _is_whole(folder, base.meaning)
         except UserError as error:
             problem = str(error)
-    group.refuse_together(problem)
+    group.raise_everywhere(problem)
     if verify or not group.all(whole):
         with alone(folder, group):
             _Build(base, folder, group).run(progress, verify)
@@ -90,7 +90,7 @@ def _of_machine(
 class _Build:
     """One rank's part in completing a cache."""
 
-    def __init__(self, base: Base, folder: Path, group: Group) -> None:
+    def __init__(self, base: Base, folder: Path, group: RankGroup) -> None:
         self._base, self._folder, self._group = base, folder, group
         source = base.source
         self._hub: HubFiles | None = None
@@ -111,14 +111,14 @@ class _Build:
         reader, ranks = self._open(), self._group.world_size
         for begin in range(0, len(missing), ranks):
             own = missing[begin + self._group.rank :][:1]
-            self._group.refuse_together(_problem(partial(self._make, reader, own)))
+            self._group.raise_everywhere(_problem(partial(self._make, reader, own)))
             progress(min(begin + ranks, len(missing)), len(missing))
             if self._group.is_main:
                 self._drop_files(reader, missing[begin + ranks :])
 
     def _main_does(self, work: Callable[[], None]) -> None:
         """Rank 0 works, the others wait and share its UserError."""
-        self._group.refuse_together(_problem(work) if self._group.is_main else "")
+        self._group.raise_everywhere(_problem(work) if self._group.is_main else "")
 
     def _open(self) -> Reader:
         """The checkpoint; of a hub id without an index this is where the weights come in."""
@@ -128,7 +128,7 @@ class _Build:
             check_head(reader, self._base.architecture, self._base.source.name)
         except UserError as error:
             problem = str(error)
-        self._group.refuse_together(problem)
+        self._group.raise_everywhere(problem)
         return reader
 
     def _names(self) -> list[str]:
@@ -163,7 +163,7 @@ class _Build:
                 if _sha256(file) != self._record(file.stem).sha256:
                     mine.append(file.stem)
         ranks = range(self._group.world_size)
-        found = [json.loads(self._group.share(json.dumps(mine), rank)) for rank in ranks]
+        found = [json.loads(self._group.broadcast_str(json.dumps(mine), rank)) for rank in ranks]
         return {name for names in found for name in names}
 
     def _check_room(self, missing: list[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from fttrain.checkpoint.frozen_cache import HELP
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.util import atomic_files
 from fttrain.util.locks import try_lock
 
@@ -16,7 +16,7 @@ POLL_S = 1.0
 
 
 @contextmanager
-def alone(folder: Path, group: Group) -> Iterator[None]:
+def alone(folder: Path, group: RankGroup) -> Iterator[None]:
     """No other run makes this cache meanwhile. Ranks wait in small steps: another run may take
     hours.
     """
@@ -29,7 +29,7 @@ def alone(folder: Path, group: Group) -> Iterator[None]:
             lock = try_lock(path)
         except OSError as error:
             problem = f"frozen cache {folder}: cannot be made ({error.strerror}): {HELP}"
-    group.refuse_together(problem)
+    group.raise_everywhere(problem)
     told = False
     while group.any(group.is_main and lock is None):
         if group.is_main and not told:

@@ -19,12 +19,12 @@ from fttrain.checkpoint.resume import (
     state_of,
     step_of,
 )
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.util.errors import UserError
 
 
 def wanted_snapshot(
-    checkpoints: Path, resume: str, group: Group, again: bool
+    checkpoints: Path, resume: str, group: RankGroup, again: bool
 ) -> tuple[str, Snapshot] | None:
     """As ``newest_snapshot``; of a run that its launcher has started ``again`` the newest that it
     has left, on the course that ``resume`` began. Every rank calls it.
@@ -37,19 +37,19 @@ def wanted_snapshot(
     return newest_snapshot(checkpoints, resume, group)
 
 
-def _begun_anywhere(checkpoints: Path, resume: str, group: Group) -> int | None:
+def _begun_anywhere(checkpoints: Path, resume: str, group: RankGroup) -> int | None:
     """The step from which on snapshots are of the course that ``resume`` began, on whichever
     machine knows it; None where no start of this launcher has come so far.
     """
     own = -1 if resume in WORDS else None
-    if own is None and group.machine.is_main:
+    if own is None and group.intra_node.is_main:
         own = begun_at(checkpoints)
     known = max(step for (step,) in group.gather([-2.0 if own is None else float(own)]))
     return None if known == -2 else int(known)
 
 
 def newest_snapshot(
-    checkpoints: Path | str, resume: str, group: Group
+    checkpoints: Path | str, resume: str, group: RankGroup
 ) -> tuple[str, Snapshot] | None:
     """Where it is, for people, and what is in it; None to start afresh. Every rank calls it.
 
@@ -57,20 +57,20 @@ def newest_snapshot(
     asks for and one says why, or where it cannot be read.
     """
     path, problem = None, ""
-    if group.machine.is_main:
+    if group.intra_node.is_main:
         try:
             path = find_snapshot(checkpoints, resume)
         except UserError as error:
             problem = str(error)
     steps = [step for (step,) in group.gather([-1.0 if path is None else float(step_of(path))])]
     if max(steps) < 0:
-        group.refuse_together(problem)
+        group.raise_everywhere(problem)
         return None
     reader = steps.index(max(steps))  # of equals the first
     return _read(path if group.rank == reader else None, group, reader)
 
 
-def _read(path: Path | None, group: Group, reader: int) -> tuple[str, Snapshot]:
+def _read(path: Path | None, group: RankGroup, reader: int) -> tuple[str, Snapshot]:
     """``path``: on the rank ``reader``, which reads it for all."""
     found, problem, where = None, "", ""
     try:
@@ -79,10 +79,10 @@ def _read(path: Path | None, group: Group, reader: int) -> tuple[str, Snapshot]:
             where = str(path) if group.is_main else f"{path} on {os.uname().nodename}"
     except UserError as error:
         problem = str(error)
-    group.refuse_together(problem)
-    state = json.loads(group.share(json.dumps(state_of(found) if found else None), reader))
+    group.raise_everywhere(problem)
+    state = json.loads(group.broadcast_str(json.dumps(state_of(found) if found else None), reader))
     adapter, optimizer = (
-        dict(group.send_each(tensors, reader))
+        dict(group.broadcast_tensors(tensors, reader))
         for tensors in ((found.adapter, found.optimizer) if found else ({}, {}))
     )
-    return group.share(where, reader), put_together(state, adapter, optimizer)
+    return group.broadcast_str(where, reader), put_together(state, adapter, optimizer)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from fttrain import launch
 from fttrain.config import RunConfig
+from fttrain.launcher import launch
 from fttrain.util import schema
 from fttrain.util.errors import UserError
 
@@ -50,9 +50,9 @@ def _evaluate(config: RunConfig) -> int:
     from fttrain.checkpoint.source import load_tokenizer, resolve
     from fttrain.data.dataset import prepare
     from fttrain.data.samples import holdout_samples
-    from fttrain.dist import rank_from_environment
+    from fttrain.distributed.process_group import process_group
+    from fttrain.distributed.rank_group import rank_from_environment
     from fttrain.evaluation import Answer, Evaluation, HoldOut, answer
-    from fttrain.joining import process_group
     from fttrain.planned import settle
     from fttrain.result import find
     from fttrain.rig.probe import set_up_rank
@@ -74,7 +74,7 @@ def _evaluate(config: RunConfig) -> int:
     with claim, process_group(device, config.rig.backend) as group:
         strategy, _ = build_strategy(recipe(config), resolve(config.model), group)
         # Rank 0's, for other machines may not see the run's snapshots
-        size = int(group.share(str(last_micro_batch_size(config)) if group.is_main else ""))
+        size = int(group.broadcast_str(str(last_micro_batch_size(config)) if group.is_main else ""))
         holdout = HoldOut(dataset.holdout, size, config.loop.halve_on_oom)
         samples = holdout_samples(config.data, dataset, tokenizer, config.loop.samples)
         figures = Evaluation.read(output)

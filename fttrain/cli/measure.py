@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fttrain import launch
 from fttrain.config import RunConfig
+from fttrain.launcher import launch
 
 if TYPE_CHECKING:
     from fttrain.model.decoder import Architecture
@@ -27,7 +27,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
 
     from fttrain.checkpoint.hub import SHAPES
     from fttrain.checkpoint.source import load_config, resolve
-    from fttrain.joining import process_group
+    from fttrain.distributed.process_group import process_group
     from fttrain.model.decoder import Architecture
     from fttrain.plan.calibrate import calibrate, python
     from fttrain.plan.links import step_table
@@ -44,7 +44,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
     work, disk = _work(config, architecture), _disk(config)
     # The ranks agree over gloo: the links that are measured may not work.
     with process_group(torch.device("cpu"), "gloo") as group:
-        if group.across.world_size > 1:
+        if group.inter_node.world_size > 1:
             raise UserError("measure: one machine at a time; start it on each without the others")
         profile = measure(work, disk, group, device, config.rig.backend, config.rig.link_s)
         trial = python("fttrain.cli.trial_rank", *argv[1:])

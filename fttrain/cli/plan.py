@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fttrain import launch
 from fttrain.config import RunConfig
+from fttrain.launcher import launch
 
 WIDE = 150  # columns
 

@@ -2,8 +2,8 @@
 
 import time
 
-from fttrain import launch
 from fttrain.config import RunConfig
+from fttrain.launcher import launch
 
 
 def run(config: RunConfig, argv: list[str]) -> int:
@@ -16,7 +16,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
     # Late: these load torch and transformers, and a launcher does without.
     from fttrain.checkpoint.frozen_build import open_or_build
     from fttrain.checkpoint.source import resolve
-    from fttrain.joining import process_group
+    from fttrain.distributed.process_group import process_group
     from fttrain.rig.probe import set_up_rank
     from fttrain.strategy.build import frozen_base, silent
     from fttrain.track import counting
@@ -26,7 +26,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
     base = frozen_base(resolve(config.model), config.quant, config.model.dtype)
     started = time.monotonic()
     with process_group(device, config.rig.backend) as group:
-        show = counting if group.machine.is_main else silent
+        show = counting if group.intra_node.is_main else silent
         made = 0
 
         def progress(done: int, total: int) -> None:
@@ -36,7 +36,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
 
         shown = show(f"quantising {config.model.name}")
         cache = open_or_build(base, config.frozen.cache_dir, group, progress, verify=True)
-        if group.machine.is_main:
+        if group.intra_node.is_main:
             print(
                 f"{cache.folder}: {len(cache)} layers, {gib(cache.size_bytes)}, verified; "
                 f"{made} file(s) made in {duration(time.monotonic() - started)}"

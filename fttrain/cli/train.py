@@ -1,7 +1,7 @@
 """``fttrain train``: fine-tune a model. Starts the ranks where no launcher has."""
 
-from fttrain import launch
 from fttrain.config import RunConfig
+from fttrain.launcher import launch
 
 
 def run(config: RunConfig, argv: list[str]) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from fttrain.checkpoint.hub import SHAPES
 from fttrain.checkpoint.source import load_config, resolve
 from fttrain.config import compose
-from fttrain.launch import die_with_parent
+from fttrain.launcher.launch import die_with_parent
 from fttrain.plan.trial import take
 from fttrain.rig.probe import set_up_rank
 from fttrain.run import recipe

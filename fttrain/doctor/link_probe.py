@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as torch_dist
 
-from fttrain.collectives import Handles
-from fttrain.dist import Group
-from fttrain.launch import die_with_parent
+from fttrain.distributed.collectives import Handles
+from fttrain.distributed.rank_group import RankGroup
+from fttrain.launcher.launch import die_with_parent
 from fttrain.rig.exchange import Exchange, make, pattern
 
 ROUNDS = 5
@@ -27,7 +27,7 @@ def all_reduce(backend: str, kind: str, size_bytes: int) -> float:
     device = torch.device(kind, rank % torch.cuda.device_count() if kind == "cuda" else 0)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    exchange = make("all_reduce", size_bytes, Group(rank, ranks, rank, device))
+    exchange = make("all_reduce", size_bytes, RankGroup(rank, ranks, rank, device))
     seconds = _timed(exchange, f"{backend}, rank {rank}")
     torch_dist.destroy_process_group()
     return seconds

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from fttrain.launch import PARENT_PID, free_port
+from fttrain.launcher.launch import PARENT_PID, free_port
 
 POLL_S = 0.05
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fttrain.collectives import Handle, Handles, all_gather
+from fttrain.distributed.collectives import Handle, Handles, all_gather
 from fttrain.model.config import LoraConfig
 from fttrain.model.lora import GroupAdapter, GroupMembers, target_indices
 from fttrain.optim.flat import FlatLayout, Portion

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils import cpp_extension
 
-from fttrain.dist import rank_from_environment
+from fttrain.distributed.rank_group import rank_from_environment
 from fttrain.util.errors import UserError, first_line
 from fttrain.util.locks import locked
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fttrain.dist import Group
-from fttrain.launch import PARENT_PID
+from fttrain.distributed.rank_group import RankGroup
+from fttrain.launcher.launch import PARENT_PID
 from fttrain.model.decoder import Architecture
 from fttrain.plan import memory
 from fttrain.plan.trial import MICRO_BATCHES, Trial, recipe_of
@@ -29,7 +29,7 @@ def calibrate(
     profile: RigProfile,
     recipe: Recipe,
     architecture: Architecture,
-    group: Group,
+    group: RankGroup,
     command: Sequence[str],
 ) -> RigProfile:
     """``profile`` with what real steps of a small model of ``architecture``'s shape say of
@@ -43,7 +43,8 @@ def calibrate(
     group.barrier()
     problem, told = _run(command)
     ranks = [
-        json.loads(group.share(json.dumps([problem, told]), r)) for r in range(group.world_size)
+        json.loads(group.broadcast_str(json.dumps([problem, told]), r))
+        for r in range(group.world_size)
     ]
     cards = list(profile.cards)
     for rank, (problem, figures) in enumerate(ranks):

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from fttrain.data.batch import MicroBatch
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.head import chunk_rows
 from fttrain.model.projection import QuantisedTable, Table
 from fttrain.plan.live import LiveBytes
@@ -44,7 +44,7 @@ class AsksOthers(Exception):
 
 
 @dataclass(frozen=True)
-class PlannedGroup(Group):
+class PlannedGroup(RankGroup):
     """A place among ranks that are all at the same point and differ in nothing but ``known``."""
 
     known: tuple[tuple[float, ...], ...] = ()  # what each rank says in ``gather``
@@ -69,14 +69,14 @@ class PlannedGroup(Group):
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         return tensor
 
-    def share(self, text: str, source: int = 0) -> str:
+    def broadcast_str(self, text: str, source: int = 0) -> str:
         return text
 
 
 class PlannedPool(HostPool):
     """Books, and buffers without memory. ``free_bytes``: of the card that is planned for."""
 
-    def __init__(self, group: Group, free_bytes: int, live: LiveBytes | None = None) -> None:
+    def __init__(self, group: RankGroup, free_bytes: int, live: LiveBytes | None = None) -> None:
         super().__init__(group)
         self._free_bytes, self._live = free_bytes, live
 
@@ -232,7 +232,7 @@ def _written(func: Any) -> int | str | None:
 
 
 @contextmanager
-def _fake_ranks(group: Group) -> Iterator[None]:
+def _fake_ranks(group: RankGroup) -> Iterator[None]:
     """A process group whose other ranks do not exist."""
     if group.world_size == 1:
         yield

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.decoder import Architecture
 from fttrain.plan.fake import full_batch
 from fttrain.plan.live import LiveBytes
@@ -60,7 +60,7 @@ def take(recipe: Recipe, config: Any, device: torch.device) -> Trial:
     architecture = Architecture(with_layers(config, LAYERS))
     dtype: torch.dtype = getattr(torch, recipe.dtype)
     frozen_format = architecture.frozen_format(recipe.quant, dtype)
-    alone = Group(0, 1, 0, device)
+    alone = RankGroup(0, 1, 0, device)
     on_cpu = device.type == "cpu"
     beside_bytes = 0
     if not on_cpu:

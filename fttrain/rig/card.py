@@ -6,7 +6,7 @@ from typing import Any
 import pynvml
 import torch
 
-from fttrain.dist import local_world_size
+from fttrain.distributed.rank_group import local_world_size
 from fttrain.rig.nvml import ask
 from fttrain.rig.probe import ranks_a_device
 

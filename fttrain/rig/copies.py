@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.rig.profile import CopyRates
 from fttrain.rig.timing import elapsed_s, median_s
 from fttrain.util.units import MIB
@@ -29,7 +29,7 @@ class _Way:
         self.target.copy_(self.source, non_blocking=True)
 
 
-def copy_rates(group: Group, device: torch.device) -> tuple[CopyRates, CopyRates]:
+def copy_rates(group: RankGroup, device: torch.device) -> tuple[CopyRates, CopyRates]:
     """(host to card, card to host). A CPU has no such copies: every rate is None there.
 
     ``group``: all ranks of the machine. Every rank calls it at the same time.

@@ -1,8 +1,8 @@
 """One collective of one size, whose result is known beforehand.
 
-They are the product's own (``fttrain/collectives.py``) where a strategy uses one. Bytes are a
-random table that each rank can make for every other: a byte that changed, was left out or came to
-lie elsewhere is seen. Sums are of whole numbers from 0 to 255, exact in fp32.
+They are the product's own (``fttrain/distributed/collectives.py``) where a strategy uses one. Bytes
+are a random table that each rank can make for every other: a byte that changed, was left out or
+came to lie elsewhere is seen. Sums are of whole numbers from 0 to 255, exact in fp32.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from fttrain import collectives
-from fttrain.collectives import Handle, Handles
-from fttrain.dist import Group
+from fttrain.distributed import collectives
+from fttrain.distributed.collectives import Handle, Handles
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.util.units import round_up
 
 # Values until the table begins anew: a prime, so no power of two shifts it onto itself
@@ -56,14 +56,14 @@ def rounded_bytes(size_bytes: int, world_size: int) -> int:
     return round_up(size_bytes, world_size * SUM_DTYPE.itemsize)
 
 
-def make(collective: str, size_bytes: int, group: Group) -> Exchange:
+def make(collective: str, size_bytes: int, group: RankGroup) -> Exchange:
     """``collective`` (one of ``profile.COLLECTIVES``) of ``size_bytes``, rounded up so that ranks
     divide it. Every rank makes the same one.
     """
     return _MAKERS[collective](rounded_bytes(size_bytes, group.world_size), group)
 
 
-def _all_reduce(size_bytes: int, group: Group) -> Exchange:
+def _all_reduce(size_bytes: int, group: RankGroup) -> Exchange:
     flat, own, total = _summed(size_bytes, group)
     return Exchange(
         "all_reduce",
@@ -75,7 +75,7 @@ def _all_reduce(size_bytes: int, group: Group) -> Exchange:
     )
 
 
-def _reduce_scatter(size_bytes: int, group: Group) -> Exchange:
+def _reduce_scatter(size_bytes: int, group: RankGroup) -> Exchange:
     flat, own, total = _summed(size_bytes, group)
     part, expected = (whole.view(group.world_size, -1)[group.rank] for whole in (flat, total))
     return Exchange(
@@ -88,7 +88,7 @@ def _reduce_scatter(size_bytes: int, group: Group) -> Exchange:
     )
 
 
-def _summed(size_bytes: int, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+def _summed(size_bytes: int, group: RankGroup) -> tuple[Tensor, Tensor, Tensor]:
     """fp32 (values,): a buffer, what this rank puts in, the sum over the ranks."""
     values = size_bytes // SUM_DTYPE.itemsize
     total = torch.zeros(values, dtype=SUM_DTYPE, device=group.device)
@@ -98,7 +98,7 @@ def _summed(size_bytes: int, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(own), own, total
 
 
-def _all_gather(size_bytes: int, group: Group) -> Exchange:
+def _all_gather(size_bytes: int, group: RankGroup) -> Exchange:
     share = size_bytes // group.world_size
     shards = [pattern(rank, share, torch.uint8, group.device) for rank in range(group.world_size)]
     expected, own = torch.cat(shards), shards[group.rank]
@@ -113,7 +113,7 @@ def _all_gather(size_bytes: int, group: Group) -> Exchange:
     )
 
 
-def _broadcast(size_bytes: int, group: Group) -> Exchange:
+def _broadcast(size_bytes: int, group: RankGroup) -> Exchange:
     expected = pattern(0, size_bytes, torch.uint8, group.device)
     flat = torch.empty_like(expected)
 
@@ -128,7 +128,7 @@ def _broadcast(size_bytes: int, group: Group) -> Exchange:
     return Exchange("broadcast", size_bytes, reset, start, flat, expected)
 
 
-def _send_recv(size_bytes: int, group: Group) -> Exchange:
+def _send_recv(size_bytes: int, group: RankGroup) -> Exchange:
     """Each rank sends to the next one and receives from the one before it, at the same time."""
     rank, ranks = group.rank, group.world_size
     to, source = (rank + 1) % ranks, (rank - 1) % ranks
@@ -161,7 +161,7 @@ def _through_host(own: Tensor, received: Tensor, to: int, source: int) -> Handle
     return Handles(())
 
 
-_MAKERS: dict[str, Callable[[int, Group], Exchange]] = {
+_MAKERS: dict[str, Callable[[int, RankGroup], Exchange]] = {
     "all_reduce": _all_reduce,
     "all_gather": _all_gather,
     "reduce_scatter": _reduce_scatter,

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fttrain import collectives
-from fttrain.collectives import Handles
-from fttrain.dist import Group
+from fttrain.distributed import collectives
+from fttrain.distributed.collectives import Handles
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.rig import exchange
 from fttrain.rig.profile import COLLECTIVES, Sample
 from fttrain.rig.timing import LEAST, elapsed_s, repetitions
@@ -45,7 +45,7 @@ def plan(
 
 
 def measure_link(
-    group: Group,
+    group: RankGroup,
     true_bytes: Mapping[str, int],
     most_bytes: int,
     budget_s: float,
@@ -72,7 +72,7 @@ def measure_link(
     }
 
 
-def gradients_s(group: Group, layers: int, gradient_bytes: int) -> float:
+def gradients_s(group: RankGroup, layers: int, gradient_bytes: int) -> float:
     """Seconds in which the adapter gradients of a step meet, as ``replicate`` launches them: a sum
     a layer, all under way before the first is waited for. The compute that hides them is not there.
     """
@@ -95,12 +95,12 @@ def gradients_s(group: Group, layers: int, gradient_bytes: int) -> float:
     return group.maximum(statistics.median(times[1:]))
 
 
-def _refuse_faults(fault: str, group: Group) -> None:
+def _refuse_faults(fault: str, group: RankGroup) -> None:
     """Raises WrongResult on every rank where any has a ``fault``: that of the first of them."""
     if not group.any(bool(fault)):
         return
     problem = f"rank {group.rank}: {fault}" if fault else ""
-    problems = [group.share(problem, rank) for rank in range(group.world_size)]
+    problems = [group.broadcast_str(problem, rank) for rank in range(group.world_size)]
     raise WrongResult(next(told for told in problems if told))
 
 
@@ -112,7 +112,7 @@ def _expected_s(samples: Sequence[Sample], size_bytes: int) -> float:
     return largest.seconds * size_bytes / largest.size_bytes
 
 
-def _measure(name: str, size_bytes: int, budget_s: float, group: Group) -> Sample:
+def _measure(name: str, size_bytes: int, budget_s: float, group: RankGroup) -> Sample:
     """The median of some runs: that of the rank that took longest."""
     trial = exchange.make(name, size_bytes, group)
     warm_up_s = group.maximum(_once(trial, group)[0])
@@ -123,7 +123,7 @@ def _measure(name: str, size_bytes: int, budget_s: float, group: Group) -> Sampl
     return Sample(trial.size_bytes, group.maximum(seconds), group.maximum(cores_s))
 
 
-def _once(trial: exchange.Exchange, group: Group) -> tuple[float, float]:
+def _once(trial: exchange.Exchange, group: RankGroup) -> tuple[float, float]:
     """Seconds of one run, from when all ranks are ready until this one has its result; and those
     of the processor's cores, by all threads of this process.
     """

@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 import torch
 
-from fttrain.dist import Group
-from fttrain.joining import process_group
-from fttrain.launch import die_with_parent
+from fttrain.distributed.process_group import process_group
+from fttrain.distributed.rank_group import RankGroup
+from fttrain.launcher.launch import die_with_parent
 from fttrain.rig.card import beside_allocator_bytes
 from fttrain.rig.config import RigConfig
 from fttrain.rig.link import WrongResult, gradients_s, measure_link
@@ -39,7 +39,7 @@ def main(argument: str) -> int:
     return 0
 
 
-def _measure(job: LinkJob, group: Group) -> dict[str, Any]:
+def _measure(job: LinkJob, group: RankGroup) -> dict[str, Any]:
     answer: dict[str, Any] = {"wrong": "", "samples": {}, "gradients_s": None}
     group.barrier()  # makes the communicator
     answer["overhead_bytes"] = _overhead_bytes(job, group.device)

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from fttrain.dist import Group, local_world_size
+from fttrain.distributed.rank_group import RankGroup, local_world_size
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.rig import machine, topology
 from fttrain.rig.card import others_bytes
@@ -91,7 +91,7 @@ class Disk:
 
 
 def measure(
-    work: Work, disk: Disk, group: Group, device: torch.device, backend: str, budget_s: float
+    work: Work, disk: Disk, group: RankGroup, device: torch.device, backend: str, budget_s: float
 ) -> RigProfile:
     """The profile of the ranks of ``group``, the same on each of them. Every rank calls it.
 
@@ -131,7 +131,7 @@ def measure(
     )
 
 
-def _card(work: Work, group: Group, device: torch.device) -> CardProfile:
+def _card(work: Work, group: RankGroup, device: torch.device) -> CardProfile:
     """All ranks compute at the same time: of a CPU each has a share, and cards share the power."""
     dtype, frozen_format = work.frozen_format.dtype, work.frozen_format
     group.barrier()
@@ -151,7 +151,7 @@ def _card(work: Work, group: Group, device: torch.device) -> CardProfile:
     return CardProfile(name, device.type, memory_bytes, gemm, dequantise, rate, **facts)
 
 
-def _host(disk: Disk, group: Group) -> HostProfile:
+def _host(disk: Disk, group: RankGroup) -> HostProfile:
     """Memory and update by all ranks at once, the disk by one of them."""
     group.barrier()
     copied = memory_bytes_per_s(_CPU)
@@ -164,13 +164,13 @@ def _host(disk: Disk, group: Group) -> HostProfile:
         machine.host(),
         memory_bytes_per_s=all_copied,
         adamw_values_per_s=all_updated,
-        disk_bytes_per_s=json.loads(group.share(json.dumps(read))),
+        disk_bytes_per_s=json.loads(group.broadcast_str(json.dumps(read))),
     )
 
 
 def _links(
     work: Work,
-    group: Group,
+    group: RankGroup,
     device: torch.device,
     backend: str,
     budget_s: float,
@@ -202,9 +202,9 @@ def _links(
     return tuple(links), overheads[0]
 
 
-def _each(group: Group, text: str) -> list[str]:
+def _each(group: RankGroup, text: str) -> list[str]:
     """``text`` of every rank, by rank."""
-    return [group.share(text, rank) for rank in range(group.world_size)]
+    return [group.broadcast_str(text, rank) for rank in range(group.world_size)]
 
 
 def tell(text: str) -> None:

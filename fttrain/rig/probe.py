@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from fttrain.dist import local_world_size, rank_from_environment
+from fttrain.distributed.rank_group import local_world_size, rank_from_environment
 from fttrain.rig.config import RigConfig
 from fttrain.util.errors import UserError
 

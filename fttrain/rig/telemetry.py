@@ -16,7 +16,7 @@ from typing import Any
 import pynvml
 import torch
 
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.rig.card import handle_of
 from fttrain.rig.changes import own_profile
 from fttrain.rig.nvml import ask
@@ -62,7 +62,7 @@ def sample(device: torch.device) -> dict[str, float]:
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def gather_samples(group: Group) -> list[dict[str, float]]:
+def gather_samples(group: RankGroup) -> list[dict[str, float]]:
     """Every rank's ``sample``, by rank; of CPUs nothing. Every rank calls it."""
     if group.device.type != "cuda":
         return []

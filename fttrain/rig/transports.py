@@ -22,8 +22,8 @@ from typing import Any
 import psutil
 import torch
 
-from fttrain.dist import Group
-from fttrain.launch import PARENT_PID, free_port
+from fttrain.distributed.rank_group import RankGroup
+from fttrain.launcher.launch import PARENT_PID, free_port
 from fttrain.rig.profile import LinkProfile, Sample
 from fttrain.util.units import MIB
 
@@ -76,7 +76,7 @@ def transports(device: torch.device, backend: str) -> list[Transport]:
 
 def measure_transport(
     transport: Transport,
-    group: Group,
+    group: RankGroup,
     device: torch.device,
     layers: int,
     true_bytes: dict[str, int],
@@ -89,7 +89,7 @@ def measure_transport(
     ``group``: the ranks that start the processes; every rank calls it, and gets the same link. One
     that fails, hangs or corrupts is told in ``wrong``.
     """
-    port = group.share(str(free_port()))
+    port = group.broadcast_str(str(free_port()))
     with tempfile.TemporaryDirectory(prefix="fttrain-link-") as name:
         folder = Path(name)
         job = LinkJob(
@@ -107,9 +107,9 @@ def measure_transport(
         problem = _run(job, {**transport.environment, "MASTER_PORT": port}, folder)
         answer = {} if problem else json.loads(Path(job.answer).read_text())
         seen = _seen(transport, folder, answer.get("nvlink_bytes_per_s"))
-    problems = [group.share(problem, rank) for rank in range(group.world_size)]
+    problems = [group.broadcast_str(problem, rank) for rank in range(group.world_size)]
     wrong = next((told for told in problems if told), "") or answer["wrong"]
-    seen = group.share(seen)
+    seen = group.broadcast_str(seen)
     link = LinkProfile(
         transport.name,
         seen,

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from fttrain.collectives import Handle, Handles
-from fttrain.dist import COLLECTIVE_TIMEOUT, Group
+from fttrain.distributed.collectives import Handle, Handles
+from fttrain.distributed.rank_group import RankGroup
+from fttrain.distributed.timeouts import collective_timeout
 from fttrain.store import Traffic
 from fttrain.store.lane import collective_lane, device_thread
 
@@ -33,10 +34,10 @@ class StageLink:
     ``AHEAD``; what was sent must not be overwritten.
     """
 
-    def __init__(self, group: Group, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, group: RankGroup, width: int, dtype: torch.dtype) -> None:
         """Every rank makes one at the same time."""
-        self._group, self._width, self._dtype = group.machine, width, dtype
-        self._first = group.rank - group.machine.rank  # rank of the first stage, among all ranks
+        self._group, self._width, self._dtype = group.intra_node, width, dtype
+        self._first = group.rank - group.intra_node.rank  # rank of the first stage, among all ranks
         over_nccl = group.world_size > 1 and torch_dist.get_backend() == "nccl"
         self._staged = group.device.type == "cuda" and not over_nccl
         # (the lower stage of two neighbours, UP or DOWN) -> what carries that, where it is not what
@@ -118,18 +119,18 @@ class StageLink:
         return self._ways.get((lower, travels), self._group.process_group)
 
 
-def _ways(group: Group) -> dict[tuple[int, int], Any]:
+def _ways(group: RankGroup) -> dict[tuple[int, int], Any]:
     """A communicator for each two neighbours of this machine and direction.
 
     NCCL works off what one communicator is given in order, and a send only together with its
     receive. A middle stage that opens its receives ahead would hold up its own sends by them, the
     stages around it would wait for those, and from four stages on nothing would ever move again.
     """
-    stages, ways = group.machine.world_size, {}
+    stages, ways = group.intra_node.world_size, {}
     for first in range(0, group.world_size, stages):  # all ranks make all of them, in that order
         for lower, step in itertools.product(range(stages - 1), (UP, DOWN)):
             ranks = [first + lower, first + lower + 1]
-            made = torch_dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
+            made = torch_dist.new_group(ranks, timeout=collective_timeout())
             if group.rank in range(first, first + stages):
                 ways[lower, step] = made
     return ways

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fttrain.collectives import Handle, Handles
+from fttrain.distributed.collectives import Handle, Handles
 from fttrain.store import Traffic
 from fttrain.store.lane import Lane, copy, copy_lane
 from fttrain.util.units import round_up

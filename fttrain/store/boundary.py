@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fttrain.collectives import Handle
+from fttrain.distributed.collectives import Handle
 from fttrain.store.lane import Lane, copy, copy_lane
 
 UNDER_WAY = 2  # copies in each direction

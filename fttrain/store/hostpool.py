@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fttrain.dist import Group, local_world_size
+from fttrain.distributed.rank_group import RankGroup, local_world_size
 from fttrain.rig.probe import available_host_bytes, free_device_bytes
 from fttrain.util.errors import UserError
 from fttrain.util.units import GIB, MIB, gib
@@ -45,7 +45,7 @@ class HostPool:
     Every rank makes the same calls in the same order.
     """
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: RankGroup) -> None:
         self._group = group
         self._bookings: dict[str, Booking] = {}
 
@@ -76,11 +76,11 @@ class HostPool:
     def check(self) -> None:
         """Raises UserError, on all ranks alike, where a machine has too little memory free."""
         self._check_device()
-        self._group.refuse_together(self._too_little())
+        self._group.raise_everywhere(self._too_little())
 
     def _too_little(self) -> str:
         """What to say where this machine has too little host memory. All its ranks call it."""
-        machine = self._group.machine
+        machine = self._group.intra_node
         on_host = [b for b in self.bookings if b.place != "device" or self.device.type == "cpu"]
         own = sum(b.size_bytes for b in on_host if b.place != "shared")
         # The ranks share this machine, but maybe not their settings: each may keep other layers.
@@ -90,7 +90,7 @@ class HostPool:
         if needed <= available:
             return ""
         parts = ", ".join(f"{b.what} {gib(b.size_bytes)}{self._for_whom(b)}" for b in on_host)
-        where = f"machine {self._group.across.rank}: " if machine is not self._group else ""
+        where = f"machine {self._group.inter_node.rank}: " if machine is not self._group else ""
         return (
             f"{where}host memory: {gib(needed)} are needed ({parts}), {gib(available)} are "
             "available; a smaller schedule.group, data.seq_len or loop.micro_batch_size, "
@@ -99,7 +99,7 @@ class HostPool:
         )
 
     def _for_whom(self, booking: Booking) -> str:
-        ranks = self._group.machine.world_size
+        ranks = self._group.intra_node.world_size
         if ranks == 1:
             return ""
         each = f" on each of {ranks} ranks"
@@ -117,7 +117,7 @@ class HostPool:
                     f"rank {self._group.rank}: {gib(needed)} are needed on {self.device}, "
                     f"{gib(free)} are free: {largest(on_device)}"
                 )
-        self._group.refuse_together(problem)
+        self._group.raise_everywhere(problem)
 
     def allocate(self, what: str) -> Tensor:
         """The buffer that was booked as ``what``: uint8 (size_bytes,), zero; page-locked on CUDA.
@@ -129,7 +129,7 @@ class HostPool:
         memory = map_(what, booking.size_bytes)
         buffer = torch.frombuffer(memory, dtype=torch.uint8)
         if self._group.device.type == "cuda":
-            memory.page_lock(buffer, what, speak=self._group.machine.is_main)
+            memory.page_lock(buffer, what, speak=self._group.intra_node.is_main)
         return buffer
 
     def _map_own(self, what: str, size_bytes: int) -> "Memory":
@@ -140,21 +140,21 @@ class HostPool:
 
     def _map_shared(self, what: str, size_bytes: int) -> "Memory":
         """An anonymous file of the machine's first rank, which all its ranks map, or none."""
-        problem, descriptor, machine = "", -1, self._group.machine
+        problem, descriptor, machine = "", -1, self._group.intra_node
         try:
             if machine.is_main:
                 descriptor = os.memfd_create(f"fttrain {what}", os.MFD_CLOEXEC)
                 os.ftruncate(descriptor, size_bytes)
         except OSError as error:
             problem = _refused(what, size_bytes, error)
-        place = machine.share(f"/proc/{os.getpid()}/fd/{descriptor}")
+        place = machine.broadcast_str(f"/proc/{os.getpid()}/fd/{descriptor}")
         try:
             if not machine.is_main:
                 descriptor = os.open(place, os.O_RDWR | os.O_CLOEXEC)
             memory = Memory(descriptor, size_bytes)
         except (OSError, ValueError) as error:
             problem = problem or _refused(what, size_bytes, error)
-        self._group.refuse_together(problem)  # that descriptor stays until all have opened it
+        self._group.raise_everywhere(problem)  # that descriptor stays until all have opened it
         os.close(descriptor)
         return memory
 

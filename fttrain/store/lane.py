@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
-from fttrain.collectives import Handle, Handles
+from fttrain.distributed.collectives import Handle, Handles
 
 Work = Callable[[], Handle | None]  # issues copies or collectives; a handle if it does not wait
 Mark = Any  # a CUDA event; None on the CPU, where the compute is always up to date

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fttrain.collectives import Handle, all_gather
-from fttrain.dist import Group
+from fttrain.distributed.collectives import Handle, all_gather
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer
 from fttrain.quant.layout import FLAT_MULTIPLE_BYTES
 from fttrain.store import Traffic
@@ -46,7 +46,7 @@ class ShardedStore:
         self,
         shards: list[Tensor],
         frozen_format: FrozenFormat,
-        group: Group,
+        group: RankGroup,
         lane: Lane | None = None,
     ) -> None:
         self._shards, self._format, self._ranks = shards, frozen_format, group.process_group

@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from fttrain.collectives import Handle
+from fttrain.distributed.collectives import Handle
 from fttrain.store.lane import Lane, Mark
 
 Bring = Callable[[int, Tensor], Handle | None]  # (layer, slot uint8 (layer_bytes,))

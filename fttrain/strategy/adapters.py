@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.decoder import Decoder
 from fttrain.util.errors import UserError
 
 
-def adapter_state(decoder: Decoder, group: Group) -> dict[str, Tensor]:
+def adapter_state(decoder: Decoder, group: RankGroup) -> dict[str, Tensor]:
     """fp32 masters of the whole model, on rank 0; others may get less. Every rank calls it.
 
     ``model.layers.0.self_attn.q_proj.lora_A`` (r, in), ``...lora_B`` (out, r), and with DoRA
@@ -34,12 +34,12 @@ def has_all(decoder: Decoder) -> bool:
     return is_whole and len(decoder.layers) == decoder.architecture.layers
 
 
-def holders(decoder: Decoder, group: Group) -> Group:
+def holders(decoder: Decoder, group: RankGroup) -> RankGroup:
     """The ranks that hold each value of the adapters once: with optim.shard all ranks do, and the
     stages of a pipeline those of one machine.
     """
     whole_layers = decoder.layers[0].adapters.layout.portion.world_size == 1
-    return group.machine if whole_layers else group
+    return group.intra_node if whole_layers else group
 
 
 def load_adapter_state(decoder: Decoder, state: dict[str, Tensor]) -> None:
@@ -96,7 +96,7 @@ def part_of(state: dict[str, Tensor], decoder: Decoder) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
 
 
-def assemble(own: dict[str, Tensor], group: Group) -> dict[str, Tensor]:
+def assemble(own: dict[str, Tensor], group: RankGroup) -> dict[str, Tensor]:
     """Tensors that the ranks hold different ones of, or of the same name different parts, which
     follow end to end -> all of them, in host memory, on rank 0 of ``group``.
 
@@ -105,7 +105,7 @@ def assemble(own: dict[str, Tensor], group: Group) -> dict[str, Tensor]:
     """
     found: dict[str, list[Tensor]] = {}
     for source in range(group.world_size):
-        for name, arrived in group.send_each(own, source):
+        for name, arrived in group.broadcast_tensors(own, source):
             if group.is_main:
                 found.setdefault(name, []).append(arrived)
     return {name: _joined(found.pop(name)) for name in list(found)}

@@ -11,7 +11,7 @@ from fttrain.checkpoint.frozen import check_quantisation
 from fttrain.checkpoint.frozen_build import open_or_build
 from fttrain.checkpoint.frozen_cache import FrozenCache
 from fttrain.checkpoint.source import Source, load_config, quantisation_of
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.model import liger
 from fttrain.model.decoder import Architecture
 from fttrain.optim.optimizer import check_available
@@ -50,7 +50,11 @@ class Blueprint:
     """A strategy before anything is loaded. Raises UserError for a machine that is too small."""
 
     def __init__(
-        self, recipe: Recipe, architecture: Architecture, frozen_format: FrozenFormat, group: Group
+        self,
+        recipe: Recipe,
+        architecture: Architecture,
+        frozen_format: FrozenFormat,
+        group: RankGroup,
     ) -> None:
         check_together(recipe.strategy, recipe.schedule, recipe.optim)
         check_trained(
@@ -84,7 +88,7 @@ class Blueprint:
         return strategy
 
 
-def _check_attention(dtype: str, head_dim: int, group: Group) -> None:
+def _check_attention(dtype: str, head_dim: int, group: RankGroup) -> None:
     """Raises UserError, on every rank, for what flash attention's kernels on a GPU do not take."""
     if dtype == "float32":
         raise UserError("model.dtype=float32: flash attention on a GPU takes model.dtype=bfloat16")
@@ -100,7 +104,7 @@ def _check_attention(dtype: str, head_dim: int, group: Group) -> None:
             f"{found[0]}.{found[1]}, flash attention and bfloat16 need 8.0 (RTX 30) or newer; "
             "another card (CUDA_VISIBLE_DEVICES) or rig.device=cpu helps"
         )
-    group.refuse_together(problem)
+    group.raise_everywhere(problem)
 
 
 def frozen_base(source: Source, quant: QuantConfig, dtype: str) -> Base:
@@ -114,7 +118,7 @@ def frozen_base(source: Source, quant: QuantConfig, dtype: str) -> Base:
 
 
 def build_strategy(
-    recipe: Recipe, source: Source, group: Group, show: Show = silent
+    recipe: Recipe, source: Source, group: RankGroup, show: Show = silent
 ) -> tuple[Strategy, FrozenCache]:
     """The strategy, adapters at their start, and the frozen cache that it was loaded from, which is
     made first where there is none.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.store.verify import VerifiedStore
 from fttrain.strategy.protocol import Judge, OutOfMemory, StepStats
 from fttrain.strategy.sync import SyncStats
@@ -24,7 +24,7 @@ class Ending:
         store: VerifiedStore,
         first_layer: int,
         files: Sequence[str],
-        group: Group,
+        group: RankGroup,
     ) -> None:
         """``first_layer``: of ``store``'s, among those of the whole model; ``files``: where each of
         those lies on disk.
@@ -89,7 +89,7 @@ class Ending:
         """``found``: of each rank whether memory ran out; the first of them tells."""
         for rank, short in enumerate(found):
             if short:
-                raise OutOfMemory(*(self._group.share(text, rank) for text in own))
+                raise OutOfMemory(*(self._group.broadcast_str(text, rank) for text in own))
 
     def _refuse_damaged(self, found: list[float]) -> None:
         """``found``: of each rank what ``_first_damaged`` gave."""

@@ -116,9 +116,9 @@ def _loaded(plan: Plan, base: FrozenBase, name: str) -> Tensor:
 def _shared(plan: Plan, base: FrozenBase, name: str) -> Tensor:
     """Embedding or head (V, C) in the machine's one host copy, which its first rank fills."""
     table = plan.pool.allocate(name).view(plan.dtype).view(_shape(plan))
-    if plan.group.machine.is_main:
+    if plan.group.intra_node.is_main:
         base.read_end(name, table)
-    plan.group.machine.barrier()
+    plan.group.intra_node.barrier()
     return table
 
 

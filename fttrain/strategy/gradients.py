@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fttrain.collectives import Handle
+from fttrain.distributed.collectives import Handle
 from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.store.lane import Lane, copy, copy_lane
 from fttrain.strategy.sync import GradientSync, SyncStats

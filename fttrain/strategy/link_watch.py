@@ -1,6 +1,6 @@
 """Whether layers are brought as fast as this machine's links could when they were measured."""
 
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.rig.changes import own_profile
 from fttrain.rig.profile import RigProfile, bus_bytes_per_s
 from fttrain.store import Traffic
@@ -23,11 +23,14 @@ class LinkWatch:
         self._slow = 0  # samples in a row
         self._told = False
 
-    def look(self, group: Group, traffic: Traffic) -> str:
+    def look(self, group: RankGroup, traffic: Traffic) -> str:
         """A line where it is to be said; ``traffic``: of this rank in a step. Every rank calls it
         and gets the same.
         """
-        expected_s, here = self.expected_s(group.machine.rank, traffic), group.machine.world_size
+        expected_s, here = (
+            self.expected_s(group.intra_node.rank, traffic),
+            group.intra_node.world_size,
+        )
         own = traffic.wait_s / expected_s if expected_s else 0.0
         ratios, gathered_bytes = zip(*group.gather([own, traffic.gather_bytes]), strict=True)
         least_or_most = min if any(gathered_bytes) else max
@@ -64,14 +67,14 @@ class LinkWatch:
         return seconds
 
 
-def link_watch(group: Group, cache_dir: str | None) -> LinkWatch:
+def link_watch(group: RankGroup, cache_dir: str | None) -> LinkWatch:
     """One that knows the links as `fttrain measure` found them with as many cards, if it did. Of
     CPUs it says nothing: what computes there carries the bytes, too.
 
     ``cache_dir``: where the profile is, as frozen.cache_dir.
     """
     on_card = group.device.type == "cuda"
-    ranks = group.machine.world_size
+    ranks = group.intra_node.world_size
     profile = own_profile(cache_dir, ranks) if on_card else None
     if profile is None or [card.kind for card in profile.cards] != ["cuda"] * ranks:
         return LinkWatch()

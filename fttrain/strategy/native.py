@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from fttrain.data.batch import MicroBatch
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
 from fttrain.optim.config import OptimConfig
@@ -48,7 +48,7 @@ class Joined:
 
     decoder: Decoder
     store: VerifiedStore
-    group: Group
+    group: RankGroup
     optim: OptimConfig
     policies: Policies
     gradients: GradientHome

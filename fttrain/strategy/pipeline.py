@@ -25,7 +25,7 @@ def book(plan: Plan) -> Share:
 
     Raises UserError where the layers do not fit.
     """
-    share = _shares(plan)[plan.group.machine.rank]
+    share = _shares(plan)[plan.group.intra_node.rank]
     parts.book(plan, share, _kept(plan))
     book_layers(plan.pool, len(share.layers), plan.layer_bytes)
     return share
@@ -35,13 +35,13 @@ def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> Pip
     """Load this stage's layers onto its device and join the parts."""
     flats = to_device(base, share.layers, plan.layer_bytes, plan.pool, progress)
     store = ResidentStore(flats, plan.frozen_format)
-    sync = gradient_sync(plan.group.across)
+    sync = gradient_sync(plan.group.inter_node)
     return PipelineStage(join(plan, base, share, store, _kept(plan), sync))
 
 
 def fixed_bytes(plan: Plan) -> int:
     """What this stage takes on its device whatever its layers are: all that is booked for none."""
-    machine = plan.group.machine
+    machine = plan.group.intra_node
     books = replace(plan, pool=HostPool(plan.group))
     none = Share(range(0), machine.rank == 0, machine.rank == machine.world_size - 1)
     parts.book(books, none, _kept(plan))
@@ -50,7 +50,7 @@ def fixed_bytes(plan: Plan) -> int:
 
 def _kept(plan: Plan) -> int:
     """Micro-batches that this stage keeps at most between forward and backward."""
-    machine = plan.group.machine
+    machine = plan.group.intra_node
     of_a_step = plan.recipe.size.gradient_accumulation_steps * machine.world_size
     return min(in_flight(machine.rank, machine.world_size), of_a_step)
 
@@ -69,7 +69,7 @@ def _shares(plan: Plan) -> list[Share]:
         plan.pool.free_device_bytes,
     ]
     ranks = plan.group.gather([float(value) for value in own])
-    stages = plan.group.machine.world_size
+    stages = plan.group.intra_node.world_size
     layer_bytes, fixed, free_bytes = (
         [int(fullest(by_rank[stage::stages])) for stage in range(stages)]
         for fullest, by_rank in zip((max, max, min), zip(*ranks, strict=True), strict=True)

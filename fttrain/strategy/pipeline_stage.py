@@ -28,11 +28,11 @@ class PipelineStage(NativeStrategy):
 
     @property
     def data_parallel(self) -> tuple[int, int]:
-        return self._group.across.rank, self._group.across.world_size
+        return self._group.inter_node.rank, self._group.inter_node.world_size
 
     def _forward_backward(self, micro_batches: list[MicroBatch], dropout: Dropout) -> Attempt:
         stage = self._pass(micro_batches, dropout)
-        machine = self._group.machine
+        machine = self._group.intra_node
         one_f_one_b(machine.rank, machine.world_size, len(stage), stage.forward, stage.backward)
         if not len(stage):
             stage.close_all()
@@ -65,7 +65,7 @@ class PipelineStage(NativeStrategy):
         else:
             self._link.send(hidden, UP)
         # Machines must not come to differ in how many passes they make: the first one decides.
-        last = self._group.machine.world_size - 1
+        last = self._group.intra_node.world_size - 1
         tokens: list[int] = self._group.broadcast(torch.tensor(chosen), last).tolist()
         self._link.flush()
         return tokens
@@ -79,7 +79,7 @@ class PipelineStage(NativeStrategy):
         whole = norms.new_zeros(self.decoder.architecture.layers)
         first = self.decoder.layers[0].index
         whole[first : first + len(norms)] = norms
-        return self._group.machine.all_reduce_(whole)
+        return self._group.intra_node.all_reduce_(whole)
 
     def _take_traffic(self) -> Traffic:
         traffic = super()._take_traffic() + self._link.take_traffic()

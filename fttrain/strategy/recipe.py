@@ -7,7 +7,7 @@ import torch
 
 from fttrain.checkpoint.config import FrozenConfig
 from fttrain.data.batch import ROW_MULTIPLE
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.config import AUTO_KERNELS, LoraConfig
 from fttrain.model.decoder import Architecture
 from fttrain.optim.config import OptimConfig
@@ -65,7 +65,7 @@ class Plan:
     """A recipe for one model on these ranks: what a strategy's page books and builds from."""
 
     recipe: Recipe
-    group: Group
+    group: RankGroup
     architecture: Architecture
     frozen_format: FrozenFormat
     pool: HostPool

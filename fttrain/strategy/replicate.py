@@ -17,7 +17,7 @@ def book(plan: Plan) -> Share:
 
 def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> DataParallel:
     """Load all layers onto the device and join the parts."""
-    machine = plan.group.machine  # whose ranks read the same files
+    machine = plan.group.intra_node  # whose ranks read the same files
     order = in_turn(share.layers, machine.rank, machine.world_size)
     flats = dict(
         zip(order, to_device(base, order, plan.layer_bytes, plan.pool, progress), strict=True)

@@ -13,7 +13,7 @@ from fttrain.strategy.recipe import Plan
 
 def book(plan: Plan) -> Share:
     """Host memory that it needs. Raises UserError for ranks that a layer does not divide among."""
-    own_bytes = shard_bytes(plan.layer_bytes, plan.group.machine.world_size)
+    own_bytes = shard_bytes(plan.layer_bytes, plan.group.intra_node.world_size)
     share = book_data_parallel(plan)
     book_layers(plan.pool, plan.architecture.layers, own_bytes)
     plan.pool.book_device(parts.SLOTS, SLOTS * plan.layer_bytes)
@@ -22,7 +22,7 @@ def book(plan: Plan) -> Share:
 
 def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> DataParallel:
     """Load this rank's part of each layer and join the parts."""
-    group = plan.group.machine
+    group = plan.group.intra_node
     own_bytes = shard_bytes(plan.layer_bytes, group.world_size)
     shards = to_device(
         base, range(len(base)), own_bytes, plan.pool, progress, group.rank * own_bytes

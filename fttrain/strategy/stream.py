@@ -19,7 +19,7 @@ def book(plan: Plan) -> Share:
     on_host = _on_host(plan)
     if on_host:
         plan.pool.book(HOST_COPY, len(on_host) * plan.layer_bytes, shared=True)
-    book_layers(plan.pool, len(_resident(plan, plan.group.machine.rank)), plan.layer_bytes)
+    book_layers(plan.pool, len(_resident(plan, plan.group.intra_node.rank)), plan.layer_bytes)
     if on_host:
         plan.pool.book_device(parts.SLOTS, plan.recipe.strategy.slots * plan.layer_bytes)
     return share
@@ -27,7 +27,7 @@ def book(plan: Plan) -> Share:
 
 def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> DataParallel:
     """Fill the host copy together, load this rank's resident layers and join the parts."""
-    machine, layer_bytes = plan.group.machine, plan.layer_bytes
+    machine, layer_bytes = plan.group.intra_node, plan.layer_bytes
     on_host = _on_host(plan)
     shared = {}
     if on_host:
@@ -56,13 +56,13 @@ def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> Dat
 
 def _resident(plan: Plan, rank: int) -> frozenset[int]:
     """Layers that stay on the device of ``rank`` of the machine."""
-    layers, world_size = plan.architecture.layers, plan.group.machine.world_size
+    layers, world_size = plan.architecture.layers, plan.group.intra_node.world_size
     return resident_set(layers, plan.recipe.strategy.resident(rank, world_size, layers))
 
 
 def _on_host(plan: Plan) -> list[int]:
     """Layers of the machine's host copy: those that any rank does not keep."""
     everywhere = frozenset.intersection(
-        *(_resident(plan, rank) for rank in range(plan.group.machine.world_size))
+        *(_resident(plan, rank) for rank in range(plan.group.intra_node.world_size))
     )
     return [layer for layer in range(plan.architecture.layers) if layer not in everywhere]

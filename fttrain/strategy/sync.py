@@ -10,8 +10,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from fttrain.collectives import Handle, Handles, all_reduce, reduce_scatter
-from fttrain.dist import Group
+from fttrain.distributed.collectives import Handle, Handles, all_reduce, reduce_scatter
+from fttrain.distributed.rank_group import RankGroup
 
 _Span = tuple[torch.cuda.Event, torch.cuda.Event]  # begin, end
 
@@ -55,7 +55,7 @@ class NoSync:
 class CollectiveSync:
     """Launches a layer's sum as its last backward ends; waits for all before the update."""
 
-    def __init__(self, group: Group, collective: Callable[[Tensor], Handle]) -> None:
+    def __init__(self, group: RankGroup, collective: Callable[[Tensor], Handle]) -> None:
         on_card = group.device.type == "cuda"
         self._timer = _CudaTimer(collective) if on_card else _HostTimer(collective)
         self._sync_bytes = 0
@@ -70,7 +70,7 @@ class CollectiveSync:
         return stats
 
 
-def gradient_sync(group: Group, parts: bool = False) -> GradientSync:
+def gradient_sync(group: RankGroup, parts: bool = False) -> GradientSync:
     """The sum over all ranks of ``group``; ``parts``: each rank needs its part of it alone (of all
     ranks there are).
     """

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from fttrain.collectives import Handle
+from fttrain.distributed.collectives import Handle
 from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.optim.optimizer import Optimizer
 from fttrain.store.lane import copy_lane, device_thread

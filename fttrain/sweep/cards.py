@@ -20,8 +20,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from fttrain import launch
 from fttrain.config import RunConfig
+from fttrain.launcher import launch
 from fttrain.rig.nvml import ask
 from fttrain.sweep.trial import Place
 from fttrain.util.errors import UserError

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fttrain.checkpoint.claim import LOCK
-from fttrain.launch import Stops, handlers
+from fttrain.launcher.launch import Stops, handlers
 from fttrain.util.locks import is_locked
 
 FILE = ".stop"

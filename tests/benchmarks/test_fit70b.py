@@ -18,8 +18,8 @@ import torch
 from ranks import run_ranks
 from smoke import ROOT, smoke_run
 
-from fttrain.dist import Group
-from fttrain.joining import process_group
+from fttrain.distributed.process_group import process_group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.strategy.usage import explained
 from fttrain.util.errors import UserError
 
@@ -118,7 +118,7 @@ def test_figures_are_noted_after_each_step(module: Module) -> None:
         noted.append(len(figures["steps"]))
 
     memory = module("common").HostMemory()
-    found = fit_rank.run_steps(job, Group(0, 1, 0, torch.device("cpu")), memory, note)
+    found = fit_rank.run_steps(job, RankGroup(0, 1, 0, torch.device("cpu")), memory, note)
     assert (noted, len(found["steps"])) == ([1, 2], 2)
 
 

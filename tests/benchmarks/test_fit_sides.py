@@ -11,7 +11,7 @@ import torch
 from ranks import run_ranks
 from smoke import ROOT
 
-from fttrain.joining import process_group
+from fttrain.distributed.process_group import process_group
 
 Module = Callable[[str], ModuleType]
 STEPS = 2

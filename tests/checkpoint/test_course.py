@@ -11,7 +11,7 @@ from fttrain.checkpoint.adapter import AdapterInfo
 from fttrain.checkpoint.course import begun_at, leave
 from fttrain.checkpoint.newest import wanted_snapshot
 from fttrain.checkpoint.resume import LEFT, Snapshot, save_snapshot
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 
 NAME = "model.layers.0.self_attn.q_proj"
 
@@ -67,7 +67,7 @@ def test_a_restart_takes_nothing_older_than_what_the_course_began_with(tmp_path:
     """What it began with lies where nobody looks for the newest."""
     save(tmp_path, 1)
     begun = save(tmp_path / "kept", 3)
-    alone = Group(0, 1, 0, torch.device("cpu"))
+    alone = RankGroup(0, 1, 0, torch.device("cpu"))
     leave(tmp_path, 3)
     for again in (False, True):
         found = wanted_snapshot(tmp_path, str(begun), alone, again)

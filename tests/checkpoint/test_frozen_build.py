@@ -24,8 +24,8 @@ from fttrain.checkpoint.frozen import load_layer
 from fttrain.checkpoint.readers import open_checkpoint
 from fttrain.checkpoint.source import resolve
 from fttrain.cli import main
-from fttrain.dist import Group
-from fttrain.joining import process_group
+from fttrain.distributed.process_group import process_group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.quant.checksum import checksum
 from fttrain.quant.config import QuantConfig
 from fttrain.strategy.build import frozen_base
@@ -164,7 +164,7 @@ def test_a_killed_build_is_never_used_and_goes_on(moment: str, model: Path, tmp_
 def on_two_ranks(model: Path, root: Path) -> tuple[str, int]:
     """This rank's digest, and how many files it wrote."""
     rank = torch.distributed.get_rank()
-    return built_by(Group(rank, 2, rank, tiny.CPU), model, root)
+    return built_by(RankGroup(rank, 2, rank, tiny.CPU), model, root)
 
 
 def on_two_machines(model: Path, seconds: list[Path], root: Path) -> list[tuple[str, int]]:
@@ -179,7 +179,7 @@ def on_two_machines(model: Path, seconds: list[Path], root: Path) -> list[tuple[
         return found + [built_by(group, second if rank else model, own) for second in seconds]
 
 
-def built_by(group: Group, model: Path, root: Path) -> tuple[str, int]:
+def built_by(group: RankGroup, model: Path, root: Path) -> tuple[str, int]:
     wrote = []
     replace = atomic_files.replace
 

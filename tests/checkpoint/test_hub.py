@@ -20,13 +20,13 @@ from fttrain.checkpoint.config import ModelConfig
 from fttrain.checkpoint.frozen_build import open_or_build
 from fttrain.checkpoint.frozen_cache import FrozenCache
 from fttrain.checkpoint.source import load_config, load_tokenizer, resolve
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.quant.config import QuantConfig
 from fttrain.strategy.build import frozen_base
 from fttrain.util import atomic_files
 from fttrain.util.errors import UserError
 
-ALONE = Group(0, 1, 0, tiny.CPU)
+ALONE = RankGroup(0, 1, 0, tiny.CPU)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ID = "owner/tiny"
 

@@ -14,8 +14,8 @@ from fttrain.checkpoint.adapter import AdapterInfo
 from fttrain.checkpoint.course import leave
 from fttrain.checkpoint.newest import newest_snapshot, wanted_snapshot
 from fttrain.checkpoint.resume import Snapshot, load_snapshot, save_snapshot
-from fttrain.dist import Group
-from fttrain.joining import divided
+from fttrain.distributed.process_group import split_by_node
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -59,8 +59,8 @@ def same(one: Snapshot, other: Snapshot) -> bool:
 def look(folder: Path) -> dict[str, Any]:
     """On one of four ranks of two machines; each machine has a folder of its own."""
     rank = torch_dist.get_rank()
-    group = divided(Group(rank, 4, rank % 2, CPU), 2)
-    own, found = group.across.rank, {}
+    group = split_by_node(RankGroup(rank, 4, rank % 2, CPU), 2)
+    own, found = group.inter_node.rank, {}
     for case in CASES:
         checkpoints = folder / case / str(own)
         taken = newest_snapshot(checkpoints, "auto", group)
@@ -104,8 +104,8 @@ def attempts(folder: Path) -> list[int | None]:
     from.
     """
     rank = torch_dist.get_rank()
-    group = divided(Group(rank, 4, rank % 2, CPU), 2)
-    own = folder / str(group.across.rank)
+    group = split_by_node(RankGroup(rank, 4, rank % 2, CPU), 2)
+    own = folder / str(group.inter_node.rank)
     asked, found = str(own / "step_00000003"), []
 
     def wanted(again: bool) -> None:
@@ -113,7 +113,7 @@ def attempts(folder: Path) -> list[int | None]:
         found.append(None if taken is None else taken[1].step)
 
     def on_machine(place: int, act: Callable[[], object]) -> None:
-        if group.machine.is_main and group.across.rank == place:
+        if group.intra_node.is_main and group.inter_node.rank == place:
             act()
         group.barrier()
 
@@ -140,7 +140,7 @@ def test_all_machines_leave_the_later_ones(tmp_path: Path) -> None:
 
 def test_one_rank_reads_it_as_it_is(tmp_path: Path) -> None:
     path = save_snapshot(tmp_path, snapshot(5, 0))
-    found = newest_snapshot(tmp_path, "auto", Group(0, 1, 0, CPU))
+    found = newest_snapshot(tmp_path, "auto", RankGroup(0, 1, 0, CPU))
     assert found is not None
     assert found[0] == str(path)
     assert same(found[1], load_snapshot(path))

@@ -10,7 +10,7 @@ import time
 def flip() -> None:
     from torch import Tensor
 
-    from fttrain import collectives
+    from fttrain.distributed import collectives
     from fttrain.doctor import link_probe
 
     right = collectives.all_reduce

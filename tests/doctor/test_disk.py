@@ -9,7 +9,7 @@ import torch
 from fttrain.checkpoint.config import ModelConfig
 from fttrain.checkpoint.frozen_build import open_or_build
 from fttrain.checkpoint.source import resolve
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.doctor import disk
 from fttrain.doctor.finding import FAILURE, OK
 from fttrain.model.config import LoraConfig
@@ -24,7 +24,7 @@ def test_what_the_cache_needs_is_what_it_then_takes(tmp_path: Path) -> None:
     before = disk.cache(base, str(tmp_path / "cache"))
     assert (before.verdict, "needs" in before.figure) == (OK, True)
     built = open_or_build(
-        base, str(tmp_path / "cache"), Group(0, 1, 0, torch.device("cpu")), silent("")
+        base, str(tmp_path / "cache"), RankGroup(0, 1, 0, torch.device("cpu")), silent("")
     )
     norm_bytes = base.architecture.hidden * 4
     assert disk.frozen_bytes(base) == built.size_bytes - norm_bytes

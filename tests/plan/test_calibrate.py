@@ -8,7 +8,7 @@ import tiny
 import tiny_strategy
 import torch
 
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.decoder import Architecture
 from fttrain.plan import memory, trial
 from fttrain.plan.calibrate import calibrate, calibrated, python
@@ -21,7 +21,7 @@ from fttrain.strategy.recipe import Recipe, StepSize
 CONFIG = tiny.model(num_hidden_layers=6).config
 A = Architecture(CONFIG)
 RECIPE = replace(tiny_strategy.variant(), size=StepSize(2, 64, 3))
-ALONE = Group(0, 1, 0, torch.device("cpu"))
+ALONE = RankGroup(0, 1, 0, torch.device("cpu"))
 CARD = CardProfile("card", "cpu", 1 << 40, 1e9, 1e9, 1e30, overhead_bytes=7)
 RIG = RigProfile("made up", (CARD,), HostProfile("cpu", 1, 1 << 40))
 

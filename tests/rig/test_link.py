@@ -10,9 +10,9 @@ import torch
 import torch.distributed as torch_dist
 from ranks import run_ranks
 
-from fttrain import collectives
-from fttrain.collectives import Handle, Handles
-from fttrain.dist import Group
+from fttrain.distributed import collectives
+from fttrain.distributed.collectives import Handle, Handles
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.rig import exchange
 from fttrain.rig.link import LEAST_BYTES, WrongResult, gradients_s, measure_link, plan
 from fttrain.rig.profile import COLLECTIVES
@@ -55,7 +55,7 @@ class Flips:
     rank: int
     left: int
 
-    def make(self, collective: str, size_bytes: int, group: Group) -> exchange.Exchange:
+    def make(self, collective: str, size_bytes: int, group: RankGroup) -> exchange.Exchange:
         right = _make(collective, size_bytes, group)
 
         def start() -> Handle:
@@ -73,7 +73,7 @@ _make = exchange.make
 
 def on_rank(device: torch.device) -> dict[str, Any]:
     """Everything that needs ranks, in one start of them."""
-    group = Group(torch_dist.get_rank(), torch_dist.get_world_size(), 0, device)
+    group = RankGroup(torch_dist.get_rank(), torch_dist.get_world_size(), 0, device)
     found: dict[str, Any] = {
         "faults": {name: one_run(name, group) for name in COLLECTIVES},
         "samples": measure_link(group, TRUE_BYTES, 256 * KIB, 2.0),
@@ -96,7 +96,7 @@ def on_rank(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def flip_last(all_reduce: Callable[[torch.Tensor], Handle], group: Group) -> Any:
+def flip_last(all_reduce: Callable[[torch.Tensor], Handle], group: RankGroup) -> Any:
     """All sums are right but every third: a byte of it is wrong on rank 1."""
     count = itertools.count(1)
 
@@ -110,7 +110,7 @@ def flip_last(all_reduce: Callable[[torch.Tensor], Handle], group: Group) -> Any
     return flipped
 
 
-def one_run(name: str, group: Group) -> tuple[str, str, list[float]]:
+def one_run(name: str, group: RankGroup) -> tuple[str, str, list[float]]:
     """The fault before it ran, the fault after it, and what it left, as numbers."""
     trial = exchange.make(name, ODD_BYTES, group)
     trial.result.zero_()

@@ -9,7 +9,7 @@ import pynvml
 import pytest
 import torch
 
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.rig import nvml, telemetry
 from fttrain.rig.machine import identity
 from fttrain.rig.profile import CardProfile, HostProfile, Measured, RigProfile, profile_path
@@ -120,7 +120,7 @@ def test_a_link_that_is_slower_than_measured_is_named_once(change: dict, text: s
     assert CardWatch().look([COOL | change]) == [], "nobody measured it"
 
 
-class CardGroup(Group):
+class CardGroup(RankGroup):
     """Rank 0 of two; the other one's driver knows all but the power."""
 
     def gather(self, values: list[float]) -> list[list[float]]:

@@ -7,7 +7,7 @@ import pynvml
 import pytest
 import torch
 
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.rig import link_rank, transports
 from fttrain.rig.transports import TRANSPORTS, LinkJob, Transport, carriers, is_as_asked
 from fttrain.util.units import MIB
@@ -71,7 +71,7 @@ def test_a_gpu_that_is_missing_is_told_as_the_link_s_fault(
     monkeypatch.setattr(transports, "_taken_bytes", lambda device: 0)
     link, _ = transports.measure_transport(
         Transport("default", "nccl", {}),
-        Group(0, 1, 0, CPU),
+        RankGroup(0, 1, 0, CPU),
         torch.device("cuda", 0),
         0,
         {},

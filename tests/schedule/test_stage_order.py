@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fttrain.data.batch import MicroBatch, collate
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.schedule import stage_link
 from fttrain.schedule.one_f_one_b import one_f_one_b
 from fttrain.schedule.stage_link import DOWN, UP, StageLink
@@ -66,7 +66,7 @@ def record(
     wires = [tiny_wire.Wire(rank) for rank in range(stages)]
     for rank, recorder in enumerate(wires):
         monkeypatch.setattr(stage_link, "torch_dist", recorder)
-        link = StageLink(Group(rank, stages, rank, CPU), WIDTH, torch.float32)
+        link = StageLink(RankGroup(rank, stages, rank, CPU), WIDTH, torch.float32)
         for _ in range(2):
             model: Any = NoLayers()
             stage = StagePass(model, (), link, (), None, batches, lambda batch: None)  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ def test_the_model_sees_a_circle() -> None:
 def test_one_communicator_for_a_direction_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """From four stages on: the receive that a middle stage opens early stands before its send."""
 
-    def shared(group: Group) -> dict[tuple[int, int], Any]:
+    def shared(group: RankGroup) -> dict[tuple[int, int], Any]:
         ways = {step: stage_link.torch_dist.new_group() for step in (UP, DOWN)}
         neighbours = range(group.world_size - 1)
         return {(lower, step): ways[step] for lower in neighbours for step in (UP, DOWN)}

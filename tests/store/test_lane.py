@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fttrain.collectives import Handle, Handles
+from fttrain.distributed.collectives import Handle, Handles
 from fttrain.store.lane import (
     CollectiveLane,
     HostLane,

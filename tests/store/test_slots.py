@@ -6,7 +6,7 @@ import pytest
 import tiny_store
 from torch import Tensor
 
-from fttrain.collectives import Handle
+from fttrain.distributed.collectives import Handle
 from fttrain.store.lane import ThreadLane, Work
 from fttrain.store.slots import Slots
 

@@ -7,12 +7,12 @@ import tiny
 import tiny_strategy
 import torch
 
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.decoder import Architecture
 from fttrain.strategy.build import Blueprint
 from fttrain.util.errors import UserError
 
-CARD = Group(0, 1, 0, torch.device("cuda", 0))
+CARD = RankGroup(0, 1, 0, torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_what_flash_attention_on_a_card_does_not_take(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2080")
-    monkeypatch.setattr(Group, "any", lambda self, flag: flag)  # its flag travels on the card
+    monkeypatch.setattr(RankGroup, "any", lambda self, flag: flag)  # its flag travels on the card
     recipe = tiny_strategy.variant(dtype=dtype)
     architecture = Architecture(tiny.model(**shape).config)
     frozen_format = architecture.frozen_format(recipe.quant, getattr(torch, dtype))

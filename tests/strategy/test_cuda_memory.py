@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fttrain.data.batch import MicroBatch, collate
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.strategy.protocol import OutOfMemory
 from fttrain.strategy.recipe import StepSize
 from fttrain.util.units import MIB
@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def build(settings: dict[str, Any]) -> Any:
-    card = Group(0, 1, 0, torch.device("cuda", torch.cuda.current_device()))
+    card = RankGroup(0, 1, 0, torch.device("cuda", torch.cuda.current_device()))
     recipe = tiny_strategy.variant(dtype="bfloat16", **settings)
     recipe = replace(recipe, size=StepSize(1, sum(LENGTHS), MICRO_BATCHES))
     return tiny_strategy.build(recipe, tiny_strategy.base(dtype="bfloat16"), card)

@@ -13,8 +13,8 @@ import torch
 from ranks import become_rank, run_ranks
 from torch import Tensor
 
-from fttrain.dist import Group
-from fttrain.joining import process_group
+from fttrain.distributed.process_group import process_group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.rig.config import RigConfig
 from fttrain.rig.probe import set_up_rank
 from fttrain.store.host import HostStore
@@ -45,11 +45,13 @@ LAYERS = 7
 LAG_CYCLES = 2_000_000  # about a millisecond
 
 
-def on_gpu() -> Group:
-    return Group(0, 1, 0, torch.device("cuda", torch.cuda.current_device()))
+def on_gpu() -> RankGroup:
+    return RankGroup(0, 1, 0, torch.device("cuda", torch.cuda.current_device()))
 
 
-def outcome(ranks: Group | None = None, **settings: Any) -> tuple[list[float], dict[str, Tensor]]:
+def outcome(
+    ranks: RankGroup | None = None, **settings: Any
+) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of four steps, and the adapters that they led to, on rank 0."""
     frozen = tiny_strategy.base(dtype="bfloat16")
     recipe = tiny_strategy.variant(dtype="bfloat16", **settings)
@@ -63,7 +65,7 @@ def outcome(ranks: Group | None = None, **settings: Any) -> tuple[list[float], d
 
 
 @contextmanager
-def on_two(backend: str, device: str = "cuda") -> Iterator[Group]:
+def on_two(backend: str, device: str = "cuda") -> Iterator[RankGroup]:
     """This rank among those of ``run_ranks``, as a run joins them."""
     where = set_up_rank(RigConfig(device, threads=1, backend=backend))
     with process_group(where, backend) as group:
@@ -102,7 +104,7 @@ def contexts() -> list[bool]:
     become_rank(1, 2, 0)
     device = set_up_rank(RigConfig("cuda", threads=1))
     recipe = tiny_strategy.variant(dtype="bfloat16", strategy="stream", **ON_HOST)
-    group = Group(0, 1, 1, device)
+    group = RankGroup(0, 1, 1, device)
     strategy = tiny_strategy.build(recipe, tiny_strategy.base(dtype="bfloat16"), group)
     for step in range(2):
         tiny_strategy.apply(strategy, step)

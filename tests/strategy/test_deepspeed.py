@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fttrain.checkpoint.adapter import AdapterInfo, save_adapter
 from fttrain.data.batch import IGNORE, MicroBatch, collate
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.config import LoraConfig
 from fttrain.quant.config import QuantConfig
 from fttrain.strategy.config import StrategyConfig
@@ -39,7 +39,7 @@ def build(
     dtype: str = "float32",
     quant: QuantConfig = PLAIN,
     lora: LoraConfig = tiny_strategy.RECIPE.lora,
-    group: Group | None = None,
+    group: RankGroup | None = None,
     **optim: Any,
 ) -> Any:
     """Two layers of the tiny model, at the start of a run with dropout, decay and clipping."""
@@ -186,7 +186,7 @@ def snapshots(folder: str) -> dict[str, Any]:
 
 def alone(folder: str) -> list[tuple[float, float]]:
     """The same snapshot on one rank without a process group of its own."""
-    group = Group(0, 1, 0, tiny.CPU)
+    group = RankGroup(0, 1, 0, tiny.CPU)
     return _go_on(build("deepspeed", {"stage": 3}, quant=NF4, group=group), folder)
 
 

@@ -10,7 +10,7 @@ import tiny
 import tiny_strategy
 
 from fttrain.config import compose
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.schedule import ScheduleConfig
@@ -27,7 +27,7 @@ OPTIM = OptimConfig(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=
 
 def settled(environment: dict[str, str] | None = None, **zero: Any) -> Settings:
     """Of two ranks of a bf16 run: 3 rows a micro-batch, 4 of them a step."""
-    group = Group(0, 2, 0, tiny.CPU)
+    group = RankGroup(0, 2, 0, tiny.CPU)
     frozen = tiny_strategy.base()
     recipe = replace(
         tiny_strategy.RECIPE,

@@ -10,7 +10,7 @@ import tiny_strategy
 import torch
 from ranks import run_ranks
 
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.projection import QuantisedTable, Table
 from fttrain.quant.config import QuantConfig
 from fttrain.store.hostpool import HostPool
@@ -25,7 +25,7 @@ EVERYWHERE = list(
 
 
 def plan(recipe: Recipe, model: str = "llama", device: str = "cpu") -> Plan:
-    frozen, group = tiny_strategy.base(model), Group(0, 1, 0, torch.device(device))
+    frozen, group = tiny_strategy.base(model), RankGroup(0, 1, 0, torch.device(device))
     return Plan(recipe, group, frozen.architecture, frozen.frozen_format, HostPool(group))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.rig import machine
 from fttrain.rig.profile import (
     CardProfile,
@@ -28,7 +28,7 @@ PROFILE = RigProfile("rig", (CARD, CARD), HostProfile("cpu", 8, 64 << 30), (LINK
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-class Pair(Group):
+class Pair(RankGroup):
     """Rank 0 of two; the other one waited ``other`` times what it should."""
 
     other = 0.0
@@ -89,7 +89,7 @@ def test_it_knows_the_profile_of_as_many_ranks_on_such_devices(tmp_path: Path) -
     PROFILE.save(profile_path(2, str(tmp_path)))
 
     def expected_s(ranks: int, device: torch.device) -> float:
-        watch = link_watch(Group(0, ranks, 0, device), str(tmp_path))
+        watch = link_watch(RankGroup(0, ranks, 0, device), str(tmp_path))
         return watch.expected_s(0, SLOW)
 
     assert expected_s(2, CUDA) == pytest.approx(1.0)

@@ -18,8 +18,8 @@ import torch.distributed as torch_dist
 from ranks import run_ranks
 
 from fttrain.data.batch import MicroBatch, collate
-from fttrain.dist import Group
-from fttrain.joining import divided
+from fttrain.distributed.process_group import split_by_node
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.strategy.recipe import Recipe
 from fttrain.util.errors import UserError
 
@@ -59,9 +59,9 @@ class Case:
 CASES = [Case(store, clip=0.0 if "optim.shard" in store else 0.05) for store in STORES]
 
 
-def this_group(here: int) -> Group:
+def this_group(here: int) -> RankGroup:
     rank = torch_dist.get_rank()
-    return divided(Group(rank, torch_dist.get_world_size(), rank % here, tiny.CPU), here)
+    return split_by_node(RankGroup(rank, torch_dist.get_world_size(), rank % here, tiny.CPU), here)
 
 
 @functools.cache
@@ -188,10 +188,10 @@ def empty_on(machine: int) -> dict[str, Any]:
 def refusals() -> list[str]:
     """What ranks that are counted wrongly are told."""
     rank, told = torch_dist.get_rank(), []
-    wrong: list[Callable[[], Group]] = [
-        lambda: divided(Group(rank, RANKS, rank, tiny.CPU), 2 if rank < 2 else 1),
-        lambda: divided(Group(rank, RANKS, 0, tiny.CPU), 3),
-        lambda: divided(Group(rank, RANKS, rank // 2, tiny.CPU), 2),  # 0 2 | 1 3
+    wrong: list[Callable[[], RankGroup]] = [
+        lambda: split_by_node(RankGroup(rank, RANKS, rank, tiny.CPU), 2 if rank < 2 else 1),
+        lambda: split_by_node(RankGroup(rank, RANKS, 0, tiny.CPU), 3),
+        lambda: split_by_node(RankGroup(rank, RANKS, rank // 2, tiny.CPU), 2),  # 0 2 | 1 3
     ]
     for group in wrong:
         with pytest.raises(UserError) as refused:
@@ -199,8 +199,10 @@ def refusals() -> list[str]:
         told.append(str(refused.value))
     group = this_group(HERE)
     with pytest.raises(UserError) as refused:
-        group.refuse_differing({"data": "same", "seed": str(group.across.rank)}, "the same helps")
-    group.refuse_differing({"seed": "7"}, "")
+        group.raise_where_nodes_differ(
+            {"data": "same", "seed": str(group.inter_node.rank)}, "the same helps"
+        )
+    group.raise_where_nodes_differ({"seed": "7"}, "")
     return [*told, str(refused.value)]
 
 

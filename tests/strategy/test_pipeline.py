@@ -8,7 +8,7 @@ import tiny
 import tiny_strategy
 import torch
 
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.model import head as head_module
 from fttrain.model.head import Head
 from fttrain.model.projection import Projection, QuantisedTable, Table, tiled_format
@@ -27,7 +27,7 @@ def fixed(
     stage: int, quant: Any = tiny_strategy.RECIPE.quant, hidden: int = 64, **placement: str
 ) -> int:
     frozen = tiny_strategy.base(quant=quant, hidden_size=hidden)
-    group = Group(stage, STAGES, stage, tiny.CPU)
+    group = RankGroup(stage, STAGES, stage, tiny.CPU)
     recipe = replace(tiny_strategy.variant("pipeline", **placement), quant=quant)
     plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, HostPool(group))
     return fixed_bytes(plan)

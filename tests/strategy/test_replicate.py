@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.data.loader import Loader
-from fttrain.dist import Group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.config import QuantConfig
@@ -45,7 +45,7 @@ def strategy(
     lora: LoraConfig = LORA, optim: OptimConfig = OPTIM, rank: int = 0, world_size: int = 1
 ) -> DataParallel:
     decoder, store = tiny.build(tiny.model(), QuantConfig(), lora)
-    group = Group(rank, world_size, rank, tiny.CPU)
+    group = RankGroup(rank, world_size, rank, tiny.CPU)
     return tiny_strategy.data_parallel(decoder, store, group, optim)
 
 

@@ -12,7 +12,7 @@ import tiny
 import torch
 from tiny_streams import GROUPS, OFFLOAD, ON_HOST, PIPELINE, SHARD, STREAM, Settings, races
 
-from fttrain.collectives import Handle, Handles
+from fttrain.distributed.collectives import Handle, Handles
 from fttrain.model import projection
 from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.schedule.stage_link import Arriving, StageLink

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from fttrain.launch import die_with_parent
+from fttrain.launcher.launch import die_with_parent
 
 die_with_parent()
 settings = dict(text.split("=", 1) for text in sys.argv[2:])

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fttrain.launch_files import DEEPSPEED_VARIABLES
+from fttrain.launcher.accelerate_yaml import DEEPSPEED_VARIABLES
 from fttrain.strategy.recipe import Plan, Recipe
 from fttrain.strategy.zero.checks import shown
 from fttrain.strategy.zero.config import DEFAULT_STAGE

@@ -3,9 +3,9 @@
 On several machines ranks are numbered machine by machine, as many on each, and every rank is in two
 more groups:
 
-    ranks     0 1 | 2 3         of two machines
-    machine   0 1 | 2 3         those beside it on its machine
-    across    0 2 , 1 3         those with its place on every machine
+    ranks        0 1 | 2 3      of two machines
+    intra_node   0 1 | 2 3      those of its machine
+    inter_node   0 2 , 1 3      those with its local rank on every machine
 
 ``world_size == 1`` needs no process group and runs the same code.
 """
@@ -16,22 +16,19 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from fttrain.machines import Board
+from fttrain.distributed.node_heartbeat import NodeHeartbeat
 from fttrain.util.errors import UserError
 
-# Longer than the slowest step; a dead rank ends the others sooner.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 POLL_S = 1.0
 
 
 @dataclass(frozen=True)
-class Group:
+class RankGroup:
     """Ranks that work together: this rank's place among them, and its device."""
 
     rank: int  # among these
@@ -39,9 +36,9 @@ class Group:
     local_rank: int  # on its machine
     device: torch.device
     process_group: torch_dist.ProcessGroup | None = None  # None: torch's group of all ranks
-    beside: "Group | None" = None  # of all ranks on several machines: see ``machine``
-    opposite: "Group | None" = None  # likewise, see ``across``
-    board: Board | None = None  # of the first rank of one of several machines
+    intra: "RankGroup | None" = None  # of all ranks on several machines: see ``intra_node``
+    inter: "RankGroup | None" = None  # likewise, see ``inter_node``
+    heartbeat: NodeHeartbeat | None = None  # of the first rank of one of several machines
 
     @property
     def is_main(self) -> bool:
@@ -49,16 +46,16 @@ class Group:
         return self.rank == 0
 
     @property
-    def machine(self) -> "Group":
+    def intra_node(self) -> "RankGroup":
         """The ranks of this machine."""
-        return self.beside or self
+        return self.intra or self
 
     @property
-    def across(self) -> "Group":
+    def inter_node(self) -> "RankGroup":
         """The ranks with this one's place on each machine; ``rank`` is the number of the machine
         and ``world_size`` says how many there are.
         """
-        return self.opposite or Group(0, 1, self.local_rank, self.device)
+        return self.inter or RankGroup(0, 1, self.local_rank, self.device)
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
@@ -105,7 +102,7 @@ class Group:
         self._broadcast_(there, source)
         return there.cpu()
 
-    def share(self, text: str, source: int = 0) -> str:
+    def broadcast_str(self, text: str, source: int = 0) -> str:
         """The ``text`` of rank ``source``, on every rank."""
         if self.world_size == 1:
             return text
@@ -119,7 +116,7 @@ class Group:
         self._broadcast_(content, source)
         return bytes(content.tolist()).decode()
 
-    def send_each(
+    def broadcast_tensors(
         self, tensors: Mapping[str, Tensor], source: int = 0
     ) -> Iterator[tuple[str, Tensor]]:
         """``tensors`` of rank ``source``, one after the other, on every rank, on the host; those
@@ -130,58 +127,58 @@ class Group:
             for name, tensor in tensors.items()
         ]
         mine = self.rank == source
-        for name, shape, dtype in json.loads(self.share(json.dumps(described), source)):
+        for name, shape, dtype in json.loads(self.broadcast_str(json.dumps(described), source)):
             tensor = tensors[name] if mine else torch.empty(shape, dtype=getattr(torch, dtype))
             yield name, self.broadcast(tensor.contiguous(), source)
 
-    def refuse_together(self, problem: str) -> None:
+    def raise_everywhere(self, problem: str) -> None:
         """Raises UserError on every rank where any has a ``problem``: that of the first of them."""
         if not self.any(bool(problem)):
             return
-        problems = [self.share(problem, rank) for rank in range(self.world_size)]
+        problems = [self.broadcast_str(problem, rank) for rank in range(self.world_size)]
         raise UserError(next(found for found in problems if found))
 
     @contextmanager
-    def each_machine(self, what: str) -> Iterator[None]:
+    def node_local_work(self, what: str) -> Iterator[None]:
         """Around ``what`` each machine does alone, for hours maybe: who is done waits for the
         others outside of any collective. Every rank enters it; the ranks of a machine end it alike.
 
         Raises, on every rank, the UserError of a machine.
         """
-        board = self.board
+        heartbeat = self.heartbeat
         try:
             yield
         except UserError as error:
-            if board is not None:
-                board.say(board.next_work(), str(error))
+            if heartbeat is not None:
+                heartbeat.say(heartbeat.next_work(), str(error))
             raise
-        if self.across.world_size == 1:
+        if self.inter_node.world_size == 1:
             return
         work = 0
-        if board is not None:
-            work = board.next_work()
-            board.say(work, "")
+        if heartbeat is not None:
+            work = heartbeat.next_work()
+            heartbeat.say(work, "")
         told = False
         while True:
-            problem, missing = board.heard(work) if board is not None else ("", [])
-            problem = self.machine.share(problem)
+            problem, missing = heartbeat.heard(work) if heartbeat is not None else ("", [])
+            problem = self.intra_node.broadcast_str(problem)
             if problem:
                 raise UserError(problem)
-            if not self.machine.any(bool(missing)):
+            if not self.intra_node.any(bool(missing)):
                 return
             if self.is_main and not told:
                 print(f"{what}: waiting for {' and '.join(missing)}", flush=True)
                 told = True
             time.sleep(POLL_S)
 
-    def refuse_differing(self, what: Mapping[str, str], remedy: str) -> None:
+    def raise_where_nodes_differ(self, what: Mapping[str, str], remedy: str) -> None:
         """Raises UserError, on every rank, where machines differ in ``what`` (name -> value); the
         ranks of one machine have read the same files.
         """
-        if self.across.world_size == 1:
+        if self.inter_node.world_size == 1:
             return
         own = json.dumps([os.uname().nodename, dict(what)])
-        found = [json.loads(text) for text in self.of_machines(own)]
+        found = [json.loads(text) for text in self.from_each_node(own)]
         first_name, first = found[0]
         for number, (name, values) in enumerate(found):
             for key in (key for key in first if values.get(key) != first[key]):
@@ -190,10 +187,10 @@ class Group:
                     f"machine {number} ({name}): {remedy}"
                 )
 
-    def of_machines(self, text: str) -> list[str]:
+    def from_each_node(self, text: str) -> list[str]:
         """``text`` of the first rank of each machine."""
-        step = self.machine.world_size
-        return [self.share(text, rank) for rank in range(0, self.world_size, step)]
+        step = self.intra_node.world_size
+        return [self.broadcast_str(text, rank) for rank in range(0, self.world_size, step)]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

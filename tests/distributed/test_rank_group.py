@@ -8,8 +8,8 @@ import torch
 import torch.distributed as torch_dist
 from ranks import run_ranks
 
-from fttrain.dist import Group, rank_from_environment
-from fttrain.joining import process_group
+from fttrain.distributed.process_group import process_group
+from fttrain.distributed.rank_group import RankGroup, rank_from_environment
 from fttrain.rig.config import RigConfig
 from fttrain.rig.probe import set_up_rank
 
@@ -41,10 +41,10 @@ def talk(device: str = "cpu", backend: str = "auto") -> dict[str, Any]:
             "any": [group.any(flag) for flag in (False, rank == 0, rank == 1, True)],
             "all": [group.all(flag) for flag in (False, rank == 0, rank == 1, True)],
             "maximum": [group.maximum(value) for value in (float(rank), -1.5 - rank)],
-            "share": [group.share(text if group.is_main else "mine") for text in TEXTS],
+            "share": [group.broadcast_str(text if group.is_main else "mine") for text in TEXTS],
             "sent": {
                 name: (tensor.device.type, tensor.dtype, tensor.tolist())
-                for name, tensor in group.send_each(SENT if group.is_main else {})
+                for name, tensor in group.broadcast_tensors(SENT if group.is_main else {})
             },
         }
         group.barrier()
@@ -111,4 +111,4 @@ def test_rank_as_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
         monkeypatch.setitem(os.environ, name, value)
     assert rank_from_environment() == (3, 4, 1)
-    assert not Group(3, 4, 1, CPU).is_main
+    assert not RankGroup(3, 4, 1, CPU).is_main

@@ -10,44 +10,51 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
-from fttrain.dist import COLLECTIVE_TIMEOUT, Group, local_world_size, rank_from_environment
-from fttrain.machines import lost_connection, open_board
-from fttrain.meeting import keeps_its_store, store_of_attempt
-from fttrain.peers import Mark, Watch
+from fttrain.distributed.node_heartbeat import lost_connection, start_heartbeat
+from fttrain.distributed.peer_watchdog import LivenessLock, PeerWatchdog
+from fttrain.distributed.rank_group import (
+    RankGroup,
+    local_world_size,
+    rank_from_environment,
+)
+from fttrain.distributed.rendezvous import agent_store_is_kept, attempt_store
+from fttrain.distributed.timeouts import collective_timeout
 from fttrain.util.errors import UserError
 
 
 @contextmanager
-def process_group(device: torch.device, backend: str = "auto") -> Iterator[Group]:
+def process_group(device: torch.device, backend: str = "auto") -> Iterator[RankGroup]:
     """Joins the ranks for the length of the block, over ``backend``: nccl, gloo, or auto for NCCL
     between GPUs and gloo between CPUs. gloo between GPUs goes through host memory.
 
     Where a rank dies or fails inside the block the others of its machine end too, with its name:
-    by UserError, or by the end of the process where they cannot be reached (see peers.py).
+    by UserError, or by the end of the process where they cannot be reached (see peer_watchdog.py).
     """
     rank, world_size, local_rank = rank_from_environment()
-    group = Group(rank, world_size, local_rank, device)
+    group = RankGroup(rank, world_size, local_rank, device)
     if world_size == 1 or torch_dist.is_initialized():
         yield group
         return
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     where: dict[str, Any] = {}
-    if keeps_its_store():
-        store = store_of_attempt(rank, world_size)
+    if agent_store_is_kept():
+        store = attempt_store(rank, world_size)
         where = {"store": store, "rank": rank, "world_size": world_size}
     device_id = device if backend == "nccl" else None
-    torch_dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id, **where)
-    group = divided(group, local_world_size())
-    watch = _watch(group.machine, group.rank)
-    group = _with_board(group, watch)
+    torch_dist.init_process_group(
+        backend, timeout=collective_timeout(), device_id=device_id, **where
+    )
+    group = split_by_node(group, local_world_size())
+    watchdog = _start_watchdog(group.intra_node, group.rank)
+    group = _with_heartbeat(group, watchdog)
     try:
         yield group
-        watch.left()
+        watchdog.left()
         torch_dist.destroy_process_group()
     except BaseException as error:
-        several = group.across.world_size > 1
-        reason = watch.failed(error, lost_connection(error) if several else None)
+        several = group.inter_node.world_size > 1
+        reason = watchdog.failed(error, lost_connection(error) if several else None)
         # It wakes the peers; NCCL's would wait for them, and the end of the process wakes them too.
         if backend == "gloo" and torch_dist.is_initialized():
             torch_dist.destroy_process_group()
@@ -55,14 +62,14 @@ def process_group(device: torch.device, backend: str = "auto") -> Iterator[Group
             raise reason from error
         raise
     finally:
-        if group.board is not None:
-            group.board.close()
-        watch.close()
+        if group.heartbeat is not None:
+            group.heartbeat.close()
+        watchdog.close()
 
 
-def divided(group: Group, here: int) -> Group:
-    """``group`` of all ranks with its ``machine`` and ``across``; ``here``: ranks on this machine.
-    Every rank calls it.
+def split_by_node(group: RankGroup, here: int) -> RankGroup:
+    """``group`` of all ranks with its ``intra_node`` and ``inter_node``; ``here``: ranks on this
+    machine. Every rank calls it.
 
     Raises UserError, on every rank, where ranks are not numbered machine by machine, as many on
     each.
@@ -86,38 +93,41 @@ def divided(group: Group, here: int) -> Group:
     machines = group.world_size // here
     machine, place = divmod(group.rank, here)
     # All ranks make all of them, in the same order.
-    rows = [_group_of(range(first * here, (first + 1) * here)) for first in range(machines)]
-    columns = [_group_of(range(first, group.world_size, here)) for first in range(here)]
+    rows = [_new_group(range(first * here, (first + 1) * here)) for first in range(machines)]
+    columns = [_new_group(range(first, group.world_size, here)) for first in range(here)]
     local_rank, device = group.local_rank, group.device
     return replace(
         group,
-        beside=Group(place, here, local_rank, device, rows[machine]),
-        opposite=Group(machine, machines, local_rank, device, columns[place]),
+        intra=RankGroup(place, here, local_rank, device, rows[machine]),
+        inter=RankGroup(machine, machines, local_rank, device, columns[place]),
     )
 
 
-def _group_of(ranks: range) -> torch_dist.ProcessGroup:
-    made: torch_dist.ProcessGroup = torch_dist.new_group(list(ranks), timeout=COLLECTIVE_TIMEOUT)
+def _new_group(ranks: range) -> torch_dist.ProcessGroup:
+    made: torch_dist.ProcessGroup = torch_dist.new_group(list(ranks), timeout=collective_timeout())
     return made
 
 
-def _watch(machine: Group, rank: int) -> Watch:
+def _start_watchdog(machine: RankGroup, rank: int) -> PeerWatchdog:
     """Every rank watches its peers from here on. ``rank``: this one, among all."""
-    mark, first = Mark(), rank - machine.rank
+    mark, first = LivenessLock(), rank - machine.rank
     addresses = {
-        first + place: machine.share(mark.address, place) for place in range(machine.world_size)
+        first + place: machine.broadcast_str(mark.address, place)
+        for place in range(machine.world_size)
     }
-    watch = Watch(rank, mark, addresses)
+    watchdog = PeerWatchdog(rank, mark, addresses)
     machine.barrier()  # each mark stays until all have opened it
-    return watch
+    return watchdog
 
 
-def _with_board(group: Group, watch: Watch) -> Group:
+def _with_heartbeat(group: RankGroup, watchdog: PeerWatchdog) -> RankGroup:
     """Every rank calls it."""
-    if group.across.world_size == 1:
+    if group.inter_node.world_size == 1:
         return group
-    names = group.of_machines(os.uname().nodename)
-    session = group.share(secrets.token_hex(8))
-    if not group.machine.is_main:
+    names = group.from_each_node(os.uname().nodename)
+    session = group.broadcast_str(secrets.token_hex(8))
+    if not group.intra_node.is_main:
         return group
-    return replace(group, board=open_board(session, group.across.rank, names, watch.end))
+    return replace(
+        group, heartbeat=start_heartbeat(session, group.inter_node.rank, names, watchdog.end)
+    )

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch.distributed as torch_dist
 
-from fttrain.meeting import launcher_store
-from fttrain.peers import DIED_EXIT_CODE
+from fttrain.distributed.peer_watchdog import DIED_EXIT_CODE
+from fttrain.distributed.rendezvous import launcher_store
 from fttrain.util.errors import UserError
 
 BEAT_S = 5.0
@@ -28,7 +28,7 @@ _DONE, _PROBLEM = "d", "p"  # first letter of what a machine says of its work; t
 _LEFT = "left"
 
 
-class Board:
+class NodeHeartbeat:
     """This machine's view of the others; made by its first rank alone."""
 
     def __init__(
@@ -114,12 +114,12 @@ class Board:
                 return
 
 
-def open_board(
+def start_heartbeat(
     session: str, own: int, names: Sequence[str], end: Callable[[UserError], None]
-) -> Board:
+) -> NodeHeartbeat:
     """``session``: names this meeting of the ranks; a store may outlive several."""
     stores: Any = torch_dist
-    return Board(stores.PrefixStore(f"board/{session}", launcher_store()), own, names, end)
+    return NodeHeartbeat(stores.PrefixStore(f"board/{session}", launcher_store()), own, names, end)
 
 
 def lost(what: str) -> UserError:

@@ -12,15 +12,15 @@ import tiny
 import tiny_files
 from tiny_run import WAIT_S, Fault, arguments, exit_codes, two_ranks
 
-from fttrain import launch
-from fttrain.peers import DIED_EXIT_CODE
+from fttrain.distributed.peer_watchdog import DIED_EXIT_CODE
+from fttrain.launcher import launch
 
 # A rank with the real command line: argv[1] is what rank 1 does while rank 0 waits for it.
 RANK = """
 import os, signal, sys
 import torch
 from fttrain import cli
-from fttrain.joining import process_group
+from fttrain.distributed.process_group import process_group
 from fttrain.util.errors import UserError
 def command(_arguments):
     with process_group(torch.device("cpu")) as group:

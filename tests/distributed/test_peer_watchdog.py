@@ -15,15 +15,17 @@ import torch
 import torch.distributed as torch_dist
 from ranks import become_rank
 
-from fttrain import cli, launch, peers
-from fttrain.collectives import all_gather
-from fttrain.dist import Group
-from fttrain.joining import process_group
+from fttrain import cli
+from fttrain.distributed import peer_watchdog
+from fttrain.distributed.collectives import all_gather
+from fttrain.distributed.process_group import process_group
+from fttrain.distributed.rank_group import RankGroup
+from fttrain.launcher import launch
 from fttrain.util.errors import UserError
 
 WAIT_S = 60
 FOREVER_S = 600  # no test waits so long
-Work = Callable[[Group, Path], None]
+Work = Callable[[RankGroup, Path], None]
 
 
 def rank_main(
@@ -40,7 +42,7 @@ def rank_main(
     """
     become_rank(rank, world_size, port, here)
     os.dup2(os.open(folder / f"stderr{rank}", os.O_CREAT | os.O_WRONLY), 2)
-    peers.POLL_S, peers.GRACE_S, cli._LATER_S = 0.05, grace_s, 0.0
+    peer_watchdog.POLL_S, peer_watchdog.GRACE_S, cli._LATER_S = 0.05, grace_s, 0.0
 
     def command(_arguments: list[str]) -> int:
         with process_group(torch.device("cpu")) as group:
@@ -81,7 +83,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def waiting_in(wait: Work, group: Group, folder: Path, victim: int) -> None:
+def waiting_in(wait: Work, group: RankGroup, folder: Path, victim: int) -> None:
     """``victim`` dies, the others are waiting for it."""
     group.barrier()
     if group.rank == victim:
@@ -91,26 +93,26 @@ def waiting_in(wait: Work, group: Group, folder: Path, victim: int) -> None:
     wait(group, folder)
 
 
-def gather(group: Group, _folder: Path) -> None:
+def gather(group: RankGroup, _folder: Path) -> None:
     shard = torch.ones(1000)
     all_gather(shard.new_empty(1000 * group.world_size), shard).wait()
 
 
-def reduce(group: Group, _folder: Path) -> None:
+def reduce(group: RankGroup, _folder: Path) -> None:
     group.all_reduce_(torch.ones(1000))
 
 
-def receive(group: Group, _folder: Path) -> None:
+def receive(group: RankGroup, _folder: Path) -> None:
     """Each from the next, which is alive but for the last."""
     torch_dist.recv(torch.empty(10), group.rank + 1)
 
 
-def hang(_group: Group, _folder: Path) -> None:
+def hang(_group: RankGroup, _folder: Path) -> None:
     """As a kernel of NCCL does: no error ever comes."""
     time.sleep(FOREVER_S)
 
 
-def receive_from_one_that_hangs(group: Group, folder: Path) -> None:
+def receive_from_one_that_hangs(group: RankGroup, folder: Path) -> None:
     if group.rank == 0:
         receive(group, folder)
     hang(group, folder)
@@ -139,7 +141,7 @@ def test_a_death_ends_the_others_with_its_name(
         if rank == victim:
             assert (codes[rank], said[rank]) == (-signal.SIGKILL, "")
             continue
-        assert codes[rank] == peers.DIED_EXIT_CODE
+        assert codes[rank] == peer_watchdog.DIED_EXIT_CODE
         where = f"rank {rank}: " if rank else ""
         line = f"fttrain: error: {where}rank {victim} (pid {pid}) died"
         assert [text[: len(line)] for text in errors(said[rank])] == [line]
@@ -149,7 +151,7 @@ def test_a_death_ends_the_others_with_its_name(
 def test_a_death_on_another_machine_is_told_as_a_lost_connection(run: Start) -> None:
     """By the one beside it with its name; each machine has one who speaks."""
     codes, said = run(functools.partial(waiting_in, reduce, victim=3), 4, FOREVER_S, here=2)
-    assert codes == [peers.DIED_EXIT_CODE] * 3 + [-signal.SIGKILL]
+    assert codes == [peer_watchdog.DIED_EXIT_CODE] * 3 + [-signal.SIGKILL]
     assert "rank 3 (pid " in said[2]
     for rank in (0, 1):
         assert "the connection to another rank broke (" in said[rank]
@@ -160,7 +162,7 @@ def errors(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("fttrain: error:")]
 
 
-def die_before_a_child(group: Group, _folder: Path) -> None:
+def die_before_a_child(group: RankGroup, _folder: Path) -> None:
     """The child keeps the connections open: no error comes."""
     if group.rank == 1:
         if os.fork() == 0:
@@ -172,14 +174,14 @@ def die_before_a_child(group: Group, _folder: Path) -> None:
 
 def test_a_child_does_not_hide_the_death_of_its_parent(run: Start) -> None:
     codes, said = run(die_before_a_child)
-    assert codes == [peers.DIED_EXIT_CODE, -signal.SIGKILL]
+    assert codes == [peer_watchdog.DIED_EXIT_CODE, -signal.SIGKILL]
     assert "rank 1 (pid" in said[0]
 
 
-def save_while_one_dies(group: Group, folder: Path) -> None:
+def save_while_one_dies(group: RankGroup, folder: Path) -> None:
     if group.rank == 1:
         die()
-    with peers.uncut:
+    with peer_watchdog.uninterruptible:
         time.sleep(1)
         (folder / "saved").write_text("whole")
     time.sleep(FOREVER_S)
@@ -187,11 +189,11 @@ def save_while_one_dies(group: Group, folder: Path) -> None:
 
 def test_a_save_is_not_cut_short(run: Start, tmp_path: Path) -> None:
     codes, _ = run(save_while_one_dies, grace_s=0.1)
-    assert codes == [peers.DIED_EXIT_CODE, -signal.SIGKILL]
+    assert codes == [peer_watchdog.DIED_EXIT_CODE, -signal.SIGKILL]
     assert (tmp_path / "saved").read_text() == "whole"
 
 
-def leave_early(group: Group, folder: Path) -> None:
+def leave_early(group: RankGroup, folder: Path) -> None:
     """Rank 1 is gone, process and all, while rank 0 still works."""
     other = int(group.gather([float(os.getpid())])[1][0])
     if group.rank == 1:
@@ -215,7 +217,7 @@ def test_a_rank_that_leaves_early_disturbs_nobody(run: Start, tmp_path: Path) ->
     assert (tmp_path / "report").read_text() == "done"
 
 
-def stand_still(group: Group, _folder: Path) -> None:
+def stand_still(group: RankGroup, _folder: Path) -> None:
     """Rank 1 is stopped, and goes on when rank 0 says so."""
     other = int(group.gather([float(os.getpid())])[1][0])
     if group.rank == 1:
@@ -232,7 +234,7 @@ def test_a_stopped_rank_is_waited_for(run: Start) -> None:
     assert run(stand_still, grace_s=0.1) == ([0, 0], ["", ""])
 
 
-def fail(wait: Work, group: Group, folder: Path, error: Exception) -> None:
+def fail(wait: Work, group: RankGroup, folder: Path, error: Exception) -> None:
     if group.rank == 1:
         raise error
     wait(group, folder)
@@ -259,9 +261,9 @@ def test_an_error_of_one_rank_is_the_error_of_all(
 
 
 def test_a_long_message_is_cut() -> None:
-    mark = peers.Mark()
+    mark = peer_watchdog.LivenessLock()
     _, pid, descriptor = mark.address.rsplit(" ", 2)
-    peer = peers.Peer(1, pid, descriptor)
+    peer = peer_watchdog.Peer(1, pid, descriptor)
     assert peer.failure() is None
     mark.failed(256, "ä" * 5000)
     failure = peer.failure()

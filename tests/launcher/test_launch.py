@@ -14,9 +14,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
-from fttrain import launch
-from fttrain.launch import LaunchConfig
-from fttrain.launch_files import DEEPSPEED_VARIABLES, read_env
+from fttrain.launcher import launch
+from fttrain.launcher.accelerate_yaml import DEEPSPEED_VARIABLES, read_env
+from fttrain.launcher.launch import LaunchConfig
 from fttrain.util.errors import UserError
 from fttrain.util.paths import launch_folder
 
@@ -27,7 +27,7 @@ WAIT_S = 60
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from fttrain.launch import die_with_parent
+from fttrain.launcher.launch import die_with_parent
 die_with_parent()
 rank, folder = os.environ["RANK"], Path(sys.argv[1])
 got = []
@@ -153,7 +153,10 @@ def test_ranks_die_with_accelerate(tmp_path: Path) -> None:
 
 
 def test_a_launcher_that_was_gone_already_ends_the_rank() -> None:
-    program = "from fttrain.launch import die_with_parent; die_with_parent(1 << 22); print('alive')"
+    program = (
+        "from fttrain.launcher.launch import die_with_parent\n"
+        "die_with_parent(1 << 22); print('alive')"
+    )
     done = subprocess.run(run_python(program), capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, "")
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch.distributed as torch_dist
 
-from fttrain import meeting
+from fttrain.distributed import rendezvous
 
 RANKS = 4
 
@@ -24,13 +24,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Any:
 def attempt(pool: ThreadPoolExecutor, late: int) -> list[Any]:
     """The store of each rank. ``late`` begins when the others wait already."""
     joining = {
-        rank: pool.submit(meeting.store_of_attempt, rank, RANKS)
+        rank: pool.submit(rendezvous.attempt_store, rank, RANKS)
         for rank in sorted(range(RANKS), key=lambda rank: rank == late)
         if rank != late
     }
     done = [future.done() for future in joining.values()]
     assert not any(done)
-    joining[late] = pool.submit(meeting.store_of_attempt, late, RANKS)
+    joining[late] = pool.submit(rendezvous.attempt_store, late, RANKS)
     return [joining[rank].result(timeout=60) for rank in range(RANKS)]
 
 
@@ -48,12 +48,12 @@ def test_nothing_of_an_earlier_attempt_is_seen(late: int, server: Any) -> None:
 def test_a_rank_that_died_while_it_waited_is_not_counted(server: Any) -> None:
     """It has said hello, and its successor says it again."""
     stores: Any = torch_dist
-    stores.PrefixStore("fttrain", meeting.launcher_store()).set(meeting._hello(1), "dead")
+    stores.PrefixStore("fttrain", rendezvous.launcher_store()).set(rendezvous._hello(1), "dead")
     with ThreadPoolExecutor(RANKS) as pool:
-        first = pool.submit(meeting.store_of_attempt, 0, 2)
+        first = pool.submit(rendezvous.attempt_store, 0, 2)
         with pytest.raises(TimeoutError):
             first.result(timeout=1)
-        second = pool.submit(meeting.store_of_attempt, 1, 2)
+        second = pool.submit(rendezvous.attempt_store, 1, 2)
         for store in (first.result(timeout=60), second.result(timeout=60)):
             store.set("key", "same")
             assert store.get("key") == b"same"

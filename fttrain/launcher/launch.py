@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from fttrain.launch_files import integer, read_files
+from fttrain.launcher.accelerate_yaml import integer, read_files
 from fttrain.util.errors import UserError
 
 PARENT_PID = "FTTRAIN_LAUNCHER_PID"  # environment variable: who started this rank, or this trial

@@ -6,10 +6,10 @@ how it leaves the process group; the others open that file. The kernel drops the
 process ends: a lock that is gone over a file that says nothing is a rank that died. A stopped
 process (SIGSTOP) keeps its lock and is not taken for dead.
 
-An error that leaves the process group is explained by what the peers' files say (``Watch.failed``).
-A rank that stays in a collective cannot be reached by an exception, so a thread ends its process
-after a grace period. Ranks on other machines show as an error of the transport, and machines that
-are gone as machines.py says.
+An error that leaves the process group is explained by what the peers' files say
+(``PeerWatchdog.failed``). A rank that stays in a collective cannot be reached by an exception, so a
+thread ends its process after a grace period. Ranks on other machines show as an error of the
+transport, and machines that are gone as node_heartbeat.py says.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ DIED_EXIT_CODE = 4  # of a rank that ends because another one died
 MESSAGE_BYTES = 2000  # what a file takes of a message: it fits a page, so it is read whole
 
 # Held around what must not be cut short (a save); the thread waits for it before it ends anything.
-uncut = threading.Lock()
+uninterruptible = threading.Lock()
 
 _LEFT, _FAILED = b"l", b"f"  # first byte of a file; the exit code and the message follow
 
 
-class Mark:
+class LivenessLock:
     """This rank's file in memory: locked while the process lives, empty until it leaves."""
 
     def __init__(self) -> None:
@@ -90,10 +90,10 @@ class Peer:
         return os.pread(self._descriptor, 2 + MESSAGE_BYTES, 0)
 
 
-class Watch:
+class PeerWatchdog:
     """Watches the peers from the start of a process group until ``close``."""
 
-    def __init__(self, rank: int, mark: Mark, addresses: Mapping[int, str]) -> None:
+    def __init__(self, rank: int, mark: LivenessLock, addresses: Mapping[int, str]) -> None:
         """``addresses``: rank -> that of its mark, of all ranks of this machine."""
         self._mark = mark
         self._where = f"rank {rank}: " if rank else ""
@@ -128,7 +128,7 @@ class Watch:
         """End this process, and with it the peers, for ``reason``, once a save that is under way
         has come to its end.
         """
-        with uncut:
+        with uninterruptible:
             self._mark.failed(_exit_code(reason), _line(reason))
             self._exit(reason)
 
@@ -164,11 +164,13 @@ class Watch:
         while not self._over.wait(POLL_S):
             if self._bad_end() is None:
                 continue
-            with uncut:  # a save that is under way comes to its end, and the rank to its error
+            with (
+                uninterruptible
+            ):  # a save that is under way comes to its end, and the rank to its error
                 pass
             if self._over.wait(GRACE_S):
                 return
-            with uncut:
+            with uninterruptible:
                 self._end_process()
 
     def _end_process(self) -> None:

@@ -6,7 +6,7 @@ import torch.distributed
 from ranks import run_ranks
 from torch import Tensor
 
-from fttrain.collectives import Handles, all_gather
+from fttrain.distributed.collectives import Handles, all_gather
 
 BYTES = 5000  # a shard's
 

@@ -13,16 +13,16 @@ ended everywhere, so who answers is of this one.
 import os
 import secrets
 import time
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as torch_dist
 
+from fttrain.distributed.timeouts import STORE_TIMEOUT
+
 POLL_S = 0.1
-STORE_TIMEOUT = timedelta(seconds=60)  # of one question; how long ranks wait has no limit
 
 
-def keeps_its_store() -> bool:
+def agent_store_is_kept() -> bool:
     """Whether the launcher has a store that outlives its ranks."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
@@ -36,7 +36,7 @@ def launcher_store() -> Any:
     )
 
 
-def store_of_attempt(rank: int, world_size: int) -> Any:
+def attempt_store(rank: int, world_size: int) -> Any:
     """A part of the launcher's store that nobody has used before, the same for all ranks. Returns
     once all of them have it; one that still prepares its data is waited for.
     """

@@ -13,32 +13,32 @@ import torch
 import torch.distributed as torch_dist
 from ranks import become_rank, run_ranks
 
-from fttrain import machines
-from fttrain.dist import Group
-from fttrain.joining import process_group
-from fttrain.machines import Board, lost_connection
-from fttrain.peers import DIED_EXIT_CODE
+from fttrain.distributed import node_heartbeat
+from fttrain.distributed.node_heartbeat import NodeHeartbeat, lost_connection
+from fttrain.distributed.peer_watchdog import DIED_EXIT_CODE
+from fttrain.distributed.process_group import process_group
+from fttrain.distributed.rank_group import RankGroup
 from fttrain.util.errors import UserError
 
 NAMES = ("anna", "bert", "carl")
 WAIT_S = 30
-Start = Callable[[int], tuple[Board, "queue.Queue[UserError]"]]
+Start = Callable[[int], tuple[NodeHeartbeat, "queue.Queue[UserError]"]]
 
 
 @pytest.fixture
 def boards(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[Any], Start]]:
     """The store's server, and what makes the board of a machine, with what it ends for."""
-    monkeypatch.setattr(machines, "BEAT_S", 0.05)
-    monkeypatch.setattr(machines, "SILENCE_S", 1.0)
+    monkeypatch.setattr(node_heartbeat, "BEAT_S", 0.05)
+    monkeypatch.setattr(node_heartbeat, "SILENCE_S", 1.0)
     stores: Any = torch_dist
     servers = [stores.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
     port = servers[0].port
-    made: list[Board] = []
+    made: list[NodeHeartbeat] = []
 
-    def start(number: int) -> tuple[Board, "queue.Queue[UserError]"]:
+    def start(number: int) -> tuple[NodeHeartbeat, "queue.Queue[UserError]"]:
         ends: queue.Queue[UserError] = queue.Queue()
         client = stores.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-        made.append(Board(client, number, NAMES, ends.put))
+        made.append(NodeHeartbeat(client, number, NAMES, ends.put))
         return made[-1], ends
 
     yield servers, start
@@ -50,9 +50,9 @@ def test_machines_that_are_there_end_nobody(boards: tuple[list[Any], Start]) -> 
     """Neither does one that has left, however long the others still work."""
     _, start = boards
     made = [start(number) for number in range(3)]
-    time.sleep(2 * machines.SILENCE_S)
+    time.sleep(2 * node_heartbeat.SILENCE_S)
     made[2][0].close()
-    time.sleep(2 * machines.SILENCE_S)
+    time.sleep(2 * node_heartbeat.SILENCE_S)
     assert all(ends.empty() for _, ends in made)
 
 
@@ -70,7 +70,7 @@ def test_a_machine_that_falls_silent_ends_the_others(boards: tuple[list[Any], St
 def test_without_the_store_nobody_is_heard_of(boards: tuple[list[Any], Start]) -> None:
     servers, start = boards
     made = [start(number) for number in range(3)]
-    time.sleep(machines.SILENCE_S / 2)
+    time.sleep(node_heartbeat.SILENCE_S / 2)
     servers.clear()  # the machine that has it is gone
     said = str(made[1][1].get(timeout=WAIT_S))
     assert said.startswith("machine 0 (anna) and machine 2 (carl) have not been heard of")
@@ -104,25 +104,29 @@ def each_alone() -> dict[str, Any]:
     become_rank(rank, 2, int(os.environ["MASTER_PORT"]), here=1)
     found: dict[str, Any] = {"order": []}
     with process_group(torch.device("cpu")) as group:
-        found["places"] = (group.machine.rank, group.machine.world_size, group.across.rank)
-        with group.each_machine("work"):
+        found["places"] = (
+            group.intra_node.rank,
+            group.intra_node.world_size,
+            group.inter_node.rank,
+        )
+        with group.node_local_work("work"):
             time.sleep(1.5 * rank)
             done = time.monotonic()
         found["after_s"] = time.monotonic() - done
         found["message"] = refused(group, "the disk is full" if rank else "")
         group.barrier()
-        found["own"] = group.machine.sum(rank + 1)
+        found["own"] = group.intra_node.sum(rank + 1)
     return found
 
 
-def refused(group: Group, problem: str) -> str:
+def refused(group: RankGroup, problem: str) -> str:
     with pytest.raises(UserError) as error:
         fail_in_work(group, problem)
     return str(error.value)
 
 
-def fail_in_work(group: Group, problem: str) -> None:
-    with group.each_machine("work"):
+def fail_in_work(group: RankGroup, problem: str) -> None:
+    with group.node_local_work("work"):
         if problem:
             raise UserError(problem)
 

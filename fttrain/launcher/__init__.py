@@ -1,0 +1,1 @@
+"""The start of the ranks on this machine. Never loads torch."""
