@@ -103,7 +103,10 @@ def main() -> None:
         job = work.job | {
             "data": "packed",
             "steps": full_rows(work),
-            "imports": ["fttrain.config", "fttrain.train"],  # as `fttrain train`
+            "imports": [
+                "fttrain.config.run_config",
+                "fttrain.training.train",
+            ],  # as `fttrain train`
         }
         rig = _rig(arguments, job, folder)
         jobs = {side: changed(job, side) for side in chosen_sides(arguments)}

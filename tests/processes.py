@@ -9,7 +9,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-IMPORTED = ["fttrain.train", "fttrain.cli.train", "transformers", "peft", "bitsandbytes"]
+IMPORTED = ["fttrain.training.train", "fttrain.cli.train", "transformers", "peft", "bitsandbytes"]
 
 
 def start(main: Callable[..., Any], *args: Any) -> BaseProcess:

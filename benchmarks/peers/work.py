@@ -39,7 +39,7 @@ def demo_work(size: Size, kinds: list[str], folder: Path) -> Work:
     fttrain starts as a run does whose base was used before. ``kinds``: padded, packed.
     """
     from fttrain.checkpoint.source import load_tokenizer, resolve
-    from fttrain.config import compose
+    from fttrain.config.run_config import compose
     from fttrain.data.dataset import prepare
 
     path = [f"model.path={size.model}"] if size.model else []

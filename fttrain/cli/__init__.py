@@ -87,7 +87,7 @@ def _dispatch(arguments: list[str]) -> int:
     if {*SWEEP} & {*overrides}:
         return _sweep(command, [text for text in overrides if text not in SWEEP])
     # Help and a wrong command do without Hydra, and without what a command needs.
-    from fttrain.config import compose
+    from fttrain.config.run_config import compose
 
     flags = FLAGS.get(command, set())
     config = compose([text for text in overrides if text not in flags])

@@ -15,7 +15,7 @@ from fttrain.data.batch import IGNORE
 from fttrain.data.dataset import Dataset, Document, prepare
 
 if TYPE_CHECKING:
-    from fttrain.config import RunConfig
+    from fttrain.config.run_config import RunConfig
 
 EXAMPLES = 3
 EXAMPLE_TOKENS = 400  # of an example are shown

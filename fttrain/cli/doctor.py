@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from fttrain.config import RunConfig
+from fttrain.config.run_config import RunConfig
 from fttrain.doctor.examination import Wanted, all_checks, examine, summary
 from fttrain.doctor.finding import FAILURE, OK, WARNING, Finding
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from fttrain.config import RunConfig
+from fttrain.config.run_config import RunConfig
 from fttrain.launcher import launch
 from fttrain.util import schema
 from fttrain.util.errors import UserError
@@ -52,19 +52,19 @@ def _evaluate(config: RunConfig) -> int:
     from fttrain.data.samples import holdout_samples
     from fttrain.distributed.process_group import process_group
     from fttrain.distributed.rank_group import rank_from_environment
-    from fttrain.evaluation import Answer, Evaluation, HoldOut, answer
-    from fttrain.planned import settle
-    from fttrain.result import find
     from fttrain.rig.probe import set_up_rank
-    from fttrain.run import recipe
-    from fttrain.snapshots import last_micro_batch_size
     from fttrain.strategy.build import build_strategy
+    from fttrain.training.auto_plan import resolve_auto
+    from fttrain.training.checkpointing import last_micro_batch_size
+    from fttrain.training.evaluation import Answer, Evaluation, HoldOut, answer
+    from fttrain.training.export import find_trained
+    from fttrain.training.session import strategy_spec
 
     device = set_up_rank(config.rig)
     if config.left_open:  # as the command line may say
-        config, _ = settle(config)
+        config, _ = resolve_auto(config)
     output = Path(config.output)
-    trained = find(config)
+    trained = find_trained(config)
     tokenizer, tokenizer_id = load_tokenizer(config.model)
     dataset = prepare(config.data, tokenizer, tokenizer_id)
     if not len(dataset.holdout):
@@ -72,7 +72,7 @@ def _evaluate(config: RunConfig) -> int:
     is_main = rank_from_environment()[0] == 0
     claim = claim_output(output, "auto") if is_main else nullcontext()
     with claim, process_group(device, config.rig.backend) as group:
-        strategy, _ = build_strategy(recipe(config), resolve(config.model), group)
+        strategy, _ = build_strategy(strategy_spec(config), resolve(config.model), group)
         # Rank 0's, for other machines may not see the run's snapshots
         size = int(group.broadcast_str(str(last_micro_batch_size(config)) if group.is_main else ""))
         holdout = HoldOut(dataset.holdout, size, config.loop.halve_on_oom)

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fttrain.config import RunConfig
+from fttrain.config.run_config import RunConfig
 from fttrain.launcher import launch
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
     from fttrain.rig.measure_report import tables, told, write_report
     from fttrain.rig.probe import set_up_rank
     from fttrain.rig.profile import profile_path
-    from fttrain.run import recipe
+    from fttrain.training.session import strategy_spec
     from fttrain.util.errors import UserError
 
     started = time.monotonic()
@@ -48,7 +48,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
             raise UserError("measure: one machine at a time; start it on each without the others")
         profile = measure(work, disk, group, device, config.rig.backend, config.rig.link_s)
         trial = python("fttrain.cli.trial_rank", *argv[1:])
-        profile = calibrate(profile, recipe(config), architecture, group, trial)
+        profile = calibrate(profile, strategy_spec(config), architecture, group, trial)
         if group.is_main:
             kept = profile_path(group.world_size, config.frozen.cache_dir)
             output = Path(config.output)
@@ -57,7 +57,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
             profile.save(kept)
             profile.save(output / "profile.json")
             console = Console()
-            over_links = step_table(recipe(config), architecture, profile)
+            over_links = step_table(strategy_spec(config), architecture, profile)
             printed = [*tables(profile, work), *([over_links] if over_links else [])]
             for table in printed:
                 table.show(console)

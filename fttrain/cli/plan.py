@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fttrain.config import RunConfig
+from fttrain.config.run_config import RunConfig
 from fttrain.launcher import launch
 
 WIDE = 150  # columns
@@ -31,9 +31,9 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     from fttrain.plan.relax import what_fits
     from fttrain.plan.rigs import find_rig
     from fttrain.plan.table import as_json, notes, parts_table, summary, table
-    from fttrain.run import recipe
     from fttrain.strategy.zero.config import DEEPSPEED
     from fttrain.track import counting
+    from fttrain.training.session import strategy_spec
     from fttrain.util.atomic_files import write_json
     from fttrain.util.errors import UserError
 
@@ -46,7 +46,7 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks)
     model = load_config(resolve(config.model, SHAPES))
     check_length(config.data.seq_len, model)
-    own, architecture, loop = recipe(config), Architecture(model), config.loop
+    own, architecture, loop = strategy_spec(config), Architecture(model), config.loop
     rows_per_step = loop.micro_batch_size * loop.gradient_accumulation_steps * len(rig.cards)
     rows = training_rows(config.model, config.data)
     count = documents = None

@@ -2,7 +2,7 @@
 
 import time
 
-from fttrain.config import RunConfig
+from fttrain.config.run_config import RunConfig
 from fttrain.launcher import launch
 
 

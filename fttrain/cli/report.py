@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from fttrain.track.report import write_report
 
 if TYPE_CHECKING:
-    from fttrain.config import RunConfig
+    from fttrain.config.run_config import RunConfig
 
 
 def run(config: "RunConfig", argv: Sequence[str] = ()) -> int:

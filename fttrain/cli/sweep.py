@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fttrain.checkpoint.claim import claim_output
-from fttrain.config import RunConfig
+from fttrain.config.run_config import RunConfig
 from fttrain.sweep import axes, cards, check, multirun, stop
 from fttrain.sweep.config import Sweep, SweepConfig
 from fttrain.sweep.record import records

@@ -1,6 +1,6 @@
 """``fttrain train``: fine-tune a model. Starts the ranks where no launcher has."""
 
-from fttrain.config import RunConfig
+from fttrain.config.run_config import RunConfig
 from fttrain.launcher import launch
 
 
@@ -13,9 +13,9 @@ def run(config: RunConfig, argv: list[str]) -> int:
         return launch.start(config.launch, argv)
     # Late: these load torch and transformers, and a launcher does without.
     if config.dry_run:
-        from fttrain.dry_run import dry_run
+        from fttrain.training.dry_run import dry_run
 
         return dry_run(config)
-    from fttrain.train import train
+    from fttrain.training.train import train
 
     return train(config)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from fttrain.checkpoint.hub import SHAPES
 from fttrain.checkpoint.source import load_config, resolve
-from fttrain.config import compose
+from fttrain.config.run_config import compose
 from fttrain.launcher.launch import die_with_parent
 from fttrain.plan.trial import take
 from fttrain.rig.probe import set_up_rank
-from fttrain.run import recipe
+from fttrain.training.session import strategy_spec
 from fttrain.util.errors import UserError
 
 
@@ -24,7 +24,7 @@ def main(overrides: Sequence[str], answer: str) -> int:
     try:
         config = compose(overrides)
         device = set_up_rank(config.rig)
-        found = take(recipe(config), load_config(resolve(config.model, SHAPES)), device)
+        found = take(strategy_spec(config), load_config(resolve(config.model, SHAPES)), device)
     except UserError as error:
         print(f"fttrain: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -27,7 +27,7 @@ from fttrain.launcher.launch import PARENT_PID, free_port
 from fttrain.rig.profile import LinkProfile, Sample
 from fttrain.util.units import MIB
 
-RUN = "fttrain.train"  # what a process of a run has imported; by name, for it is far above
+RUN = "fttrain.training.train"  # what a process of a run has imported; by name, for it is far above
 START_S = 120.0  # for the imports, the first collective, and a slow first size
 GRACE = 4.0  # how many times its budget a transport may take before it counts as hanging
 # Less is the link's own: two RTX 3090 at rest exchange 1.2 MiB/s (Syllo/nvtop, pull request 469)

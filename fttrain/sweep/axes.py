@@ -10,8 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
-from fttrain.config import RunConfig, is_text, quoted, split_override
-from fttrain.options import groups, is_path, one_line, option_of, read_option_file
+from fttrain.config.groups import groups, is_path, one_line, option_of, read_option_file
+from fttrain.config.run_config import RunConfig, is_text, quoted, split_override
 from fttrain.sweep.config import SweepConfig
 from fttrain.util import schema
 from fttrain.util.errors import UserError

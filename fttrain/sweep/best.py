@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from fttrain.config import compose_values
+from fttrain.config.run_config import compose_values
 from fttrain.sweep.config import Sweep
 from fttrain.sweep.objective import OBJECTIVES
 from fttrain.sweep.record import Record

@@ -20,7 +20,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from fttrain.config import RunConfig
+from fttrain.config.run_config import RunConfig
 from fttrain.launcher import launch
 from fttrain.rig.nvml import ask
 from fttrain.sweep.trial import Place

@@ -20,8 +20,8 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from fttrain.config import quoted
-from fttrain.options import one_line
+from fttrain.config.groups import one_line
+from fttrain.config.run_config import quoted
 from fttrain.sweep import cards
 from fttrain.sweep.axes import Axis
 from fttrain.sweep.config import Sweep

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fttrain.config import RunConfig, checked, compose_values, plain, quoted
+from fttrain.config.run_config import RunConfig, checked, compose_values, plain, quoted
 from fttrain.sweep import stop
 from fttrain.sweep.child import Child
 from fttrain.sweep.config import Sweep

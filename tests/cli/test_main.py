@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from fttrain import __version__, cli
-from fttrain.config import RunConfig
-from fttrain.options import groups
+from fttrain.config.groups import groups
+from fttrain.config.run_config import RunConfig
 from fttrain.sweep.config import SweepConfig
 from fttrain.util.errors import UserError
 from fttrain.util.schema import keys_of, lookup
@@ -70,7 +70,8 @@ def test_help_does_without_the_slow_imports() -> None:
 
 def test_who_only_starts_ranks_or_trials_does_without_the_libraries_of_training() -> None:
     program = (
-        "import sys; from fttrain import launch; from fttrain.config import compose\n"
+        "import sys; from fttrain.launcher import launch\n"
+        "from fttrain.config.run_config import compose\n"
         "from fttrain.cli import evaluate, measure, plan, quantize, sweep, train\n"
         "launch.start = lambda config, argv: 0  # the ranks\n"
         "config = compose(['launch.processes=2'])\n"

@@ -53,7 +53,7 @@ def test_two_ranks_leave_a_profile_and_a_report(tmp_path: Path) -> None:
     assert profile.measured.machine == identity()
 
     assert [card.kind for card in profile.cards] == ["cpu", "cpu"]
-    imported_bytes = _resident_after("import fttrain.train")
+    imported_bytes = _resident_after("import fttrain.training.train")
     rates = [profile.host.memory_bytes_per_s, profile.host.adamw_values_per_s]
     for card in profile.cards:
         rates += [card.gemm_flop_per_s, card.dequantise_bytes_per_s, card.memory_bytes_per_s]

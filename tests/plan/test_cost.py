@@ -13,7 +13,7 @@ from tiny_rig import rig
 from fttrain.checkpoint.config import ModelConfig
 from fttrain.checkpoint.resume import Snapshot, save_snapshot
 from fttrain.checkpoint.source import load_tokenizer
-from fttrain.config import compose
+from fttrain.config.run_config import compose
 from fttrain.data.batch import IGNORE
 from fttrain.data.config import DataConfig
 from fttrain.data.dataset import prepare
@@ -23,8 +23,8 @@ from fttrain.plan.cost import Cost, cost, disk, renting, run_steps, training_row
 from fttrain.plan.rigs import find_rig
 from fttrain.plan.time import StepTime
 from fttrain.quant.config import QuantConfig
-from fttrain.run import adapter_info
 from fttrain.strategy.recipe import Recipe
+from fttrain.training.session import adapter_info
 
 
 def test_the_cache_takes_what_its_files_take(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import tiny_strategy
 
-from fttrain.config import compose
+from fttrain.config.run_config import compose
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig

@@ -17,10 +17,10 @@ import torch
 from ranks import run_ranks
 
 from fttrain.data.loader import Loader
-from fttrain.evaluation import HoldOut
 from fttrain.schedule.attempt import Attempt
 from fttrain.strategy.protocol import OutOfMemory, StepStats
 from fttrain.strategy.recipe import Recipe, StepSize
+from fttrain.training.evaluation import HoldOut
 
 SEQ_LEN, ROWS, ROWS_PER_STEP = 40, 24, 8
 ROOM = {0: 128, 2: 64}  # step -> tokens for which there is memory from then on: 2 rows, 1 row

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_sweep
 
-from fttrain.config import compose, compose_values
+from fttrain.config.run_config import compose, compose_values
 from fttrain.sweep import axes, cards, child
 from fttrain.sweep.best import FILE, write_best
 from fttrain.sweep.config import Sweep, SweepConfig

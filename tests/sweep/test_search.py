@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from fttrain.options import groups
+from fttrain.config.groups import groups
 from fttrain.sweep import axes, check, multirun
 from fttrain.sweep.config import SweepConfig
 from fttrain.util import schema

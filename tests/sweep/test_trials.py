@@ -13,7 +13,7 @@ from tiny_run import WAIT_S, arguments, inputs, losses
 from tiny_sweep import eventually
 
 from fttrain.cli import main
-from fttrain.config import compose
+from fttrain.config.run_config import compose
 from fttrain.launcher.launch import PARENT_PID
 from fttrain.sweep.record import records
 from fttrain.sweep.trial import identity

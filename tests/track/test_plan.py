@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from fttrain.planned import keep, note_measured
 from fttrain.track.plan import plan_section
 from fttrain.track.report import write_report
+from fttrain.training.auto_plan import add_measured, write_plan
 
 GIB = 2**30
 OTHER = {"settings": "strategy=shard", "predicted": {"step_s": 9.0}}
@@ -49,7 +49,7 @@ def write_metrics(folder: Path, **changed: float) -> None:
 
 def test_the_reports_section(tmp_path: Path) -> None:
     write_metrics(tmp_path)
-    keep(tmp_path, PLAN, 0)
+    write_plan(tmp_path, PLAN, 0)
     section = (
         "## Plan and measured\n\n`strategy=stream`, for made up\n\n"
         "| | predicted | measured | difference |\n|---|---|---|---|\n"
@@ -67,7 +67,7 @@ def test_micro_batches_that_were_divided_are_told(size: int, told: str, tmp_path
     ran = "strategy=stream loop.micro_batch_size=4 loop.gradient_accumulation_steps=2"
     write_metrics(tmp_path, micro_batch_size=size)
     one = {**PLAN["candidates"][1], "settings": ran}
-    keep(tmp_path, {**PLAN, "ran": ran, "candidates": [one]}, 0)
+    write_plan(tmp_path, {**PLAN, "ran": ran, "candidates": [one]}, 0)
     with (tmp_path / "metrics.jsonl").open("a") as file:  # the held-out loss of an unlogged step
         file.write(json.dumps({"step": 6, "eval_nll": 3.0}) + "\n")
     row = (
@@ -81,7 +81,7 @@ def test_micro_batches_that_were_divided_are_told(size: int, told: str, tmp_path
 def test_what_is_not_known_has_no_line(tmp_path: Path) -> None:
     write_metrics(tmp_path, peak_device_bytes=0)  # a CPU
     alone = {"settings": "strategy=stream", "predicted": {"step_s": 2.0, "peak_device_bytes": GIB}}
-    keep(tmp_path, {**PLAN, "candidates": [alone]}, 0)
+    write_plan(tmp_path, {**PLAN, "candidates": [alone]}, 0)
     text = write_report(tmp_path).read_text()
     assert "| seconds a step, median | 2.000 s | 2.500 s | +25.0 % |" in text
     assert "| 1.00 GiB |" not in text
@@ -96,19 +96,19 @@ def test_without_a_runs_plan_there_is_no_section(tmp_path: Path, content: str | 
     if content is not None:
         (tmp_path / "plan.json").write_text(content)
     assert "Plan and measured" not in write_report(tmp_path).read_text()
-    note_measured(tmp_path)
+    add_measured(tmp_path)
     assert (tmp_path / "plan.json").exists() is (content is not None)
 
 
 def test_before_the_first_step(tmp_path: Path) -> None:
-    keep(tmp_path, PLAN, 0)
+    write_plan(tmp_path, PLAN, 0)
     assert plan_section(tmp_path, []) is None
 
 
 def test_what_was_measured_goes_into_the_plan(tmp_path: Path) -> None:
     write_metrics(tmp_path)
-    keep(tmp_path, PLAN, 0)
-    note_measured(tmp_path)
+    write_plan(tmp_path, PLAN, 0)
+    add_measured(tmp_path)
     plan = json.loads((tmp_path / "plan.json").read_text())
     expected = {"step_s": 2.5, "tokens_per_s": 400.0}
     expected |= {"peak_device_bytes": 9 * GIB, "peak_host_bytes": 3 * GIB}
@@ -118,12 +118,12 @@ def test_what_was_measured_goes_into_the_plan(tmp_path: Path) -> None:
 
 def test_steps_under_other_settings_do_not_count(tmp_path: Path) -> None:
     write_metrics(tmp_path)
-    keep(tmp_path, {**PLAN, "ran": "strategy=shard"}, 0)
-    keep(tmp_path, PLAN, 4)  # resumed
-    keep(tmp_path, PLAN, 5)  # and again, with the same
-    note_measured(tmp_path)
+    write_plan(tmp_path, {**PLAN, "ran": "strategy=shard"}, 0)
+    write_plan(tmp_path, PLAN, 4)  # resumed
+    write_plan(tmp_path, PLAN, 5)  # and again, with the same
+    add_measured(tmp_path)
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["since_step"] == 4
     assert plan["candidates"][1]["measured"]["step_s"] == 2.6
-    keep(tmp_path, None, 5)  # now without a profile
+    write_plan(tmp_path, None, 5)  # now without a profile
     assert not (tmp_path / "plan.json").exists()

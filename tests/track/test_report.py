@@ -112,7 +112,7 @@ def test_no_run_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fttrain.config import compose
+    from fttrain.config.run_config import compose
 
     whole_run(tmp_path)
     assert run(compose([f"output={tmp_path}"]), []) == 0

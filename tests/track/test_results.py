@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fttrain.planned import keep, note_measured
 from fttrain.track import Results, Table, read_results
+from fttrain.training.auto_plan import add_measured, write_plan
 
 CANDIDATES = [
     {"settings": "strategy=shard", "fits": False, "reason": "card 0", "predicted": {}},
@@ -47,8 +47,8 @@ def test_nothing_is_known_of_an_empty_folder(tmp_path: Path) -> None:
 
 def test_a_run_that_ended(tmp_path: Path) -> None:
     written(tmp_path, after="because")
-    keep(tmp_path, {"rig": "made up", "ran": "strategy=stream", "candidates": CANDIDATES}, 0)
-    note_measured(tmp_path)
+    write_plan(tmp_path, {"rig": "made up", "ran": "strategy=stream", "candidates": CANDIDATES}, 0)
+    add_measured(tmp_path)
     links = {"links": Table(("", "nccl"), [])}
     found = read_results(tmp_path, 4, links)
     assert found.holdout_nll == 3.5

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fttrain.config import compose
+from fttrain.config.run_config import compose
 from fttrain.track import Results, Table, TrackConfig
 from fttrain.track.tensorboard import open_tensorboard
 from fttrain.util.errors import UserError

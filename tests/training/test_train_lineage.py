@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from tiny_run import arguments, inputs, losses
 
-from fttrain import train
 from fttrain.checkpoint import course
 from fttrain.cli import main
 from fttrain.data.batch import MicroBatch
 from fttrain.data.loader import Loader
+from fttrain.training import train
 
 STEPS, SAVED, EARLIER = 6, (2, 3, 4, 5, 6), 3
 

@@ -12,21 +12,21 @@ from pathlib import Path
 
 import torch
 
-from fttrain.config import RunConfig
+from fttrain.config.run_config import RunConfig
 from fttrain.data.dataset import Dataset
 from fttrain.data.excerpt import Excerpt
 from fttrain.distributed.process_group import process_group
-from fttrain.instruments import memory_uses, show_fullest
 from fttrain.optim.config import learning_rate
 from fttrain.plan.cost import reference_price, references
-from fttrain.planned import settle
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank
-from fttrain.run import Run, build
 from fttrain.strategy.protocol import StepStats
 from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.track import Trackers, progress
-from fttrain.train import prepare_inputs, take_step
+from fttrain.training.auto_plan import resolve_auto
+from fttrain.training.monitor import memory_uses, show_fullest
+from fttrain.training.session import TrainSession, build
+from fttrain.training.train import prepare_inputs, take_step
 from fttrain.util.units import duration, gib
 
 LONG_RUN_S, LONG_EPOCH_S = 12 * 3600.0, 6 * 3600.0  # from here on it warns
@@ -35,7 +35,7 @@ SMALL_R = 8
 
 
 @dataclass(frozen=True)
-class Trial:
+class DryRunResult:
     """What was measured, over all ranks, without the step that warms up."""
 
     examples: int  # a text that was longer than data.seq_len counts as its pieces
@@ -49,7 +49,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class TimeEstimate:
     """Seconds of the steps alone: held-out losses, answers and saves come on top."""
 
     epoch_s: float
@@ -63,7 +63,7 @@ def dry_run(config: RunConfig) -> int:
     Raises UserError where the run would.
     """
     device = set_up_rank(config.rig)
-    config, _ = settle(config)
+    config, _ = resolve_auto(config)
     source, tokenizer, dataset = prepare_inputs(config)
     excerpt = Excerpt(dataset.train, config.dry_run, config.loop.seed)
     with process_group(device, config.rig.backend) as group:
@@ -73,13 +73,13 @@ def dry_run(config: RunConfig) -> int:
     return 0
 
 
-def estimate(trial: Trial, epoch_tokens: int, epochs: float) -> Estimate:
+def estimate(trial: DryRunResult, epoch_tokens: int, epochs: float) -> TimeEstimate:
     """``epoch_tokens``: of one pass over the training rows; ``epochs``: passes of the run."""
     epoch_s = epoch_tokens / trial.tokens_per_s
-    return Estimate(epoch_s, epochs * epoch_s)
+    return TimeEstimate(epoch_s, epochs * epoch_s)
 
 
-def warnings(found: Estimate, helps: Sequence[str], rents: Sequence[str] = ()) -> list[str]:
+def warnings(found: TimeEstimate, helps: Sequence[str], rents: Sequence[str] = ()) -> list[str]:
     """What takes long, ``helps`` and what renting would cost; nothing where nothing does."""
     too_long = [
         f"{what} takes {took_s / 3600:.1f} hours, more than {limit_s / 3600:.0f}"
@@ -109,7 +109,7 @@ def rents(cards: Sequence[str], hours: float) -> list[str]:
 
 
 def advice(config: RunConfig, waiting: float) -> list[str]:
-    """What would make this run shorter, the surest first. ``waiting``: as in ``Trial``."""
+    """What would make this run shorter, the surest first. ``waiting``: as in ``DryRunResult``."""
     helps = []
     name, adapters = config.strategy.name, config.lora.r > 0
     if waiting > WAITING:
@@ -137,7 +137,7 @@ def advice(config: RunConfig, waiting: float) -> list[str]:
     return helps
 
 
-def _take_examples(run: Run, excerpt: Excerpt) -> Trial:
+def _take_examples(run: TrainSession, excerpt: Excerpt) -> DryRunResult:
     """All steps of the excerpt, once the first one has warmed up. Every rank calls it."""
     steps = run.loader.steps_per_epoch
     run.say(f"dry run: {excerpt.documents} examples in {steps} step(s), after one to warm up")
@@ -155,10 +155,10 @@ def _take_examples(run: Run, excerpt: Excerpt) -> Trial:
             wait_s += stats.traffic.wait_s
     finally:
         trackers.finish()
-    return Trial(excerpt.documents, tokens, all_s, run.group.maximum(wait_s) / all_s)
+    return DryRunResult(excerpt.documents, tokens, all_s, run.group.maximum(wait_s) / all_s)
 
 
-def _step(run: Run) -> tuple[StepStats, float]:
+def _step(run: TrainSession) -> tuple[StepStats, float]:
     """A step and its seconds, with all that it left to the device."""
     began = time.perf_counter()
     stats, _ = take_step(run, learning_rate(run.config.optim, run.step, run.total_steps))
@@ -172,7 +172,7 @@ def _figures(stats: StepStats, took_s: float) -> dict[str, float]:
     return {"loss": stats.loss, "tokens_per_s": stats.tokens / took_s}
 
 
-def _tell(run: Run, trial: Trial, dataset: Dataset) -> None:
+def _tell(run: TrainSession, trial: DryRunResult, dataset: Dataset) -> None:
     """Every rank calls it; rank 0 speaks."""
     peaks = run.group.gather([float(peak_device_bytes(run.group.device)), float(peak_host_bytes())])
     device_bytes, host_bytes = map(max, zip(*peaks, strict=True))
@@ -207,7 +207,7 @@ def _tell(run: Run, trial: Trial, dataset: Dataset) -> None:
     run.say("nothing was saved; data and frozen base stay in their caches")
 
 
-def _cards(run: Run) -> list[str]:
+def _cards(run: TrainSession) -> list[str]:
     """Names of the ranks' cards, of which all are taken to be rank 0's; none on a CPU."""
     if run.group.device.type != "cuda":
         return []

@@ -13,9 +13,9 @@ import yaml
 from tiny_run import Fault, adapter, arguments, exit_codes, losses, two_ranks
 
 from fttrain.cli import main
-from fttrain.config import compose
-from fttrain.planned import link_table, settle
-from fttrain.run import recipe
+from fttrain.config.run_config import compose
+from fttrain.training.auto_plan import link_table, resolve_auto
+from fttrain.training.session import strategy_spec
 
 ONE_ROW = ("loop.micro_batch_size=1", "loop.gradient_accumulation_steps=1")
 
@@ -128,11 +128,11 @@ def test_without_a_profile_that_says_something_there_is_no_plan(
     own = f"frozen.cache_dir={tmp_path}"
     for rig in ("rig.profile=measured", tiny_cpu_rig.saved(tmp_path, tiny_cpu_rig.rig(cards=2))):
         config = compose(arguments(folder, tmp_path / "run", own, rig)[1:])
-        assert settle(config) == (config, None)
+        assert resolve_auto(config) == (config, None)
         assert capsys.readouterr().out == ""
     (tmp_path / "rig.json").write_text("{}")
     config = compose(arguments(folder, tmp_path / "run", own)[1:])
-    assert settle(config) == (config, None)
+    assert resolve_auto(config) == (config, None)
     assert "warning: the run is not planned: " in capsys.readouterr().out
 
 
@@ -140,8 +140,8 @@ def test_a_plan_of_what_is_left_open_starts_from_the_defaults() -> None:
     """So `fttrain plan strategy=auto` plans as `fttrain plan` does."""
     left_open = compose(["strategy=auto", "activations=auto", "boundaries=host"])
     assert left_open.left_open == ("strategy", "activations")
-    assert recipe(left_open) == recipe(compose(["boundaries=host"]))
-    assert recipe(compose(["strategy=pipeline", "activations=auto"])) == recipe(
+    assert strategy_spec(left_open) == strategy_spec(compose(["boundaries=host"]))
+    assert strategy_spec(compose(["strategy=pipeline", "activations=auto"])) == strategy_spec(
         compose(["strategy=pipeline"])
     )
 

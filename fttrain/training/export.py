@@ -9,14 +9,14 @@ from fttrain.checkpoint.adapter import load_adapter, save_adapter
 from fttrain.checkpoint.resume import find_snapshot
 from fttrain.checkpoint.source import Source, load_config
 from fttrain.checkpoint.whole import load_weights, save_model
-from fttrain.config import RunConfig
-from fttrain.run import Run, adapter_info
+from fttrain.config.run_config import RunConfig
+from fttrain.training.session import TrainSession, adapter_info
 from fttrain.util.errors import UserError
 
 ADAPTER, MODEL = "adapter", "model"  # folders in the run's output
 
 
-def leave(run: Run, source: Source) -> str:
+def export_result(run: TrainSession, source: Source) -> str:
     """Writes what has trained, and says how to use it; on rank 0. Every rank calls it."""
     state, config = run.strategy.adapter_state(), run.config
     if not run.group.is_main:
@@ -42,7 +42,7 @@ def leave(run: Run, source: Source) -> str:
     )
 
 
-def find(config: RunConfig) -> dict[str, Tensor]:
+def find_trained(config: RunConfig) -> dict[str, Tensor]:
     """What the run in ``config.output`` has trained, fp32 by name: the finished result, or that of
     the newest whole checkpoint of a run that still goes on. Raises UserError where there is none.
     """

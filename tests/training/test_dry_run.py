@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 from tiny_run import arguments, exit_codes, inputs, two_ranks
 
-from fttrain import dry_run
 from fttrain.checkpoint.claim import claim_output
 from fttrain.cli import main
-from fttrain.config import compose
+from fttrain.config.run_config import compose
 from fttrain.data.batch import MicroBatch
-from fttrain.dry_run import Estimate, Trial, advice, estimate, rents, warnings
 from fttrain.plan.rigs import find_rig
 from fttrain.strategy.data_parallel import DataParallel
+from fttrain.training import dry_run
+from fttrain.training.dry_run import DryRunResult, TimeEstimate, advice, estimate, rents, warnings
 
 HOUR_S = 3600.0
 
@@ -81,10 +81,10 @@ def test_more_examples_than_there_are_and_fewer_than_a_step(
 
 
 def test_the_estimate_is_tokens_over_rate() -> None:
-    trial = Trial(examples=50, tokens=30_000, seconds=15.0)
+    trial = DryRunResult(examples=50, tokens=30_000, seconds=15.0)
     assert trial.tokens_per_s == 2000
     found = estimate(trial, epoch_tokens=36_000_000, epochs=2.5)
-    assert found == Estimate(epoch_s=5 * HOUR_S, run_s=12.5 * HOUR_S)
+    assert found == TimeEstimate(epoch_s=5 * HOUR_S, run_s=12.5 * HOUR_S)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_the_estimate_is_tokens_over_rate() -> None:
     ],
 )
 def test_it_warns_where_it_takes_long(epoch_h: float, run_h: float, text: str) -> None:
-    lines = warnings(Estimate(epoch_h * HOUR_S, run_h * HOUR_S), ["this", "that"])
+    lines = warnings(TimeEstimate(epoch_h * HOUR_S, run_h * HOUR_S), ["this", "that"])
     if not text:
         assert lines == []
         return
@@ -111,9 +111,9 @@ def test_a_long_run_says_what_renting_would_cost() -> None:
     assert each
     (line,) = rents(["NVIDIA GeForce RTX 3090"] * 2, 20.0)
     assert f"2 x NVIDIA GeForce RTX 3090 for 20.0 hours: ${40 * each:.2f}" in line
-    found = Estimate(7 * HOUR_S, 20 * HOUR_S)
+    found = TimeEstimate(7 * HOUR_S, 20 * HOUR_S)
     assert warnings(found, ["this"], [line])[1:] == [line]
-    assert warnings(Estimate(HOUR_S, HOUR_S), ["this"], [line]) == []
+    assert warnings(TimeEstimate(HOUR_S, HOUR_S), ["this"], [line]) == []
     for cards in ([], ["a card that nobody rents out"]):  # prices, but no made-up speed
         *known, last = rents(cards, 20.0)
         assert any(f"2 x NVIDIA GeForce RTX 3090: ${2 * each:.2f} an hour" in one for one in known)

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fttrain import config, options
-from fttrain.config import RunConfig, compose, to_yaml
-from fttrain.options import groups
+from fttrain.config import groups, run_config
+from fttrain.config.run_config import RunConfig, compose, to_yaml
 from fttrain.util import schema
 from fttrain.util.errors import UserError
 from fttrain.util.paths import conf_folder
@@ -30,7 +29,7 @@ WITH_DEEPSPEED = (("optim", "deepspeed_cpu_adam"), ("strategy", "deepspeed"), ("
 MARKS = dict.fromkeys(WITH_DEEPSPEED, pytest.mark.deepspeed)
 OPTIONS = [
     pytest.param(group, option, marks=MARKS.get((group, option), ()))
-    for group, found in groups().items()
+    for group, found in groups.groups().items()
     for option in found
     if group != "sweep"  # of many runs: tests/sweep/test_search.py
 ]
@@ -221,7 +220,7 @@ def own_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         target = copy / path.relative_to(conf_folder())
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
-    for module in (config, options):
+    for module in (run_config, groups):
         monkeypatch.setattr(module, "conf_folder", lambda: copy)
     return copy
 
@@ -342,10 +341,13 @@ def test_an_installed_wheel_finds_its_files(tmp_path: Path) -> None:
     (site / "conf").mkdir()  # some other package's
     (site / "conf" / "config.yaml").write_text("other: 1\n", encoding="utf-8")
     program = (
-        "from fttrain import config, paths, launch_files; print(paths.conf_folder());"
+        "from fttrain.config import run_config as config\n"
+        "from fttrain.launcher import accelerate_yaml\n"
+        "from fttrain.util import paths\n"
+        "print(paths.conf_folder());"
         "print(config.compose(['experiment=demo']).output);"
         "file = config.compose(['launch=cpu_demo']).launch.file;"
-        "print(launch_files.read_files(file)[0]['num_processes'])"
+        "print(accelerate_yaml.read_files(file)[0]['num_processes'])"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(

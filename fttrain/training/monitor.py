@@ -5,12 +5,12 @@ import json
 from typing import Any
 
 from fttrain.rig import memory
-from fttrain.run import Run
 from fttrain.strategy import usage
+from fttrain.training.session import TrainSession
 from fttrain.util.atomic_files import write_json
 
 
-def tell_memory(run: Run) -> None:
+def report_memory(run: TrainSession) -> None:
     """Where memory went in the first step, of each rank into memory.json; the fullest one is shown.
 
     Every rank calls it.
@@ -21,7 +21,7 @@ def tell_memory(run: Run) -> None:
         show_fullest(run, ranks, f"step {run.step}")
 
 
-def memory_uses(run: Run) -> list[list[dict[str, Any]]]:
+def memory_uses(run: TrainSession) -> list[list[dict[str, Any]]]:
     """Each rank's parts of memory so far (``usage.Use``), by rank. Every rank calls it."""
     own = usage.uses(run.strategy.bookings, run.group.device)
     written = json.dumps([dataclasses.asdict(use) for use in own])
@@ -30,7 +30,7 @@ def memory_uses(run: Run) -> list[list[dict[str, Any]]]:
     ]
 
 
-def show_fullest(run: Run, ranks: list[list[dict[str, Any]]], when: str) -> None:
+def show_fullest(run: TrainSession, ranks: list[list[dict[str, Any]]], when: str) -> None:
     """What ``memory_uses`` says of the rank with the fullest card."""
     fullest = max(range(len(ranks)), key=lambda rank: sum(u["device_bytes"] for u in ranks[rank]))
     shown = [usage.Use(**use) for use in ranks[fullest]]
@@ -38,7 +38,7 @@ def show_fullest(run: Run, ranks: list[list[dict[str, Any]]], when: str) -> None
         run.say(line)
 
 
-def sample_memory(run: Run) -> list[dict[str, int]]:
+def sample_memory(run: TrainSession) -> list[dict[str, int]]:
     """Every rank's memory as it is now, by rank. Every rank calls it."""
     own = memory.sample(run.group.device)
     ranks = run.group.gather([float(size_bytes) for size_bytes in own.values()])

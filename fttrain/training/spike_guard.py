@@ -1,71 +1,13 @@
-"""What keeps a training loop safe: settings, a guard against loss spikes, a polite stop."""
+"""A guard against loss spikes: judges each step before its update."""
 
-import contextlib
 import itertools
 import math
-import os
-import signal
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FrameType, TracebackType
-from typing import Any, Literal, Self
-
-from fttrain.util.errors import UserError
-
-SPIKE_POLICIES = ("stop", "skip", "ignore")
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
-class LoopConfig:
-    """How long to train, in which portions, and when to stop. Shapes of work, not of tensors."""
-
-    max_steps: int | None = None  # optimizer steps at most; None: as many as ``epochs`` gives
-    epochs: float = 1.0  # passes over the training rows; fractions are fine
-    micro_batch_size: int = 4  # rows of one forward and backward on one rank
-    gradient_accumulation_steps: int = 4  # micro-batches of one rank in one optimizer step
-    # memory that runs out in a step: True: halve the micro-batches and take it again | False: stop
-    halve_on_oom: bool = True
-    seed: int = 42  # orders the rows and seeds dropout and the adapter's first weights
-    eval_every: int = 0  # steps between held-out evaluations; 0: only before and after
-    log_every: int = 1  # steps between lines of metrics
-    samples: int = 3  # held-out prompts answered before and after training
-    z_loss: float = 0.0  # weight of each token's squared log-sum-exp in what is minimised
-    spike_policy: str = "stop"  # stop | skip | ignore: what a loss spike does
-    spike_rise: float = 2.0  # nats over the running baseline that count as a spike
-
-    def __post_init__(self) -> None:
-        least = {
-            "max_steps": 1,
-            "micro_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "seed": 0,
-            "eval_every": 0,
-            "log_every": 1,
-            "samples": 0,
-        }
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"loop.{name}={value}: must be at least {low}")
-        for name in ("epochs", "spike_rise"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise UserError(f"loop.{name}={value}: must be a number above 0")
-        if not 0 <= self.z_loss < 1:
-            raise UserError(f"loop.z_loss={self.z_loss}: a number in [0, 1), such as 1e-4")
-        if self.spike_policy not in SPIKE_POLICIES:
-            raise UserError(
-                f"loop.spike_policy={self.spike_policy}: must be one of {', '.join(SPIKE_POLICIES)}"
-            )
-
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps of the whole run."""
-        steps = max(1, round(self.epochs * steps_per_epoch))
-        return min(steps, self.max_steps or steps)
-
-
-@dataclass(frozen=True)
-class Verdict:
+class StepVerdict:
     """What the guard says about one step, before its update is applied."""
 
     action: Literal["ok", "skip", "stop"]
@@ -99,26 +41,26 @@ class SpikeGuard:
     recent: list[float] = field(default_factory=list)  # the last WINDOW finite losses
     abnormal: int = 0  # abnormal steps in a row
 
-    def observe(self, loss: float, grad_norm: float | None = None) -> Verdict:
+    def observe(self, loss: float, grad_norm: float | None = None) -> StepVerdict:
         """Judges one step; call it once a step, after the reduction and before the update."""
         reason = self._judge(loss, grad_norm)
         if reason is None:
             self.abnormal = 0
             self._accept(loss)
-            return Verdict("ok")
+            return StepVerdict("ok")
         self.abnormal += 1
         if self.policy == "ignore":
             if math.isfinite(loss):
                 self._accept(loss)
             first = self.abnormal == 1
-            return Verdict(
+            return StepVerdict(
                 "ok", f"{reason}; going on, as loop.spike_policy=ignore says" if first else ""
             )
         if self.policy == "skip" and self.abnormal < MAX_SKIPPED:
-            return Verdict("skip", f"{reason}; this step is skipped (loop.spike_policy=skip)")
+            return StepVerdict("skip", f"{reason}; this step is skipped (loop.spike_policy=skip)")
         if self.policy == "skip":
             reason = f"{reason}; {MAX_SKIPPED} steps in a row were abnormal, skipping does not help"
-        return Verdict(
+        return StepVerdict(
             "stop",
             f"{reason}. What helps: {ADVICE}; then resume from a checkpoint before the spike",
         )
@@ -179,57 +121,3 @@ class SpikeGuard:
         )
         self.lowest = math.inf if state["lowest"] is None else state["lowest"]
         self.recent = list(state["recent"])
-
-
-Handler = Callable[[int, FrameType | None], Any] | int | None
-
-
-class StopSignals:
-    """Turns SIGINT and SIGTERM into a wish that the loop reads between steps.
-
-    Nothing is ever interrupted: no exception is raised, so neither the first nor any later signal
-    can break a save. Enter it in the main thread. ``signum`` is the first signal received, or None.
-    """
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self._previous: dict[int, Handler] = {}
-
-    @property
-    def requested(self) -> bool:
-        """True once a signal has come."""
-        return self.signum is not None
-
-    @property
-    def exit_code(self) -> int:
-        """130 after SIGINT, 143 after SIGTERM, 0 when no signal came."""
-        return 0 if self.signum is None else 128 + self.signum
-
-    def __enter__(self) -> Self:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self._previous[signum] = signal.signal(signum, self._receive)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
-        again = self.signum is not None
-        self.signum = self.signum or signum
-        if os.environ.get("RANK", "0") != "0":
-            return  # rank 0 speaks for all
-        name = signal.Signals(signum).name
-        pid = os.getpid()
-        text = (
-            f"\n{name} again: still finishing and saving; kill -9 {pid} ends it without saving\n"
-            if again
-            else f"\n{name}: finishing this step, saving, then stopping\n"
-        )
-        with contextlib.suppress(OSError):  # the terminal may be gone: nobody left to tell
-            os.write(2, text.encode())  # print() is not safe inside a signal handler

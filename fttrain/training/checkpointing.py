@@ -7,18 +7,18 @@ from typing import Any
 from fttrain.checkpoint import newest
 from fttrain.checkpoint.course import leave
 from fttrain.checkpoint.resume import WORDS, Snapshot, find_snapshot, save_snapshot, scalars_of
-from fttrain.config import RunConfig
+from fttrain.config.loop_config import LoopConfig
+from fttrain.config.run_config import RunConfig
 from fttrain.distributed.peer_watchdog import uninterruptible
 from fttrain.launcher.launch import restarted
-from fttrain.loop import LoopConfig
-from fttrain.run import Run, adapter_info, divide, split
+from fttrain.training.session import TrainSession, adapter_info, divide, split
 from fttrain.util.errors import UserError
 
 # Of keys that older snapshots lack
 _BEFORE_THERE_WAS_A_CHOICE = {"lora.use_dora": False, "head in 4 bits": False}
 
 
-def wanted_snapshot(run: Run) -> tuple[str, Snapshot] | None:
+def wanted_snapshot(run: TrainSession) -> tuple[str, Snapshot] | None:
     """Path and content of the snapshot that ``resume`` asks for, if there is one; of a run that its
     launcher has started again the newest that it has left.
 
@@ -40,7 +40,7 @@ def wanted_snapshot(run: Run) -> tuple[str, Snapshot] | None:
     return path, snapshot
 
 
-def _remedy(run: Run, key: str, before: Any) -> str:
+def _remedy(run: TrainSession, key: str, before: Any) -> str:
     """What makes ``key`` what it was ``before``."""
     rows = run.config.loop.micro_batch_size * run.group.world_size
     if key == "rows per step" and before and before % rows == 0:
@@ -51,7 +51,7 @@ def _remedy(run: Run, key: str, before: Any) -> str:
     return "restore the setting or the data"
 
 
-def resume(run: Run, path: str, snapshot: Snapshot) -> None:
+def resume(run: TrainSession, path: str, snapshot: Snapshot) -> None:
     """Go on from ``snapshot``. Raises UserError where its tensors do not fit the model."""
     run.strategy.load_adapter_state(snapshot.adapter)
     run.strategy.load_optimizer_state(snapshot.optimizer)
@@ -63,7 +63,7 @@ def resume(run: Run, path: str, snapshot: Snapshot) -> None:
     _keep_split(run, snapshot.scalars)
 
 
-def _leave_course(run: Run, step: int) -> None:
+def _leave_course(run: TrainSession, step: int) -> None:
     """What was saved after ``step`` is not this run's any more. Every rank calls it."""
     problem = ""
     if run.group.intra_node.is_main:
@@ -96,7 +96,7 @@ def _kept(scalars: Mapping[str, Any], loop: LoopConfig) -> int:
     return used
 
 
-def _keep_split(run: Run, scalars: Mapping[str, Any]) -> None:
+def _keep_split(run: TrainSession, scalars: Mapping[str, Any]) -> None:
     loop = run.config.loop
     used = _kept(scalars, loop)
     if used < loop.micro_batch_size:
@@ -108,7 +108,7 @@ def _keep_split(run: Run, scalars: Mapping[str, Any]) -> None:
         )
 
 
-def save(run: Run) -> None:
+def save(run: TrainSession) -> None:
     """Rank 0 writes; the others wait, and all end together where the disk fails."""
     problem = ""
     adapter, optimizer = run.strategy.adapter_state(), run.strategy.optimizer_state()
@@ -137,7 +137,7 @@ def save(run: Run) -> None:
     run.group.raise_everywhere(problem)
 
 
-def _identity(run: Run) -> dict[str, Any]:
+def _identity(run: TrainSession) -> dict[str, Any]:
     """What must be the same before and after a resume for the data and the randomness to go on."""
     config = run.config
     return {

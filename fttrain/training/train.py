@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 
-from fttrain import evaluation
 from fttrain.checkpoint.resume import claim_output
 from fttrain.checkpoint.source import (
     Source,
@@ -24,28 +23,35 @@ from fttrain.checkpoint.source import (
     load_tokenizer,
     resolve,
 )
-from fttrain.config import RunConfig, to_yaml
+from fttrain.config.run_config import RunConfig, to_yaml
 from fttrain.data.dataset import Dataset, prepare
 from fttrain.data.samples import Sample, holdout_samples
 from fttrain.distributed.peer_watchdog import uninterruptible
 from fttrain.distributed.process_group import process_group
 from fttrain.distributed.rank_group import rank_from_environment
-from fttrain.evaluation import Evaluation
-from fttrain.instruments import sample_memory, tell_memory
 from fttrain.launcher.launch import restarted
-from fttrain.loop import StopSignals
 from fttrain.optim.config import learning_rate
-from fttrain.planned import for_targets, keep, link_table, note_measured, settle
-from fttrain.result import leave
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank
 from fttrain.rig.telemetry import card_watch, gather_samples
-from fttrain.run import Run, build, describe, halve
-from fttrain.snapshots import resume, save, wanted_snapshot
 from fttrain.strategy.link_watch import link_watch
 from fttrain.strategy.protocol import OutOfMemory, StepStats
 from fttrain.track import Results, Trackers, open_trackers, read_results
 from fttrain.track.report import write_report
+from fttrain.training import evaluation
+from fttrain.training.auto_plan import (
+    add_measured,
+    link_table,
+    resolve_auto,
+    with_target_share,
+    write_plan,
+)
+from fttrain.training.checkpointing import resume, save, wanted_snapshot
+from fttrain.training.evaluation import Evaluation
+from fttrain.training.export import export_result
+from fttrain.training.monitor import report_memory, sample_memory
+from fttrain.training.session import TrainSession, build, describe, halve
+from fttrain.training.stop_signals import StopSignals
 from fttrain.util.errors import UserError
 
 SPIKE_EXIT_CODE = 3
@@ -58,9 +64,9 @@ def train(config: RunConfig) -> int:
     runs away.
     """
     device = set_up_rank(config.rig)
-    config, plan = settle(config)
+    config, plan = resolve_auto(config)
     source, tokenizer, dataset = prepare_inputs(config)
-    plan = for_targets(config, plan, dataset.train.target_share)
+    plan = with_target_share(config, plan, dataset.train.target_share)
     output = Path(config.output)
     is_main = rank_from_environment()[0] == 0
     # Started anew, it goes on with what it has left, however it was to begin.
@@ -76,7 +82,7 @@ def train(config: RunConfig) -> int:
                 _finish(run, source)
             trackers.exit_code = signals.exit_code if stopped else 0
             if group.is_main:
-                note_measured(output)
+                add_measured(output)
                 print(f"report: {write_report(output)}")
                 trackers.show(run.step, lambda: _results(run))
         return trackers.exit_code
@@ -94,7 +100,7 @@ def prepare_inputs(config: RunConfig) -> tuple[Source, Any, Dataset]:
     return source, tokenizer, prepare(config.data, tokenizer, tokenizer_id)
 
 
-def _start(run: Run, plan: dict[str, Any] | None) -> None:
+def _start(run: TrainSession, plan: dict[str, Any] | None) -> None:
     """Say what is about to happen, measure the base and go on from a snapshot, if there is one.
 
     A snapshot that does not fit is refused before anything is measured or written.
@@ -102,7 +108,7 @@ def _start(run: Run, plan: dict[str, Any] | None) -> None:
     found = wanted_snapshot(run)
     if run.group.is_main:
         (run.output / "config.yaml").write_text(to_yaml(run.config))
-        keep(run.output, plan, found[1].step if found else 0)
+        write_plan(run.output, plan, found[1].step if found else 0)
         describe(run)
     run.figures = Evaluation.read(run.output)
     # Rank 0 has the file; other machines may not see it.
@@ -116,7 +122,7 @@ def _start(run: Run, plan: dict[str, Any] | None) -> None:
         _write_figures(run)
 
 
-def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
+def _take_steps(run: TrainSession, trackers: Trackers, signals: StopSignals) -> bool:
     """The steps that are left. True when a signal ended them early, on the same step everywhere."""
     every, eval_every = run.config.checkpoint.every, run.config.loop.eval_every
     memory_every, first = run.config.track.memory_every, run.step
@@ -127,7 +133,7 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
         stats, step_s = take_step(run, lr)
         run.step += 1
         if run.step == first + 1:
-            tell_memory(run)
+            report_memory(run)
         if run.step % run.config.loop.log_every == 0 or run.step == run.total_steps:
             trackers.log(run.step, _metrics(run, stats, lr, step_s))
         if memory_every and (run.step % memory_every == 0 or run.step == run.total_steps):
@@ -152,7 +158,7 @@ def _take_steps(run: Run, trackers: Trackers, signals: StopSignals) -> bool:
     return False
 
 
-def take_step(run: Run, lr: float) -> tuple[StepStats, float]:
+def take_step(run: TrainSession, lr: float) -> tuple[StepStats, float]:
     """One step and its seconds; where memory runs out, again with smaller micro-batches."""
     while True:
         started = time.perf_counter()
@@ -165,7 +171,7 @@ def take_step(run: Run, lr: float) -> tuple[StepStats, float]:
             halve(run, error)
 
 
-def _judge(run: Run, loss: float, grad_norm: float) -> bool:
+def _judge(run: TrainSession, loss: float, grad_norm: float) -> bool:
     """Whether a step becomes an update. Every rank sees the same figures and decides the same."""
     verdict = run.guard.observe(loss, grad_norm)
     if verdict.action == "stop":
@@ -175,7 +181,7 @@ def _judge(run: Run, loss: float, grad_norm: float) -> bool:
     return verdict.action == "ok"
 
 
-def _metrics(run: Run, stats: StepStats, lr: float, step_s: float) -> dict[str, Any]:
+def _metrics(run: TrainSession, stats: StepStats, lr: float, step_s: float) -> dict[str, Any]:
     """A line of metrics.jsonl. Every rank calls it."""
     return {
         "loss": stats.loss,
@@ -195,7 +201,7 @@ def _metrics(run: Run, stats: StepStats, lr: float, step_s: float) -> dict[str, 
     }
 
 
-def _over_ranks(run: Run, stats: StepStats) -> dict[str, float]:
+def _over_ranks(run: TrainSession, stats: StepStats) -> dict[str, float]:
     """What differs from rank to rank: bytes moved by all ranks together; seconds waited and peaks
     of the rank that has most of them.
     """
@@ -222,7 +228,7 @@ def _over_ranks(run: Run, stats: StepStats) -> dict[str, float]:
     }
 
 
-def _measure_base(run: Run) -> None:
+def _measure_base(run: TrainSession) -> None:
     """Held-out loss and answers of the base: the adapter is still without effect."""
     run.say("measuring the base on the held-out rows")
     run.figures.base = run.holdout.loss(run.strategy, run.say)
@@ -236,7 +242,7 @@ def _measure_base(run: Run) -> None:
     _write_figures(run)
 
 
-def _finish(run: Run, source: Source) -> None:
+def _finish(run: TrainSession, source: Source) -> None:
     """Held-out loss and answers of the tuned model, what has trained, and how to use it."""
     if len(run.holdout.rows):
         run.figures.tuned = run.holdout.loss(run.strategy, run.say)
@@ -245,21 +251,21 @@ def _finish(run: Run, source: Source) -> None:
         for sample, after in zip(run.figures.samples, answers, strict=False):
             sample.after = after
         _write_figures(run)
-    how_to_use = leave(run, source)
+    how_to_use = export_result(run, source)
     run.say(f"\n{run.figures.summary()}\n\n{how_to_use}")
 
 
-def _samples(run: Run) -> list[Sample]:
+def _samples(run: TrainSession) -> list[Sample]:
     return holdout_samples(run.config.data, run.dataset, run.tokenizer, run.config.loop.samples)
 
 
-def _write_figures(run: Run) -> None:
+def _write_figures(run: TrainSession) -> None:
     if run.group.is_main:
         run.figures.write(run.output)
 
 
 @contextmanager
-def _trackers(run: Run) -> Iterator[Trackers]:
+def _trackers(run: TrainSession) -> Iterator[Trackers]:
     """Rank 0's trackers, finished whatever happens; the other ranks' do nothing."""
     trackers = Trackers()
     if run.group.is_main:
@@ -276,5 +282,5 @@ def _trackers(run: Run) -> Iterator[Trackers]:
             trackers.finish()
 
 
-def _results(run: Run) -> Results:
+def _results(run: TrainSession) -> Results:
     return read_results(run.output, run.step, link_table(run.config, run.group.world_size))

@@ -6,7 +6,7 @@ import pytest
 import tiny_files
 
 from fttrain.data.samples import Sample
-from fttrain.evaluation import ANSWER_TOKENS, answer
+from fttrain.training.evaluation import ANSWER_TOKENS, answer
 
 SAMPLES = [Sample("question", "reference", [3, 4, 5])] * 2
 

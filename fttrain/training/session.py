@@ -7,12 +7,10 @@ from typing import Any
 
 from fttrain.checkpoint.adapter import AdapterInfo
 from fttrain.checkpoint.source import Source
-from fttrain.config import RunConfig
+from fttrain.config.run_config import RunConfig
 from fttrain.data.dataset import Dataset
 from fttrain.data.loader import Loader, PackedRows
 from fttrain.distributed.rank_group import RankGroup
-from fttrain.evaluation import Evaluation, HoldOut
-from fttrain.loop import SpikeGuard
 from fttrain.model import liger
 from fttrain.model.attention_op import kernel_name
 from fttrain.schedule import ScheduleConfig
@@ -22,10 +20,12 @@ from fttrain.strategy.protocol import OutOfMemory, Strategy
 from fttrain.strategy.recipe import Recipe, StepSize
 from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.track import counting
+from fttrain.training.evaluation import Evaluation, HoldOut
+from fttrain.training.spike_guard import SpikeGuard
 
 
 @dataclass
-class Run:
+class TrainSession:
     """What the parts of one run share."""
 
     config: RunConfig
@@ -49,7 +49,7 @@ class Run:
             print(text, flush=True)
 
 
-def recipe(config: RunConfig) -> Recipe:
+def strategy_spec(config: RunConfig) -> Recipe:
     """What a strategy is built from; what is still to be chosen starts from ``replicate``."""
     loop, strategy, schedule = config.loop, config.strategy, config.schedule
     if strategy.name == AUTO:
@@ -78,7 +78,7 @@ def build(
     tokenizer: Any,
     dataset: Dataset,
     rows: PackedRows | None = None,
-) -> Run:
+) -> TrainSession:
     """Load the frozen base and make everything a run needs, at its start.
 
     ``config``: nothing is left open. ``rows``: to train on; None: the data set's.
@@ -86,7 +86,7 @@ def build(
     assert not config.left_open
     _check_alike(config, group, dataset)
     show = counting if group.intra_node.is_main else silent
-    strategy, cache = build_strategy(recipe(config), source, group, show)
+    strategy, cache = build_strategy(strategy_spec(config), source, group, show)
     loop = config.loop
     place, places = strategy.data_parallel
     loader = Loader(
@@ -97,7 +97,7 @@ def build(
         places,
         loop.seed,
     )
-    return Run(
+    return TrainSession(
         config,
         group,
         output,
@@ -130,7 +130,7 @@ def _check_alike(config: RunConfig, group: RankGroup, dataset: Dataset) -> None:
     group.raise_where_nodes_differ(fingerprint, "the same data and tokenizer on every machine help")
 
 
-def describe(run: Run) -> None:
+def describe(run: TrainSession) -> None:
     """What is about to happen, in a few lines."""
     config = run.config
     for line in run.dataset.report.lines():
@@ -159,7 +159,7 @@ def _machines(group: RankGroup) -> str:
     return f" on {machines} machines" if machines > 1 else ""
 
 
-def halve(run: Run, error: OutOfMemory) -> None:
+def halve(run: TrainSession, error: OutOfMemory) -> None:
     """Smaller micro-batches, and as many more of them in a step. Every rank calls it.
 
     Raises ``error`` where they have one row, or the settings say so.
@@ -171,7 +171,7 @@ def halve(run: Run, error: OutOfMemory) -> None:
     )
 
 
-def divide(run: Run, pieces: int) -> None:
+def divide(run: TrainSession, pieces: int) -> None:
     """Micro-batches with 1 / ``pieces`` of the rows from here on, as many times more in a step."""
     run.loader.divide(pieces)
     run.holdout.micro_batch_size = min(run.holdout.micro_batch_size, run.loader.micro_batch_size)
@@ -179,7 +179,7 @@ def divide(run: Run, pieces: int) -> None:
     run.strategy.divide(pieces)
 
 
-def split(run: Run) -> str:
+def split(run: TrainSession) -> str:
     """The settings that make micro-batches what they are now."""
     loop, size = run.config.loop, run.loader.micro_batch_size
     steps = loop.gradient_accumulation_steps * loop.micro_batch_size // size

@@ -23,7 +23,6 @@ from tiny_run import WAIT_S, Fault, adapter, arguments, exit_codes, inputs, loss
 from tiny_wandb import logs
 from transformers import AutoModelForCausalLM
 
-from fttrain import train
 from fttrain.checkpoint.claim import claim_output
 from fttrain.cli import main
 from fttrain.data.config import DataConfig
@@ -36,6 +35,7 @@ from fttrain.track import read_metrics
 from fttrain.track.memory import read_samples
 from fttrain.track.results import held_out
 from fttrain.track.wandb import end_service
+from fttrain.training import train
 
 STEPS = 24
 

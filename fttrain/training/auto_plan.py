@@ -8,7 +8,7 @@ from typing import Any
 
 from fttrain.checkpoint.hub import SHAPES
 from fttrain.checkpoint.source import check_length, load_config, resolve
-from fttrain.config import RunConfig
+from fttrain.config.run_config import RunConfig
 from fttrain.distributed.rank_group import local_world_size, rank_from_environment
 from fttrain.model.decoder import Architecture
 from fttrain.plan.auto import Answer, Question, answer, check_fits
@@ -16,7 +16,6 @@ from fttrain.plan.choose import reckoned
 from fttrain.plan.rigs import MEASURED, find_rig
 from fttrain.rig.measure_report import links_table
 from fttrain.rig.profile import RigProfile, kept_profile
-from fttrain.run import recipe
 from fttrain.schedule import ScheduleConfig
 from fttrain.strategy.build import silent
 from fttrain.strategy.config import StrategyConfig
@@ -24,13 +23,14 @@ from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.track import Table, counting, read_metrics
 from fttrain.track import plan as track_plan
 from fttrain.track.metrics import to_stderr
+from fttrain.training.session import strategy_spec
 from fttrain.util import atomic_files, schema
 from fttrain.util.errors import UserError
 
 Plan = dict[str, Any]  # content of plan.json
 
 
-def settle(config: RunConfig) -> tuple[RunConfig, Plan | None]:
+def resolve_auto(config: RunConfig) -> tuple[RunConfig, Plan | None]:
     """``config`` with nothing left open, and on rank 0 the run's plan; None where no profile of
     its rig is there. Of several machines each plans for its own ranks: what they exchange with the
     others is in no plan.
@@ -67,7 +67,7 @@ def settle(config: RunConfig) -> tuple[RunConfig, Plan | None]:
     return _applied(config, found.settings), found.plan
 
 
-def for_targets(config: RunConfig, plan: Plan | None, target_share: float) -> Plan | None:
+def with_target_share(config: RunConfig, plan: Plan | None, target_share: float) -> Plan | None:
     """``plan``, made before the data was there and so as if all tokens were targets, with the time
     of a step for data of whose tokens ``target_share`` is trained on.
     """
@@ -82,7 +82,7 @@ def for_targets(config: RunConfig, plan: Plan | None, target_share: float) -> Pl
     return plan
 
 
-def keep(output: Path, plan: Plan | None, step: int) -> None:
+def write_plan(output: Path, plan: Plan | None, step: int) -> None:
     """Writes plan.json of a run that starts, or goes on, after ``step``. Without a ``plan`` that of
     an earlier start goes: it may speak of other settings.
     """
@@ -95,7 +95,7 @@ def keep(output: Path, plan: Plan | None, step: int) -> None:
         path.unlink()
 
 
-def note_measured(output: Path) -> None:
+def add_measured(output: Path) -> None:
     """Writes what the run took beside what was predicted, if anything was."""
     plan = track_plan.read_plan(output)
     if plan is None:
@@ -152,7 +152,7 @@ def _question(config: RunConfig, rig: RigProfile) -> Question:
     check_length(config.data.seq_len, model)
     return Question(
         config.model.name,
-        recipe(config),
+        strategy_spec(config),
         Architecture(model),
         rig,
         config.left_open,

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fttrain.loop import MAX_SKIPPED, LoopConfig, SpikeGuard, StopSignals
+from fttrain.config.loop_config import LoopConfig
+from fttrain.training.spike_guard import MAX_SKIPPED, SpikeGuard
+from fttrain.training.stop_signals import StopSignals
 from fttrain.util.errors import UserError
 
 
@@ -112,7 +114,7 @@ def test_a_restored_guard_decides_the_same_for_ever_after() -> None:
 SAVING = """
 import sys, time
 from pathlib import Path
-from fttrain.loop import StopSignals
+from fttrain.training.spike_guard import StopSignals
 folder = Path(sys.argv[1])
 with StopSignals() as stop:
     print("training", flush=True)
