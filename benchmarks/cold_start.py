@@ -81,7 +81,7 @@ def _figures(side: str, taken: dict[str, list[float]], total_bytes: int) -> dict
 
 def _files(job: dict[str, Any]) -> list[Path]:
     """Named as the frozen cache names them."""
-    from fttrain.checkpoint.frozen_cache import file_of, layer_name
+    from fttrain.frozen.cache import file_of, layer_name
 
     return [file_of(Path(job["folder"]), layer_name(layer)) for layer in range(job["layers"])]
 
@@ -130,7 +130,7 @@ def _run_rank(job_file: str) -> None:
 
 def _work(job: dict[str, Any], group: Any) -> Callable[[], Any]:
     """What the clock measures, on this rank."""
-    from fttrain.checkpoint.frozen_cache import FrozenCache
+    from fttrain.frozen.cache import FrozenCache
     from fttrain.store.filling import book_layers, in_turn, to_device
     from fttrain.store.hostpool import HostPool
 

@@ -23,9 +23,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fttrain.checkpoint.frozen import load_end, load_layer
-from fttrain.checkpoint.readers import Reader
 from fttrain.data.batch import IGNORE, MicroBatch, collate
+from fttrain.frozen.quantize_layer import load_end, load_layer
+from fttrain.frozen.readers import Reader
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture, Decoder
 from fttrain.model.layer_adapters import LayerAdapters

@@ -7,11 +7,11 @@ import tiny
 import tiny_files
 import torch
 
-from fttrain.checkpoint.config import ModelConfig
-from fttrain.checkpoint.frozen_build import open_or_build
-from fttrain.checkpoint.frozen_cache import FrozenCache
-from fttrain.checkpoint.source import resolve
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.frozen.build import open_or_build
+from fttrain.frozen.cache import FrozenCache
+from fttrain.frozen.config import ModelConfig
+from fttrain.frozen.source import resolve
 from fttrain.quant.config import QuantConfig
 from fttrain.strategy.build import frozen_base
 

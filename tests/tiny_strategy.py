@@ -10,17 +10,17 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from fttrain.checkpoint.config import FrozenConfig
-from fttrain.checkpoint.frozen import ENDS
 from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.frozen.config import FrozenConfig
+from fttrain.frozen.quantize_layer import ENDS
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture, Decoder
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.checksum import checksum
 from fttrain.quant.config import QuantConfig
-from fttrain.schedule import ScheduleConfig
 from fttrain.schedule.activations import Recompute
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.store.verify import VerifiedStore
 from fttrain.strategy.build import Blueprint
 from fttrain.strategy.config import SCHEDULES, Placement, StrategyConfig

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from fttrain.checkpoint.config import FrozenConfig
 from fttrain.data.batch import MicroBatch, collate
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.frozen.config import FrozenConfig
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture
 from fttrain.optim.config import OptimConfig
 from fttrain.plan.random_base import RandomBase
 from fttrain.quant.config import QuantConfig
-from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.build import Blueprint
 from fttrain.strategy.config import SCHEDULES, Placement, StrategyConfig
 from fttrain.strategy.protocol import StepStats, Strategy

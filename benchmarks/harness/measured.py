@@ -53,8 +53,8 @@ def planned(job: dict[str, Any], rig: RigProfile) -> Any:
     """The planner's ``Verdict`` of ``job``, which is one of fttrain's own sides."""
     from peers.native import recipe_of
 
-    from fttrain.checkpoint.config import ModelConfig
-    from fttrain.checkpoint.source import load_config, resolve
+    from fttrain.frozen.config import ModelConfig
+    from fttrain.frozen.source import load_config, resolve
     from fttrain.model.decoder import Architecture
     from fttrain.plan.choose import judge
 

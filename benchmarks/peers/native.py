@@ -5,14 +5,14 @@ from typing import Any
 from peers.work import Row
 from safetensors.torch import load_file
 
-from fttrain.checkpoint.config import FrozenConfig, ModelConfig
-from fttrain.checkpoint.source import resolve
 from fttrain.data.batch import MicroBatch, collate
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.frozen.config import FrozenConfig, ModelConfig
+from fttrain.frozen.source import resolve
 from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.config import QuantConfig
-from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.build import build_strategy
 from fttrain.strategy.config import Placement, StrategyConfig
 from fttrain.strategy.recipe import Recipe, StepSize

@@ -38,9 +38,9 @@ def demo_work(size: Size, kinds: list[str], folder: Path) -> Work:
     """Writes checkpoint, adapter and fttrain's cache of the quantised base into ``folder``, so that
     fttrain starts as a run does whose base was used before. ``kinds``: padded, packed.
     """
-    from fttrain.checkpoint.source import load_tokenizer, resolve
     from fttrain.config.run_config import compose
     from fttrain.data.dataset import prepare
+    from fttrain.frozen.source import load_tokenizer, resolve
 
     path = [f"model.path={size.model}"] if size.model else []
     config = compose(["experiment=demo", *path])
@@ -92,7 +92,7 @@ def _initial_adapter(source: Any, config: Any, folder: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from fttrain.checkpoint.source import load_config
+    from fttrain.frozen.source import load_config
     from fttrain.model.decoder import Architecture
     from fttrain.model.layer_adapters import LayerAdapters
 
@@ -110,10 +110,10 @@ def _initial_adapter(source: Any, config: Any, folder: Path) -> Path:
 def _fill_cache(job: dict[str, Any], config: Any) -> None:
     import torch
 
-    from fttrain.checkpoint.config import ModelConfig
-    from fttrain.checkpoint.frozen_build import open_or_build
-    from fttrain.checkpoint.source import resolve
     from fttrain.distributed.rank_group import RankGroup
+    from fttrain.frozen.build import open_or_build
+    from fttrain.frozen.config import ModelConfig
+    from fttrain.frozen.source import resolve
     from fttrain.strategy.build import frozen_base
 
     source = resolve(ModelConfig("benchmark", job["model"]))

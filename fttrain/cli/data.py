@@ -26,7 +26,7 @@ def run(config: "RunConfig", argv: Sequence[str] = ()) -> int:
 
     Raises UserError for data that cannot be used.
     """
-    from fttrain.checkpoint.source import load_tokenizer  # heavy
+    from fttrain.frozen.source import load_tokenizer  # heavy
 
     tokenizer, tokenizer_id = load_tokenizer(config.model)
     loop = config.loop

@@ -46,12 +46,12 @@ def _of_run(config: RunConfig, overrides: list[str]) -> RunConfig:
 
 def _evaluate(config: RunConfig) -> int:
     # Late: these load torch and transformers, and a launcher does without.
-    from fttrain.checkpoint.resume import claim_output
-    from fttrain.checkpoint.source import load_tokenizer, resolve
+    from fttrain.checkpoint.output_lock import lock_output
     from fttrain.data.dataset import prepare
     from fttrain.data.samples import holdout_samples
     from fttrain.distributed.process_group import process_group
     from fttrain.distributed.rank_group import rank_from_environment
+    from fttrain.frozen.source import load_tokenizer, resolve
     from fttrain.rig.probe import set_up_rank
     from fttrain.strategy.build import build_strategy
     from fttrain.training.auto_plan import resolve_auto
@@ -70,7 +70,7 @@ def _evaluate(config: RunConfig) -> int:
     if not len(dataset.holdout):
         raise UserError(f"data.holdout={config.data.holdout}: nothing is held out to evaluate on")
     is_main = rank_from_environment()[0] == 0
-    claim = claim_output(output, "auto") if is_main else nullcontext()
+    claim = lock_output(output, "auto") if is_main else nullcontext()
     with claim, process_group(device, config.rig.backend) as group:
         strategy, _ = build_strategy(strategy_spec(config), resolve(config.model), group)
         # Rank 0's, for other machines may not see the run's snapshots

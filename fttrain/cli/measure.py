@@ -25,9 +25,9 @@ def run(config: RunConfig, argv: list[str]) -> int:
     import torch
     from rich.console import Console
 
-    from fttrain.checkpoint.hub import SHAPES
-    from fttrain.checkpoint.source import load_config, resolve
     from fttrain.distributed.process_group import process_group
+    from fttrain.frozen.hub import SHAPES
+    from fttrain.frozen.source import load_config, resolve
     from fttrain.model.decoder import Architecture
     from fttrain.plan.calibrate import calibrate, python
     from fttrain.plan.links import step_table

@@ -23,8 +23,8 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
 
     if "--table" in argv:
         return _sizes(argv)
-    from fttrain.checkpoint.hub import SHAPES
-    from fttrain.checkpoint.source import check_length, load_config, resolve
+    from fttrain.frozen.hub import SHAPES
+    from fttrain.frozen.source import check_length, load_config, resolve
     from fttrain.model.decoder import Architecture
     from fttrain.plan.choose import candidates, choose
     from fttrain.plan.cost import disk, run_steps, training_rows

@@ -14,9 +14,9 @@ def run(config: RunConfig, argv: list[str]) -> int:
     if launch.wanted(config.launch):
         return launch.start(config.launch, argv)
     # Late: these load torch and transformers, and a launcher does without.
-    from fttrain.checkpoint.frozen_build import open_or_build
-    from fttrain.checkpoint.source import resolve
     from fttrain.distributed.process_group import process_group
+    from fttrain.frozen.build import open_or_build
+    from fttrain.frozen.source import resolve
     from fttrain.rig.probe import set_up_rank
     from fttrain.strategy.build import frozen_base, silent
     from fttrain.track import counting

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fttrain.checkpoint.claim import claim_output
+from fttrain.checkpoint.output_lock import lock_output
 from fttrain.config.run_config import RunConfig
 from fttrain.sweep import axes, cards, check, multirun, stop
 from fttrain.sweep.config import Sweep, SweepConfig
@@ -40,7 +40,7 @@ def sweep(arguments: Sequence[str]) -> int:
     check.check_folder(planned.folder)
     listed = len(samples) if all(axis.discrete for axis in request.axes.values()) else None
     watch = Watch(planned, multirun.trials_wanted(config, listed), max(1, len(places)))
-    with claim_output(planned.folder, "auto"):
+    with lock_output(planned.folder, "auto"):
         check.check_earlier(planned, cards.ALONE if places else ())
         with stop.telling(planned.folder) as stops, watch.watching():
             multirun.run(planned, request.axes, request.search, request.hydra, places)

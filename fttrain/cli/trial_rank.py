@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from fttrain.checkpoint.hub import SHAPES
-from fttrain.checkpoint.source import load_config, resolve
 from fttrain.config.run_config import compose
+from fttrain.frozen.hub import SHAPES
+from fttrain.frozen.source import load_config, resolve
 from fttrain.launcher.launch import die_with_parent
 from fttrain.plan.trial import take
 from fttrain.rig.probe import set_up_rank

@@ -19,16 +19,17 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fttrain.checkpoint.config import CheckpointConfig, FrozenConfig, ModelConfig
+from fttrain.checkpoint.config import CheckpointConfig
 from fttrain.config.groups import HOW_CHOSEN, groups, one_line, option_of
 from fttrain.config.loop_config import LoopConfig
 from fttrain.data.config import DataConfig
+from fttrain.frozen.config import FrozenConfig, ModelConfig
 from fttrain.launcher.launch import LaunchConfig
 from fttrain.model.config import AUTO_KERNELS, LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.config import QuantConfig
 from fttrain.rig.config import RigConfig
-from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.config import (
     AUTO,
     Placement,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from fttrain.checkpoint.base import Base, cache_bytes
-from fttrain.checkpoint.config import ModelConfig
-from fttrain.checkpoint.source import resolve
 from fttrain.doctor.finding import Finding, failure, ok, warning
+from fttrain.frozen.config import ModelConfig
+from fttrain.frozen.source import resolve
+from fttrain.frozen.spec import FrozenSpec, cache_bytes
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture
 from fttrain.model.layer_adapters import LayerAdapters
@@ -22,7 +22,9 @@ from fttrain.util.units import gib
 SAVED_BYTES = 12  # fp32, of each value that trains and of AdamW's two moments
 
 
-def of_model(model: ModelConfig, quant: QuantConfig, check: Callable[[Base], Finding]) -> Finding:
+def of_model(
+    model: ModelConfig, quant: QuantConfig, check: Callable[[FrozenSpec], Finding]
+) -> Finding:
     """``check`` of the model's frozen base; a warning where the model is not there."""
     try:
         return check(frozen_base(resolve(model), quant, model.dtype))
@@ -30,7 +32,7 @@ def of_model(model: ModelConfig, quant: QuantConfig, check: Callable[[Base], Fin
         return warning(f"nobody knows what the model needs: {error}", "another model.path=")
 
 
-def cache(base: Base, cache_dir: str | None) -> Finding:
+def cache(base: FrozenSpec, cache_dir: str | None) -> Finding:
     """For the frozen base, where it is not there yet."""
     folder = base.folder(cache_dir)
     if (folder / MANIFEST).is_file():
@@ -39,14 +41,14 @@ def cache(base: Base, cache_dir: str | None) -> Finding:
     return room("the frozen base", frozen_bytes(base), folder, remedy)
 
 
-def checkpoints(base: Base, lora: LoraConfig, keep_last: int, output: Path) -> Finding:
+def checkpoints(base: FrozenSpec, lora: LoraConfig, keep_last: int, output: Path) -> Finding:
     """For those that stay, the one that is being written, and the adapter."""
     needed_bytes = (keep_last + 2) * SAVED_BYTES * trained_values(base.architecture, lora)
     remedy = "free some space, output=FOLDER with room, or a smaller checkpoint.keep_last"
     return room(f"checkpoint.keep_last={keep_last}", needed_bytes, output, remedy)
 
 
-def frozen_bytes(base: Base) -> int:
+def frozen_bytes(base: FrozenSpec) -> int:
     """Of the whole cache."""
     return cache_bytes(base.architecture, base.frozen_format)
 

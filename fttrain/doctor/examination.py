@@ -10,9 +10,9 @@ from types import ModuleType
 import psutil
 import torch
 
-from fttrain.checkpoint.config import ModelConfig
 from fttrain.doctor import cards, host, links, versions
 from fttrain.doctor.finding import FAILURE, OK, WARNING, Finding, failure
+from fttrain.frozen.config import ModelConfig
 from fttrain.model.config import LoraConfig
 from fttrain.quant.config import QuantConfig
 from fttrain.rig.config import RigConfig

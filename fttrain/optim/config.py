@@ -1,7 +1,6 @@
-"""The optimizer's settings and the learning rate of each step."""
+"""Settings of the optimizer."""
 
 import importlib.util
-import math
 from dataclasses import dataclass
 
 from fttrain.util.errors import UserError
@@ -70,25 +69,3 @@ class OptimConfig:
                 "pip install --no-build-isolation 'fttrain[deepspeed]' does; optim=adamw with "
                 "optim.offload=true needs none"
             )
-
-
-def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """The learning rate of optimizer step ``step`` (from 0) of ``total_steps``.
-
-    Linear warm-up over ``warmup_ratio`` of the steps (the first step already moves), then the
-    chosen decay, which reaches ``min_lr_ratio`` one step after the last.
-    """
-    warmup_steps = round(config.warmup_ratio * total_steps)
-    if step < warmup_steps:
-        return config.lr * (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    falling = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": (1 + math.cos(math.pi * progress)) / 2,
-    }
-    if config.lr_schedule == "constant":
-        return config.lr
-    return config.lr * (
-        config.min_lr_ratio + (1 - config.min_lr_ratio) * falling[config.lr_schedule]
-    )

@@ -14,7 +14,7 @@ from fttrain.plan.confirm import confirmed
 from fttrain.plan.memory import RankMemory
 from fttrain.plan.time import StepTime, step_time
 from fttrain.rig.profile import CardProfile, RigProfile
-from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.store.hostpool import Booking, largest
 from fttrain.strategy.config import POLICIES, SCHEDULES, Placement, StrategyConfig
 from fttrain.strategy.recipe import Recipe

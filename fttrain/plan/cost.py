@@ -5,18 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fttrain.checkpoint.base import cache_bytes
-from fttrain.checkpoint.config import ModelConfig
-from fttrain.checkpoint.source import load_tokenizer
 from fttrain.data.config import DataConfig
 from fttrain.data.dataset import Rows, cached_rows
+from fttrain.frozen.config import ModelConfig
+from fttrain.frozen.source import load_tokenizer
+from fttrain.frozen.spec import cache_bytes
 from fttrain.model.decoder import Architecture
 from fttrain.optim.optimizer import moment_bytes
 from fttrain.plan import memory
 from fttrain.plan.rigs import find_rig, shipped
 from fttrain.plan.time import StepTime
 from fttrain.rig.profile import CardProfile, RigProfile
-from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.config import StrategyConfig
 from fttrain.strategy.recipe import Recipe
 from fttrain.strategy.trained import FP32_BYTES, layout_of

@@ -12,7 +12,7 @@ from fttrain.plan.memory import Booked
 from fttrain.plan.time import step_time
 from fttrain.rig.measure_report import Table
 from fttrain.rig.profile import LinkProfile, RigProfile
-from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.config import SCHEDULES, StrategyConfig
 from fttrain.strategy.recipe import Recipe
 from fttrain.util.errors import UserError

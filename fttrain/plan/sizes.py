@@ -11,13 +11,13 @@ takes beside them is that of LoRA without its base and its adapters.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from fttrain.checkpoint.config import FrozenConfig
+from fttrain.frozen.config import FrozenConfig
 from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.plan import memory, shapes
 from fttrain.plan.rigs import find_rig
 from fttrain.quant.config import QuantConfig
-from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.store.filling import LAYERS
 from fttrain.strategy import ends, parts, trained
 from fttrain.strategy.config import Placement, StrategyConfig

@@ -16,7 +16,7 @@ from fttrain.plan.random_base import RandomBase
 from fttrain.rig.card import beside_allocator_bytes
 from fttrain.rig.probe import peak_host_bytes
 from fttrain.rig.timing import median_s
-from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.build import Blueprint
 from fttrain.strategy.config import Placement, StrategyConfig
 from fttrain.strategy.recipe import Recipe

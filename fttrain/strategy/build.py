@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from fttrain.checkpoint.base import Base
-from fttrain.checkpoint.frozen import check_quantisation
-from fttrain.checkpoint.frozen_build import open_or_build
-from fttrain.checkpoint.frozen_cache import FrozenCache
-from fttrain.checkpoint.source import Source, load_config, quantisation_of
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.frozen.build import open_or_build
+from fttrain.frozen.cache import FrozenCache
+from fttrain.frozen.quantize_layer import check_quantisation
+from fttrain.frozen.source import Source, load_config, quantisation_of
+from fttrain.frozen.spec import FrozenSpec
 from fttrain.model import liger
 from fttrain.model.decoder import Architecture
 from fttrain.optim.optimizer import check_available
@@ -107,14 +107,16 @@ def _check_attention(dtype: str, head_dim: int, group: RankGroup) -> None:
     group.raise_everywhere(problem)
 
 
-def frozen_base(source: Source, quant: QuantConfig, dtype: str) -> Base:
+def frozen_base(source: Source, quant: QuantConfig, dtype: str) -> FrozenSpec:
     """The frozen base that a run trains on.
 
     Raises UserError for a checkpoint that cannot be used with these settings.
     """
     check_quantisation(quantisation_of(source), quant)
     architecture = Architecture(load_config(source))
-    return Base(source, architecture, architecture.frozen_format(quant, getattr(torch, dtype)))
+    return FrozenSpec(
+        source, architecture, architecture.frozen_format(quant, getattr(torch, dtype))
+    )
 
 
 def build_strategy(

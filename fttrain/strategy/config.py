@@ -11,7 +11,7 @@ from fttrain.model.config import (
 )
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.config import QuantConfig
-from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.zero.checks import check_placement, check_whole_weights, check_zero
 from fttrain.strategy.zero.config import DEEPSPEED, ZeroConfig
 from fttrain.util.errors import UserError

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fttrain.data.batch import MicroBatch
-from fttrain.schedule import ScheduleConfig, generate, grouped
+from fttrain.schedule import generate, grouped
 from fttrain.schedule.attempt import Attempt, Dropout
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.schedule.generate import Fresh, KeyValueCache
 from fttrain.store import FrozenBase, Store, Traffic
 from fttrain.strategy import parts

@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 
-from fttrain.checkpoint.config import FrozenConfig
 from fttrain.data.batch import ROW_MULTIPLE
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.frozen.config import FrozenConfig
 from fttrain.model.config import AUTO_KERNELS, LoraConfig
 from fttrain.model.decoder import Architecture
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat
-from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.store.hostpool import HostPool
 from fttrain.strategy.config import Placement, StrategyConfig
 from fttrain.util.units import round_up

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fttrain.checkpoint.claim import TRACES
+from fttrain.checkpoint.output_lock import TRACES
 from fttrain.config.run_config import RunConfig, compose
 from fttrain.sweep.axes import Axis, combinations
 from fttrain.sweep.config import Sweep, SweepConfig

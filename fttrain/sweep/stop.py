@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fttrain.checkpoint.claim import LOCK
+from fttrain.checkpoint.output_lock import LOCK
 from fttrain.launcher.launch import Stops, handlers
 from fttrain.util.locks import is_locked
 

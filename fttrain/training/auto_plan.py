@@ -6,17 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fttrain.checkpoint.hub import SHAPES
-from fttrain.checkpoint.source import check_length, load_config, resolve
 from fttrain.config.run_config import RunConfig
 from fttrain.distributed.rank_group import local_world_size, rank_from_environment
+from fttrain.frozen.hub import SHAPES
+from fttrain.frozen.source import check_length, load_config, resolve
 from fttrain.model.decoder import Architecture
 from fttrain.plan.auto import Answer, Question, answer, check_fits
 from fttrain.plan.choose import reckoned
 from fttrain.plan.rigs import MEASURED, find_rig
 from fttrain.rig.measure_report import links_table
 from fttrain.rig.profile import RigProfile, kept_profile
-from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.build import silent
 from fttrain.strategy.config import StrategyConfig
 from fttrain.strategy.zero.config import DEEPSPEED

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fttrain.checkpoint import newest
-from fttrain.checkpoint.course import leave
-from fttrain.checkpoint.resume import WORDS, Snapshot, find_snapshot, save_snapshot, scalars_of
+from fttrain.checkpoint import discovery
+from fttrain.checkpoint.lineage import branch_off
+from fttrain.checkpoint.snapshot import WORDS, Snapshot, find_snapshot, save_snapshot, scalars_of
 from fttrain.config.loop_config import LoopConfig
 from fttrain.config.run_config import RunConfig
 from fttrain.distributed.peer_watchdog import uninterruptible
@@ -25,7 +25,7 @@ def wanted_snapshot(run: TrainSession) -> tuple[str, Snapshot] | None:
     Raises UserError where it is damaged or was saved with other settings or data.
     """
     asked, again = run.group.broadcast_str(run.config.resume), run.group.any(restarted())
-    found = newest.wanted_snapshot(run.output / "checkpoints", asked, run.group, again)
+    found = discovery.snapshot_to_resume(run.output / "checkpoints", asked, run.group, again)
     if found is None:
         return None
     path, snapshot = found
@@ -68,7 +68,7 @@ def _leave_course(run: TrainSession, step: int) -> None:
     problem = ""
     if run.group.intra_node.is_main:
         try:
-            leave(run.output / "checkpoints", step)
+            branch_off(run.output / "checkpoints", step)
         except UserError as error:
             problem = str(error)
     run.group.raise_everywhere(problem)

@@ -16,7 +16,7 @@ from fttrain.config.run_config import RunConfig
 from fttrain.data.dataset import Dataset
 from fttrain.data.excerpt import Excerpt
 from fttrain.distributed.process_group import process_group
-from fttrain.optim.config import learning_rate
+from fttrain.optim.lr_schedule import learning_rate
 from fttrain.plan.cost import reference_price, references
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank

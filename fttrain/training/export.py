@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fttrain.checkpoint.adapter import load_adapter, save_adapter
-from fttrain.checkpoint.resume import find_snapshot
-from fttrain.checkpoint.source import Source, load_config
-from fttrain.checkpoint.whole import load_weights, save_model
+from fttrain.checkpoint.adapter_peft import load_adapter, save_adapter
+from fttrain.checkpoint.full_model import load_weights, save_model
+from fttrain.checkpoint.snapshot import find_snapshot
 from fttrain.config.run_config import RunConfig
+from fttrain.frozen.source import Source, load_config
 from fttrain.training.session import TrainSession, adapter_info
 from fttrain.util.errors import UserError
 

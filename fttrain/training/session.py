@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fttrain.checkpoint.adapter import AdapterInfo
-from fttrain.checkpoint.source import Source
+from fttrain.checkpoint.adapter_peft import AdapterInfo
 from fttrain.config.run_config import RunConfig
 from fttrain.data.dataset import Dataset
 from fttrain.data.loader import Loader, PackedRows
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.frozen.source import Source
 from fttrain.model import liger
 from fttrain.model.attention_op import kernel_name
-from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.build import build_strategy, silent
 from fttrain.strategy.config import AUTO, StrategyConfig
 from fttrain.strategy.protocol import OutOfMemory, Strategy

@@ -14,8 +14,14 @@ from typing import Any
 
 import yaml
 
-from fttrain.checkpoint.resume import claim_output
-from fttrain.checkpoint.source import (
+from fttrain.checkpoint.output_lock import lock_output
+from fttrain.config.run_config import RunConfig, to_yaml
+from fttrain.data.dataset import Dataset, prepare
+from fttrain.data.samples import Sample, holdout_samples
+from fttrain.distributed.peer_watchdog import uninterruptible
+from fttrain.distributed.process_group import process_group
+from fttrain.distributed.rank_group import rank_from_environment
+from fttrain.frozen.source import (
     Source,
     check_length,
     check_vocabulary,
@@ -23,14 +29,8 @@ from fttrain.checkpoint.source import (
     load_tokenizer,
     resolve,
 )
-from fttrain.config.run_config import RunConfig, to_yaml
-from fttrain.data.dataset import Dataset, prepare
-from fttrain.data.samples import Sample, holdout_samples
-from fttrain.distributed.peer_watchdog import uninterruptible
-from fttrain.distributed.process_group import process_group
-from fttrain.distributed.rank_group import rank_from_environment
 from fttrain.launcher.launch import restarted
-from fttrain.optim.config import learning_rate
+from fttrain.optim.lr_schedule import learning_rate
 from fttrain.rig.memory import peak_device_bytes
 from fttrain.rig.probe import peak_host_bytes, set_up_rank
 from fttrain.rig.telemetry import card_watch, gather_samples
@@ -71,7 +71,7 @@ def train(config: RunConfig) -> int:
     is_main = rank_from_environment()[0] == 0
     # Started anew, it goes on with what it has left, however it was to begin.
     wanted = "auto" if restarted() else config.resume
-    claim = claim_output(output, wanted) if is_main else nullcontext()
+    claim = lock_output(output, wanted) if is_main else nullcontext()
     # Ranks that still wait for each other have nothing to save: a signal ends them at once.
     with claim, process_group(device, config.rig.backend) as group, StopSignals() as signals:
         run = build(config, group, output, source, tokenizer, dataset)

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from fttrain.checkpoint.adapter import AdapterInfo
-from fttrain.checkpoint.resume import FORM, Snapshot, find_snapshot, load_snapshot, save_snapshot
+from fttrain.checkpoint.adapter_peft import AdapterInfo
+from fttrain.checkpoint.snapshot import FORM, Snapshot, find_snapshot, load_snapshot, save_snapshot
 from fttrain.util.manifest import fault
 
 NAME = "model.layers.0.mlp.up_proj"

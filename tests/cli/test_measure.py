@@ -10,9 +10,9 @@ import tiny
 import tiny_files
 import torch
 
-from fttrain.checkpoint.config import ModelConfig
-from fttrain.checkpoint.source import load_config, resolve
 from fttrain.cli import main
+from fttrain.frozen.config import ModelConfig
+from fttrain.frozen.source import load_config, resolve
 from fttrain.model.decoder import Architecture
 from fttrain.quant.config import QuantConfig
 from fttrain.rig.machine import identity

@@ -13,11 +13,11 @@ import tiny
 import tiny_files
 from transformers import LlamaConfig
 
-from fttrain.checkpoint.config import ModelConfig
-from fttrain.checkpoint.source import load_tokenizer
 from fttrain.cli import main
 from fttrain.data.config import DataConfig
 from fttrain.data.dataset import prepare
+from fttrain.frozen.config import ModelConfig
+from fttrain.frozen.source import load_tokenizer
 from fttrain.plan.rigs import find_rig
 
 RIG = "rig.profile=one_24gb"

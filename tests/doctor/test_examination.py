@@ -12,11 +12,11 @@ import tiny
 import tiny_files
 import torch
 
-from fttrain.checkpoint.config import ModelConfig
 from fttrain.cli import main
 from fttrain.doctor import links
 from fttrain.doctor.examination import Wanted, all_checks, examine, summary
 from fttrain.doctor.finding import FAILURE, OK, WARNING, Finding, failure, ok, warning
+from fttrain.frozen.config import ModelConfig
 from fttrain.model.config import LoraConfig
 from fttrain.quant.config import QuantConfig
 from fttrain.rig.config import RigConfig

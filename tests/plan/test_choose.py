@@ -14,7 +14,7 @@ from fttrain.plan import memory
 from fttrain.plan.choose import candidates, judge, room_bytes
 from fttrain.plan.table import NOT_AT_ONCE, parts_table, table
 from fttrain.rig.profile import RigProfile
-from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.config import StrategyConfig
 from fttrain.strategy.recipe import StepSize
 from fttrain.strategy.usage import WORKSPACE

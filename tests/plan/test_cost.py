@@ -10,13 +10,13 @@ import tiny_frozen
 import tiny_strategy
 from tiny_rig import rig
 
-from fttrain.checkpoint.config import ModelConfig
-from fttrain.checkpoint.resume import Snapshot, save_snapshot
-from fttrain.checkpoint.source import load_tokenizer
+from fttrain.checkpoint.snapshot import Snapshot, save_snapshot
 from fttrain.config.run_config import compose
 from fttrain.data.batch import IGNORE
 from fttrain.data.config import DataConfig
 from fttrain.data.dataset import prepare
+from fttrain.frozen.config import ModelConfig
+from fttrain.frozen.source import load_tokenizer
 from fttrain.model.decoder import Architecture
 from fttrain.optim.config import OptimConfig
 from fttrain.plan.cost import Cost, cost, disk, renting, run_steps, training_rows

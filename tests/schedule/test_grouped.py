@@ -13,8 +13,9 @@ from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
 from fttrain.quant.config import QuantConfig
-from fttrain.schedule import ScheduleConfig, grouped, layer_pass
+from fttrain.schedule import grouped, layer_pass
 from fttrain.schedule.activations import Keep, Policy, Recompute
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.util.errors import UserError
 
 LORA = LoraConfig(r=4, lora_alpha=10)

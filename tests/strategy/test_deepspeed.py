@@ -13,7 +13,7 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-from fttrain.checkpoint.adapter import AdapterInfo, save_adapter
+from fttrain.checkpoint.adapter_peft import AdapterInfo, save_adapter
 from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.config import LoraConfig

@@ -13,7 +13,7 @@ from fttrain.config.run_config import compose
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
-from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.store.hostpool import HostPool
 from fttrain.strategy.config import Placement, StrategyConfig, check_trained
 from fttrain.strategy.recipe import Plan, StepSize

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_sweep import pids, run
 
-from fttrain.checkpoint.claim import claim_output
+from fttrain.checkpoint.output_lock import lock_output
 
 RATES = "optim.lr=1e-4,2e-4"
 OPTUNA = f"{RATES} hydra/sweeper=optuna"
@@ -114,7 +114,7 @@ def test_a_search_from_a_file_and_the_command_line_over_it(tmp_path: Path) -> No
 
 def test_the_folder_is_no_other_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Not another sweep's that still runs, nor a run's."""
-    with claim_output(tmp_path / "busy", "auto"):
+    with lock_output(tmp_path / "busy", "auto"):
         assert run(tmp_path / "busy", RATES) == 2
     assert "is writing there" in capsys.readouterr().err
     (tmp_path / "run").mkdir()

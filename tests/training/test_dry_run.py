@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny_run import arguments, exit_codes, inputs, two_ranks
 
-from fttrain.checkpoint.claim import claim_output
+from fttrain.checkpoint.output_lock import lock_output
 from fttrain.cli import main
 from fttrain.config.run_config import compose
 from fttrain.data.batch import MicroBatch
@@ -47,7 +47,7 @@ def test_exactly_n_examples_pass_and_nothing_stays(
     output = tmp_path / "run"
     output.mkdir()
     (output / "metrics.jsonl").write_text('{"step": 1}\n')
-    with claim_output(output, "auto"):
+    with lock_output(output, "auto"):
         before = files(tmp_path)
         more = ("dry_run=23", "loop.epochs=3", "resume=none", "track=wandb", "track.mode=offline")
         assert main(arguments(folder, output, *more)) == 0

@@ -23,7 +23,7 @@ from tiny_run import WAIT_S, Fault, adapter, arguments, exit_codes, inputs, loss
 from tiny_wandb import logs
 from transformers import AutoModelForCausalLM
 
-from fttrain.checkpoint.claim import claim_output
+from fttrain.checkpoint.output_lock import lock_output
 from fttrain.cli import main
 from fttrain.data.config import DataConfig
 from fttrain.data.dataset import prepare
@@ -251,7 +251,7 @@ def test_a_second_run_into_the_same_folder_is_refused(
     before = (finished / "metrics.jsonl").read_bytes()
     assert run(folder, finished, "resume=none") != 0
     assert "already holds a run" in error_of(capsys)
-    with claim_output(finished, "auto"):
+    with lock_output(finished, "auto"):
         assert run(folder, finished) != 0
     assert "is writing there" in error_of(capsys)
     assert (finished / "metrics.jsonl").read_bytes() == before

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_run import arguments, inputs, losses
 
-from fttrain.checkpoint import course
+from fttrain.checkpoint import lineage
 from fttrain.cli import main
 from fttrain.data.batch import MicroBatch
 from fttrain.data.loader import Loader
@@ -125,6 +125,6 @@ def test_what_an_earlier_launcher_began_is_not_its_course(
         attempts.start(0, crash_at=EARLIER + 2)
     assert snapshots(output) == [2, 3, 4, 5]
     capsys.readouterr()
-    monkeypatch.setattr(course, "_launcher", lambda: (1, 0.0))
+    monkeypatch.setattr(lineage, "_launcher", lambda: (1, 0.0))
     assert attempts.start(1) == 0
     assert f"resuming after step 3 from {attempts.earlier}" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from typing import Any
 from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.config import QuantConfig
-from fttrain.schedule import ScheduleConfig
+from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.util.errors import UserError
 

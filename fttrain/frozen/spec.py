@@ -8,16 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fttrain.checkpoint.fingerprint import fingerprint
-from fttrain.checkpoint.frozen_cache import FORM
-from fttrain.checkpoint.source import Source
+from fttrain.frozen.cache import FORM
+from fttrain.frozen.fingerprint import fingerprint
+from fttrain.frozen.source import Source
 from fttrain.model.decoder import Architecture
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.util.cache_dir import cache_root
 
 
 @dataclass(frozen=True)
-class Base:
+class FrozenSpec:
     """Which frozen base is wanted, of which checkpoint."""
 
     source: Source

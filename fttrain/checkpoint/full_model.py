@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fttrain.checkpoint.readers import INDEX, SINGLE, read_index
-from fttrain.checkpoint.source import Source
+from fttrain.frozen.readers import INDEX, SINGLE, read_index
+from fttrain.frozen.source import Source
 from fttrain.util import atomic_files
 from fttrain.util.errors import UserError
 from fttrain.util.tensor_files import write_tensors

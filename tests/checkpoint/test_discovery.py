@@ -10,10 +10,10 @@ import torch
 import torch.distributed as torch_dist
 from ranks import run_ranks
 
-from fttrain.checkpoint.adapter import AdapterInfo
-from fttrain.checkpoint.course import leave
-from fttrain.checkpoint.newest import newest_snapshot, wanted_snapshot
-from fttrain.checkpoint.resume import Snapshot, load_snapshot, save_snapshot
+from fttrain.checkpoint.adapter_peft import AdapterInfo
+from fttrain.checkpoint.discovery import newest_snapshot, snapshot_to_resume
+from fttrain.checkpoint.lineage import branch_off
+from fttrain.checkpoint.snapshot import Snapshot, load_snapshot, save_snapshot
 from fttrain.distributed.process_group import split_by_node
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.util.errors import UserError
@@ -109,7 +109,7 @@ def attempts(folder: Path) -> list[int | None]:
     asked, found = str(own / "step_00000003"), []
 
     def wanted(again: bool) -> None:
-        taken = wanted_snapshot(own, asked, group, again)
+        taken = snapshot_to_resume(own, asked, group, again)
         found.append(None if taken is None else taken[1].step)
 
     def on_machine(place: int, act: Callable[[], object]) -> None:
@@ -120,7 +120,7 @@ def attempts(folder: Path) -> list[int | None]:
     wanted(again=False)
     wanted(again=True)  # it crashed before it had read
     for place in range(2):
-        on_machine(place, lambda: leave(own, 3))
+        on_machine(place, lambda: branch_off(own, 3))
     wanted(again=True)
     on_machine(1, lambda: save_snapshot(own, snapshot(4, 1)))
     on_machine(0, lambda: [note.unlink() for note in own.glob(".course_*")])  # it came anew

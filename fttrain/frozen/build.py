@@ -17,28 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fttrain.checkpoint.base import Base
-from fttrain.checkpoint.frozen import ENDS, check_head, load_end, load_layer
-from fttrain.checkpoint.frozen_cache import (
+from fttrain.distributed.rank_group import RankGroup
+from fttrain.frozen.build_lock import build_lock
+from fttrain.frozen.cache import (
     FORM,
     HELP,
+    FileRecord,
     FrozenCache,
-    Record,
     file_of,
     has_size,
     layer_name,
     read_records,
 )
-from fttrain.checkpoint.frozen_lock import alone
-from fttrain.checkpoint.hub import HubFiles
-from fttrain.checkpoint.readers import (
-    SINGLE,
-    Reader,
-    SafetensorsReader,
-    open_checkpoint,
-    read_index,
-)
-from fttrain.distributed.rank_group import RankGroup
+from fttrain.frozen.hub import HubFiles
+from fttrain.frozen.quantize_layer import ENDS, check_head, load_end, load_layer
+from fttrain.frozen.readers import SINGLE, Reader, SafetensorsReader, open_checkpoint, read_index
+from fttrain.frozen.spec import FrozenSpec
 from fttrain.quant.checksum import checksum
 from fttrain.store.filling import Progress
 from fttrain.util import atomic_files
@@ -47,7 +41,11 @@ from fttrain.util.manifest import MANIFEST, read_sealed, write_sealed
 
 
 def open_or_build(
-    base: Base, cache_dir: str | None, group: RankGroup, progress: Progress, verify: bool = False
+    base: FrozenSpec,
+    cache_dir: str | None,
+    group: RankGroup,
+    progress: Progress,
+    verify: bool = False,
 ) -> FrozenCache:
     """The cache of ``base``, whole; what is missing of it is made, on each machine by its ranks.
     Every rank calls it.
@@ -69,7 +67,7 @@ def open_or_build(
 
 
 def _of_machine(
-    base: Base, cache_dir: str | None, group: RankGroup, progress: Progress, verify: bool
+    base: FrozenSpec, cache_dir: str | None, group: RankGroup, progress: Progress, verify: bool
 ) -> FrozenCache:
     """``group``: the ranks of this machine. A folder that machines share is made by the one that
     has its lock; the others find it whole.
@@ -82,7 +80,7 @@ def _of_machine(
             problem = str(error)
     group.raise_everywhere(problem)
     if verify or not group.all(whole):
-        with alone(folder, group):
+        with build_lock(folder, group):
             _Build(base, folder, group).run(progress, verify)
     return FrozenCache(folder, read_records(folder, base.meaning))
 
@@ -90,7 +88,7 @@ def _of_machine(
 class _Build:
     """One rank's part in completing a cache."""
 
-    def __init__(self, base: Base, folder: Path, group: RankGroup) -> None:
+    def __init__(self, base: FrozenSpec, folder: Path, group: RankGroup) -> None:
         self._base, self._folder, self._group = base, folder, group
         source = base.source
         self._hub: HubFiles | None = None
@@ -142,14 +140,14 @@ class _Build:
             return has_size(self._folder, name, self._record(name))
         return False
 
-    def _record(self, name: str) -> Record:
+    def _record(self, name: str) -> FileRecord:
         """One that lies beside the file is newer than the manifest: the file was made again.
 
         Raises ValueError where there is none that is whole.
         """
         form = {**FORM, **self._base.meaning}
         with contextlib.suppress(ValueError):
-            return Record.read(read_sealed(self._folder / f"{name}.json", form)["file"])
+            return FileRecord.read(read_sealed(self._folder / f"{name}.json", form)["file"])
         return read_records(self._folder, self._base.meaning)[name]
 
     def _damaged(self) -> set[str]:
@@ -201,7 +199,7 @@ class _Build:
 
     def _write(self, name: str, content: Tensor) -> None:
         data = content.numpy().data
-        record = Record(len(data), hashlib.sha256(data).hexdigest(), int(checksum(content)))
+        record = FileRecord(len(data), hashlib.sha256(data).hexdigest(), int(checksum(content)))
 
         def write(path: Path) -> None:
             with open(path, "wb") as file:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from fttrain.checkpoint.resume import LEFT, later_than
+from fttrain.checkpoint.snapshot import LEFT, later_than
 from fttrain.util import atomic_files
 from fttrain.util.atomic_files import write_text
 from fttrain.util.errors import UserError
@@ -28,7 +28,7 @@ from fttrain.util.errors import UserError
 CLOCK_S = 2.0  # by which the start of one process may seem to move when the clock is set
 
 
-def leave(checkpoints: Path, step: int) -> None:
+def branch_off(checkpoints: Path, step: int) -> None:
     """Sets aside what was saved after ``step``, and notes who started this run. One rank of each
     machine calls it.
 
@@ -58,8 +58,8 @@ def _set_aside(path: Path) -> None:
         path.rename(aside)
 
 
-def begun_at(checkpoints: Path) -> int | None:
-    """The step with which an earlier start by the same launcher has called ``leave`` on this
+def branched_at(checkpoints: Path) -> int | None:
+    """The step with which an earlier start by the same launcher has called ``branch_off`` on this
     machine; None where there was none.
     """
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fttrain.checkpoint.readers import Reader
+from fttrain.frozen.readers import Reader
 from fttrain.model.decoder import Architecture
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from fttrain.checkpoint.frozen import check_head, check_quantisation, load_layer
-from fttrain.checkpoint.readers import SafetensorsReader, open_checkpoint
-from fttrain.checkpoint.source import Source, load_config, quantisation_of
 from fttrain.data.batch import collate
+from fttrain.frozen.quantize_layer import check_head, check_quantisation, load_layer
+from fttrain.frozen.readers import SafetensorsReader, open_checkpoint
+from fttrain.frozen.source import Source, load_config, quantisation_of
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture, Decoder
 from fttrain.model.projection import Table

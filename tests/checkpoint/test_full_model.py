@@ -9,10 +9,10 @@ import tiny_files
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fttrain.checkpoint import whole
-from fttrain.checkpoint.resume import Snapshot, load_snapshot, save_snapshot
-from fttrain.checkpoint.source import Source
-from fttrain.checkpoint.whole import load_weights, save_model
+from fttrain.checkpoint import full_model
+from fttrain.checkpoint.full_model import load_weights, save_model
+from fttrain.checkpoint.snapshot import Snapshot, load_snapshot, save_snapshot
+from fttrain.frozen.source import Source
 from fttrain.util.errors import UserError
 
 
@@ -21,7 +21,7 @@ from fttrain.util.errors import UserError
 def test_transformers_loads_what_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, shard_bytes: int
 ) -> None:
-    monkeypatch.setattr(whole, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(full_model, "SHARD_BYTES", shard_bytes)
     model, tokenizer = tiny.model(name), tiny_files.tokenizer()
     source = Source(tiny_files.save(model, tmp_path / "base"), None)
     weights = {key: w.detach() * 1.5 for key, w in model.named_parameters()}

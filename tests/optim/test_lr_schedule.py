@@ -13,7 +13,8 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from fttrain.optim.config import OptimConfig, learning_rate
+from fttrain.optim.config import OptimConfig
+from fttrain.optim.lr_schedule import learning_rate
 from fttrain.util.errors import UserError
 
 TOTAL = 50

@@ -21,7 +21,7 @@ TRACES = (
 )  # what only a run leaves
 
 
-class Claim:
+class OutputLock:
     """The right to write into a run's folder until ``release``, a with block's end, or death."""
 
     def __init__(self, lock: FileLock) -> None:
@@ -43,7 +43,7 @@ class Claim:
         self.release()
 
 
-def claim_output(folder: Path | str, resume: str) -> Claim:
+def lock_output(folder: Path | str, resume: str) -> OutputLock:
     """Makes the run's folder and takes it for this run; call it on one rank before anything is
     written there.
 
@@ -74,7 +74,7 @@ def claim_output(folder: Path | str, resume: str) -> Claim:
         lock.release()
         raise
     (folder / LOCK).write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
-    return Claim(lock)
+    return OutputLock(lock)
 
 
 def _refuse_mixing(folder: Path, resume: str) -> None:

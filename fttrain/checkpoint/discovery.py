@@ -9,8 +9,8 @@ import json
 import os
 from pathlib import Path
 
-from fttrain.checkpoint.course import begun_at
-from fttrain.checkpoint.resume import (
+from fttrain.checkpoint.lineage import branched_at
+from fttrain.checkpoint.snapshot import (
     WORDS,
     Snapshot,
     find_snapshot,
@@ -23,7 +23,7 @@ from fttrain.distributed.rank_group import RankGroup
 from fttrain.util.errors import UserError
 
 
-def wanted_snapshot(
+def snapshot_to_resume(
     checkpoints: Path, resume: str, group: RankGroup, again: bool
 ) -> tuple[str, Snapshot] | None:
     """As ``newest_snapshot``; of a run that its launcher has started ``again`` the newest that it
@@ -43,7 +43,7 @@ def _begun_anywhere(checkpoints: Path, resume: str, group: RankGroup) -> int | N
     """
     own = -1 if resume in WORDS else None
     if own is None and group.intra_node.is_main:
-        own = begun_at(checkpoints)
+        own = branched_at(checkpoints)
     known = max(step for (step,) in group.gather([-2.0 if own is None else float(own)]))
     return None if known == -2 else int(known)
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fttrain.checkpoint.frozen_cache import HELP
+from fttrain.frozen.cache import HELP
 from fttrain.util.atomic_files import room_for, sha256
 from fttrain.util.errors import UserError, first_line
 from fttrain.util.locks import locked

@@ -12,8 +12,8 @@ import tiny_files
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fttrain.checkpoint.readers import GgufReader, Reader, SafetensorsReader, open_checkpoint
-from fttrain.checkpoint.source import Source
+from fttrain.frozen.readers import GgufReader, Reader, SafetensorsReader, open_checkpoint
+from fttrain.frozen.source import Source
 from fttrain.util.errors import UserError
 
 

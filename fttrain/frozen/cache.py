@@ -31,7 +31,7 @@ READ_BYTES = 1 << 30  # Linux reads 2 GiB at most at once
 
 
 @dataclass(frozen=True)
-class Record:
+class FileRecord:
     """What a file of the cache holds."""
 
     size_bytes: int
@@ -39,8 +39,8 @@ class Record:
     checksum: int  # as quant.checksum
 
     @staticmethod
-    def read(entry: Mapping[str, Any]) -> "Record":
-        return Record(entry["size_bytes"], entry["sha256"], entry["checksum"])
+    def read(entry: Mapping[str, Any]) -> "FileRecord":
+        return FileRecord(entry["size_bytes"], entry["sha256"], entry["checksum"])
 
 
 def layer_name(layer: int) -> str:
@@ -53,7 +53,7 @@ def file_of(folder: Path, name: str) -> Path:
     return folder / f"{name}.bin"
 
 
-def read_records(folder: Path, meaning: Mapping[str, Any]) -> dict[str, Record]:
+def read_records(folder: Path, meaning: Mapping[str, Any]) -> dict[str, FileRecord]:
     """The manifest of ``folder``: name -> record. ``meaning``: what its bytes should depend on.
 
     Raises ValueError where it is missing or damaged (the text says which), UserError where it
@@ -66,10 +66,10 @@ def read_records(folder: Path, meaning: Mapping[str, Any]) -> dict[str, Record]:
             f"{folder / MANIFEST}: of another frozen base than the one that this run wants (other "
             f"{', '.join(others)}); move that folder away, and it is made anew"
         )
-    return {name: Record.read(entry) for name, entry in body["files"].items()}
+    return {name: FileRecord.read(entry) for name, entry in body["files"].items()}
 
 
-def has_size(folder: Path, name: str, record: Record) -> bool:
+def has_size(folder: Path, name: str, record: FileRecord) -> bool:
     """Whether the file is there, as large as it was written."""
     try:
         return file_of(folder, name).stat().st_size == record.size_bytes
@@ -80,7 +80,7 @@ def has_size(folder: Path, name: str, record: Record) -> bool:
 class FrozenCache:
     """A whole cache: the ``FrozenBase`` of a run."""
 
-    def __init__(self, folder: Path, records: dict[str, Record]) -> None:
+    def __init__(self, folder: Path, records: dict[str, FileRecord]) -> None:
         self.folder = folder
         self._records = records
         self._layers = sum(name.startswith("layer_") for name in records)

@@ -26,22 +26,13 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fttrain.checkpoint.adapter import AdapterInfo, load_adapter, save_adapter
-from fttrain.checkpoint.claim import Claim, claim_output
-from fttrain.checkpoint.whole import load_weights, save_weights
+from fttrain.checkpoint.adapter_peft import AdapterInfo, load_adapter, save_adapter
+from fttrain.checkpoint.full_model import load_weights, save_weights
+from fttrain.checkpoint.output_lock import OutputLock
 from fttrain.util import atomic_files
 from fttrain.util.errors import UserError
 from fttrain.util.manifest import fault, seal_folder
 from fttrain.util.tensor_files import tensor_bytes, write_tensors
-
-__all__ = [
-    "Claim",
-    "Snapshot",
-    "claim_output",
-    "find_snapshot",
-    "load_snapshot",
-    "save_snapshot",
-]
 
 FORM = {"format": "fttrain-snapshot", "version": 1}
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"

@@ -14,8 +14,8 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from fttrain.checkpoint.config import ModelConfig
-from fttrain.checkpoint.hub import CONFIGURATION, configuration
+from fttrain.frozen.config import ModelConfig
+from fttrain.frozen.hub import CONFIGURATION, configuration
 from fttrain.util.cache_dir import cache_root, load_or_build
 from fttrain.util.errors import UserError, first_line
 

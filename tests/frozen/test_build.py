@@ -18,14 +18,14 @@ import torch
 from ranks import become_rank, run_ranks
 from tiny_frozen import LAYERS, build, content, damage, truncate
 
-from fttrain.checkpoint.config import ModelConfig
-from fttrain.checkpoint.fingerprint import fingerprint
-from fttrain.checkpoint.frozen import load_layer
-from fttrain.checkpoint.readers import open_checkpoint
-from fttrain.checkpoint.source import resolve
 from fttrain.cli import main
 from fttrain.distributed.process_group import process_group
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.frozen.config import ModelConfig
+from fttrain.frozen.fingerprint import fingerprint
+from fttrain.frozen.quantize_layer import load_layer
+from fttrain.frozen.readers import open_checkpoint
+from fttrain.frozen.source import resolve
 from fttrain.quant.checksum import checksum
 from fttrain.quant.config import QuantConfig
 from fttrain.strategy.build import frozen_base

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fttrain.checkpoint.source import Source
+from fttrain.frozen.source import Source
 from fttrain.util.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -16,11 +16,11 @@ import pytest
 import tiny
 import tiny_files
 
-from fttrain.checkpoint.config import ModelConfig
-from fttrain.checkpoint.frozen_build import open_or_build
-from fttrain.checkpoint.frozen_cache import FrozenCache
-from fttrain.checkpoint.source import load_config, load_tokenizer, resolve
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.frozen.build import open_or_build
+from fttrain.frozen.cache import FrozenCache
+from fttrain.frozen.config import ModelConfig
+from fttrain.frozen.source import load_config, load_tokenizer, resolve
 from fttrain.quant.config import QuantConfig
 from fttrain.strategy.build import frozen_base
 from fttrain.util import atomic_files

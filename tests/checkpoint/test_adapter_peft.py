@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from fttrain.checkpoint.adapter import AdapterInfo, load_adapter, save_adapter
+from fttrain.checkpoint.adapter_peft import AdapterInfo, load_adapter, save_adapter
 from fttrain.util.errors import UserError
 
 HIDDEN, MIDDLE, HEADS, KV_HEADS, LAYERS, R = 16, 24, 4, 2, 2, 3

@@ -11,16 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fttrain.checkpoint.adapter import AdapterInfo, load_adapter
+from fttrain.checkpoint.adapter_peft import AdapterInfo, load_adapter
 from fttrain.checkpoint.config import CheckpointConfig
-from fttrain.checkpoint.resume import (
-    FORM,
-    Snapshot,
-    claim_output,
-    find_snapshot,
-    load_snapshot,
-    save_snapshot,
-)
+from fttrain.checkpoint.output_lock import lock_output
+from fttrain.checkpoint.snapshot import FORM, Snapshot, find_snapshot, load_snapshot, save_snapshot
 from fttrain.util.errors import UserError
 
 KILLER = Path(__file__).with_name("killer.py")
@@ -327,7 +321,7 @@ def test_one_folder_one_run(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     program = (
         "import sys, time\n"
-        "from fttrain.checkpoint.claim import claim_output\n"
+        "from fttrain.checkpoint.output_lock import claim_output\n"
         "claim = claim_output(sys.argv[1], 'auto')\n"
         "print('mine', flush=True)\n"
         "time.sleep(60)\n"
@@ -338,31 +332,31 @@ def test_one_folder_one_run(tmp_path: Path) -> None:
     assert other.stdout is not None
     assert other.stdout.readline() == "mine\n"
     with pytest.raises(UserError, match=f"process {other.pid} on .* is writing there"):
-        claim_output(folder, "auto")
+        lock_output(folder, "auto")
     other.kill()
     other.wait()
     other.stdout.close()
-    mine = claim_output(folder, "auto")
+    mine = lock_output(folder, "auto")
     with mine, pytest.raises(UserError, match=f"process {os.getpid()} "):
-        claim_output(folder, "auto")
-    claim_output(folder, "none").release()
+        lock_output(folder, "auto")
+    lock_output(folder, "none").release()
 
 
 def test_runs_are_not_mixed(tmp_path: Path) -> None:
     mine, other = tmp_path / "mine", tmp_path / "other"
-    claim_output(mine, "none").release()
+    lock_output(mine, "none").release()
     path = save_snapshot(mine / "checkpoints", snapshot(1))
     foreign = save_snapshot(other / "checkpoints", snapshot(1))
     with pytest.raises(UserError, match=r"already holds a run \(checkpoints\).*resume=auto"):
-        claim_output(mine, "none")
+        lock_output(mine, "none")
     with pytest.raises(UserError, match="is of another one"):
-        claim_output(mine, str(foreign))
-    claim_output(mine, "auto").release()
-    claim_output(mine, str(path)).release()
-    claim_output(tmp_path / "third", str(foreign)).release()
+        lock_output(mine, str(foreign))
+    lock_output(mine, "auto").release()
+    lock_output(mine, str(path)).release()
+    lock_output(tmp_path / "third", str(foreign)).release()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to"):
-        claim_output(tmp_path / "file", "auto")
+        lock_output(tmp_path / "file", "auto")
 
 
 @pytest.mark.parametrize(("key", "value"), [("every", -1), ("keep_last", 0)])

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fttrain.checkpoint import course
-from fttrain.checkpoint.adapter import AdapterInfo
-from fttrain.checkpoint.course import begun_at, leave
-from fttrain.checkpoint.newest import wanted_snapshot
-from fttrain.checkpoint.resume import LEFT, Snapshot, save_snapshot
+from fttrain.checkpoint import lineage
+from fttrain.checkpoint.adapter_peft import AdapterInfo
+from fttrain.checkpoint.discovery import snapshot_to_resume
+from fttrain.checkpoint.lineage import branch_off, branched_at
+from fttrain.checkpoint.snapshot import LEFT, Snapshot, save_snapshot
 from fttrain.distributed.rank_group import RankGroup
 
 NAME = "model.layers.0.self_attn.q_proj"
@@ -33,11 +33,11 @@ def test_without_a_process_above_it_the_course_is_left_all_the_same(
     """In a container the launcher may be out of sight: its id is 0."""
     save(tmp_path, 1), save(tmp_path, 2)
     monkeypatch.setattr(os, "getppid", lambda: 0)
-    leave(tmp_path, 1)
+    branch_off(tmp_path, 1)
     assert names(tmp_path) == {"step_00000001", f"{LEFT}step_00000002"}
-    assert begun_at(tmp_path) == 1
+    assert branched_at(tmp_path) == 1
     monkeypatch.undo()
-    assert begun_at(tmp_path) is None, "of another launcher"
+    assert branched_at(tmp_path) is None, "of another launcher"
 
 
 def test_another_machine_may_set_the_same_ones_aside(
@@ -45,21 +45,21 @@ def test_another_machine_may_set_the_same_ones_aside(
 ) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
-    seen = course.later_than(tmp_path, 1)
-    leave(tmp_path, 1)  # the other one was quicker
-    monkeypatch.setattr(course, "later_than", lambda checkpoints, step: seen)
+    seen = lineage.later_than(tmp_path, 1)
+    branch_off(tmp_path, 1)  # the other one was quicker
+    monkeypatch.setattr(lineage, "later_than", lambda checkpoints, step: seen)
     left = {"step_00000001", f"{LEFT}step_00000002", f"{LEFT}step_00000003"}
     assert names(tmp_path) == left
-    leave(tmp_path, 1)
+    branch_off(tmp_path, 1)
     assert names(tmp_path) == left
 
 
 def test_what_was_left_before_is_in_nobodys_way(tmp_path: Path) -> None:
     save(tmp_path, 1), save(tmp_path, 2)
-    leave(tmp_path, 1)
+    branch_off(tmp_path, 1)
     again = save(tmp_path / "elsewhere", 2)
     again.rename(tmp_path / "step_00000002")
-    leave(tmp_path, 1)
+    branch_off(tmp_path, 1)
     assert names(tmp_path) == {"step_00000001", f"{LEFT}step_00000002", "elsewhere"}
 
 
@@ -68,14 +68,14 @@ def test_a_restart_takes_nothing_older_than_what_the_course_began_with(tmp_path:
     save(tmp_path, 1)
     begun = save(tmp_path / "kept", 3)
     alone = RankGroup(0, 1, 0, torch.device("cpu"))
-    leave(tmp_path, 3)
+    branch_off(tmp_path, 3)
     for again in (False, True):
-        found = wanted_snapshot(tmp_path, str(begun), alone, again)
+        found = snapshot_to_resume(tmp_path, str(begun), alone, again)
         assert found is not None
         assert found[1].step == 3
     save(tmp_path, 4)
     for _ in range(2):  # the second time after a start that has saved nothing of its own
-        found = wanted_snapshot(tmp_path, str(begun), alone, True)
+        found = snapshot_to_resume(tmp_path, str(begun), alone, True)
         assert found is not None
         assert found[1].step == 4
-        leave(tmp_path, 4)
+        branch_off(tmp_path, 4)

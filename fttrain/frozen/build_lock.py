@@ -7,8 +7,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from fttrain.checkpoint.frozen_cache import HELP
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.frozen.cache import HELP
 from fttrain.util import atomic_files
 from fttrain.util.locks import try_lock
 
@@ -16,7 +16,7 @@ POLL_S = 1.0
 
 
 @contextmanager
-def alone(folder: Path, group: RankGroup) -> Iterator[None]:
+def build_lock(folder: Path, group: RankGroup) -> Iterator[None]:
     """No other run makes this cache meanwhile. Ranks wait in small steps: another run may take
     hours.
     """

@@ -8,8 +8,9 @@ import pytest
 import tiny
 import tiny_files
 
-from fttrain.checkpoint.config import ModelConfig
-from fttrain.checkpoint.source import (
+from fttrain.cli import main
+from fttrain.frozen.config import ModelConfig
+from fttrain.frozen.source import (
     Source,
     check_length,
     check_vocabulary,
@@ -18,7 +19,6 @@ from fttrain.checkpoint.source import (
     quantisation_of,
     resolve,
 )
-from fttrain.cli import main
 from fttrain.util.errors import UserError
 
 

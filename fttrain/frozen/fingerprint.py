@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fttrain.checkpoint.source import Source
+from fttrain.frozen.source import Source
 from fttrain.util.errors import UserError
 
 GGUF_HEAD_BYTES = 1 << 20  # the start of a GGUF file: its metadata
