@@ -10,7 +10,8 @@ import tiny_strategy
 
 from fttrain.data.batch import collate
 from fttrain.optim.config import OptimConfig
-from fttrain.schedule import KINDS, layer_pass
+from fttrain.schedule import layer_pass
+from fttrain.schedule.config import KINDS
 from fttrain.schedule.config import ScheduleConfig
 from fttrain.store.hostpool import HostPool
 from fttrain.strategy import parts
