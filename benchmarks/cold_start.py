@@ -109,7 +109,7 @@ def _run_rank(job_file: str) -> None:
 
     from fttrain.distributed.process_group import process_group
     from fttrain.rig.config import RigConfig
-    from fttrain.rig.probe import set_up
+    from fttrain.rig.device_setup import set_up
 
     set_up(RigConfig("cpu", 1), 0, job["ranks"])
     with process_group(torch.device("cpu")) as group:
@@ -131,13 +131,13 @@ def _run_rank(job_file: str) -> None:
 def _work(job: dict[str, Any], group: Any) -> Callable[[], Any]:
     """What the clock measures, on this rank."""
     from fttrain.frozen.cache import FrozenCache
+    from fttrain.memory.ledger import MemoryLedger
     from fttrain.store.filling import book_layers, in_turn, to_device
-    from fttrain.store.hostpool import HostPool
 
     layers, layer_bytes = job["layers"], job["layer_bytes"]
     base = FrozenCache(Path(job["folder"]), {})
     own = range(layers)[group.rank :: group.world_size]
-    pool, side = HostPool(group), job["side"]
+    pool, side = MemoryLedger(group), job["side"]
     if side == "plain":
         return lambda: [_read(base.path(layer)) for layer in own]
     if side == "stream":

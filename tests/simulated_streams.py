@@ -12,7 +12,7 @@ could bring about, as long as the program asks for the same ops. Lanes are ``Str
 card, and threads that ask a device are timelines of the host and do at once what they are given.
 
 What a card would do is told apart as follows.
-- Memory of ``HostPool`` and page-locked memory is the host's, and so is what ``in_host_memory``
+- Memory of ``MemoryLedger`` and page-locked memory is the host's, and so is what ``in_host_memory``
   says; all else is the device's, also small tensors that a run has on the host. An op whose memory
   is all the host's is done by the host, at once; so is all that a thread of the host does but for
   what it puts on a stream.
@@ -45,8 +45,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fttrain
+from fttrain.memory.ledger import MemoryLedger
 from fttrain.store import lane
-from fttrain.store.hostpool import HostPool
 
 CPU = torch.device("cpu")
 # Functions by which an op or an allocation is named: ours, but for what only passes it on.
@@ -229,9 +229,9 @@ class Simulation(TorchDispatchMode):
 def simulated_streams() -> Iterator[Simulation]:
     """Examine what runs in the block."""
     simulation = Simulation()
-    allocate = HostPool.allocate
+    allocate = MemoryLedger.allocate
 
-    def allocate_on_host(pool: HostPool, what: str) -> Tensor:
+    def allocate_on_host(pool: MemoryLedger, what: str) -> Tensor:
         return simulation.in_host_memory(allocate(pool, what), what)
 
     stand_ins = {
@@ -242,7 +242,7 @@ def simulated_streams() -> Iterator[Simulation]:
         (lane, "ThreadLane"): lambda: lane.StreamLane(CPU, timed=True),
         (lane, "CollectiveLane"): lambda: lane.StreamLane(CPU, timed=True),
         (lane, "ThreadPoolExecutor"): lambda count, name: Worker(simulation, name),
-        (HostPool, "allocate"): allocate_on_host,
+        (MemoryLedger, "allocate"): allocate_on_host,
     }
     with pytest.MonkeyPatch.context() as patch:
         for (place, name), stand_in in stand_ins.items():

@@ -102,7 +102,7 @@ def run_steps(
 @contextmanager
 def answer(kinds: Kinds, exit_code: int) -> Iterator[None]:
     """What a machine is too small for is an answer, told to all ranks by its exit code."""
-    from fttrain.rig.probe import is_out_of_memory
+    from fttrain.memory.device import is_out_of_memory
 
     try:
         yield

@@ -17,7 +17,7 @@ def run_rank(job_file: str) -> None:
 
     from fttrain.distributed.process_group import process_group
     from fttrain.rig.config import RigConfig
-    from fttrain.rig.probe import set_up
+    from fttrain.rig.device_setup import set_up
 
     device = torch.device("cpu")
     torch.set_num_threads(job["threads"])

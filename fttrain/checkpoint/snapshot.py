@@ -28,7 +28,6 @@ from torch import Tensor
 
 from fttrain.checkpoint.adapter_peft import AdapterInfo, load_adapter, save_adapter
 from fttrain.checkpoint.full_model import load_weights, save_weights
-from fttrain.checkpoint.output_lock import OutputLock
 from fttrain.util import atomic_files
 from fttrain.util.errors import UserError
 from fttrain.util.manifest import fault, seal_folder

@@ -52,7 +52,7 @@ def _evaluate(config: RunConfig) -> int:
     from fttrain.distributed.process_group import process_group
     from fttrain.distributed.rank_group import rank_from_environment
     from fttrain.frozen.source import load_tokenizer, resolve
-    from fttrain.rig.probe import set_up_rank
+    from fttrain.rig.device_setup import set_up_rank
     from fttrain.strategy.build import build_strategy
     from fttrain.training.auto_plan import resolve_auto
     from fttrain.training.checkpointing import last_micro_batch_size

@@ -31,9 +31,9 @@ def run(config: RunConfig, argv: list[str]) -> int:
     from fttrain.model.decoder import Architecture
     from fttrain.plan.calibrate import calibrate, python
     from fttrain.plan.links import step_table
+    from fttrain.rig.device_setup import set_up_rank
     from fttrain.rig.measure import measure
     from fttrain.rig.measure_report import tables, told, write_report
-    from fttrain.rig.probe import set_up_rank
     from fttrain.rig.profile import profile_path
     from fttrain.training.session import strategy_spec
     from fttrain.util.errors import UserError

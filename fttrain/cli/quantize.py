@@ -17,7 +17,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
     from fttrain.distributed.process_group import process_group
     from fttrain.frozen.build import open_or_build
     from fttrain.frozen.source import resolve
-    from fttrain.rig.probe import set_up_rank
+    from fttrain.rig.device_setup import set_up_rank
     from fttrain.strategy.build import frozen_base, silent
     from fttrain.track import counting
     from fttrain.util.units import duration, gib

@@ -13,7 +13,7 @@ from fttrain.frozen.hub import SHAPES
 from fttrain.frozen.source import load_config, resolve
 from fttrain.launcher.launch import die_with_parent
 from fttrain.plan.trial import take
-from fttrain.rig.probe import set_up_rank
+from fttrain.rig.device_setup import set_up_rank
 from fttrain.training.session import strategy_spec
 from fttrain.util.errors import UserError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 
 from fttrain.doctor.finding import NOT_AVAILABLE, Finding, ok, warning
-from fttrain.rig.probe import cgroup_limit_bytes
+from fttrain.memory.host import cgroup_limit_bytes
 from fttrain.util.units import GIB, MIB, gib
 
 SHM_BYTES = 1 * GIB  # NCCL's buffers between ranks without peer access, and more than Docker gives

@@ -1,12 +1,12 @@
-"""Memory that a run page-locks: with the pool that it takes it from."""
+"""HostBuffer that a run page-locks: with the pool that it takes it from."""
 
 import warnings
 
 import torch
 
 from fttrain.doctor.finding import Finding, ok, warning
+from fttrain.memory.pinned import HostBuffer
 from fttrain.rig.timing import median_s
-from fttrain.store.hostpool import Memory
 from fttrain.util.units import GIB, gib
 
 LOCKED_BYTES = 1 * GIB  # what a run locks is some GiB to most of the host's memory
@@ -18,7 +18,7 @@ def locked_memory(device: torch.device) -> Finding:
     """
     if device.type != "cuda":
         return ok("a CPU run page-locks nothing")
-    memory = Memory(-1, LOCKED_BYTES)
+    memory = HostBuffer(-1, LOCKED_BYTES)
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from fttrain.memory.ledger import Reservation, largest_parts
 from fttrain.model.decoder import Architecture
 from fttrain.plan import memory
 from fttrain.plan.confirm import confirmed
@@ -15,7 +16,6 @@ from fttrain.plan.memory import RankMemory
 from fttrain.plan.time import StepTime, step_time
 from fttrain.rig.profile import CardProfile, RigProfile
 from fttrain.schedule.config import ScheduleConfig
-from fttrain.store.hostpool import Booking, largest
 from fttrain.strategy.config import POLICIES, SCHEDULES, Placement, StrategyConfig
 from fttrain.strategy.recipe import Recipe
 from fttrain.util.errors import UserError
@@ -191,10 +191,10 @@ def _lacking(taken: Sequence[RankMemory], rig: RigProfile) -> tuple[str, int]:
     for own, card in () if on_cpu else zip(taken, rig.cards, strict=True):
         missing = own.needed_bytes - room_bytes(card)
         if missing > 0:
-            parts = [Booking(what, size, "device") for what, size in own.device.items()]
+            parts = [Reservation(*item) for item in own.device.items()]
             return (
                 f"card {own.rank}: {gib(own.needed_bytes)} of {gib(room_bytes(card))}: "
-                f"{largest(parts)}",
+                f"{largest_parts(parts)}",
                 missing,
             )
     needed = memory.host_bytes(taken, rig.cards[0].kind)
@@ -203,8 +203,8 @@ def _lacking(taken: Sequence[RankMemory], rig: RigProfile) -> tuple[str, int]:
         own_parts = Counter(taken[0].shared)
         for own in taken:
             own_parts.update({**own.host, **(own.device if on_cpu else {})})
-        parts = [Booking(what, size, "host") for what, size in own_parts.items()]
-        return f"host: {gib(needed)} of {gib(there)}: {largest(parts)}", needed - there
+        parts = [Reservation(*item) for item in own_parts.items()]
+        return f"host: {gib(needed)} of {gib(there)}: {largest_parts(parts)}", needed - there
     return "", 0
 
 

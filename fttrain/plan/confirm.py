@@ -6,11 +6,11 @@ Straight lines through small models say what all candidates take; what is chosen
 from collections.abc import Sequence
 from dataclasses import replace
 
+from fttrain.memory.parts import MemoryPart
 from fttrain.model.decoder import Architecture
 from fttrain.plan import memory
 from fttrain.plan.memory import Booked, RankMemory
 from fttrain.strategy.recipe import Recipe
-from fttrain.strategy.usage import WORKSPACE
 
 TOLERANCE = 0.01  # of the peak: up to here the lines' figure stays
 MOST_PASSES = 160  # of a layer by a micro-batch: about 15 s of a laptop's CPU
@@ -36,7 +36,7 @@ def confirmed(
     )
     ran: dict[str, int] = {}
     return [
-        _corrected(rank, line.device[WORKSPACE], _beyond_books(of_rank, kind, ran))
+        _corrected(rank, line.device[MemoryPart.WORKSPACE], _beyond_books(of_rank, kind, ran))
         for rank, line, of_rank in zip(taken, expected, booked, strict=True)
     ]
 
@@ -50,7 +50,7 @@ def _steps(recipe: Recipe, layers: int, world_size: int) -> int:
 
 def _beyond_books(booked: Booked, kind: str, ran: dict[str, int]) -> int:
     """Of one rank; those whose books and layers are the same are run once, ``ran`` has them."""
-    key = str((len(booked.share.layers), booked.plan.pool.bookings))
+    key = str((len(booked.share.layers), booked.plan.pool.reservations))
     if key not in ran:
         ran[key] = memory.beyond_books(booked.plan, kind)
     return ran[key]
@@ -60,4 +60,4 @@ def _corrected(rank: RankMemory, expected_bytes: int, found_bytes: int) -> RankM
     wrong_by = found_bytes - expected_bytes
     if abs(wrong_by) <= TOLERANCE * rank.device_bytes:
         return rank
-    return replace(rank, device={**rank.device, WORKSPACE: rank.device[WORKSPACE] + wrong_by})
+    return replace(rank, device={**rank.device, MemoryPart.WORKSPACE: rank.device[MemoryPart.WORKSPACE] + wrong_by})

@@ -1,7 +1,7 @@
 """A rank that does not exist: the real strategy, built and stepped on fake tensors.
 
 A card is stood in for by the CPU, since fake CUDA tensors need a build with CUDA. What the
-``HostPool`` allocates is host memory and does not count. Collectives go to torch's ``fake``
+``MemoryLedger`` allocates is host memory and does not count. Collectives go to torch's ``fake``
 backend, which answers at once; bytes are never read, for there are none.
 """
 
@@ -23,11 +23,12 @@ from torch._subclasses.fake_tensor import (
 
 from fttrain.data.batch import MicroBatch
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.memory.ledger import MemoryLedger
+from fttrain.memory.parts import MemoryPart
 from fttrain.model.head import chunk_rows
 from fttrain.model.projection import QuantisedTable, Table
 from fttrain.plan.live import LiveBytes
 from fttrain.quant.scheme import dynamic_code
-from fttrain.store.hostpool import HostPool
 from fttrain.strategy.build import PAGES
 from fttrain.strategy.recipe import Plan, StepSize
 from fttrain.strategy.update import DeviceUpdate
@@ -73,7 +74,7 @@ class PlannedGroup(RankGroup):
         return text
 
 
-class PlannedPool(HostPool):
+class PlannedLedger(MemoryLedger):
     """Books, and buffers without memory. ``free_bytes``: of the card that is planned for."""
 
     def __init__(self, group: RankGroup, free_bytes: int, live: LiveBytes | None = None) -> None:
@@ -84,9 +85,9 @@ class PlannedPool(HostPool):
     def free_device_bytes(self) -> int:
         return self._free_bytes
 
-    def allocate(self, what: str) -> Tensor:
-        size_bytes = next(b.size_bytes for b in self.bookings if b.what == what)
-        assert self._live is not None, "this pool is for books"
+    def allocate(self, part: MemoryPart) -> Tensor:
+        size_bytes = next(r.size_bytes for r in self.reservations if r.part is part)
+        assert self._live is not None, "this ledger is for reservations"
         with self._live.elsewhere():
             return torch.empty(size_bytes, dtype=torch.uint8)
 
@@ -130,7 +131,7 @@ def run(plan: Plan, kind: str) -> Peak:
     group = plan.group
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with _fake_ranks(group), fake, _FakeBytes(kind=kind) as live:
-        plan = replace(plan, pool=PlannedPool(group, plan.pool.free_device_bytes, live))
+        plan = replace(plan, pool=PlannedLedger(group, plan.pool.free_device_bytes, live))
         page = PAGES[plan.recipe.strategy.name]
         share = page.book(plan)
         base = NoBase(plan.architecture.layers, plan.architecture.tied)

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from fttrain.memory.parts import MemoryPart, Place
 from fttrain.model.decoder import Architecture
 from fttrain.plan import fake
-from fttrain.plan.fake import AsksOthers, PlannedGroup, PlannedPool
+from fttrain.plan.fake import AsksOthers, PlannedGroup, PlannedLedger
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.schedule.stage_link import AHEAD
 from fttrain.store.activations import UNDER_WAY
@@ -24,7 +25,6 @@ from fttrain.strategy.build import PAGES
 from fttrain.strategy.config import StrategyConfig
 from fttrain.strategy.parts import Share
 from fttrain.strategy.recipe import Plan, Recipe
-from fttrain.strategy.usage import WORKSPACE
 
 STANDS_FOR_GROUPED = StrategyConfig("stream")
 ROOMY_BYTES = 1 << 50  # of a card that everything fits: a small model is divided evenly
@@ -44,9 +44,9 @@ class RankMemory:
 
     rank: int
     layers: int  # that it computes
-    device: dict[str, int]
-    host: dict[str, int]  # its own
-    shared: dict[str, int]  # in host memory, once for all ranks of the machine
+    device: dict[MemoryPart, int]
+    host: dict[MemoryPart, int]  # its own
+    shared: dict[MemoryPart, int]  # in host memory, once for all ranks of the machine
 
     @property
     def device_bytes(self) -> int:
@@ -55,7 +55,7 @@ class RankMemory:
     @property
     def booked_bytes(self) -> int:
         """Of the device, what a run refuses to start without."""
-        return self.device_bytes - self.device.get(WORKSPACE, 0)
+        return self.device_bytes - self.device.get(MemoryPart.WORKSPACE, 0)
 
     @property
     def needed_bytes(self) -> int:
@@ -84,7 +84,7 @@ def book(
 
     def booked(rank: int, known: tuple[tuple[float, ...], ...] = ()) -> Booked:
         group = PlannedGroup(rank, len(free_bytes), rank, torch.device(kind), known=known)
-        pool = PlannedPool(group, free_bytes[rank])
+        pool = PlannedLedger(group, free_bytes[rank])
         plan = Plan(recipe, group, architecture, frozen_format, pool)
         return Booked(plan, page.book(plan))
 
@@ -116,9 +116,9 @@ def _frozen_format(recipe: Recipe, architecture: Architecture) -> FrozenFormat:
 
 def books(booked: Booked) -> RankMemory:
     """All that is booked on a rank."""
-    parts: dict[str, dict[str, int]] = {"device": {}, "host": {}, "shared": {}}
-    for booking in booked.plan.pool.bookings:
-        parts[booking.place][booking.what] = booking.size_bytes
+    parts: dict[str, dict[MemoryPart, int]] = {place.value: {} for place in Place}
+    for reservation in booked.plan.pool.reservations:
+        parts[reservation.place.value][reservation.part] = reservation.size_bytes
     return RankMemory(booked.plan.group.rank, len(booked.share.layers), **parts)
 
 
@@ -130,7 +130,7 @@ def with_workspace(
     workspaces = Workspaces.of(recipe, architecture, kind, len(booked))
     return [
         replace(
-            own, device={**own.device, WORKSPACE: workspaces.at(own.rank, own.layers, together)}
+            own, device={**own.device, MemoryPart.WORKSPACE: workspaces.at(own.rank, own.layers, together)}
         )
         for own in booked
     ]
@@ -297,7 +297,6 @@ def beyond_books(plan: Plan, kind: str) -> int:
     """What the step of ``plan``, on the CPU in place of a card of ``kind``, takes beyond what is
     booked on the device.
     """
-    booked = sum(b.size_bytes for b in plan.pool.bookings if b.place == "device")
     peak = fake.run(plan, kind)
     taken = max(peak.step_bytes, peak.building_bytes) if kind == "cpu" else peak.step_bytes
-    return taken - booked
+    return taken - plan.pool.device_bytes

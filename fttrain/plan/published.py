@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fttrain.plan.sizes import CONTEXT, Need, Question
+from fttrain.memory.parts import MemoryPart
+from fttrain.plan.sizes import Need, Question
 from fttrain.util.units import GIB
 
 TOLERANCE = 0.05  # a card that lacks more than this of what is needed runs out of memory
@@ -33,9 +34,9 @@ class Claim:
     def size_bytes(self) -> float:
         return self.value * UNITS[self.unit]
 
-    def parts(self, need: Need) -> dict[str, int]:
+    def parts(self, need: Need) -> dict[MemoryPart, int]:
         """What of ``need`` it speaks of."""
-        left_out = {CONTEXT} if self.by_torch else set()
+        left_out = {MemoryPart.CONTEXT} if self.by_torch else set()
         return {part: size for part, size in need.card.items() if part not in left_out}
 
     def shown(self, size_bytes: float) -> str:

@@ -12,27 +12,25 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from fttrain.frozen.config import FrozenConfig
+from fttrain.memory.parts import MemoryPart
 from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.plan import memory, shapes
 from fttrain.plan.rigs import find_rig
 from fttrain.quant.config import QuantConfig
 from fttrain.schedule.config import ScheduleConfig
-from fttrain.store.filling import LAYERS
-from fttrain.strategy import ends, parts, trained
 from fttrain.strategy.config import Placement, StrategyConfig
 from fttrain.strategy.recipe import Recipe, StepSize
-from fttrain.strategy.usage import WORKSPACE
 
 SEQ_LEN = 2048
 QUANT = {"QLoRA": "nf4", "LoRA": "none"}  # method -> how the frozen base is stored
-WEIGHTS, GRADIENTS, MASTER, MOMENTS = "weights", "gradients", "fp32 master", "moments"
+WEIGHTS, GRADIENTS = MemoryPart.TRAINED_WEIGHTS, MemoryPart.GRADIENTS
+MASTERS, MOMENTS = MemoryPart.FP32_MASTERS, MemoryPart.MOMENTS
 FULL = {  # method -> bytes of a parameter
-    "full": {WEIGHTS: 2, GRADIENTS: 2, MASTER: 4, MOMENTS: 8},
-    "full, 8-bit Adam": {WEIGHTS: 2, GRADIENTS: 2, MASTER: 4, MOMENTS: 2},
+    "full": {WEIGHTS: 2, GRADIENTS: 2, MASTERS: 4, MOMENTS: 8},
+    "full, 8-bit Adam": {WEIGHTS: 2, GRADIENTS: 2, MASTERS: 4, MOMENTS: 2},
 }
 METHODS = (*QUANT, *FULL)
-CONTEXT = "context, libraries"
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Question:
 class Need:
     """Bytes of each card, by part, and of the host, all ranks together."""
 
-    card: dict[str, int]
+    card: dict[MemoryPart, int]
     host_bytes: int
 
     @property
@@ -106,8 +104,8 @@ def need(question: Question) -> Need:
     # Ranks of these strategies differ in nothing: one is run on fake tensors, for all places alike.
     [first] = memory.with_workspace(ranks[:1], recipe, a, "cuda")
     card = first.device | {
-        WORKSPACE: max(0, first.device[WORKSPACE]),
-        CONTEXT: context_bytes(),
+        MemoryPart.WORKSPACE: max(0, first.device[MemoryPart.WORKSPACE]),
+        MemoryPart.CONTEXT: context_bytes(),
     }
     return Need(card, memory.host_bytes(ranks, "cuda"))
 
@@ -144,7 +142,7 @@ def _full(question: Question) -> Need:
     host_bytes = lora.host_bytes  # buffers that weights are loaded through
     if question.place == "two":
         states = {part: size_bytes // 2 for part, size_bytes in states.items()}
-        states[parts.SLOTS] = each[WEIGHTS] * two_layers
+        states[MemoryPart.SLOTS] = each[WEIGHTS] * two_layers
         host_bytes *= 2
     elif question.place == "least":
         host_bytes += sum(states.values()) - states[WEIGHTS]
@@ -153,9 +151,14 @@ def _full(question: Question) -> Need:
     return Need(states | _step(lora), host_bytes)
 
 
-def _step(lora: Need) -> dict[str, int]:
+def _step(lora: Need) -> dict[MemoryPart, int]:
     """What a step takes beside what is trained and what is frozen."""
-    model = {LAYERS, ends.EMBEDDING, ends.HEAD, trained.ADAPTERS}
+    model = {
+        MemoryPart.FROZEN_LAYERS,
+        MemoryPart.EMBEDDING,
+        MemoryPart.HEAD,
+        MemoryPart.ADAPTERS,
+    }
     return {part: size_bytes for part, size_bytes in lora.card.items() if part not in model}
 
 

@@ -5,43 +5,36 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from fttrain.memory.parts import MemoryPart
 from fttrain.plan import shapes
 from fttrain.plan.published import CLAIMS, HIGH, LOW, RIGHT, TOLERANCE, Claim, judge
 from fttrain.plan.sizes import (
-    CONTEXT,
     FULL,
-    GRADIENTS,
-    MASTER,
     METHODS,
-    MOMENTS,
     SEQ_LEN,
-    WEIGHTS,
     Need,
     Question,
     answers,
     context_bytes,
 )
-from fttrain.store.filling import LAYERS
-from fttrain.strategy import ends, parts, trained
-from fttrain.strategy.usage import WORKSPACE
 from fttrain.util.units import GIB, gib
 
 SHOWN = {"whole": "one card", "two": "two, each", "least": "least"}  # place -> column
 STYLES = {LOW: "red", RIGHT: "green", HIGH: "yellow"}
 NAMES = {  # part of a card -> as it is shown, in this order
-    LAYERS: "frozen base",
-    ends.EMBEDDING: "embedding and head",
-    ends.HEAD: "embedding and head",
-    trained.ADAPTERS: "adapters with moments",
-    WEIGHTS: WEIGHTS,
-    GRADIENTS: GRADIENTS,
-    MASTER: MASTER,
-    MOMENTS: MOMENTS,
-    parts.SAVED: "inputs of layers",
-    ends.LOGITS: ends.LOGITS,
-    parts.WEIGHTS: "a layer's step",
-    WORKSPACE: "a layer's step",
-    CONTEXT: CONTEXT,
+    MemoryPart.FROZEN_LAYERS: "frozen base",
+    MemoryPart.EMBEDDING: "embedding and head",
+    MemoryPart.HEAD: "embedding and head",
+    MemoryPart.ADAPTERS: "adapters with moments",
+    MemoryPart.TRAINED_WEIGHTS: "weights",
+    MemoryPart.GRADIENTS: "gradients",
+    MemoryPart.FP32_MASTERS: "fp32 master",
+    MemoryPart.MOMENTS: "moments",
+    MemoryPart.ACTIVATIONS: "inputs of layers",
+    MemoryPart.LOGITS: "logits",
+    MemoryPart.DEQUANTIZED_WEIGHTS: "a layer's step",
+    MemoryPart.WORKSPACE: "a layer's step",
+    MemoryPart.CONTEXT: "context, libraries",
 }
 
 Needs = Mapping[Question, Need]
@@ -124,7 +117,7 @@ def parts_table(models: Sequence[str], method: str, needs: Needs) -> Table:
     return found
 
 
-def _named(card: Mapping[str, int]) -> dict[str, int]:
+def _named(card: Mapping[MemoryPart, int]) -> dict[str, int]:
     """``card``'s parts as they are shown."""
     found: dict[str, int] = {}
     for part in sorted(card, key=list(NAMES).index):

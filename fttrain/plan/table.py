@@ -1,10 +1,11 @@
 """A plan as people read it, and as JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
+from fttrain.memory.parts import MemoryPart
 from fttrain.plan.choose import Verdict, room_bytes
 from fttrain.plan.cost import PART_TOKENS, Disk, cost, renting
 from fttrain.plan.memory import RankMemory
@@ -115,11 +116,11 @@ def parts_table(verdict: Verdict, rig: RigProfile) -> Table:
     on_cards = {part: max(r.device.get(part, 0) for r in ranks) for r in ranks for part in r.device}
     for part in sorted(on_cards, key=lambda part: -on_cards[part]):
         # Kernels may take less than what of the booked parts is not there while they run.
-        name = part if on_cards[part] >= 0 else NOT_AT_ONCE
+        name = part.label if on_cards[part] >= 0 else NOT_AT_ONCE
         found.add_row(name, *(f"{rank.device.get(part, 0) / GIB:.2f}" for rank in ranks), "")
     own = {part: sum(r.host.get(part, 0) for r in ranks) for r in ranks for part in r.host}
     for part, size_bytes in sorted({**own, **ranks[0].shared}.items(), key=lambda item: -item[1]):
-        found.add_row(part, *("" for _ in ranks), f"{size_bytes / GIB:.2f}")
+        found.add_row(part.label, *("" for _ in ranks), f"{size_bytes / GIB:.2f}")
     overheads = [f"{(card.overhead_bytes or 0) / GIB:.2f}" for card in rig.cards]
     known = "measured" if rig.measured else "an allowance"
     found.add_row(f"context, communication ({known})", *overheads, "")
@@ -178,6 +179,10 @@ def as_json(
     }
 
 
+def _by_label(parts: Mapping[MemoryPart, int]) -> dict[str, int]:
+    return {part.label: size_bytes for part, size_bytes in parts.items()}
+
+
 def _candidate(verdict: Verdict, rig: RigProfile, steps: int | None) -> dict[str, Any]:
     time = verdict.time
     taken = cost(time, rig, steps) if time else None
@@ -197,9 +202,9 @@ def _candidate(verdict: Verdict, rig: RigProfile, steps: int | None) -> dict[str
             {
                 "rank": rank.rank,
                 "layers": rank.layers,
-                "device_bytes": rank.device,
-                "host_bytes": rank.host,
-                "shared_bytes": rank.shared,
+                "device_bytes": _by_label(rank.device),
+                "host_bytes": _by_label(rank.host),
+                "shared_bytes": _by_label(rank.shared),
             }
             for rank in verdict.memory
         ],

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.memory.host import peak_host_bytes
 from fttrain.model.decoder import Architecture
 from fttrain.plan.fake import full_batch
 from fttrain.plan.live import LiveBytes
 from fttrain.plan.memory import with_layers
 from fttrain.plan.random_base import RandomBase
 from fttrain.rig.card import beside_allocator_bytes
-from fttrain.rig.probe import peak_host_bytes
 from fttrain.rig.timing import median_s
 from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.build import Blueprint

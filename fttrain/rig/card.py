@@ -7,8 +7,8 @@ import pynvml
 import torch
 
 from fttrain.distributed.rank_group import local_world_size
+from fttrain.memory.device import ranks_a_device
 from fttrain.rig.nvml import ask
-from fttrain.rig.probe import ranks_a_device
 
 
 def handle_of(device: torch.device) -> Any:

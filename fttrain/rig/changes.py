@@ -3,8 +3,8 @@
 import psutil
 import torch
 
+from fttrain.memory.device import ranks_a_device
 from fttrain.rig import machine
-from fttrain.rig.probe import ranks_a_device
 from fttrain.rig.profile import RigProfile, kept_profile, load_profile
 from fttrain.util.errors import UserError
 from fttrain.util.units import GIB

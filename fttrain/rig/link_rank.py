@@ -16,8 +16,8 @@ from fttrain.distributed.rank_group import RankGroup
 from fttrain.launcher.launch import die_with_parent
 from fttrain.rig.card import beside_allocator_bytes
 from fttrain.rig.config import RigConfig
+from fttrain.rig.device_setup import set_up_rank
 from fttrain.rig.link import WrongResult, gradients_s, measure_link
-from fttrain.rig.probe import set_up_rank
 from fttrain.rig.topology import nvlink_bytes
 from fttrain.rig.transports import RUN, LinkJob
 from fttrain.track import counting

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from fttrain.distributed.rank_group import RankGroup, local_world_size
+from fttrain.memory.device import ranks_a_device
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.rig import machine, topology
 from fttrain.rig.card import others_bytes
@@ -25,7 +26,6 @@ from fttrain.rig.compute import (
 from fttrain.rig.copies import copy_rates
 from fttrain.rig.disk import disk_bytes_per_s
 from fttrain.rig.link import MOST_BYTES
-from fttrain.rig.probe import ranks_a_device
 from fttrain.rig.profile import (
     CardProfile,
     HostProfile,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fttrain.data.batch import MicroBatch
+from fttrain.memory.device import is_out_of_memory
 from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
-from fttrain.rig.probe import is_out_of_memory
 from fttrain.schedule import layer_pass
 from fttrain.schedule.activations import Policies
 from fttrain.schedule.layer_pass import Work

@@ -6,19 +6,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fttrain.memory.ledger import MemoryLedger
+from fttrain.memory.parts import MemoryPart
 from fttrain.store import FrozenBase
-from fttrain.store.hostpool import HostPool
 from fttrain.store.lane import copy, copy_lane
 
 Progress = Callable[[int, int], None]  # (done, total)
-LAYERS, STAGING = "frozen layers", "layers being loaded"  # what the host pool knows them by
 
 
-def book_layers(pool: HostPool, count: int, size_bytes: int) -> None:
+def reserve_layers(ledger: MemoryLedger, count: int, size_bytes: int) -> None:
     """Memory that ``to_device`` needs for ``count`` buffers of ``size_bytes``."""
-    pool.book_device(LAYERS, count * size_bytes)
-    if pool.device.type == "cuda":
-        pool.book(STAGING, 2 * size_bytes)
+    ledger.reserve(MemoryPart.FROZEN_LAYERS, count * size_bytes)
+    if ledger.device.type == "cuda":
+        ledger.reserve(MemoryPart.LAYER_STAGING, 2 * size_bytes)
 
 
 def in_turn(layers: Sequence[int], rank: int, world_size: int) -> list[int]:
@@ -33,15 +33,15 @@ def to_device(
     base: FrozenBase,
     layers: Iterable[int],
     size_bytes: int,
-    pool: HostPool,
+    ledger: MemoryLedger,
     progress: Progress,
     offset_bytes: int = 0,
 ) -> list[Tensor]:
-    """uint8 (size_bytes,) of each of ``layers`` from ``offset_bytes`` on, on the pool's device.
+    """uint8 (size_bytes,) of each of ``layers`` from ``offset_bytes`` on, on the ledger's device.
 
     On CUDA a layer is read into one of two page-locked buffers while the one before it is copied.
     """
-    layers, device = list(layers), pool.device
+    layers, device = list(layers), ledger.device
     if device.type != "cuda":
         flats = []
         for done, layer in enumerate(layers, start=1):
@@ -52,7 +52,7 @@ def to_device(
     if not layers:
         return []
     lane = copy_lane(device)
-    staging = pool.allocate(STAGING).view(2, size_bytes)
+    staging = ledger.allocate(MemoryPart.LAYER_STAGING).view(2, size_bytes)
     flats = []
     for done, layer in enumerate(layers, start=1):
         on_host = staging[done % 2]

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fttrain.memory.device import is_out_of_memory
 from fttrain.quant.checksum import checksum
 from fttrain.quant.frozen_layer import FrozenLayer
-from fttrain.rig.probe import is_out_of_memory
 from fttrain.store import Store, Traffic
 
 

@@ -12,6 +12,8 @@ from fttrain.frozen.cache import FrozenCache
 from fttrain.frozen.quantize_layer import check_quantisation
 from fttrain.frozen.source import Source, load_config, quantisation_of
 from fttrain.frozen.spec import FrozenSpec
+from fttrain.memory.advice import explain_out_of_memory
+from fttrain.memory.ledger import MemoryLedger
 from fttrain.model import liger
 from fttrain.model.decoder import Architecture
 from fttrain.optim.optimizer import check_available
@@ -19,12 +21,10 @@ from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.store import FrozenBase
 from fttrain.store.filling import Progress
-from fttrain.store.hostpool import HostPool
 from fttrain.strategy import deepspeed, pipeline, replicate, shard, stream
 from fttrain.strategy.config import check_together, check_trained
 from fttrain.strategy.protocol import Strategy
 from fttrain.strategy.recipe import Plan, Recipe
-from fttrain.strategy.usage import explained
 from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.strategy.zero.settings import refuse_deepspeed_launch
 from fttrain.util.errors import UserError
@@ -72,7 +72,7 @@ class Blueprint:
         if recipe.strategy.name != DEEPSPEED:
             liger.use(recipe.kernels, group.device)
         check_available(recipe.optim)
-        self._plan = Plan(recipe, group, architecture, frozen_format, HostPool(group))
+        self._plan = Plan(recipe, group, architecture, frozen_format, MemoryLedger(group))
         self._page = PAGES[recipe.strategy.name]
         self._share = self._page.book(self._plan)
         self._plan.pool.check()
@@ -83,7 +83,7 @@ class Blueprint:
         ``progress(done, total)`` counts layers.
         """
         plan = self._plan
-        with explained(plan.pool.bookings, plan.group.rank, plan.group.device):
+        with explain_out_of_memory(plan.pool.reservations, plan.group.rank, plan.group.device):
             strategy: Strategy = self._page.build(plan, base, self._share, progress)
         return strategy
 

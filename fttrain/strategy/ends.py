@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fttrain.memory.parts import MemoryPart
 from fttrain.model.head import chunk_bytes, chunk_rows
 from fttrain.model.projection import (
     Projection,
@@ -19,10 +20,8 @@ from fttrain.strategy.config import Placement
 from fttrain.strategy.recipe import Plan
 from fttrain.util.errors import UserError
 
-# What the books call each part.
-EMBEDDING, HEAD, QUANTISED_HEAD = "embedding", "head", "head in 4 bits"
-BROUGHT, LOGITS = "head while it is used", "logits"
-LOADING = "a table being loaded"
+# Names of the two ends in the frozen base
+EMBEDDING, HEAD = "embedding", "head"
 
 
 def book_ends(plan: Plan, has_embedding: bool, has_head: bool) -> None:
@@ -35,12 +34,12 @@ def book_ends(plan: Plan, has_embedding: bool, has_head: bool) -> None:
     if quantised:
         _check_blocks(plan)
     if placement.embedding == "host":
-        pool.book(EMBEDDING, plan.table_bytes, shared=True)
+        pool.reserve(MemoryPart.HOST_EMBEDDING, plan.table_bytes)
     elif has_embedding:
-        pool.book_device(EMBEDDING, plan.table_bytes)
+        pool.reserve(MemoryPart.EMBEDDING, plan.table_bytes)
     one_table = plan.architecture.tied and _in_one_place(placement)
     if placement.head == "streamed" and not one_table:
-        pool.book(HEAD, plan.table_bytes, shared=True)
+        pool.reserve(MemoryPart.HOST_HEAD, plan.table_bytes)
     if has_head:
         _book_head(plan, one_table and has_embedding)
     if plan.group.device.type == "cpu":  # a table is read where it stays
@@ -48,7 +47,7 @@ def book_ends(plan: Plan, has_embedding: bool, has_head: bool) -> None:
     else:
         loading = placement.embedding == "device" or placement.head != "streamed"
     if loading:
-        pool.book(LOADING, plan.table_bytes)
+        pool.reserve(MemoryPart.TABLE_STAGING, plan.table_bytes)
 
 
 def _book_head(plan: Plan, is_embedding: bool) -> None:
@@ -59,13 +58,13 @@ def _book_head(plan: Plan, is_embedding: bool) -> None:
     rows, projecting_bytes = chunk_rows(vocabulary, plan.dtype, tokens, factor), 0
     if form == "nf4":
         tiles = _quantised_format(plan)
-        pool.book_device(QUANTISED_HEAD, tiles.layout.size_bytes)
+        pool.reserve(MemoryPart.QUANTIZED_HEAD, tiles.layout.size_bytes)
         projecting_bytes = tile_bytes(tiles, rows)
     elif form == "streamed":
-        pool.book_device(BROUGHT, plan.table_bytes)
+        pool.reserve(MemoryPart.STREAMED_HEAD, plan.table_bytes)
     elif not is_embedding:
-        pool.book_device(HEAD, plan.table_bytes)
-    pool.book_device(LOGITS, chunk_bytes(vocabulary, plan.dtype, rows, projecting_bytes))
+        pool.reserve(MemoryPart.HEAD, plan.table_bytes)
+    pool.reserve(MemoryPart.LOGITS, chunk_bytes(vocabulary, plan.dtype, rows, projecting_bytes))
 
 
 def load_ends(
@@ -78,12 +77,12 @@ def load_ends(
     # A shared table is made by all ranks together, so each must come to the same answer.
     embedding = None
     if placement.embedding == "host":
-        embedding = _shared(plan, base, EMBEDDING)
+        embedding = _shared(plan, base, EMBEDDING, MemoryPart.HOST_EMBEDDING)
     elif has_embedding:
         embedding = _loaded(plan, base, EMBEDDING).to(device)
     table = embedding if base.tied and _in_one_place(placement) else None
     if table is None and placement.head == "streamed":
-        table = _shared(plan, base, HEAD)
+        table = _shared(plan, base, HEAD, MemoryPart.HOST_HEAD)
     projection = _projection(plan, base, table) if has_head else None
     return embedding if has_embedding else None, projection
 
@@ -108,14 +107,14 @@ def _loaded(plan: Plan, base: FrozenBase, name: str) -> Tensor:
     if plan.group.device.type == "cpu":
         table = torch.empty(_shape(plan), dtype=plan.dtype)
     else:
-        table = plan.pool.allocate(LOADING).view(plan.dtype).view(_shape(plan))
+        table = plan.pool.allocate(MemoryPart.TABLE_STAGING).view(plan.dtype).view(_shape(plan))
     base.read_end(name, table)
     return table
 
 
-def _shared(plan: Plan, base: FrozenBase, name: str) -> Tensor:
+def _shared(plan: Plan, base: FrozenBase, name: str, part: MemoryPart) -> Tensor:
     """Embedding or head (V, C) in the machine's one host copy, which its first rank fills."""
-    table = plan.pool.allocate(name).view(plan.dtype).view(_shape(plan))
+    table = plan.pool.allocate(part).view(plan.dtype).view(_shape(plan))
     if plan.group.intra_node.is_main:
         base.read_end(name, table)
     plan.group.intra_node.barrier()

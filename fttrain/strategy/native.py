@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fttrain.data.batch import MicroBatch
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.memory.advice import explain_out_of_memory, out_of_memory_advice
+from fttrain.memory.ledger import Reservation
 from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
 from fttrain.optim.config import OptimConfig
@@ -22,7 +24,6 @@ from fttrain.schedule.activations import Policies
 from fttrain.schedule.attempt import Attempt, Dropout
 from fttrain.schedule.generate import Fresh, KeyValueCache
 from fttrain.store import FrozenBase, Store, Traffic
-from fttrain.store.hostpool import Booking
 from fttrain.store.verify import VerifiedStore
 from fttrain.strategy import parts, trained
 from fttrain.strategy.adapters import (
@@ -39,7 +40,6 @@ from fttrain.strategy.protocol import Judge, OutOfMemory, StepStats
 from fttrain.strategy.recipe import Plan
 from fttrain.strategy.sync import GradientSync
 from fttrain.strategy.update import DeviceUpdate, HostUpdate, Update
-from fttrain.strategy.usage import explained, ran_out
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Joined:
     gradients: GradientHome
     seed: int  # of the run
     files: Sequence[str] = ()  # where each layer of the whole model lies on disk
-    bookings: Sequence[Booking] = ()  # what this rank takes of the memory of device and host
+    reservations: Sequence[Reservation] = ()  # what this rank takes of the memory of device and host
 
 
 def join(
@@ -71,7 +71,7 @@ def join(
         trained.gradients(plan, built, sync),
         plan.recipe.seed,
         parts.files(base),
-        plan.pool.bookings,
+        plan.pool.reservations,
     )
 
 
@@ -79,7 +79,7 @@ class NativeStrategy(ABC):
     """A strategy whose schedule calls the layers itself. Methods of ``Strategy`` are said there."""
 
     def __init__(self, joined: Joined) -> None:
-        self.decoder, self.bookings = joined.decoder, joined.bookings
+        self.decoder, self.reservations = joined.decoder, joined.reservations
         self.pass_s = 0.0
         self._store, self._group, self._policies = joined.store, joined.group, joined.policies
         self._gradients, self._seed = joined.gradients, joined.seed
@@ -185,7 +185,7 @@ class NativeStrategy(ABC):
         return answers
 
     def _explained(self) -> AbstractContextManager[None]:
-        return explained(self.bookings, self._group.rank, self._group.device)
+        return explain_out_of_memory(self.reservations, self._group.rank, self._group.device)
 
     def _totals(
         self, loss_sum: Tensor, micro_batches: list[MicroBatch], said: str = ""
@@ -196,7 +196,7 @@ class NativeStrategy(ABC):
         tokens = sum(sum(batch.lengths) for batch in counted)
         group, told = self._group, None
         if said:
-            told = ran_out(self.bookings, group.rank, group.device, said)
+            told = out_of_memory_advice(self.reservations, group.rank, group.device, said)
         return self._ending.totals(loss_sum, targets, tokens, told)
 
     def adapter_state(self) -> dict[str, Tensor]:

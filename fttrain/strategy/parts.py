@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fttrain.memory.parts import MemoryPart
 from fttrain.model.decoder import Decoder
 from fttrain.model.lora import target_indices
 from fttrain.schedule.activations import Keep, Offload, Policies, Policy, Recompute
@@ -23,9 +24,6 @@ from fttrain.strategy.recipe import Plan
 from fttrain.util.units import round_up
 
 # What the books call each part.
-SLOTS, WEIGHTS = "layers in use", "dequantised weights"
-SAVED, MOVING = "activations", "activations on their way"
-BOUNDARIES, ACTIVATIONS = "boundaries", "activations on the host"
 
 
 @dataclass(frozen=True)
@@ -41,20 +39,20 @@ def book(plan: Plan, share: Share, micro_batches: int) -> None:
     """Memory of what every strategy has. ``micro_batches``: kept for backward at once."""
     _book_saved(plan, share, micro_batches)
     book_ends(plan, share.has_embedding, share.has_head)
-    plan.pool.book_device(WEIGHTS, dequantised_bytes(plan))
+    plan.pool.reserve(MemoryPart.DEQUANTIZED_WEIGHTS, dequantised_bytes(plan))
     trained.book(plan, len(share.layers))
 
 
 def _book_saved(plan: Plan, share: Share, micro_batches: int) -> None:
     """What layers leave for backward."""
     pool, used = plan.pool, own_policies(plan, share)
-    pool.book_device(SAVED, micro_batches * sum(saved_bytes(plan, policy) for policy in used))
-    pool.book_device(MOVING, moving_bytes(plan))
+    pool.reserve(MemoryPart.ACTIVATIONS, micro_batches * sum(saved_bytes(plan, policy) for policy in used))
+    pool.reserve(MemoryPart.ACTIVATION_TRANSFERS, moving_bytes(plan))
     if "offload" in used:
-        pool.book(ACTIVATIONS, micro_batches * used.count("offload") * activation_bytes(plan))
+        pool.reserve(MemoryPart.OFFLOADED_ACTIVATIONS, micro_batches * used.count("offload") * activation_bytes(plan))
     if "recompute" in used and plan.recipe.placement.boundaries == "host":
         shape = _boundary_shape(plan, share, micro_batches)
-        pool.book(BOUNDARIES, boundary_bytes(shape, plan.dtype))
+        pool.reserve(MemoryPart.LAYER_INPUTS, boundary_bytes(shape, plan.dtype))
 
 
 def dequantised_bytes(plan: Plan) -> int:
@@ -112,12 +110,12 @@ def policies(plan: Plan, share: Share, micro_batches: int) -> Policies:
     used, device = own_policies(plan, share), plan.group.device
     if "offload" in used:
         places = micro_batches * used.count("offload")
-        host = HostActivations(plan.pool.allocate(ACTIVATIONS), places, device)
+        host = HostActivations(plan.pool.allocate(MemoryPart.OFFLOADED_ACTIVATIONS), places, device)
         made["offload"] = Offload(host)
     boundaries: Boundaries = DeviceBoundaries()
     if "recompute" in used and plan.recipe.placement.boundaries == "host":
         shape = _boundary_shape(plan, share, micro_batches)
-        buffer = plan.pool.allocate(BOUNDARIES)
+        buffer = plan.pool.allocate(MemoryPart.LAYER_INPUTS)
         boundaries = HostBoundaries(buffer, shape, plan.dtype, device)
     made["recompute"] = Recompute(boundaries)
     return [made[policy] for policy in used]

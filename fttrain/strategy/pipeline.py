@@ -6,10 +6,10 @@ divide the micro-batches; then a stage sums its gradients with its like on the o
 
 from dataclasses import replace
 
+from fttrain.memory.ledger import MemoryLedger
 from fttrain.schedule.one_f_one_b import in_flight
 from fttrain.store import FrozenBase
-from fttrain.store.filling import Progress, book_layers, to_device
-from fttrain.store.hostpool import HostPool
+from fttrain.store.filling import Progress, reserve_layers, to_device
 from fttrain.store.resident import ResidentStore
 from fttrain.strategy import parts, trained
 from fttrain.strategy.balance import balance
@@ -27,7 +27,7 @@ def book(plan: Plan) -> Share:
     """
     share = _shares(plan)[plan.group.intra_node.rank]
     parts.book(plan, share, _kept(plan))
-    book_layers(plan.pool, len(share.layers), plan.layer_bytes)
+    reserve_layers(plan.pool, len(share.layers), plan.layer_bytes)
     return share
 
 
@@ -42,10 +42,10 @@ def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> Pip
 def fixed_bytes(plan: Plan) -> int:
     """What this stage takes on its device whatever its layers are: all that is booked for none."""
     machine = plan.group.intra_node
-    books = replace(plan, pool=HostPool(plan.group))
+    books = replace(plan, pool=MemoryLedger(plan.group))
     none = Share(range(0), machine.rank == 0, machine.rank == machine.world_size - 1)
     parts.book(books, none, _kept(plan))
-    return sum(b.size_bytes for b in books.pool.bookings if b.place == "device")
+    return books.pool.device_bytes
 
 
 def _kept(plan: Plan) -> int:

@@ -7,8 +7,8 @@ from typing import Protocol
 from torch import Tensor
 
 from fttrain.data.batch import MicroBatch
+from fttrain.memory.ledger import Reservation
 from fttrain.store import Traffic
-from fttrain.store.hostpool import Booking
 from fttrain.strategy.sync import SyncStats
 from fttrain.strategy.update import UpdateStats
 from fttrain.util.errors import UserError
@@ -85,7 +85,7 @@ class Strategy(Protocol):
         ...
 
     @property
-    def bookings(self) -> Sequence[Booking]:
+    def reservations(self) -> Sequence[Reservation]:
         """What this rank takes of the memory of its device and of the host, part by part."""
         ...
 

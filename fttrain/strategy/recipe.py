@@ -8,13 +8,13 @@ import torch
 from fttrain.data.batch import ROW_MULTIPLE
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.frozen.config import FrozenConfig
+from fttrain.memory.ledger import MemoryLedger
 from fttrain.model.config import AUTO_KERNELS, LoraConfig
 from fttrain.model.decoder import Architecture
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.schedule.config import ScheduleConfig
-from fttrain.store.hostpool import HostPool
 from fttrain.strategy.config import Placement, StrategyConfig
 from fttrain.util.units import round_up
 
@@ -68,7 +68,7 @@ class Plan:
     group: RankGroup
     architecture: Architecture
     frozen_format: FrozenFormat
-    pool: HostPool
+    pool: MemoryLedger
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,7 +1,7 @@
 """replicate: ResidentStore x grouped(G) x all_reduce. Only gradients travel between ranks."""
 
 from fttrain.store import FrozenBase
-from fttrain.store.filling import Progress, book_layers, in_turn, to_device
+from fttrain.store.filling import Progress, in_turn, reserve_layers, to_device
 from fttrain.store.resident import ResidentStore
 from fttrain.strategy.data_parallel import DataParallel, assemble_data_parallel, book_data_parallel
 from fttrain.strategy.parts import Share
@@ -11,7 +11,7 @@ from fttrain.strategy.recipe import Plan
 def book(plan: Plan) -> Share:
     """Host memory that it needs."""
     share = book_data_parallel(plan)
-    book_layers(plan.pool, plan.architecture.layers, plan.layer_bytes)
+    reserve_layers(plan.pool, plan.architecture.layers, plan.layer_bytes)
     return share
 
 

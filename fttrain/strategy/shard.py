@@ -2,10 +2,10 @@
 layer; the others' parts arrive while the layer before computes.
 """
 
+from fttrain.memory.parts import MemoryPart
 from fttrain.store import FrozenBase
-from fttrain.store.filling import Progress, book_layers, to_device
+from fttrain.store.filling import Progress, reserve_layers, to_device
 from fttrain.store.sharded import SLOTS, ShardedStore, shard_bytes
-from fttrain.strategy import parts
 from fttrain.strategy.data_parallel import DataParallel, assemble_data_parallel, book_data_parallel
 from fttrain.strategy.parts import Share
 from fttrain.strategy.recipe import Plan
@@ -15,8 +15,8 @@ def book(plan: Plan) -> Share:
     """Host memory that it needs. Raises UserError for ranks that a layer does not divide among."""
     own_bytes = shard_bytes(plan.layer_bytes, plan.group.intra_node.world_size)
     share = book_data_parallel(plan)
-    book_layers(plan.pool, plan.architecture.layers, own_bytes)
-    plan.pool.book_device(parts.SLOTS, SLOTS * plan.layer_bytes)
+    reserve_layers(plan.pool, plan.architecture.layers, own_bytes)
+    plan.pool.reserve(MemoryPart.SLOTS, SLOTS * plan.layer_bytes)
     return share
 
 

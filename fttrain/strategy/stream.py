@@ -2,15 +2,13 @@
 of the machine; no rank needs another one for them, and one rank is enough.
 """
 
+from fttrain.memory.parts import MemoryPart
 from fttrain.store import FrozenBase
-from fttrain.store.filling import Progress, book_layers, to_device
+from fttrain.store.filling import Progress, reserve_layers, to_device
 from fttrain.store.host import HostStore, resident_set
-from fttrain.strategy import parts
 from fttrain.strategy.data_parallel import DataParallel, assemble_data_parallel, book_data_parallel
 from fttrain.strategy.parts import Share
 from fttrain.strategy.recipe import Plan
-
-HOST_COPY = "frozen layers in host memory"  # what the host pool knows them by
 
 
 def book(plan: Plan) -> Share:
@@ -18,10 +16,10 @@ def book(plan: Plan) -> Share:
     share = book_data_parallel(plan)
     on_host = _on_host(plan)
     if on_host:
-        plan.pool.book(HOST_COPY, len(on_host) * plan.layer_bytes, shared=True)
-    book_layers(plan.pool, len(_resident(plan, plan.group.intra_node.rank)), plan.layer_bytes)
+        plan.pool.reserve(MemoryPart.HOST_LAYERS, len(on_host) * plan.layer_bytes)
+    reserve_layers(plan.pool, len(_resident(plan, plan.group.intra_node.rank)), plan.layer_bytes)
     if on_host:
-        plan.pool.book_device(parts.SLOTS, plan.recipe.strategy.slots * plan.layer_bytes)
+        plan.pool.reserve(MemoryPart.SLOTS, plan.recipe.strategy.slots * plan.layer_bytes)
     return share
 
 
@@ -31,7 +29,7 @@ def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> Dat
     on_host = _on_host(plan)
     shared = {}
     if on_host:
-        buffer = plan.pool.allocate(HOST_COPY).view(-1, layer_bytes)
+        buffer = plan.pool.allocate(MemoryPart.HOST_LAYERS).view(-1, layer_bytes)
         shared = dict(zip(on_host, buffer.unbind(0), strict=True))
     own = on_host[machine.rank :: machine.world_size]
     resident = sorted(_resident(plan, machine.rank))

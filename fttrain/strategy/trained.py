@@ -13,6 +13,7 @@ The own part is everything, or with ``optim.shard`` one of as many parts as ther
 import torch
 from torch import Tensor
 
+from fttrain.memory.parts import MemoryPart
 from fttrain.model.decoder import Decoder
 from fttrain.model.layer_adapters import LayerAdapters, OnHost, copy_dtype
 from fttrain.optim.flat import FlatLayout, Portion
@@ -26,24 +27,20 @@ from fttrain.strategy.gradients import (
 from fttrain.strategy.recipe import Plan
 from fttrain.strategy.sync import GradientSync
 
-# What the books call each part.
-ADAPTERS, OPEN_GRADIENTS = "adapters", "gradients in use"
-MASTERS, COPIES = "adapter masters", "adapters on their way to the device"
-MOMENTS, GRADIENTS = "optimizer moments", "adapter gradients"
 FP32_BYTES = 4
 
 
 def book(plan: Plan, layers: int) -> None:
     """Memory of ``layers``."""
     pool, optim, layout = plan.pool, plan.recipe.optim, layout_of(plan)
-    pool.book_device(ADAPTERS, adapter_bytes(plan) * layers)
+    pool.reserve(MemoryPart.ADAPTERS, adapter_bytes(plan) * layers)
     if _passing(plan):
-        pool.book_device(OPEN_GRADIENTS, BUFFERS * FP32_BYTES * layout.values)
+        pool.reserve(MemoryPart.GRADIENT_BUFFERS, BUFFERS * FP32_BYTES * layout.values)
     if optim.offload:
-        pool.book(MASTERS, FP32_BYTES * layout.own_values * layers)
-        pool.book(GRADIENTS, FP32_BYTES * _kept_gradients(plan) * layers)
-        pool.book(COPIES, _copy_dtype(plan).itemsize * layout.own_values * layers)
-        pool.book(MOMENTS, moment_bytes(optim, layout.own_values) * layers)
+        pool.reserve(MemoryPart.ADAPTER_MASTERS, FP32_BYTES * layout.own_values * layers)
+        pool.reserve(MemoryPart.ADAPTER_GRADIENTS, FP32_BYTES * _kept_gradients(plan) * layers)
+        pool.reserve(MemoryPart.ADAPTER_COPIES, _copy_dtype(plan).itemsize * layout.own_values * layers)
+        pool.reserve(MemoryPart.OPTIMIZER_MOMENTS, moment_bytes(optim, layout.own_values) * layers)
 
 
 def adapter_bytes(plan: Plan) -> int:
@@ -95,8 +92,8 @@ def adapters(plan: Plan, layers: range) -> list[LayerAdapters]:
 
 def _on_host(plan: Plan, layers: int) -> list[OnHost]:
     """Where masters and outgoing copies of each layer are in host memory."""
-    masters = _by_layer(plan.pool.allocate(MASTERS), torch.float32, layers)
-    copies = _by_layer(plan.pool.allocate(COPIES), _copy_dtype(plan), layers)
+    masters = _by_layer(plan.pool.allocate(MemoryPart.ADAPTER_MASTERS), torch.float32, layers)
+    copies = _by_layer(plan.pool.allocate(MemoryPart.ADAPTER_COPIES), _copy_dtype(plan), layers)
     return [OnHost(*own) for own in zip(masters, copies, strict=True)]
 
 
@@ -106,7 +103,7 @@ def gradients(plan: Plan, built: Decoder, sync: GradientSync) -> GradientHome:
     if not _passing(plan):
         return ResidentGradients(adapters, sync)
     if plan.recipe.optim.offload:
-        places = _by_layer(plan.pool.allocate(GRADIENTS), torch.float32, len(adapters))
+        places = _by_layer(plan.pool.allocate(MemoryPart.ADAPTER_GRADIENTS), torch.float32, len(adapters))
     else:
         places = list(torch.zeros(len(adapters), _kept_gradients(plan), device=device).unbind(0))
     return PassingGradients(adapters, sync, device, places)

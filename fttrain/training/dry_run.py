@@ -16,10 +16,11 @@ from fttrain.config.run_config import RunConfig
 from fttrain.data.dataset import Dataset
 from fttrain.data.excerpt import Excerpt
 from fttrain.distributed.process_group import process_group
+from fttrain.memory.host import peak_host_bytes
+from fttrain.memory.sampling import peak_device_bytes
 from fttrain.optim.lr_schedule import learning_rate
 from fttrain.plan.cost import reference_price, references
-from fttrain.rig.memory import peak_device_bytes
-from fttrain.rig.probe import peak_host_bytes, set_up_rank
+from fttrain.rig.device_setup import set_up_rank
 from fttrain.strategy.protocol import StepStats
 from fttrain.strategy.zero.config import DEEPSPEED
 from fttrain.track import Trackers, progress

@@ -30,9 +30,10 @@ from fttrain.frozen.source import (
     resolve,
 )
 from fttrain.launcher.launch import restarted
+from fttrain.memory.host import peak_host_bytes
+from fttrain.memory.sampling import peak_device_bytes
 from fttrain.optim.lr_schedule import learning_rate
-from fttrain.rig.memory import peak_device_bytes
-from fttrain.rig.probe import peak_host_bytes, set_up_rank
+from fttrain.rig.device_setup import set_up_rank
 from fttrain.rig.telemetry import card_watch, gather_samples
 from fttrain.strategy.link_watch import link_watch
 from fttrain.strategy.protocol import OutOfMemory, StepStats

@@ -20,7 +20,7 @@ from smoke import ROOT, smoke_run
 
 from fttrain.distributed.process_group import process_group
 from fttrain.distributed.rank_group import RankGroup
-from fttrain.strategy.usage import explained
+from fttrain.memory.advice import explain_out_of_memory
 from fttrain.util.errors import UserError
 
 Module = Callable[[str], ModuleType]
@@ -222,7 +222,7 @@ def test_what_is_too_small_while_building_is_told_apart(
     fit_rank = module("harness.fit_rank")
 
     def build() -> None:
-        with fit_rank.answer(UserError, fit_rank.REFUSED), explained((), 0, torch.device("cpu")):
+        with fit_rank.answer(UserError, fit_rank.REFUSED), explain_out_of_memory((), 0, torch.device("cpu")):
             torch.empty(size_bytes, dtype=torch.uint8)
             raise UserError("host memory: 2 GiB are needed")
 

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from fttrain.distributed.process_group import process_group
 from fttrain.distributed.rank_group import RankGroup, rank_from_environment
 from fttrain.rig.config import RigConfig
-from fttrain.rig.probe import set_up_rank
+from fttrain.rig.device_setup import set_up_rank
 
 CPU = torch.device("cpu")
 TEXTS = ["", "abc", "ä→𝄞\n" * 1000]

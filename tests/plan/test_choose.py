@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from tiny_rig import RECIPE, ROOMY, A, chosen, rig
 
+from fttrain.memory.report import WORKSPACE
 from fttrain.plan import memory
 from fttrain.plan.choose import candidates, judge, room_bytes
 from fttrain.plan.table import NOT_AT_ONCE, parts_table, table
@@ -17,7 +18,6 @@ from fttrain.rig.profile import RigProfile
 from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.config import StrategyConfig
 from fttrain.strategy.recipe import StepSize
-from fttrain.strategy.usage import WORKSPACE
 from fttrain.util.units import gib
 
 ONE_F_ONE_B = ScheduleConfig("all", "one_f_one_b")

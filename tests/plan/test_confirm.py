@@ -7,12 +7,12 @@ import tiny
 import tiny_strategy
 from tiny_rig import RECIPE, ROOMY, A, chosen, rig
 
+from fttrain.memory.report import WORKSPACE
 from fttrain.model.decoder import Architecture
 from fttrain.plan import confirm, memory
 from fttrain.plan.choose import judge
 from fttrain.plan.memory import RankMemory, Workspaces
 from fttrain.strategy.recipe import Recipe, StepSize
-from fttrain.strategy.usage import WORKSPACE
 
 ROOMS = [1 << 50] * 2
 

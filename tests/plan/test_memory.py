@@ -13,6 +13,7 @@ from ranks import run_ranks
 from torch import Tensor
 from transformers import LlamaConfig
 
+from fttrain.memory.report import WORKSPACE
 from fttrain.model.attention_op import cuda_backward_bytes
 from fttrain.model.decoder import Architecture
 from fttrain.optim.config import OptimConfig
@@ -23,7 +24,6 @@ from fttrain.strategy.build import Blueprint
 from fttrain.strategy.ends import LOADING
 from fttrain.strategy.recipe import Recipe, StepSize
 from fttrain.strategy.trained import MOMENTS
-from fttrain.strategy.usage import WORKSPACE
 
 LAYERS, ACCUMULATION, RANKS = 6, 3, 2
 SHAPE = {"num_hidden_layers": LAYERS, "hidden_size": 128}

@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from fttrain.cli import main
+from fttrain.memory.report import WORKSPACE
 from fttrain.plan import shapes
 from fttrain.plan.published import CARD, CLAIMS, HIGH, LOW, RIGHT, Claim, judge
 from fttrain.plan.sizes import (
@@ -24,7 +25,6 @@ from fttrain.plan.sizes import (
 from fttrain.plan.sizes_table import show
 from fttrain.store.filling import LAYERS
 from fttrain.strategy import ends, parts, trained
-from fttrain.strategy.usage import WORKSPACE
 from fttrain.util.units import GIB
 
 KNOWN = {  # billions of parameters, as model cards have them

@@ -10,8 +10,8 @@ from simulated_streams import simulated_streams
 from stream_races import Race
 from torch import Tensor
 
+from fttrain.memory.ledger import MemoryLedger
 from fttrain.store.filling import book_layers, to_device
-from fttrain.store.hostpool import HostPool
 from fttrain.store.lane import StreamLane
 
 
@@ -19,7 +19,7 @@ def test_parts_of_layers_arrive_in_order_with_progress() -> None:
     frozen = tiny_strategy.base()
     told = []
     size = frozen.frozen_format.layout.size_bytes // 4
-    pool = HostPool(tiny_strategy.this_group())
+    pool = MemoryLedger(tiny_strategy.this_group())
     book_layers(pool, 2, size)
     found = to_device(
         frozen, (3, 1), size, pool, lambda *done: told.append(done), offset_bytes=size

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fttrain.distributed.process_group import process_group
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.memory.ledger import MemoryLedger
+from fttrain.memory.pinned import HostBuffer
 from fttrain.rig.config import RigConfig
-from fttrain.rig.probe import set_up_rank
+from fttrain.rig.device_setup import set_up_rank
 from fttrain.store.host import HostStore
-from fttrain.store.hostpool import HostPool, Memory
 from fttrain.store.sharded import ShardedStore
 
 pytestmark = pytest.mark.cuda
@@ -139,7 +140,7 @@ def test_the_host_waits_for_nothing_in_forward_and_backward(name: str) -> None:
 def test_no_slot_is_overwritten_while_the_device_lags_behind(kind: str) -> None:
     group, flats = on_gpu(), tiny_store.flats(LAYERS)
     if kind == "host":
-        pool = HostPool(group)
+        pool = MemoryLedger(group)
         pool.book("layers", LAYERS * tiny_store.LAYER_BYTES)
         on_host = pool.allocate("layers").view(LAYERS, -1)
         on_host.copy_(torch.stack(flats))
@@ -161,16 +162,16 @@ def test_no_slot_is_overwritten_while_the_device_lags_behind(kind: str) -> None:
 
 
 def test_memory_that_cannot_be_page_locked_is_told_and_harms_no_kernel() -> None:
-    pool = HostPool(on_gpu())
+    pool = MemoryLedger(on_gpu())
     pool.book("a", 1 << 20)
     buffer = pool.allocate("a")
     with pytest.warns(UserWarning, match=r"a: 0\.00 GiB could not be page-locked"):
-        Memory(-1, 1 << 20).page_lock(buffer, "a", speak=False)  # for the second time
+        HostBuffer(-1, 1 << 20).page_lock(buffer, "a", speak=False)  # for the second time
     assert float(torch.ones(3, device="cuda").add_(1).sum()) == 6
 
 
 def test_memory_is_given_back_unlocked() -> None:
-    pool = HostPool(on_gpu())
+    pool = MemoryLedger(on_gpu())
     pool.book("a", 1 << 20)
     for _ in range(50):  # where it stayed registered a second one at its address would be refused
         assert pool.allocate("a").is_pinned()

@@ -11,10 +11,10 @@ import tiny_strategy
 
 from fttrain.config.run_config import compose
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.memory.ledger import MemoryLedger
 from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.schedule.config import ScheduleConfig
-from fttrain.store.hostpool import HostPool
 from fttrain.strategy.config import Placement, StrategyConfig, check_trained
 from fttrain.strategy.recipe import Plan, StepSize
 from fttrain.strategy.zero.config import ZeroConfig
@@ -36,7 +36,7 @@ def settled(environment: dict[str, str] | None = None, **zero: Any) -> Settings:
         size=StepSize(3, 64, 4),
         dtype="bfloat16",
     )
-    plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, HostPool(group))
+    plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, MemoryLedger(group))
     return resolve(plan, environment or {})
 
 

@@ -11,9 +11,9 @@ import torch
 from ranks import run_ranks
 
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.memory.ledger import MemoryLedger
 from fttrain.model.projection import QuantisedTable, Table
 from fttrain.quant.config import QuantConfig
-from fttrain.store.hostpool import HostPool
 from fttrain.strategy.config import Placement
 from fttrain.strategy.ends import book_ends, load_ends
 from fttrain.strategy.recipe import Plan, Recipe
@@ -26,7 +26,7 @@ EVERYWHERE = list(
 
 def plan(recipe: Recipe, model: str = "llama", device: str = "cpu") -> Plan:
     frozen, group = tiny_strategy.base(model), RankGroup(0, 1, 0, torch.device(device))
-    return Plan(recipe, group, frozen.architecture, frozen.frozen_format, HostPool(group))
+    return Plan(recipe, group, frozen.architecture, frozen.frozen_format, MemoryLedger(group))
 
 
 @pytest.mark.parametrize(("model", "embedding", "head"), EVERYWHERE)

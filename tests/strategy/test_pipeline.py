@@ -9,12 +9,12 @@ import tiny_strategy
 import torch
 
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.memory.ledger import MemoryLedger
 from fttrain.model import head as head_module
 from fttrain.model.head import Head
 from fttrain.model.projection import Projection, QuantisedTable, Table, tiled_format
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer
-from fttrain.store.hostpool import HostPool
 from fttrain.strategy.pipeline import fixed_bytes
 from fttrain.strategy.recipe import Plan
 from fttrain.util.errors import UserError
@@ -29,7 +29,7 @@ def fixed(
     frozen = tiny_strategy.base(quant=quant, hidden_size=hidden)
     group = RankGroup(stage, STAGES, stage, tiny.CPU)
     recipe = replace(tiny_strategy.variant("pipeline", **placement), quant=quant)
-    plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, HostPool(group))
+    plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, MemoryLedger(group))
     return fixed_bytes(plan)
 
 

@@ -9,11 +9,10 @@ import tiny
 import tiny_strategy
 
 from fttrain.data.batch import collate
+from fttrain.memory.ledger import MemoryLedger
 from fttrain.optim.config import OptimConfig
 from fttrain.schedule import layer_pass
-from fttrain.schedule.config import KINDS
-from fttrain.schedule.config import ScheduleConfig
-from fttrain.store.hostpool import HostPool
+from fttrain.schedule.config import KINDS, ScheduleConfig
 from fttrain.strategy import parts
 from fttrain.strategy.config import SCHEDULES, Placement, StrategyConfig, check_together
 from fttrain.strategy.recipe import Plan, StepSize
@@ -82,7 +81,7 @@ def test_policies_by_layer() -> None:
 def test_sizes_of_a_plan() -> None:
     frozen, group = tiny_strategy.base(), tiny_strategy.this_group()
     recipe = tiny_strategy.variant(dtype="bfloat16")
-    plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, HostPool(group))
+    plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, MemoryLedger(group))
     assert plan.layer_bytes == len(frozen.flats[0])
     assert plan.table_bytes == 2 * 300 * 64
 
@@ -97,7 +96,7 @@ def test_host_memory_of_offloaded_activations_is_what_a_layer_leaves(
     recipe = tiny_strategy.variant(dtype="bfloat16", activations="offload", mlp_tile_tokens=tile)
     lora = replace(recipe.lora, use_dora=use_dora)
     recipe = replace(recipe, size=StepSize(1, 1500, 1), lora=lora)
-    plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, HostPool(group))
+    plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, MemoryLedger(group))
     strategy = tiny_strategy.build(recipe, tiny_strategy.base(dtype="bfloat16"))
     assert strategy.decoder.layers[0].shell.mlp.tile_tokens == (0 if tile == "all" else tile)
     batch = collate(tiny.documents((recipe.size.seq_len,)), 0)

@@ -28,9 +28,9 @@ from fttrain.cli import main
 from fttrain.data.config import DataConfig
 from fttrain.data.dataset import prepare
 from fttrain.data.loader import Loader
+from fttrain.memory import ledger
 from fttrain.model.head import Head
 from fttrain.quant.config import QuantConfig
-from fttrain.store import hostpool
 from fttrain.track import read_metrics
 from fttrain.track.memory import read_samples
 from fttrain.track.results import held_out
@@ -400,7 +400,7 @@ def test_a_host_that_is_too_small_is_refused_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hostpool, "available_host_bytes", lambda: 1000)
+    monkeypatch.setattr(ledger, "available_host_bytes", lambda: 1000)
     cache = tmp_path / "cache"
     assert run(folder, tmp_path / "run", "strategy=stream", f"frozen.cache_dir={cache}") == 2
     error = error_of(capsys)

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from fttrain.data.batch import IGNORE, ROW_MULTIPLE, MicroBatch, collate
+from fttrain.memory.advice import explain_out_of_memory
+from fttrain.memory.ledger import Reservation
 from fttrain.model.linears import DropoutKey
 from fttrain.store import FrozenBase, Traffic
 from fttrain.store.filling import Progress
-from fttrain.store.hostpool import Booking
 from fttrain.strategy.protocol import Judge, StepStats
 from fttrain.strategy.recipe import Plan
 from fttrain.strategy.sync import SyncStats
 from fttrain.strategy.update import UpdateStats
-from fttrain.strategy.usage import explained
 from fttrain.strategy.zero import engine, model, state
 from fttrain.strategy.zero.settings import Settings
 
@@ -35,7 +35,7 @@ class DeepSpeed:
     ) -> None:
         self._plan, self._group = plan, plan.group
         self._seed = plan.recipe.seed
-        self.bookings: Sequence[Booking] = plan.pool.bookings
+        self.reservations: Sequence[Reservation] = plan.pool.reservations
         self.pass_s = 0.0
         engine.quiet()
         self._moved = engine.join_ranks(plan.group.device)
@@ -154,7 +154,7 @@ class DeepSpeed:
         return result
 
     def _explained(self) -> AbstractContextManager[None]:
-        return explained(self.bookings, self._group.rank, self._group.device)
+        return explain_out_of_memory(self.reservations, self._group.rank, self._group.device)
 
     def adapter_state(self) -> dict[str, Tensor]:
         return self._engine.masters(self._trained)

@@ -5,35 +5,36 @@ import tiny
 import tiny_strategy
 import torch
 
-from fttrain.rig.probe import peak_host_bytes
-from fttrain.store.hostpool import Booking
-from fttrain.strategy import usage
-from fttrain.strategy.usage import Use, explained, table, uses
+from fttrain.memory import report
+from fttrain.memory.advice import explain_out_of_memory
+from fttrain.memory.host import peak_host_bytes
+from fttrain.memory.ledger import Reservation
+from fttrain.memory.report import PartUsage, part_usage, usage_table
 from fttrain.util.errors import UserError
 from fttrain.util.units import GIB
 
 BOOKINGS = [
-    Booking("head", GIB, "shared"),
-    Booking("frozen layers", 3 * GIB, "device"),
-    Booking("activations", 5 * GIB, "device"),
-    Booking("adapter masters", 9 * GIB, "host"),
+    Reservation("head", GIB, "shared"),
+    Reservation("frozen layers", 3 * GIB, "device"),
+    Reservation("activations", 5 * GIB, "device"),
+    Reservation("adapter masters", 9 * GIB, "host"),
 ]
 
 
 def test_parts_come_by_size_and_last_what_is_not_booked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usage, "peak_host_bytes", lambda: 20 * GIB)
-    assert uses(BOOKINGS, tiny.CPU) == [  # on a CPU all of it is host memory
-        Use("adapter masters", 0, 9 * GIB),
-        Use("activations", 0, 5 * GIB),
-        Use("frozen layers", 0, 3 * GIB),
-        Use("head", 0, GIB),
-        Use("interpreter, libraries, kernels and what they pass on", 0, 2 * GIB),
+    monkeypatch.setattr(report, "peak_host_bytes", lambda: 20 * GIB)
+    assert part_usage(BOOKINGS, tiny.CPU) == [  # on a CPU all of it is host memory
+        PartUsage("adapter masters", 0, 9 * GIB),
+        PartUsage("activations", 0, 5 * GIB),
+        PartUsage("frozen layers", 0, 3 * GIB),
+        PartUsage("head", 0, GIB),
+        PartUsage("interpreter, libraries, kernels and what they pass on", 0, 2 * GIB),
     ]
 
 
 def test_the_table_adds_up_and_leaves_out_what_is_nothing() -> None:
-    found = [Use("layers", 3 * GIB), Use("head", 0, GIB // 2), Use("crumbs", 1000, 1000)]
-    assert table(found, "memory of rank 1") == [
+    found = [PartUsage("layers", 3 * GIB), PartUsage("head", 0, GIB // 2), PartUsage("crumbs", 1000, 1000)]
+    assert usage_table(found, "memory of rank 1") == [
         "memory of rank 1, GiB",
         "            device    host",
         "  layers      3.00    0.00",
@@ -56,7 +57,7 @@ def test_books_of_a_strategy_hold_what_it_has() -> None:
     moments = strategy.optimizer_state()
     kept = sum(value.nbytes for name, value in moments.items() if "step" not in name)
     assert booked["optimizer moments"] == kept
-    total = sum(use.host_bytes for use in uses(strategy.bookings, tiny.CPU))
+    total = sum(use.host_bytes for use in part_usage(strategy.bookings, tiny.CPU))
     assert total == pytest.approx(peak_host_bytes(), rel=0.01)
 
 
@@ -67,13 +68,13 @@ def test_out_of_memory_is_explained() -> None:
         r"activations 5\.00 GiB, frozen layers 3\.00 GiB; what frees most: activations=recompute "
         r"with boundaries=host, or .*; strategy=shard, stream or pipeline"
     )
-    with pytest.raises(UserError, match=message), explained(BOOKINGS, 1, tiny.CPU):
+    with pytest.raises(UserError, match=message), explain_out_of_memory(BOOKINGS, 1, tiny.CPU):
         raise torch.OutOfMemoryError(text)
 
 
 def test_a_cpu_without_memory_is_explained_and_other_errors_are_not() -> None:
     message = "rank 0 ran out of memory on cpu"
-    with pytest.raises(UserError, match=message), explained(BOOKINGS, 0, tiny.CPU):
+    with pytest.raises(UserError, match=message), explain_out_of_memory(BOOKINGS, 0, tiny.CPU):
         torch.empty(1 << 60, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="shapes"), explained(BOOKINGS, 0, tiny.CPU):
+    with pytest.raises(RuntimeError, match="shapes"), explain_out_of_memory(BOOKINGS, 0, tiny.CPU):
         raise RuntimeError("shapes")

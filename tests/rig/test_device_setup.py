@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from fttrain.memory.device import free_device_bytes, is_out_of_memory
+from fttrain.memory.host import peak_host_bytes
 from fttrain.rig.config import RigConfig
-from fttrain.rig.probe import free_device_bytes, is_out_of_memory, peak_host_bytes, set_up
+from fttrain.rig.device_setup import set_up
 from fttrain.util.errors import UserError
 
 

@@ -3,7 +3,7 @@
 import psutil
 import torch
 
-from fttrain.rig.probe import available_host_bytes, peak_host_bytes
+from fttrain.memory.host import available_host_bytes, peak_host_bytes
 
 # Device -> its highest peak before the last reset. Of the process, as the allocator's own figures
 # are: to start a peak anew must not take from others what they read as the peak of the run.

@@ -10,8 +10,9 @@ import torch
 import torch.distributed
 from ranks import run_ranks
 
-import fttrain.store.hostpool
-from fttrain.store.hostpool import HostPool, Memory
+import fttrain.memory.ledger
+from fttrain.memory.ledger import MemoryLedger
+from fttrain.memory.pinned import HostBuffer
 from fttrain.util.errors import UserError
 from fttrain.util.units import GIB
 
@@ -19,8 +20,8 @@ SIZE = 1000
 
 
 def test_what_does_not_fit_is_refused_with_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fttrain.store.hostpool, "available_host_bytes", lambda: 3 * GIB)
-    pool = HostPool(tiny_strategy.this_group())
+    monkeypatch.setattr(fttrain.memory.ledger, "available_host_bytes", lambda: 3 * GIB)
+    pool = MemoryLedger(tiny_strategy.this_group())
     pool.book("frozen layers", 2 * GIB, shared=True)
     pool.book("boundaries", GIB)
     pool.check()  # to the byte
@@ -34,15 +35,15 @@ def test_what_does_not_fit_is_refused_with_figures(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_is_booked_anew_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fttrain.store.hostpool, "available_host_bytes", lambda: 3 * GIB)
-    pool = HostPool(tiny_strategy.this_group())
+    monkeypatch.setattr(fttrain.memory.ledger, "available_host_bytes", lambda: 3 * GIB)
+    pool = MemoryLedger(tiny_strategy.this_group())
     for _ in range(4):
         pool.book("boundaries", GIB)
     pool.check()
 
 
 def test_more_than_this_machine_has_is_refused() -> None:
-    pool = HostPool(tiny_strategy.this_group())
+    pool = MemoryLedger(tiny_strategy.this_group())
     pool.book("boundaries", 1 << 60)
     with pytest.raises(UserError, match=r"boundaries 1073741824\.00 GiB"):
         pool.check()
@@ -51,7 +52,7 @@ def test_more_than_this_machine_has_is_refused() -> None:
 
 
 def test_buffers_are_zero_and_apart() -> None:
-    pool = HostPool(tiny_strategy.this_group())
+    pool = MemoryLedger(tiny_strategy.this_group())
     pool.book("a", SIZE)
     pool.book("b", SIZE, shared=True)
     a, b = pool.allocate("a"), pool.allocate("b")
@@ -65,7 +66,7 @@ def test_buffers_are_zero_and_apart() -> None:
 def on_rank() -> dict[str, Any]:
     """Buffers of two ranks that need different amounts, and what a check says of too much."""
     group = tiny_strategy.this_group()
-    pool = HostPool(group)
+    pool = MemoryLedger(group)
     pool.book("shared", SIZE, shared=True)
     pool.book("own", SIZE * (1 + group.rank))
     pool.check()
@@ -73,7 +74,7 @@ def on_rank() -> dict[str, Any]:
     shared[group.rank] = own[:] = 1 + group.rank
     group.barrier()
     available = 3 * GIB + group.rank * GIB
-    fttrain.store.hostpool.available_host_bytes = lambda: available
+    fttrain.memory.ledger.available_host_bytes = lambda: available
     pool.book("shared", GIB, shared=True)
     pool.book("own", (1 + group.rank) * GIB)
     try:
@@ -117,7 +118,7 @@ def test_memory_is_unlocked_for_the_card_that_it_was_locked_for(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: asked.append("waited"))
-    memory = Memory(-1, SIZE)
+    memory = HostBuffer(-1, SIZE)
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
     memory.page_lock(buffer, "a", speak=False)
     address = buffer.data_ptr()

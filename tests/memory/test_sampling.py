@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 
-from fttrain.rig import memory
+from fttrain.memory import sampling
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -15,18 +15,18 @@ LAG_CYCLES = 10**9  # about half a second of a card
 
 
 def test_a_sample_follows_what_this_process_holds() -> None:
-    before = memory.sample(CPU)
+    before = sampling.sample(CPU)
     assert before.keys() == {"host_resident_bytes", "host_peak_bytes", "host_free_bytes"}
     with mmap.mmap(-1, 256 * MIB) as pages:  # no allocator keeps these
         pages.write(bytes(256 * MIB))
-        held = memory.sample(CPU)
-    after = memory.sample(CPU)
+        held = sampling.sample(CPU)
+    after = sampling.sample(CPU)
     resident = [sample["host_resident_bytes"] for sample in (before, held, after)]
     assert resident[1] - resident[0] >= 255 * MIB
     assert resident[1] - resident[2] >= 255 * MIB
     assert resident[1] <= held["host_peak_bytes"]
     assert after["host_peak_bytes"] - after["host_resident_bytes"] >= 255 * MIB, "it is remembered"
-    assert memory.peak_device_bytes(CPU) == 0
+    assert sampling.peak_device_bytes(CPU) == 0
     for sample in (before, held, after):
         assert 0 < sample["host_free_bytes"] < psutil.virtual_memory().total
 
@@ -43,7 +43,7 @@ class Books:
             "mem_get_info": lambda device: (600, 1000),
         }.items():
             monkeypatch.setattr(torch.cuda, name, function)
-        monkeypatch.setattr(memory, "_earlier_peaks_bytes", {})
+        monkeypatch.setattr(sampling, "_earlier_peaks_bytes", {})
 
     def hold(self, size_bytes: int) -> None:
         self.now = size_bytes
@@ -66,13 +66,13 @@ def test_peaks_begin_anew_and_the_highest_is_remembered(monkeypatch: pytest.Monk
     for sizes in ([10, 200, 20], [20, 90, 30], [], [250, 5]):
         for size_bytes in sizes:
             books.hold(size_bytes)
-        recent.append(memory.sample(device))
-        highest.append(memory.peak_device_bytes(device))
+        recent.append(sampling.sample(device))
+        highest.append(sampling.peak_device_bytes(device))
     assert [sample["device_peak_bytes"] for sample in recent] == [200, 90, 30, 250]
     assert [sample["device_allocated_bytes"] for sample in recent] == [20, 30, 30, 5]
     assert highest == [200, 200, 200, 250]
     books.hold(400)
-    assert memory.peak_device_bytes(device) == 400, "before anybody takes a sample of it"
+    assert sampling.peak_device_bytes(device) == 400, "before anybody takes a sample of it"
     assert recent[0]["device_reserved_bytes"] == 300
     assert (recent[0]["device_used_bytes"], recent[0]["device_total_bytes"]) == (400, 1000)
 
@@ -80,21 +80,21 @@ def test_peaks_begin_anew_and_the_highest_is_remembered(monkeypatch: pytest.Monk
 @pytest.mark.cuda
 def test_on_a_card_a_sample_knows_the_peak_and_waits_for_nothing() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    memory.sample(device)
+    sampling.sample(device)
     first = torch.ones(64 * MIB, dtype=torch.uint8, device=device)
-    before = memory.sample(device)
+    before = sampling.sample(device)
     second = torch.ones(128 * MIB, dtype=torch.uint8, device=device)
     del second
-    highest = memory.peak_device_bytes(device)
+    highest = sampling.peak_device_bytes(device)
     torch.cuda.synchronize()
     torch.cuda._sleep(LAG_CYCLES)
     done = torch.cuda.Event()
     done.record()
-    after = memory.sample(device)
+    after = sampling.sample(device)
     assert not done.query(), "the device was still at work"
     assert after["device_peak_bytes"] - before["device_allocated_bytes"] >= 128 * MIB
     assert after["device_allocated_bytes"] == before["device_allocated_bytes"] >= first.nbytes
-    assert memory.sample(device)["device_peak_bytes"] == after["device_allocated_bytes"]
-    assert memory.peak_device_bytes(device) == highest >= after["device_peak_bytes"]
+    assert sampling.sample(device)["device_peak_bytes"] == after["device_allocated_bytes"]
+    assert sampling.peak_device_bytes(device) == highest >= after["device_peak_bytes"]
     reserved, used, total = (after[f"device_{n}_bytes"] for n in ("reserved", "used", "total"))
     assert reserved <= used < total

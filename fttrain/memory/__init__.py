@@ -1,0 +1,1 @@
+"""Memory of a rank, on its device and on the host: reserved, allocated, measured, explained."""

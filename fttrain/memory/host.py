@@ -1,0 +1,77 @@
+"""Host memory: of this process, and what a control group or the machine leaves it."""
+
+import re
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def peak_host_bytes() -> int:
+    """The most resident memory this process has had.
+
+    Linux's getrusage would count what its parent had when it started it, too (getrusage(2) keeps
+    the maximum over execve), so the kernel's own mark of this program is read where there is one.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        status = ""
+    if marked := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+        return int(marked[1]) * 1024
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def available_host_bytes() -> int:
+    """Memory that programs can still have without swapping: the machine's, or what a control group
+    (a container, a batch system) leaves of its limit.
+    """
+    return min([psutil.virtual_memory().available, *_cgroup_rooms()])
+
+
+def cgroup_limit_bytes(root: Path = CGROUPS) -> int | None:
+    """The least memory that a control group (version 2) which this process is in may take; None
+    where none has a limit.
+    """
+    limits = [_limit_bytes(level) for level in _cgroup_levels(root)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _cgroup_rooms() -> list[int]:
+    """Limit less use of each control group that this process is in; page cache that the kernel can
+    drop does not count as used.
+    """
+    rooms = []
+    for level in _cgroup_levels(CGROUPS):
+        try:
+            limit = _limit_bytes(level)
+            used = int((level / "memory.current").read_text())
+            stat = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue  # the root group and version 1 have no such files
+        if limit is not None:
+            rooms.append(limit - used + int(stat.get("inactive_file", 0)))
+    return rooms
+
+
+def _cgroup_levels(root: Path) -> list[Path]:
+    """The folders of the control groups (version 2) that this process is in, innermost first."""
+    try:
+        own = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    path = next((line.split("::", 1)[1] for line in own if line.startswith("0::")), "/")
+    folder = root / path.lstrip("/")
+    return [level for level in (folder, *folder.parents) if level.is_relative_to(root)]
+
+
+def _limit_bytes(level: Path) -> int | None:
+    """Of one control group; None where it has none."""
+    try:
+        return int((level / "memory.max").read_text())
+    except (OSError, ValueError):
+        return None  # "max"; the root group and version 1 have no such file
