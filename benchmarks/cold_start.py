@@ -132,25 +132,27 @@ def _work(job: dict[str, Any], group: Any) -> Callable[[], Any]:
     """What the clock measures, on this rank."""
     from fttrain.frozen.cache import FrozenCache
     from fttrain.memory.ledger import MemoryLedger
-    from fttrain.store.filling import book_layers, in_turn, to_device
+    from fttrain.store.loading import book_layers, in_turn, to_device
 
     layers, layer_bytes = job["layers"], job["layer_bytes"]
     base = FrozenCache(Path(job["folder"]), {})
     own = range(layers)[group.rank :: group.world_size]
-    pool, side = MemoryLedger(group), job["side"]
+    ledger, side = MemoryLedger(group), job["side"]
     if side == "plain":
         return lambda: [_read(base.path(layer)) for layer in own]
     if side == "stream":
-        pool.book("host copy", layers * layer_bytes, shared=True)
-        on_host = pool.allocate("host copy").view(layers, layer_bytes)
+        ledger.book("host copy", layers * layer_bytes, shared=True)
+        on_host = ledger.allocate("host copy").view(layers, layer_bytes)
         return lambda: [base.read(layer, on_host[layer]) for layer in own]
     size_bytes = layer_bytes // (group.world_size if side == "shard" else 1)
     offset_bytes = group.rank * size_bytes if side == "shard" else 0
-    book_layers(pool, layers, size_bytes)
+    book_layers(ledger, layers, size_bytes)
     order = range(layers)
     if side == "replicate":
         order = in_turn(order, group.rank, group.world_size)
-    return lambda: to_device(base, order, size_bytes, pool, lambda done, total: None, offset_bytes)
+    return lambda: to_device(
+        base, order, size_bytes, ledger, lambda done, total: None, offset_bytes
+    )
 
 
 def _read(path: Path) -> None:

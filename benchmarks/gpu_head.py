@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fttrain.model.functions import rms_norm, rms_norm_backward
 from fttrain.model.head import Head
-from fttrain.model.projection import Table
+from fttrain.model.projection import ResidentHead
 from fttrain.util.errors import first_line
 
 EPS, LOSS_NATS, WEIGHT_STD = 1e-5, 2.0, 0.02
@@ -93,7 +93,7 @@ def measured(
 def inputs(
     vocabulary: int, width: int, tokens: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Table (V, C), norm's weight (C,) and hidden states (T, C) in bf16, targets int64 (T,)."""
+    """ResidentHead (V, C), norm's weight (C,) and hidden states (T, C) in bf16, targets int64 (T,)."""
     random = torch.Generator(device).manual_seed(0)
 
     def values(*size: int) -> Tensor:
@@ -118,7 +118,7 @@ def _sides(
     """By name: what makes a side's work."""
 
     def ours() -> Work:
-        head, trained = Head(norm, Table(table), EPS), torch.arange(len(targets)).to(targets)
+        head, trained = Head(norm, ResidentHead(table), EPS), torch.arange(len(targets)).to(targets)
 
         def work() -> tuple[Tensor, Tensor]:
             with head.brought():

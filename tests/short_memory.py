@@ -10,7 +10,7 @@ from fttrain.model.decoder import Mlp
 from fttrain.model.head import Head
 from fttrain.model.linears import LinearGroup
 from fttrain.schedule import layer_pass
-from fttrain.schedule.stage_link import StageLink
+from fttrain.schedule.pipeline_p2p import PipelineP2P
 
 
 def limit(patch: pytest.MonkeyPatch, place: str, tokens: int, layer: int = 0) -> None:
@@ -31,7 +31,7 @@ def limit(patch: pytest.MonkeyPatch, place: str, tokens: int, layer: int = 0) ->
         """In the middle of a layer: some of its groups have added their gradients, some not."""
         return len(grad) if group.layer == layer and group.shape.name == "o" else 0
 
-    def receive(link: StageLink, rows: int, step: int) -> int:
+    def receive(link: PipelineP2P, rows: int, step: int) -> int:
         """Once for each limit: then the stage has dropped what was in the way."""
         asked.append(rows)
         return max(asked) if len(asked) == 1 else 0
@@ -45,7 +45,7 @@ def limit(patch: pytest.MonkeyPatch, place: str, tokens: int, layer: int = 0) ->
         "head": (Head, "loss_and_gradient", lambda head, hidden, *_: len(hidden)),
         "loss": (Head, "loss", lambda head, hidden, *_: len(hidden)),  # of an evaluation
         "backward": (LinearGroup, "backward", backward),
-        "receive": (StageLink, "receive", receive),
+        "receive": (PipelineP2P, "receive", receive),
     }[place]
     patch.setattr(owner, name, _limited(getattr(owner, name), measure, tokens))
 

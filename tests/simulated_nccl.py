@@ -16,7 +16,7 @@ import torch.distributed
 from torch import Tensor
 
 from fttrain.distributed import collectives
-from fttrain.strategy import sync
+from fttrain.strategy import grad_reduce
 
 RANKS = 2
 
@@ -107,7 +107,7 @@ def simulated_nccl(rank: int, layers: Sequence[Tensor]) -> Iterator[None]:
         (torch.distributed, "irecv"): asks(Communicator.receive, waits=False),
         (collectives, "_all_gather_single"): asks(Communicator.all_gather, 2),
         (collectives, "_reduce_scatter_single"): asks(Communicator.reduce_scatter, 2),
-        (sync, "_HostTimer"): sync._CudaTimer,
+        (grad_reduce, "_HostTimer"): grad_reduce._CudaTimer,
     }
     with pytest.MonkeyPatch.context() as patch:
         for (place, name), stand_in in stand_ins.items():

@@ -46,12 +46,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fttrain
 from fttrain.memory.ledger import MemoryLedger
-from fttrain.store import lane
+from fttrain.store import side_stream
 
 CPU = torch.device("cpu")
 # Functions by which an op or an allocation is named: ours, but for what only passes it on.
 NAMED = (Path(fttrain.__file__).parent, Path(__file__).parent)
-UNNAMED = (lane.__file__, stream_races.__file__, __file__)
+UNNAMED = (side_stream.__file__, stream_races.__file__, __file__)
 
 
 class Stream(Timeline):
@@ -231,17 +231,17 @@ def simulated_streams() -> Iterator[Simulation]:
     simulation = Simulation()
     allocate = MemoryLedger.allocate
 
-    def allocate_on_host(pool: MemoryLedger, what: str) -> Tensor:
-        return simulation.in_host_memory(allocate(pool, what), what)
+    def allocate_on_host(ledger: MemoryLedger, what: str) -> Tensor:
+        return simulation.in_host_memory(allocate(ledger, what), what)
 
     stand_ins = {
         (torch.cuda, "Stream"): lambda device=None: Stream(simulation, f"a stream of {_where()}"),
         (torch.cuda, "Event"): lambda enable_timing=False: Event(simulation),
         (torch.cuda, "stream"): simulation.running,
         (torch.cuda, "current_stream"): lambda device=None: simulation.stream,
-        (lane, "ThreadLane"): lambda: lane.StreamLane(CPU, timed=True),
-        (lane, "CollectiveLane"): lambda: lane.StreamLane(CPU, timed=True),
-        (lane, "ThreadPoolExecutor"): lambda count, name: Worker(simulation, name),
+        (side_stream, "ThreadLane"): lambda: side_stream.CudaSideStream(CPU, timed=True),
+        (side_stream, "CollectiveLane"): lambda: side_stream.CudaSideStream(CPU, timed=True),
+        (side_stream, "ThreadPoolExecutor"): lambda count, name: Worker(simulation, name),
         (MemoryLedger, "allocate"): allocate_on_host,
     }
     with pytest.MonkeyPatch.context() as patch:

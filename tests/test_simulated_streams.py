@@ -8,7 +8,7 @@ from simulated_streams import CPU, Simulation, simulated_streams
 from stream_races import Race
 from torch import Tensor
 
-from fttrain.store import lane
+from fttrain.store import side_stream
 
 SIZE = 8
 
@@ -140,12 +140,12 @@ def thread_reads_before_the_copy(right: bool) -> None:
     put_on(side, lambda: on_host.copy_(tensor, non_blocking=True))
     if right:
         side.synchronize()
-    lane.device_thread(CPU, "reader").submit(on_host.sum).result()
+    side_stream.device_thread(CPU, "reader").submit(on_host.sum).result()
 
 
 def host_reads_what_a_thread_writes(right: bool) -> None:
     on_host = pinned()
-    writing = lane.device_thread(CPU, "writer").submit(on_host.fill_, 2)
+    writing = side_stream.device_thread(CPU, "writer").submit(on_host.fill_, 2)
     if right:
         writing.result()
     on_host.sum()
@@ -274,8 +274,8 @@ def test_a_copy_that_comes_too_late_matters_where_someone_reads_it(
 
 
 def test_nothing_is_left_of_the_simulation() -> None:
-    before = torch.cuda.Stream, torch.cuda.current_stream, lane.copy_lane(CPU).__class__
+    before = torch.cuda.Stream, torch.cuda.current_stream, side_stream.copy_stream(CPU).__class__
     with simulated_streams():
-        assert isinstance(lane.copy_lane(CPU), lane.StreamLane)
-    after = torch.cuda.Stream, torch.cuda.current_stream, lane.copy_lane(CPU).__class__
+        assert isinstance(side_stream.copy_stream(CPU), side_stream.CudaSideStream)
+    after = torch.cuda.Stream, torch.cuda.current_stream, side_stream.copy_stream(CPU).__class__
     assert after == before

@@ -29,7 +29,7 @@ from fttrain.frozen.readers import Reader
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture, Decoder
 from fttrain.model.layer_adapters import LayerAdapters
-from fttrain.model.projection import Table
+from fttrain.model.projection import ResidentHead
 from fttrain.quant.checksum import checksum
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat
@@ -38,8 +38,8 @@ from fttrain.schedule.activations import Keep, Recompute
 from fttrain.store import Store
 from fttrain.store.resident import ResidentStore
 from fttrain.store.verify import VerifiedStore
+from fttrain.strategy.grad_reduce import NoSync
 from fttrain.strategy.gradients import ResidentGradients
-from fttrain.strategy.sync import NoSync
 from fttrain.util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -153,7 +153,7 @@ def build(
     flats = [flat.to(device) for flat in flats]
     store = verified(ResidentStore(flats, frozen_format), flats)
     own = adapters(architecture, lora, dtype, device)
-    head = Table(head)
+    head = ResidentHead(head)
     decoder = Decoder(architecture, embedding, norm, head, own, mlp_tile_tokens=mlp_tile_tokens)
     randomise(decoder)
     return decoder, store
@@ -327,6 +327,6 @@ def logits(decoder: Decoder, store: Store, batch: MicroBatch) -> Tensor:
     from fttrain.schedule import layer_pass
 
     work = layer_pass.start(decoder, batch, None, None)
-    for layer in layer_pass.walk(decoder, store, range(len(store))):
+    for layer in layer_pass.iterate_layers(decoder, store, range(len(store))):
         layer_pass.forward_only(decoder.layers[layer], work)
     return decoder.head.logits(work.hidden[: sum(batch.lengths)])  # the rest is padding

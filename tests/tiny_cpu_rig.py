@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fttrain.rig.profile import CardProfile, HostProfile, LinkProfile, RigProfile, Sample
+from fttrain.rig.profile import CardProfile, HostProfile, LinkProfile, LinkSample, RigProfile
 
 ROOMY = 1 << 40
 
@@ -19,7 +19,8 @@ def rig(
     card = CardProfile("core", "cpu", memory_bytes, 1e10, 1e10, 1e10, overhead_bytes=overhead_bytes)
     rates = {"all_reduce": sums_bytes_per_s, "all_gather": 1e9, "send_recv": 1e9}
     samples = {
-        name: (Sample(1, 1 / rate), Sample(10**9, 1e9 / rate)) for name, rate in rates.items()
+        name: (LinkSample(1, 1 / rate), LinkSample(10**9, 1e9 / rate))
+        for name, rate in rates.items()
     }
     host = HostProfile("cpu", 8, cards * memory_bytes, adamw_values_per_s=1e9)
     return RigProfile("made up", (card,) * cards, host, (LinkProfile("gloo", "?", cards, samples),))

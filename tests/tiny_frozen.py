@@ -13,7 +13,7 @@ from fttrain.frozen.cache import FrozenCache
 from fttrain.frozen.config import ModelConfig
 from fttrain.frozen.source import resolve
 from fttrain.quant.config import QuantConfig
-from fttrain.strategy.build import frozen_base
+from fttrain.strategy.builder import frozen_base
 
 ALONE = RankGroup(0, 1, 0, tiny.CPU)
 LAYERS = 6

@@ -6,16 +6,16 @@ import tiny
 import tiny_strategy
 
 from fttrain.model.decoder import Architecture
-from fttrain.plan.choose import Verdict, candidates, choose
+from fttrain.plan.choose import Candidate, candidates, choose
 from fttrain.rig.profile import (
     CardProfile,
     CopyRates,
     HostProfile,
     LinkProfile,
+    LinkSample,
     RigProfile,
-    Sample,
 )
-from fttrain.strategy.recipe import Recipe, StepSize
+from fttrain.strategy.spec import StepSize, StrategySpec
 
 A = Architecture(tiny.model(num_hidden_layers=6).config)
 RECIPE = replace(tiny_strategy.variant(), size=StepSize(1, 64, 1))
@@ -32,11 +32,11 @@ def rig(
     copies = CopyRates(copy)
     card = CardProfile("card", "cuda", memory_bytes, 1e10, 1e10, 1e10, copies, copies)
     names = ("all_reduce", "all_gather", "send_recv")
-    samples = {name: (Sample(1, 1 / link), Sample(10**9, 1e9 / link)) for name in names}
+    samples = {name: (LinkSample(1, 1 / link), LinkSample(10**9, 1e9 / link)) for name in names}
     host = HostProfile("cpu", 8, host_bytes, adamw_values_per_s=1e9)
     links = (LinkProfile("default", "?", cards, samples),)
     return RigProfile("made up", (card,) * cards, host, links)
 
 
-def chosen(on: RigProfile, recipe: Recipe = RECIPE) -> list[Verdict]:
-    return choose(list(candidates(recipe, len(on.cards))), A, on, lambda done, total: None)
+def chosen(on: RigProfile, spec: StrategySpec = RECIPE) -> list[Candidate]:
+    return choose(list(candidates(spec, len(on.cards))), A, on, lambda done, total: None)

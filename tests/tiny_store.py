@@ -12,7 +12,7 @@ from fttrain.distributed.collectives import Handle
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.store import Store, Traffic
-from fttrain.store.lane import CollectiveLane, HostLane, ThreadLane, Work
+from fttrain.store.side_stream import CollectiveSideStream, HostSideStream, Task, ThreadSideStream
 
 CPU = torch.device("cpu")
 FORMAT = FrozenFormat(
@@ -58,7 +58,7 @@ def steady(store: Store) -> Traffic:
     return store.take_traffic()
 
 
-class CountingLane(ThreadLane):
+class CountingLane(ThreadSideStream):
     """Counts the works that began and those that are done, each of which takes its time."""
 
     def __init__(self, work_s: float = 0.0) -> None:
@@ -66,7 +66,7 @@ class CountingLane(ThreadLane):
         self.started = self.ended = 0
         self._work_s = work_s
 
-    def run(self, work: Work, after: Any = None) -> Handle:
+    def run(self, work: Task, after: Any = None) -> Handle:
         def counted() -> Handle | None:
             time.sleep(self._work_s)
             handle = work()
@@ -82,14 +82,14 @@ def delay_lanes(seed: int, most_s: float = 3e-3) -> None:
     mostly short, at most ``most_s``.
     """
     chance = random.Random(seed)
-    for kind in (ThreadLane, CollectiveLane):
+    for kind in (ThreadSideStream, CollectiveSideStream):
         kind._start = _late(kind._start, chance, most_s)  # type: ignore[method-assign]
 
 
 def _late(
-    start: Callable[[Any, Work], Any], chance: random.Random, most_s: float
-) -> Callable[[HostLane, Work], Any]:
-    def start_late(lane: HostLane, work: Work) -> Any:
+    start: Callable[[Any, Task], Any], chance: random.Random, most_s: float
+) -> Callable[[HostSideStream, Task], Any]:
+    def start_late(lane: HostSideStream, work: Task) -> Any:
         delay_s = most_s * chance.random() ** 3
 
         def late() -> Any:

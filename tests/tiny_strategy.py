@@ -22,21 +22,21 @@ from fttrain.quant.config import QuantConfig
 from fttrain.schedule.activations import Recompute
 from fttrain.schedule.config import ScheduleConfig
 from fttrain.store.verify import VerifiedStore
-from fttrain.strategy.build import Blueprint
+from fttrain.strategy.builder import StrategyBuilder
 from fttrain.strategy.config import SCHEDULES, Placement, StrategyConfig
 from fttrain.strategy.data_parallel import DataParallel
+from fttrain.strategy.grad_reduce import gradient_sync
 from fttrain.strategy.gradients import ResidentGradients
-from fttrain.strategy.native import Joined
+from fttrain.strategy.native import StrategyParts
 from fttrain.strategy.protocol import Judge, StepStats
-from fttrain.strategy.recipe import Recipe, StepSize
-from fttrain.strategy.sync import gradient_sync
+from fttrain.strategy.spec import StepSize, StrategySpec
 
 LAYERS = 5
 # Tokens of the documents of each of a step's micro-batches; one has no target, one is empty.
 LENGTHS = ((9, 17, 4), (3,), (66,), (12, 5), (30, 1), (8,), (), (21, 2))
 SEQ_LEN = 66
 LR = 1e-2
-RECIPE = Recipe(
+RECIPE = StrategySpec(
     strategy=StrategyConfig(),
     quant=QuantConfig(),
     lora=LoraConfig(r=4, lora_alpha=10, lora_dropout=0.2),
@@ -114,7 +114,7 @@ def variant(
     dtype: str = "float32",
     verify_every: int = 1,
     **placement: Any,
-) -> Recipe:
+) -> StrategySpec:
     """``RECIPE`` with these changes."""
     return replace(
         RECIPE,
@@ -135,17 +135,17 @@ def this_group() -> RankGroup:
     return RankGroup(rank, torch.distributed.get_world_size(), rank, tiny.CPU)
 
 
-def build(recipe: Recipe, frozen: MemoryBase, group: RankGroup | None = None) -> Any:
+def build(spec: StrategySpec, frozen: MemoryBase, group: RankGroup | None = None) -> Any:
     """The strategy, as a run builds it; adapters random, B not zero."""
-    strategy = start(recipe, frozen, group)
+    strategy = start(spec, frozen, group)
     tiny.randomise(strategy.decoder)
     return strategy
 
 
-def start(recipe: Recipe, frozen: MemoryBase, group: RankGroup | None = None) -> Any:
+def start(spec: StrategySpec, frozen: MemoryBase, group: RankGroup | None = None) -> Any:
     """The strategy, as a run builds it."""
     group = group or this_group()
-    blueprint = Blueprint(recipe, frozen.architecture, frozen.frozen_format, group)
+    blueprint = StrategyBuilder(spec, frozen.architecture, frozen.frozen_format, group)
     return blueprint.build(frozen, lambda done, total: None)
 
 
@@ -155,7 +155,7 @@ def data_parallel(
     """All of a step's micro-batches pass a layer together; everything is on the device."""
     adapters = [layer.adapters for layer in decoder.layers]
     gradients = ResidentGradients(adapters, gradient_sync(group))
-    joined = Joined(
+    joined = StrategyParts(
         decoder, store, group, optim, [Recompute()] * len(store), gradients, RECIPE.seed
     )
     return DataParallel(joined, ScheduleConfig("all"))

@@ -13,7 +13,7 @@ from stream_races import Race
 from fttrain.data.batch import MicroBatch, collate
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.strategy.protocol import OutOfMemory
-from fttrain.strategy.recipe import StepSize
+from fttrain.strategy.spec import StepSize
 
 LAYERS = 4
 LENGTHS = ((9, 4), (12,), (3, 7))  # tokens of the documents of each micro-batch
@@ -32,14 +32,14 @@ MIXED: Settings = {**ON_HOST, "activations": ("recompute", "offload", "keep", "o
 
 def races(settings: Settings, rank: int = 0, evaluated: bool = False) -> list[Race]:
     """What is found in steps of ``rank`` of two; one that runs out of memory is left out."""
-    recipe = tiny_strategy.variant(dtype="bfloat16", **settings)
-    recipe = replace(recipe, size=StepSize(1, max(map(sum, LENGTHS)), len(LENGTHS)))
+    spec = tiny_strategy.variant(dtype="bfloat16", **settings)
+    spec = replace(spec, size=StepSize(1, max(map(sum, LENGTHS)), len(LENGTHS)))
     frozen = tiny_strategy.base(dtype="bfloat16", num_hidden_layers=LAYERS)
     group = RankGroup(rank, RANKS, rank, tiny.CPU)
     if settings.get("strategy") == "stream":  # the other rank of a machine would fill half its copy
         group = replace(group, intra=RankGroup(0, 1, 0, tiny.CPU), inter=group)
     with simulated_streams() as simulation, simulated_nccl(rank, frozen.flats):
-        strategy = tiny_strategy.build(recipe, frozen, group)
+        strategy = tiny_strategy.build(spec, frozen, group)
         for step in range(STEPS):
             with suppress(OutOfMemory):
                 strategy.train_step(micro_batches(step), step, 1e-2, lambda loss, norm: True)

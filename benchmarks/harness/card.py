@@ -10,7 +10,7 @@ from typing import Any
 import common
 import torch
 
-from fttrain.plan.live import LiveBytes
+from fttrain.plan.live_bytes import LiveBytes
 from fttrain.rig.timing import elapsed_s
 
 Work = Callable[[], object]

@@ -10,7 +10,7 @@ from harness.fit_rank import end_by
 from harness.link import GB, direction, paced
 from harness.multiprocessors import limited, why_not_green
 
-from fttrain.store import lane
+from fttrain.store import side_stream
 
 # On CUDA and on the CPU: of each side of the matrices; of each buffer; seconds of multiplying
 GEMM_SIZE = {"cuda": 8192, "cpu": 256}
@@ -70,12 +70,12 @@ def _copy_gb_s(device: torch.device) -> dict[str, float]:
 
 def _rate(device: torch.device, into: torch.Tensor, source: torch.Tensor) -> float:
     """bytes/s."""
-    own = lane.copy_lane(device)
-    own.run(partial(lane.copy, into, source))
+    own = side_stream.copy_stream(device)
+    own.run(partial(side_stream.copy, into, source))
     own.synchronize()
     began = time.perf_counter()
     for _ in range(COPIES):
-        own.run(partial(lane.copy, into, source))
+        own.run(partial(side_stream.copy, into, source))
     own.synchronize()
     return COPIES * into.nbytes / (time.perf_counter() - began)
 

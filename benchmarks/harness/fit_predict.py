@@ -41,13 +41,13 @@ def predicted_bytes(job: Figures, ranks: int, room_bytes: int) -> int | None:
     """Of the fullest of ``ranks`` cards, without what lies outside torch's allocator; None where a
     part does not even fit by itself.
     """
-    recipe, architecture = recipe_of(job), architecture_of(job["shape"])
+    spec, architecture = recipe_of(job), architecture_of(job["shape"])
     try:
-        booked = memory.book(recipe, architecture, "cuda", [room_bytes] * ranks)
+        booked = memory.reserve_ranks(spec, architecture, "cuda", [room_bytes] * ranks)
     except UserError:
         return None
-    taken = [memory.books(own) for own in booked]
-    taken = memory.with_workspace(taken, recipe, architecture, "cuda")
+    taken = [memory.reserved_memory(own) for own in booked]
+    taken = memory.with_workspace(taken, spec, architecture, "cuda")
     return max(max(own.device_bytes, own.booked_bytes) for own in taken)
 
 

@@ -16,10 +16,10 @@ from fttrain.optim.config import OptimConfig
 from fttrain.plan.random_base import RandomBase
 from fttrain.quant.config import QuantConfig
 from fttrain.schedule.config import ScheduleConfig
-from fttrain.strategy.build import Blueprint
+from fttrain.strategy.builder import StrategyBuilder
 from fttrain.strategy.config import SCHEDULES, Placement, StrategyConfig
 from fttrain.strategy.protocol import StepStats, Strategy
-from fttrain.strategy.recipe import Recipe, StepSize
+from fttrain.strategy.spec import StepSize, StrategySpec
 
 Say = Callable[[str], None]
 Steps = list[dict[str, Any]]
@@ -31,9 +31,9 @@ def build(job: dict[str, Any], group: RankGroup, say: Say) -> Strategy:
 
     Raises UserError for a machine that is too small.
     """
-    recipe, architecture = recipe_of(job), architecture_of(job["shape"])
-    frozen_format = architecture.frozen_format(recipe.quant, torch.bfloat16)
-    blueprint = Blueprint(recipe, architecture, frozen_format, group)
+    spec, architecture = recipe_of(job), architecture_of(job["shape"])
+    frozen_format = architecture.frozen_format(spec.quant, torch.bfloat16)
+    blueprint = StrategyBuilder(spec, architecture, frozen_format, group)
 
     def progress(done: int, total: int) -> None:
         if done % TOLD_LAYERS == 0 or done == total:
@@ -47,10 +47,10 @@ def architecture_of(shape: dict[str, Any]) -> Architecture:
     return Architecture(LlamaConfig(**shape, max_position_embeddings=1 << 20))
 
 
-def recipe_of(job: dict[str, Any]) -> Recipe:
+def recipe_of(job: dict[str, Any]) -> StrategySpec:
     """What a job's strategy is built from."""
     strategy = StrategyConfig(**job["strategy"])
-    return Recipe(
+    return StrategySpec(
         strategy,
         QuantConfig(),
         LoraConfig(r=16),

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-import fttrain.strategy.build  # noqa: F401  (so that all who copy are imported)
-from fttrain.store import lane
+import fttrain.strategy.builder  # noqa: F401  (so that all who copy are imported)
+from fttrain.store import side_stream
 
 Copy = Callable[[Tensor, Tensor], None]  # (into, source)
 GB = 1e9
@@ -85,7 +85,7 @@ def paced(settings: dict[str, Any] | None) -> Iterator[dict[str, Way]]:
     if settings is None:
         yield {}
         return
-    plain = lane.copy
+    plain = side_stream.copy
     ways = {name: _way(name, settings, plain) for name in settings["own_gb_s"]}
 
     def copy(into: Tensor, source: Tensor) -> None:

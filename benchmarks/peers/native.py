@@ -13,15 +13,15 @@ from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.config import QuantConfig
 from fttrain.schedule.config import ScheduleConfig
-from fttrain.strategy.build import build_strategy
+from fttrain.strategy.builder import build_strategy
 from fttrain.strategy.config import Placement, StrategyConfig
-from fttrain.strategy.recipe import Recipe, StepSize
+from fttrain.strategy.spec import StepSize, StrategySpec
 from fttrain.util import schema
 
 
-def recipe_of(job: dict[str, Any]) -> Recipe:
+def recipe_of(job: dict[str, Any]) -> StrategySpec:
     """What the job says of a run."""
-    return Recipe(
+    return StrategySpec(
         schema.build(StrategyConfig, job["strategy"], "strategy"),
         QuantConfig(**job["quant"]),
         LoraConfig(**job["lora"]),
@@ -39,9 +39,9 @@ class Native:
     """One rank of fttrain."""
 
     def __init__(self, job: dict[str, Any], group: RankGroup) -> None:
-        recipe = recipe_of(job)
+        spec = recipe_of(job)
         source = resolve(ModelConfig("benchmark", job["model"]))
-        self._strategy, _ = build_strategy(recipe, source, group)
+        self._strategy, _ = build_strategy(spec, source, group)
         if not job["lora"]["use_dora"]:  # it has no magnitudes; the seed starts from the same A
             self._strategy.load_adapter_state(load_file(job["adapter"]))
         if not job.get("skip", True):

@@ -114,7 +114,7 @@ def _fill_cache(job: dict[str, Any], config: Any) -> None:
     from fttrain.frozen.build import open_or_build
     from fttrain.frozen.config import ModelConfig
     from fttrain.frozen.source import resolve
-    from fttrain.strategy.build import frozen_base
+    from fttrain.strategy.builder import frozen_base
 
     source = resolve(ModelConfig("benchmark", job["model"]))
     base = frozen_base(source, config.quant, config.model.dtype)

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fttrain.config.run_config import RunConfig
-from fttrain.doctor.examination import Wanted, all_checks, examine, summary
+from fttrain.doctor.checks import Wanted, all_checks, examine, summary
 from fttrain.doctor.finding import FAILURE, OK, WARNING, Finding
 
 STYLES = {OK: "green", WARNING: "yellow", FAILURE: "bold red"}

@@ -53,10 +53,10 @@ def _evaluate(config: RunConfig) -> int:
     from fttrain.distributed.rank_group import rank_from_environment
     from fttrain.frozen.source import load_tokenizer, resolve
     from fttrain.rig.device_setup import set_up_rank
-    from fttrain.strategy.build import build_strategy
+    from fttrain.strategy.builder import build_strategy
     from fttrain.training.auto_plan import resolve_auto
     from fttrain.training.checkpointing import last_micro_batch_size
-    from fttrain.training.evaluation import Answer, Evaluation, HoldOut, answer
+    from fttrain.training.evaluation import Evaluation, HoldOut, SampleAnswer, answer
     from fttrain.training.export import find_trained
     from fttrain.training.session import strategy_spec
 
@@ -85,7 +85,7 @@ def _evaluate(config: RunConfig) -> int:
         figures.tuned = holdout.loss(strategy, say)
         after = answer(strategy, samples, tokenizer, say)
         figures.samples = [
-            Answer(sample.prompt, sample.reference, *texts)
+            SampleAnswer(sample.prompt, sample.reference, *texts)
             for sample, *texts in zip(samples, before, after, strict=True)
         ]
         if group.is_main:

@@ -9,7 +9,7 @@ from fttrain.launcher import launch
 
 if TYPE_CHECKING:
     from fttrain.model.decoder import Architecture
-    from fttrain.rig.measure import Disk, Work
+    from fttrain.rig.measure import DiskPaths, MeasuredShapes
 
 
 def run(config: RunConfig, argv: list[str]) -> int:
@@ -66,19 +66,19 @@ def run(config: RunConfig, argv: list[str]) -> int:
     return int(any(link.wrong for link in profile.links))
 
 
-def _work(config: RunConfig, architecture: "Architecture") -> "Work":
+def _work(config: RunConfig, architecture: "Architecture") -> "MeasuredShapes":
     """What the model makes a rig do, from its configuration alone."""
     import torch
 
     from fttrain.data.batch import ROW_MULTIPLE
     from fttrain.model.layer_adapters import LayerAdapters
-    from fttrain.rig.measure import Work
+    from fttrain.rig.measure import MeasuredShapes
     from fttrain.util.units import round_up
 
     dtype = getattr(torch, config.model.dtype)
     adapters = LayerAdapters(0, architecture.groups, config.lora, torch.device("meta"), dtype)
     tokens = round_up(config.loop.micro_batch_size * config.data.seq_len, ROW_MULTIPLE)
-    return Work(
+    return MeasuredShapes(
         name=config.model.name,
         layers=architecture.layers,
         tokens=tokens,
@@ -89,13 +89,13 @@ def _work(config: RunConfig, architecture: "Architecture") -> "Work":
     )
 
 
-def _disk(config: RunConfig) -> "Disk":
+def _disk(config: RunConfig) -> "DiskPaths":
     """The layers of any frozen base in the cache, the largest first."""
-    from fttrain.rig.measure import Disk
+    from fttrain.rig.measure import DiskPaths
     from fttrain.util.cache_dir import cache_root
 
     root = cache_root(config.frozen.cache_dir)
     files = sorted(
         root.glob("frozen/*/layer_*.bin"), key=lambda file: (-file.stat().st_size, file.name)
     )
-    return Disk(files, root)
+    return DiskPaths(files, root)

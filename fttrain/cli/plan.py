@@ -28,10 +28,10 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     from fttrain.model.decoder import Architecture
     from fttrain.plan.choose import candidates, choose
     from fttrain.plan.cost import disk, run_steps, training_rows
-    from fttrain.plan.relax import what_fits
     from fttrain.plan.rigs import find_rig
+    from fttrain.plan.suggestions import what_fits
     from fttrain.plan.table import as_json, notes, parts_table, summary, table
-    from fttrain.strategy.zero.config import DEEPSPEED
+    from fttrain.strategy.zero_config import DEEPSPEED
     from fttrain.track import counting
     from fttrain.training.session import strategy_spec
     from fttrain.util.atomic_files import write_json

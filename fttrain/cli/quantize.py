@@ -18,7 +18,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
     from fttrain.frozen.build import open_or_build
     from fttrain.frozen.source import resolve
     from fttrain.rig.device_setup import set_up_rank
-    from fttrain.strategy.build import frozen_base, silent
+    from fttrain.strategy.builder import frozen_base, silent
     from fttrain.track import counting
     from fttrain.util.units import duration, gib
 

@@ -9,7 +9,7 @@ from fttrain.config.run_config import RunConfig
 from fttrain.sweep import axes, cards, check, multirun, stop
 from fttrain.sweep.config import Sweep, SweepConfig
 from fttrain.sweep.record import records
-from fttrain.sweep.trial import Place
+from fttrain.sweep.trial import TrialPlace
 from fttrain.sweep.watch import Watch
 from fttrain.util import schema
 from fttrain.util.errors import UserError
@@ -56,7 +56,7 @@ def _folder(output: str | None, config: RunConfig) -> Path:
     return Path(os.path.abspath(os.path.expanduser(named.strip("'\""))))
 
 
-def _places(settings: SweepConfig, request: axes.Request, config: RunConfig) -> list[Place]:
+def _places(settings: SweepConfig, request: axes.Request, config: RunConfig) -> list[TrialPlace]:
     """Those of trials that run side by side; none where one follows the other."""
     if settings.parallel == "none":
         return []

@@ -38,7 +38,7 @@ from fttrain.strategy.config import (
     check_together,
     check_trained,
 )
-from fttrain.strategy.zero.config import DEEPSPEED
+from fttrain.strategy.zero_config import DEEPSPEED
 from fttrain.track import TrackConfig
 from fttrain.util import schema
 from fttrain.util.errors import UserError

@@ -23,7 +23,7 @@ from fttrain.data.chat import Chat
 from fttrain.data.config import DataConfig
 from fttrain.data.encode import Encoder, Rendered
 from fttrain.data.pack import one_per_row, pack
-from fttrain.data.records import BadRow, Located, Source
+from fttrain.data.records import BadRow, Located, RecordSource
 from fttrain.data.report import Report
 from fttrain.data.shapes import Example, detect, to_example
 from fttrain.util.errors import UserError
@@ -39,7 +39,7 @@ class Builder:
     def __init__(
         self,
         config: DataConfig,
-        source: Source,
+        source: RecordSource,
         tokenizer: Any,
         encoder: Encoder,
         template: str | None,

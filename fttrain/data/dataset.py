@@ -15,7 +15,7 @@ from fttrain.data.build import Builder
 from fttrain.data.chat import load_template
 from fttrain.data.config import DataConfig
 from fttrain.data.encode import Encoder
-from fttrain.data.records import Source, file_source, hub_source
+from fttrain.data.records import RecordSource, file_source, hub_source
 from fttrain.data.report import Report
 from fttrain.data.stdlib import stdlib_source
 from fttrain.util.cache_dir import cache_root, find, load_or_build
@@ -178,7 +178,7 @@ def _described(config: DataConfig, tokenizer: Any, tokenizer_id: str) -> tuple[s
     return fingerprint, Builder(config, source, tokenizer, encoder, template)
 
 
-def _source(config: DataConfig) -> Source:
+def _source(config: DataConfig) -> RecordSource:
     if config.kind == "stdlib":
         return stdlib_source(config.seed)
     if config.kind == "hub":

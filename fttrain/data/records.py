@@ -51,7 +51,7 @@ class Located:
 
 
 @dataclass(frozen=True)
-class Source:
+class RecordSource:
     """Where records come from.
 
     ``identity`` changes when the content does; ``read`` may be called again.
@@ -62,7 +62,7 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def file_source(path: str) -> Source:
+def file_source(path: str) -> RecordSource:
     """A file, or a folder of files, of JSONL, JSON, CSV or Parquet (text formats also as ``.gz``).
 
     Raises UserError when nothing is there or the format is unknown.
@@ -100,10 +100,10 @@ def file_source(path: str) -> Source:
         if head.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UserError(f"data.path={file}: the file is UTF-16; save it as UTF-8")
         digest.update(f"{file.name}\0{content}\0".encode())
-    return Source(digest.hexdigest(), lambda: _read_files(files), tuple(notes))
+    return RecordSource(digest.hexdigest(), lambda: _read_files(files), tuple(notes))
 
 
-def hub_source(path: str, split: str) -> Source:
+def hub_source(path: str, split: str) -> RecordSource:
     """A data set of the hub, ``owner/name`` or ``owner/name:config``, through ``datasets``.
 
     Its own cache is keyed by the hub's commit.
@@ -132,7 +132,7 @@ def hub_source(path: str, split: str) -> Source:
         for number, row in enumerate(table, 1):
             yield Located(path, number, dict(row))
 
-    return Source(f"{path}\0{split}\0{table._fingerprint}", read)
+    return RecordSource(f"{path}\0{split}\0{table._fingerprint}", read)
 
 
 def _kind(path: Path) -> str | None:

@@ -13,7 +13,7 @@ TEXT_PROMPT_TOKENS = 32  # of a plain text: its beginning is the prompt
 
 
 @dataclass(frozen=True)
-class Sample:
+class HoldoutSample:
     """One held-out prompt and the answer the data gives."""
 
     prompt: str  # what the user said last, or the beginning of a text
@@ -23,12 +23,12 @@ class Sample:
 
 def holdout_samples(
     config: DataConfig, dataset: Dataset, tokenizer: Any, count: int
-) -> list[Sample]:
+) -> list[HoldoutSample]:
     """The first ``count`` held-out examples that can be asked, up to the last assistant turn."""
     encoder = Encoder(tokenizer)
     template = load_template(tokenizer, config.chat_template)
     chat = None
-    samples: list[Sample] = []
+    samples: list[HoldoutSample] = []
     for messages in dataset.holdout_records:
         if len(samples) == count:
             break
@@ -44,15 +44,15 @@ def holdout_samples(
         for row in encoded:
             if not isinstance(row, BadRow):
                 samples.append(
-                    Sample(messages[last - 1]["content"], messages[last]["content"], row[0])
+                    HoldoutSample(messages[last - 1]["content"], messages[last]["content"], row[0])
                 )
     return samples[:count]
 
 
-def _text(text: str, encoder: Encoder, tokenizer: Any) -> list[Sample]:
+def _text(text: str, encoder: Encoder, tokenizer: Any) -> list[HoldoutSample]:
     ids = encoder.document(text)
     ids = ids[: min(len(ids) // 2, TEXT_PROMPT_TOKENS)]
     if not ids:
         return []
     prompt = tokenizer.decode(ids, skip_special_tokens=True)
-    return [Sample(prompt, text[len(prompt) :], ids)]
+    return [HoldoutSample(prompt, text[len(prompt) :], ids)]

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fttrain.data.records import Located, Source
+from fttrain.data.records import Located, RecordSource
 from fttrain.util.errors import UserError
 
 PAIRS = 2000
@@ -78,7 +78,7 @@ class Entry:
     docstring: str
 
 
-def stdlib_source(seed: int) -> Source:
+def stdlib_source(seed: int) -> RecordSource:
     """About 2,000 question/answer pairs as chat records.
 
     The seed chooses which, and how each is asked.
@@ -95,7 +95,7 @@ def stdlib_source(seed: int) -> Source:
     text = Path(__file__).read_bytes()  # the rules below are part of what makes the data
     python = f"{platform.python_implementation()} {platform.python_version()}"
     build = f"{python} {hashlib.sha256(text).hexdigest()}"
-    return Source(f"stdlib\0{build}\0{seed}", read)
+    return RecordSource(f"stdlib\0{build}\0{seed}", read)
 
 
 def pairs(seed: int = 0, count: int = PAIRS) -> list[tuple[str, str]]:

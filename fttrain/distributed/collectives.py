@@ -17,7 +17,7 @@ class Handle(Protocol):
         ...
 
 
-class Handles:
+class HandleGroup:
     """Several as one. None among them: a send or receive that this rank has no part in."""
 
     def __init__(self, works: Sequence[Handle | None]) -> None:
@@ -40,13 +40,13 @@ def all_gather(out: Tensor, shard: Tensor, group: torch_dist.ProcessGroup | None
     world_size = torch_dist.get_world_size(group) if torch_dist.is_initialized() else 1
     if world_size == 1:
         out.copy_(shard, non_blocking=True)
-        return Handles(())
+        return HandleGroup(())
     if torch_dist.get_backend() == "nccl":
-        return Handles([_all_gather_single(out, shard, group=group, async_op=True)])
+        return HandleGroup([_all_gather_single(out, shard, group=group, async_op=True)])
     rank, parts = torch_dist.get_rank(group), out.view(world_size, -1)
     parts[rank].copy_(shard)
     if out.device.type == "cuda":
-        return Handles(
+        return HandleGroup(
             [
                 torch_dist.broadcast(parts[src], group=group, async_op=True, group_src=src)
                 for src in range(world_size)
@@ -62,7 +62,7 @@ def all_gather(out: Tensor, shard: Tensor, group: torch_dist.ProcessGroup | None
     ]
     targets = [(rank + distance) % world_size for distance in others]
     sends = [torch_dist.isend(shard, group=group, tag=tag, group_dst=target) for target in targets]
-    return Handles([*receives, *sends])
+    return HandleGroup([*receives, *sends])
 
 
 def all_reduce(flat: Tensor, group: torch_dist.ProcessGroup | None = None) -> Handle:

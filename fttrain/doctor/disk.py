@@ -14,7 +14,7 @@ from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture
 from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.quant.config import QuantConfig
-from fttrain.strategy.build import frozen_base
+from fttrain.strategy.builder import frozen_base
 from fttrain.util.errors import UserError
 from fttrain.util.manifest import MANIFEST
 from fttrain.util.units import gib

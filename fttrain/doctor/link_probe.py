@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as torch_dist
 
-from fttrain.distributed.collectives import Handles
+from fttrain.distributed.collectives import HandleGroup
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.launcher.launch import die_with_parent
 from fttrain.rig.exchange import Exchange, make, pattern
@@ -40,9 +40,9 @@ def copy(source: int, target: int, size_bytes: int) -> float:
     )
     taken = torch.empty_like(expected)
 
-    def start() -> Handles:
+    def start() -> HandleGroup:
         taken.copy_(given)
-        return Handles(())
+        return HandleGroup(())
 
     exchange = Exchange("a copy", size_bytes, taken.zero_, start, taken, expected)
     return _timed(exchange, f"card {source} to card {target}")

@@ -34,7 +34,7 @@ from fttrain.frozen.quantize_layer import ENDS, check_head, load_end, load_layer
 from fttrain.frozen.readers import SINGLE, Reader, SafetensorsReader, open_checkpoint, read_index
 from fttrain.frozen.spec import FrozenSpec
 from fttrain.quant.checksum import checksum
-from fttrain.store.filling import Progress
+from fttrain.store.loading import Progress
 from fttrain.util import atomic_files
 from fttrain.util.errors import UserError
 from fttrain.util.manifest import MANIFEST, read_sealed, write_sealed

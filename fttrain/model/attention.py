@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fttrain.model.attention_op import varlen_attention, varlen_attention_backward
 from fttrain.model.functions import rms_norm, rms_norm_backward, rotate_
 from fttrain.model.linears import LayerState, LinearGroup
-from fttrain.model.tiles import through
+from fttrain.model.tiles import apply_linears
 
 
 class _RotaryAttention(torch.autograd.Function):
@@ -71,13 +71,13 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, None]:
         """``hidden_states`` (N, C), cos and sin (N, D) -> the attention's output (N, C)."""
         cos, sin = position_embeddings
-        qkv = through(hidden_states, self.qkv)
+        qkv = apply_linears(hidden_states, self.qkv)
         attend: Callable[..., Tensor] | None = getattr(self.state.cache, "attend", None)
         if attend is not None:
             out = attend(self, *self.rotated(qkv, cos, sin))
         else:
             out = _RotaryAttention.apply(qkv, cos, sin, self)
-        return through(out, self.o), None
+        return apply_linears(out, self.o), None
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, (H + 2K) * D) -> q (N, H, D), k (N, K, D), v (N, K, D), views."""

@@ -20,7 +20,7 @@ from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.model.linears import LayerState, LinearGroup
 from fttrain.model.lora import GroupMembers
 from fttrain.model.projection import Projection
-from fttrain.model.tiles import through
+from fttrain.model.tiles import apply_linears
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat, GroupShape
 
@@ -93,7 +93,7 @@ class Mlp(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(N, C) -> (N, C)"""
-        return through(hidden_states, self.gate_up, self.down, tile_tokens=self.tile_tokens)
+        return apply_linears(hidden_states, self.gate_up, self.down, tile_tokens=self.tile_tokens)
 
 
 class Layer:

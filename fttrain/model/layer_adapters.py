@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fttrain.distributed.collectives import Handle, Handles, all_gather
+from fttrain.distributed.collectives import Handle, HandleGroup, all_gather
 from fttrain.model.config import LoraConfig
 from fttrain.model.lora import GroupAdapter, GroupMembers, target_indices
-from fttrain.optim.flat import FlatLayout, Portion
+from fttrain.optim.flat import FlatLayout, Shard
 from fttrain.quant.frozen_layer import FrozenLayer
-from fttrain.store.lane import copy
+from fttrain.store.side_stream import copy
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LayerAdapters(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         on_host: OnHost | None = None,
-        portion: Portion | None = None,
+        portion: Shard | None = None,
     ) -> None:
         """``device`` and ``dtype``: of the compute copies. ``on_host``: where the masters are,
         None: on ``device``. ``portion``: what this rank updates, None: everything.
@@ -150,7 +150,7 @@ class LayerAdapters(nn.Module):
     def gather(self) -> Handle:
         """Start fetching the parts that other ranks update. Every rank calls it, in one order."""
         if self.layout.portion.world_size == 1:
-            return Handles(())
+            return HandleGroup(())
         return all_gather(self._copies, self.layout.portion.of(self._copies))
 
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:

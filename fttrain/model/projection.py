@@ -17,7 +17,7 @@ from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer, GroupShape
 from fttrain.quant.scheme import quantise
 from fttrain.store import Traffic
-from fttrain.store.lane import copy, copy_lane
+from fttrain.store.side_stream import copy, copy_stream
 from fttrain.util.units import MIB
 
 # Of a tile in the compute dtype: 2048 rows of a 70B model, enough for a GEMM that fills the device
@@ -50,7 +50,7 @@ class Projection(Protocol):
         ...
 
 
-class Table:
+class ResidentHead:
     """On the device, in the compute dtype."""
 
     chunk_factor = 1
@@ -72,13 +72,13 @@ class Table:
         return Traffic()
 
 
-class StreamedTable(Table):
+class StreamedHead(ResidentHead):
     """In host memory; on the device for the length of ``brought()``."""
 
     def __init__(self, weight: Tensor, device: torch.device) -> None:
         super().__init__(weight)
         self._device = device
-        self._lane = copy_lane(device, timed=True)
+        self._lane = copy_stream(device, timed=True)
         self._h2d_bytes = 0
 
     @contextmanager
@@ -98,12 +98,12 @@ class StreamedTable(Table):
         return Traffic(h2d_bytes=moved, wait_s=self._lane.take_wait_s())
 
 
-class QuantisedTable:
+class QuantizedHead:
     """On the device, in 4 bits; one tile of its rows after the other is dequantised and used.
 
     Every chunk dequantises the table twice, which moves 2.5 bytes a weight. By arithmetic that is
     40 % of its GEMMs' time on an RTX 4090 and 20 % on a 3090 with 512 tokens in a chunk, and four
-    times as much with the 128 that ``Table`` has of a vocabulary of 128256: hence the factor.
+    times as much with the 128 that ``ResidentHead`` has of a vocabulary of 128256: hence the factor.
     """
 
     chunk_factor = 4
@@ -145,7 +145,7 @@ class QuantisedTable:
 def tiled_format(
     vocabulary: int, hidden: int, quant: QuantConfig, dtype: torch.dtype
 ) -> FrozenFormat:
-    """How a ``QuantisedTable`` is laid out: each tile of its rows a weight of its own."""
+    """How a ``QuantizedHead`` is laid out: each tile of its rows a weight of its own."""
     fitting = TILE_BYTES // (hidden * dtype.itemsize) // TILE_ROWS_MULTIPLE * TILE_ROWS_MULTIPLE
     rows = max(TILE_ROWS_MULTIPLE, fitting)
     tiles = (
@@ -157,7 +157,7 @@ def tiled_format(
 
 
 def tile_bytes(frozen_format: FrozenFormat, chunk_rows: int) -> int:
-    """What a ``QuantisedTable`` takes while it is used: a tile with its fp32 scales, the fp32
+    """What a ``QuantizedHead`` takes while it is used: a tile with its fp32 scales, the fp32
     gradient of ``chunk_rows`` tokens and a tile's share in it.
     """
     shapes = [shape.shape for shape in frozen_format.groups.values()]

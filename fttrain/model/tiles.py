@@ -23,15 +23,15 @@ from torch import Tensor
 from fttrain.model.linears import DropoutKey, LinearGroup
 
 
-def through(x: Tensor, *groups: LinearGroup, tile_tokens: int = 0) -> Tensor:
+def apply_linears(x: Tensor, *groups: LinearGroup, tile_tokens: int = 0) -> Tensor:
     """``x`` as the first of ``groups`` takes it -> what the last one makes of it (N, out).
 
     ``tile_tokens``: the most tokens at a time, a multiple of ``MASK_TOKENS``; 0: all.
     """
-    return _Through.apply(x, groups, tile_tokens)
+    return _ApplyLinears.apply(x, groups, tile_tokens)
 
 
-class _Through(torch.autograd.Function):
+class _ApplyLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: Sequence[LinearGroup], tile_tokens: int) -> Tensor:
         state, width = groups[0].state, groups[-1].shape.shape[0]

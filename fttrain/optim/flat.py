@@ -21,7 +21,7 @@ BLOCK_VALUES = 256  # of 8-bit moments that share a scale
 
 
 @dataclass(frozen=True)
-class Portion:
+class Shard:
     """The part of every flat tensor that a rank updates: one of ``world_size`` equal ones."""
 
     rank: int = 0
@@ -45,9 +45,9 @@ class Section:
 class FlatLayout:
     """Sections end to end. All layers of a model have the same layout."""
 
-    def __init__(self, sizes: Mapping[str, Sequence[int]], portion: Portion | None = None) -> None:
+    def __init__(self, sizes: Mapping[str, Sequence[int]], portion: Shard | None = None) -> None:
         """``sizes``: of each section, the values of each of its tensors."""
-        self.portion = portion or Portion()
+        self.portion = portion or Shard()
         self._sizes = {name: list(own) for name, own in sizes.items()}
         self._sections: dict[str, slice] = {}
         end = 0

@@ -14,11 +14,11 @@ import torch
 import transformers
 
 from fttrain.model.decoder import Architecture
-from fttrain.plan.choose import Progress, Verdict, candidates, choose, judge
+from fttrain.plan.choose import Candidate, Progress, candidates, choose, judge
 from fttrain.plan.cost import disk
 from fttrain.plan.table import as_json, summary
 from fttrain.rig.profile import RigProfile
-from fttrain.strategy.recipe import Recipe
+from fttrain.strategy.spec import StrategySpec
 from fttrain.util.atomic_files import write_json
 from fttrain.util.cache_dir import cache_root, load_or_build
 from fttrain.util.errors import UserError
@@ -27,11 +27,11 @@ _FILE = "answer.json"
 
 
 @dataclass(frozen=True)
-class Question:
+class PlanRequest:
     """What is planned, and for which rig."""
 
     model: str  # for messages
-    recipe: Recipe  # the configuration's
+    spec: StrategySpec  # the configuration's
     architecture: Architecture
     rig: RigProfile
     left_open: tuple[str, ...]  # as ``RunConfig.left_open``
@@ -40,7 +40,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ChosenPlan:
     """The candidate to run, as plain values."""
 
     settings: dict[str, Any]  # of a RunConfig, what a candidate changes: name -> value
@@ -49,7 +49,7 @@ class Answer:
     plan: dict[str, Any]  # content of the run's plan.json, see track/plan.py
 
 
-def ranked(question: Question, progress: Progress) -> list[Verdict]:
+def ranked(question: PlanRequest, progress: Progress) -> list[Candidate]:
     """Candidates that are as configured but for what is left open; the fastest that fits first,
     then those that do not fit, by what they lack.
 
@@ -57,24 +57,24 @@ def ranked(question: Question, progress: Progress) -> list[Verdict]:
     """
     rig, architecture = question.rig, question.architecture
     if not question.left_open:
-        return [judge(question.recipe, architecture, rig)]
+        return [judge(question.spec, architecture, rig)]
     strategy_is_open = "strategy" in question.left_open
     return choose(_wanted(question), architecture, rig, progress, strategy_is_open)
 
 
-def _wanted(question: Question) -> list[Recipe]:
-    recipe, left_open = question.recipe, question.left_open
-    every = list(candidates(recipe, len(question.rig.cards)))
+def _wanted(question: PlanRequest) -> list[StrategySpec]:
+    spec, left_open = question.spec, question.left_open
+    every = list(candidates(spec, len(question.rig.cards)))
     if "strategy" not in left_open:
         placements = dict.fromkeys(candidate.placement for candidate in every)
-        return [replace(recipe, placement=placement) for placement in placements]
+        return [replace(spec, placement=placement) for placement in placements]
     if "activations" in left_open:
         return every
-    kept = recipe.placement.activations
+    kept = spec.placement.activations
     return [candidate for candidate in every if candidate.placement.activations == kept]
 
 
-def answer(question: Question, cache_dir: str | None, progress: Progress) -> Answer:
+def choose_plan(question: PlanRequest, cache_dir: str | None, progress: Progress) -> ChosenPlan:
     """The first of ``ranked``, from the cache where the same was asked before.
 
     Any number of ranks may ask at once: one plans, the others wait. ``cache_dir``: as
@@ -87,10 +87,10 @@ def answer(question: Question, cache_dir: str | None, progress: Progress) -> Ans
     folder = load_or_build(
         cache_root(cache_dir), _key(question), write, kind="plans", setting="frozen.cache_dir"
     )
-    return Answer(**json.loads((folder / _FILE).read_bytes()))
+    return ChosenPlan(**json.loads((folder / _FILE).read_bytes()))
 
 
-def check_fits(question: Question, found: Answer) -> None:
+def check_fits(question: PlanRequest, found: ChosenPlan) -> None:
     """Raises UserError, with the figures, where nothing of what is left open fits."""
     if found.problem:
         asked = " ".join(f"{name}=auto" for name in question.left_open)
@@ -100,32 +100,32 @@ def check_fits(question: Question, found: Answer) -> None:
         )
 
 
-def _answer(question: Question, progress: Progress) -> Answer:
+def _answer(question: PlanRequest, progress: Progress) -> ChosenPlan:
     verdicts = ranked(question, progress)
     best = verdicts[0]
-    stored = disk(question.recipe, question.architecture, question.keep_last)
+    stored = disk(question.spec, question.architecture, question.keep_last)
     plan = as_json(verdicts, question.rig, question.model, stored, question.steps)
     plan["ran"] = best.settings
     ours = next(c for c in plan["candidates"] if c["settings"] == best.settings)
     ours["predicted"] = _predicted(best, question.rig)
     said = summary(best, question.rig, question.steps) if best.fits else ""
-    return Answer(_settings(best.recipe), said, best.reason, plan)
+    return ChosenPlan(_settings(best.spec), said, best.reason, plan)
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
+def _settings(spec: StrategySpec) -> dict[str, Any]:
     return {
-        "strategy": asdict(recipe.strategy),
-        "schedule": asdict(recipe.schedule),
-        "activations": recipe.placement.activations,
-        "boundaries": recipe.placement.boundaries,
+        "strategy": asdict(spec.strategy),
+        "schedule": asdict(spec.schedule),
+        "activations": spec.placement.activations,
+        "boundaries": spec.placement.boundaries,
         "loop": {
-            "micro_batch_size": recipe.size.micro_batch_size,
-            "gradient_accumulation_steps": recipe.size.gradient_accumulation_steps,
+            "micro_batch_size": spec.size.micro_batch_size,
+            "gradient_accumulation_steps": spec.size.gradient_accumulation_steps,
         },
     }
 
 
-def _predicted(verdict: Verdict, rig: RigProfile) -> dict[str, float]:
+def _predicted(verdict: Candidate, rig: RigProfile) -> dict[str, float]:
     """What metrics.jsonl will say, under the names that it has there; what is not known is left
     out: on a CPU, for one, what a process takes before its first tensor.
     """
@@ -150,7 +150,7 @@ def _predicted(verdict: Verdict, rig: RigProfile) -> dict[str, float]:
     return found
 
 
-def _key(question: Question) -> str:
+def _key(question: PlanRequest) -> str:
     """Changes with everything that an answer depends on, this program's own text included."""
     text = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):

@@ -20,14 +20,14 @@ from fttrain.plan.trial import MICRO_BATCHES, Trial, recipe_of
 from fttrain.plan.work import dequantisations, head_flops, layer_values, layer_work, weight_bytes
 from fttrain.rig.measure import tell
 from fttrain.rig.profile import CardProfile, RigProfile
-from fttrain.strategy.recipe import Recipe
+from fttrain.strategy.spec import StrategySpec
 
 LIMIT_S = 600.0  # that a trial may take before it counts as hanging
 
 
 def calibrate(
     profile: RigProfile,
-    recipe: Recipe,
+    spec: StrategySpec,
     architecture: Architecture,
     group: RankGroup,
     command: Sequence[str],
@@ -51,23 +51,23 @@ def calibrate(
         if problem:
             say(f"rank {rank}: no real steps could be timed: {problem}")
         else:
-            cards[rank] = calibrated(cards[rank], Trial(**figures), recipe, architecture)
+            cards[rank] = calibrated(cards[rank], Trial(**figures), spec, architecture)
     return replace(profile, cards=tuple(cards))
 
 
 def calibrated(
-    card: CardProfile, trial: Trial, recipe: Recipe, architecture: Architecture
+    card: CardProfile, trial: Trial, spec: StrategySpec, architecture: Architecture
 ) -> CardProfile:
     """``card``, which has its rates, with what is left of ``trial``'s seconds beside them."""
     assert card.gemm_flop_per_s is not None, "measured before"
-    own = recipe_of(recipe)
-    plan = memory.book(own, architecture, card.kind, [memory.ROOMY_BYTES])[0].plan
+    own = recipe_of(spec)
+    context = memory.reserve_ranks(own, architecture, card.kind, [memory.ROOMY_BYTES])[0].context
     tokens = own.size.micro_batch_size * own.size.seq_len
     work = layer_work(architecture, own.lora, "recompute", own.size.seq_len)
     known_s = tokens * (work.forward + work.backward) / card.gemm_flop_per_s
     if card.dequantise_bytes_per_s:
-        made = 2 * dequantisations(plan, MICRO_BATCHES) / MICRO_BATCHES  # there and back
-        known_s += made * weight_bytes(plan) / card.dequantise_bytes_per_s
+        made = 2 * dequantisations(context, MICRO_BATCHES) / MICRO_BATCHES  # there and back
+        known_s += made * weight_bytes(context) / card.dequantise_bytes_per_s
     beside_s = trial.layer_s - known_s
     values = tokens * layer_values(architecture)
     return replace(

@@ -17,7 +17,7 @@ from fttrain.plan.time import StepTime, step_time
 from fttrain.rig.profile import CardProfile, RigProfile
 from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.config import POLICIES, SCHEDULES, Placement, StrategyConfig
-from fttrain.strategy.recipe import Recipe
+from fttrain.strategy.spec import StrategySpec
 from fttrain.util.errors import UserError
 from fttrain.util.units import gib
 
@@ -25,10 +25,10 @@ Progress = Callable[[int, int], None]  # (done, total)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Candidate:
     """What became of a candidate."""
 
-    recipe: Recipe
+    spec: StrategySpec
     settings: str  # as they are typed
     memory: tuple[RankMemory, ...] = ()  # empty: the books could not even be made
     host_bytes: int = 0
@@ -52,12 +52,12 @@ def room_bytes(card: CardProfile) -> int:
 
 
 def choose(
-    wanted: Sequence[Recipe],
+    wanted: Sequence[StrategySpec],
     architecture: Architecture,
     rig: RigProfile,
     progress: Progress,
     more_resident: bool = True,
-) -> list[Verdict]:
+) -> list[Candidate]:
     """The fastest that fits first; then those that do not fit, by what they lack.
 
     wanted: such as ``candidates``
@@ -87,10 +87,10 @@ def choose(
 
 
 def _first_confirmed(
-    fitting: list[Verdict], architecture: Architecture, rig: RigProfile
-) -> tuple[list[Verdict], list[Verdict]]:
+    fitting: list[Candidate], architecture: Architecture, rig: RigProfile
+) -> tuple[list[Candidate], list[Candidate]]:
     """``fitting``, the first of which a full run has confirmed, and those that one has refused."""
-    refused: list[Verdict] = []
+    refused: list[Candidate] = []
     for place, verdict in enumerate(fitting):
         whole = confirm(verdict, architecture, rig)
         if whole.fits:
@@ -99,38 +99,38 @@ def _first_confirmed(
     return [], refused
 
 
-def candidates(recipe: Recipe, world_size: int) -> Iterator[Recipe]:
+def candidates(spec: StrategySpec, world_size: int) -> Iterator[StrategySpec]:
     """The configuration's own first, then all others."""
-    yield recipe
+    yield spec
     names = SCHEDULES if world_size > 1 else ("replicate", "stream")
-    activations = dict.fromkeys([recipe.placement.activations, *POLICIES])
+    activations = dict.fromkeys([spec.placement.activations, *POLICIES])
     for name in names:
-        if name == "pipeline" and recipe.optim.shard:
+        if name == "pipeline" and spec.optim.shard:
             continue
-        for rows, steps in _splits(recipe):
+        for rows, steps in _splits(spec):
             for kept in activations:
                 for group in ("all", 1) if SCHEDULES[name] == "grouped" and steps > 1 else ("all",):
                     yield replace(
-                        recipe,
+                        spec,
                         strategy=StrategyConfig(name),
                         schedule=ScheduleConfig(group, SCHEDULES[name]),
                         size=replace(
-                            recipe.size, micro_batch_size=rows, gradient_accumulation_steps=steps
+                            spec.size, micro_batch_size=rows, gradient_accumulation_steps=steps
                         ),
-                        placement=_keeping(recipe, kept),
+                        placement=_keeping(spec, kept),
                     )
 
 
-def _keeping(recipe: Recipe, kept: str | tuple[str, ...]) -> Placement:
-    if kept == recipe.placement.activations:
-        return recipe.placement
-    boundaries = recipe.placement.boundaries if kept == "recompute" else "device"
-    return replace(recipe.placement, activations=kept, boundaries=boundaries)
+def _keeping(spec: StrategySpec, kept: str | tuple[str, ...]) -> Placement:
+    if kept == spec.placement.activations:
+        return spec.placement
+    boundaries = spec.placement.boundaries if kept == "recompute" else "device"
+    return replace(spec.placement, activations=kept, boundaries=boundaries)
 
 
-def _splits(recipe: Recipe) -> list[tuple[int, int]]:
+def _splits(spec: StrategySpec) -> list[tuple[int, int]]:
     """(rows of a micro-batch, micro-batches): as it is, halved and doubled."""
-    rows, steps = recipe.size.micro_batch_size, recipe.size.gradient_accumulation_steps
+    rows, steps = spec.size.micro_batch_size, spec.size.gradient_accumulation_steps
     found = [(rows, steps)]
     if rows % 2 == 0:
         found.append((rows // 2, steps * 2))
@@ -139,20 +139,20 @@ def _splits(recipe: Recipe) -> list[tuple[int, int]]:
     return found
 
 
-def judge(recipe: Recipe, architecture: Architecture, rig: RigProfile) -> Verdict:
-    """``recipe`` on ``rig``: what it takes, whether that is there, how long a step lasts."""
-    settings, kind = written(recipe), rig.cards[0].kind
+def judge(spec: StrategySpec, architecture: Architecture, rig: RigProfile) -> Candidate:
+    """``spec`` on ``rig``: what it takes, whether that is there, how long a step lasts."""
+    settings, kind = written(spec), rig.cards[0].kind
     rooms = [room_bytes(card) for card in rig.cards]
     try:
-        booked = memory.book(recipe, architecture, kind, rooms)
+        booked = memory.reserve_ranks(spec, architecture, kind, rooms)
     except UserError as error:
-        return Verdict(recipe, settings, reason=str(error))
-    taken = [memory.books(own) for own in booked]
+        return Candidate(spec, settings, reason=str(error))
+    taken = [memory.reserved_memory(own) for own in booked]
     if not _lacking(taken, rig)[0]:  # else the books alone are too much
-        taken = memory.with_workspace(taken, recipe, architecture, kind)
+        taken = memory.with_workspace(taken, spec, architecture, kind)
     reason, missing_bytes = _lacking(taken, rig)
-    return Verdict(
-        recipe,
+    return Candidate(
+        spec,
         settings,
         tuple(taken),
         memory.host_bytes(taken, kind),
@@ -162,18 +162,18 @@ def judge(recipe: Recipe, architecture: Architecture, rig: RigProfile) -> Verdic
     )
 
 
-def reckoned(recipe: Recipe, architecture: Architecture, rig: RigProfile) -> StepTime:
-    """How long a step of ``recipe`` lasts, whether or not it fits. Raises UserError as
+def reckoned(spec: StrategySpec, architecture: Architecture, rig: RigProfile) -> StepTime:
+    """How long a step of ``spec`` lasts, whether or not it fits. Raises UserError as
     ``memory.book``, and for a rate that ``rig`` lacks.
     """
     rooms = [room_bytes(card) for card in rig.cards]
-    return step_time(memory.book(recipe, architecture, rig.cards[0].kind, rooms), rig)
+    return step_time(memory.reserve_ranks(spec, architecture, rig.cards[0].kind, rooms), rig)
 
 
-def confirm(verdict: Verdict, architecture: Architecture, rig: RigProfile) -> Verdict:
+def confirm(verdict: Candidate, architecture: Architecture, rig: RigProfile) -> Candidate:
     """``verdict`` by the memory of one full run."""
     kind, rooms = rig.cards[0].kind, [room_bytes(card) for card in rig.cards]
-    taken = confirmed(verdict.memory, verdict.recipe, architecture, kind, rooms)
+    taken = confirmed(verdict.memory, verdict.spec, architecture, kind, rooms)
     reason, missing_bytes = _lacking(taken, rig)
     return replace(
         verdict,
@@ -208,11 +208,13 @@ def _lacking(taken: Sequence[RankMemory], rig: RigProfile) -> tuple[str, int]:
     return "", 0
 
 
-def _more_resident(verdict: Verdict, architecture: Architecture, rig: RigProfile) -> list[Verdict]:
+def _more_resident(
+    verdict: Candidate, architecture: Architecture, rig: RigProfile
+) -> list[Candidate]:
     """A stream with as many resident layers as the cards have room for, if that is more."""
     if not verdict.fits:
         return []
-    layer_bytes = memory.layer_bytes(verdict.recipe, architecture)
+    layer_bytes = memory.layer_bytes(verdict.spec, architecture)
     rooms = [
         (room_bytes(card) - own.needed_bytes) // layer_bytes
         for own, card in zip(verdict.memory, rig.cards, strict=True)
@@ -221,23 +223,23 @@ def _more_resident(verdict: Verdict, architecture: Architecture, rig: RigProfile
     if not any(fitting):
         return []
     kept = fitting[0] if len(set(fitting)) == 1 else fitting
-    strategy = replace(verdict.recipe.strategy, resident_layers=kept)
-    return [judge(replace(verdict.recipe, strategy=strategy), architecture, rig)]
+    strategy = replace(verdict.spec.strategy, resident_layers=kept)
+    return [judge(replace(verdict.spec, strategy=strategy), architecture, rig)]
 
 
-def written(recipe: Recipe) -> str:
+def written(spec: StrategySpec) -> str:
     """What makes a configuration this candidate, as it is typed."""
-    strategy, size, kept = recipe.strategy, recipe.size, recipe.placement.activations
+    strategy, size, kept = spec.strategy, spec.size, spec.placement.activations
     said = [f"strategy={strategy.name}"]
     if strategy.resident_layers:
         resident = strategy.resident_layers
         shown = list(resident) if isinstance(resident, tuple) else resident
         said.append(f"strategy.resident_layers={str(shown).replace(' ', '')}")
-    if recipe.schedule.kind == "grouped":
-        said.append(f"schedule.group={recipe.schedule.group}")
+    if spec.schedule.kind == "grouped":
+        said.append(f"schedule.group={spec.schedule.group}")
     said.append(f"activations={kept if isinstance(kept, str) else '[' + ','.join(kept) + ']'}")
-    if recipe.placement.boundaries != "device":
-        said.append(f"boundaries={recipe.placement.boundaries}")
+    if spec.placement.boundaries != "device":
+        said.append(f"boundaries={spec.placement.boundaries}")
     said.append(f"loop.micro_batch_size={size.micro_batch_size}")
     said.append(f"loop.gradient_accumulation_steps={size.gradient_accumulation_steps}")
     return " ".join(said)

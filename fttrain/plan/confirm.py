@@ -9,8 +9,8 @@ from dataclasses import replace
 from fttrain.memory.parts import MemoryPart
 from fttrain.model.decoder import Architecture
 from fttrain.plan import memory
-from fttrain.plan.memory import Booked, RankMemory
-from fttrain.strategy.recipe import Recipe
+from fttrain.plan.memory import RankMemory, ReservedRank
+from fttrain.strategy.spec import StrategySpec
 
 TOLERANCE = 0.01  # of the peak: up to here the lines' figure stays
 MOST_PASSES = 160  # of a layer by a micro-batch: about 15 s of a laptop's CPU
@@ -18,7 +18,7 @@ MOST_PASSES = 160  # of a layer by a micro-batch: about 15 s of a laptop's CPU
 
 def confirmed(
     taken: Sequence[RankMemory],
-    recipe: Recipe,
+    spec: StrategySpec,
     architecture: Architecture,
     kind: str,
     free_bytes: Sequence[int],
@@ -28,11 +28,13 @@ def confirmed(
     Each different rank runs all of its layers, with the micro-batches of the recipe, or as many of
     them as ``MOST_PASSES`` allows, but never fewer than memory grows evenly from.
     """
-    steps = _steps(recipe, architecture.layers, len(taken))
-    own = replace(recipe, size=replace(recipe.size, gradient_accumulation_steps=steps))
-    booked = memory.book(own, architecture, "cpu", free_bytes)  # which stands in for the card
+    steps = _steps(spec, architecture.layers, len(taken))
+    own = replace(spec, size=replace(spec.size, gradient_accumulation_steps=steps))
+    booked = memory.reserve_ranks(
+        own, architecture, "cpu", free_bytes
+    )  # which stands in for the card
     expected = memory.with_workspace(
-        [memory.books(rank) for rank in booked], own, architecture, kind
+        [memory.reserved_memory(rank) for rank in booked], own, architecture, kind
     )
     ran: dict[str, int] = {}
     return [
@@ -41,18 +43,18 @@ def confirmed(
     ]
 
 
-def _steps(recipe: Recipe, layers: int, world_size: int) -> int:
+def _steps(spec: StrategySpec, layers: int, world_size: int) -> int:
     """Micro-batches of a rank's step in the full run."""
-    passes = layers * (world_size if recipe.strategy.name == "pipeline" else 1)
-    most = max(MOST_PASSES // passes, memory.evenly_from(recipe, layers, world_size))
-    return min(recipe.size.gradient_accumulation_steps, most)
+    passes = layers * (world_size if spec.strategy.name == "pipeline" else 1)
+    most = max(MOST_PASSES // passes, memory.evenly_from(spec, layers, world_size))
+    return min(spec.size.gradient_accumulation_steps, most)
 
 
-def _beyond_books(booked: Booked, kind: str, ran: dict[str, int]) -> int:
+def _beyond_books(booked: ReservedRank, kind: str, ran: dict[str, int]) -> int:
     """Of one rank; those whose books and layers are the same are run once, ``ran`` has them."""
-    key = str((len(booked.share.layers), booked.plan.pool.reservations))
+    key = str((len(booked.model_slice.layers), booked.context.ledger.reservations))
     if key not in ran:
-        ran[key] = memory.beyond_books(booked.plan, kind)
+        ran[key] = memory.beyond_reserved(booked.context, kind)
     return ran[key]
 
 
@@ -60,4 +62,7 @@ def _corrected(rank: RankMemory, expected_bytes: int, found_bytes: int) -> RankM
     wrong_by = found_bytes - expected_bytes
     if abs(wrong_by) <= TOLERANCE * rank.device_bytes:
         return rank
-    return replace(rank, device={**rank.device, MemoryPart.WORKSPACE: rank.device[MemoryPart.WORKSPACE] + wrong_by})
+    return replace(
+        rank,
+        device={**rank.device, MemoryPart.WORKSPACE: rank.device[MemoryPart.WORKSPACE] + wrong_by},
+    )

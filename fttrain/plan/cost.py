@@ -18,15 +18,15 @@ from fttrain.plan.time import StepTime
 from fttrain.rig.profile import CardProfile, RigProfile
 from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.config import StrategyConfig
-from fttrain.strategy.recipe import Recipe
-from fttrain.strategy.trained import FP32_BYTES, layout_of
+from fttrain.strategy.spec import StrategySpec
+from fttrain.strategy.trainable_state import FP32_BYTES, layout_of
 from fttrain.util.errors import UserError
 
 PART_TOKENS = 1_000_000  # what is reckoned where the length of the run is not known
 
 
 @dataclass(frozen=True)
-class Disk:
+class DiskNeed:
     """Bytes on disk; every strategy takes the same."""
 
     cache_bytes: int  # the frozen base, once for all runs
@@ -37,17 +37,17 @@ class Disk:
         return self.cache_bytes + self.snapshots_bytes
 
 
-def disk(recipe: Recipe, architecture: Architecture, keep_last: int) -> Disk:
+def disk(spec: StrategySpec, architecture: Architecture, keep_last: int) -> DiskNeed:
     """``keep_last``: snapshots that stay; one more is there while it is written. Headers and
     manifests, some KB, do not count.
     """
-    (own,) = memory.book(_alone(recipe), architecture, "cpu", [memory.ROOMY_BYTES])
-    plan, layers = own.plan, architecture.layers
-    norm_bytes = architecture.hidden * plan.dtype.itemsize
-    whole_bytes = cache_bytes(architecture, plan.frozen_format) + norm_bytes
-    values = layout_of(plan).values
-    snapshot = layers * (FP32_BYTES * values + moment_bytes(recipe.optim, values))
-    return Disk(whole_bytes, (keep_last + 1) * snapshot)
+    (own,) = memory.reserve_ranks(_alone(spec), architecture, "cpu", [memory.ROOMY_BYTES])
+    context, layers = own.context, architecture.layers
+    norm_bytes = architecture.hidden * context.dtype.itemsize
+    whole_bytes = cache_bytes(architecture, context.frozen_format) + norm_bytes
+    values = layout_of(context).values
+    snapshot = layers * (FP32_BYTES * values + moment_bytes(spec.optim, values))
+    return DiskNeed(whole_bytes, (keep_last + 1) * snapshot)
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,11 @@ def training_rows(model: ModelConfig, data: DataConfig) -> Rows | None:
         return None
 
 
-def _alone(recipe: Recipe) -> Recipe:
+def _alone(spec: StrategySpec) -> StrategySpec:
     """Any strategy of one rank: what is on disk is the same for all."""
-    optim = replace(recipe.optim, shard=False)
+    optim = replace(spec.optim, shard=False)
     return replace(
-        recipe, strategy=StrategyConfig("replicate"), schedule=ScheduleConfig(), optim=optim
+        spec, strategy=StrategyConfig("replicate"), schedule=ScheduleConfig(), optim=optim
     )
 
 

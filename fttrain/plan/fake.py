@@ -26,12 +26,12 @@ from fttrain.distributed.rank_group import RankGroup
 from fttrain.memory.ledger import MemoryLedger
 from fttrain.memory.parts import MemoryPart
 from fttrain.model.head import chunk_rows
-from fttrain.model.projection import QuantisedTable, Table
-from fttrain.plan.live import LiveBytes
+from fttrain.model.projection import QuantizedHead, ResidentHead
+from fttrain.plan.live_bytes import LiveBytes
 from fttrain.quant.scheme import dynamic_code
-from fttrain.strategy.build import PAGES
-from fttrain.strategy.recipe import Plan, StepSize
-from fttrain.strategy.update import DeviceUpdate
+from fttrain.strategy.builder import strategy_page
+from fttrain.strategy.optimizer_step import DeviceUpdate
+from fttrain.strategy.spec import BuildContext, StepSize
 
 CPU = torch.device("cpu")
 
@@ -122,40 +122,42 @@ class Peak:
     step_bytes: int
 
 
-def run(plan: Plan, kind: str) -> Peak:
-    """Build ``plan``'s strategy on fake tensors, update it once, so that the optimizer has its
-    state, and step it. ``plan`` speaks of the CPU, which stands in for a card of ``kind``; its pool
+def run(context: BuildContext, kind: str) -> Peak:
+    """Build ``context``'s strategy on fake tensors, update it once, so that the optimizer has its
+    state, and step it. ``context`` speaks of the CPU, which stands in for a card of ``kind``; its pool
     is replaced.
     """
     dynamic_code(CPU)  # bitsandbytes makes it with real tensors and keeps it
-    group = plan.group
+    group = context.group
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with _fake_ranks(group), fake, _FakeBytes(kind=kind) as live:
-        plan = replace(plan, pool=PlannedLedger(group, plan.pool.free_device_bytes, live))
-        page = PAGES[plan.recipe.strategy.name]
-        share = page.book(plan)
-        base = NoBase(plan.architecture.layers, plan.architecture.tied)
-        strategy = page.build(plan, base, share, lambda done, total: None)
+        context = replace(
+            context, ledger=PlannedLedger(group, context.ledger.free_device_bytes, live)
+        )
+        page = strategy_page(context.spec.strategy.name)
+        model_slice = page.reserve(context)
+        base = NoBase(context.architecture.layers, context.architecture.tied)
+        strategy = page.build(context, base, model_slice, lambda done, total: None)
         building_bytes = live.peak
         if isinstance(strategy.update, DeviceUpdate):
-            strategy.update.start(1.0, plan.recipe.optim.lr)
+            strategy.update.start(1.0, context.spec.optim.lr)
         _, places = strategy.data_parallel
-        count = plan.recipe.size.gradient_accumulation_steps * (group.world_size // places)
+        count = context.spec.size.gradient_accumulation_steps * (group.world_size // places)
         with live.elsewhere():  # on the host until they are used, and small
-            targets = _chunk_tokens(plan)
-            batches = [full_batch(plan.recipe.size, index, targets) for index in range(count)]
+            targets = _chunk_tokens(context)
+            batches = [full_batch(context.spec.size, index, targets) for index in range(count)]
         live.start_peak()
         # Its sums are zero, so it counts as a step without targets, which updates nothing.
-        strategy.train_step(batches, 0, plan.recipe.optim.lr, lambda loss, norm: False)
+        strategy.train_step(batches, 0, context.spec.optim.lr, lambda loss, norm: False)
         return Peak(building_bytes, live.peak)
 
 
-def _chunk_tokens(plan: Plan) -> int:
+def _chunk_tokens(context: BuildContext) -> int:
     """Tokens that fill one chunk of the head, and one more: further chunks take what these take."""
-    form = QuantisedTable if plan.recipe.placement.head == "nf4" else Table
-    vocabulary = int(plan.architecture.config.vocab_size)
-    tokens = plan.recipe.size.micro_batch_tokens
-    return chunk_rows(vocabulary, plan.dtype, tokens, form.chunk_factor) + 1
+    form = QuantizedHead if context.spec.placement.head == "nf4" else ResidentHead
+    vocabulary = int(context.architecture.config.vocab_size)
+    tokens = context.spec.size.micro_batch_tokens
+    return chunk_rows(vocabulary, context.dtype, tokens, form.chunk_factor) + 1
 
 
 def full_batch(size: StepSize, index: int, targets: int | None = None) -> MicroBatch:

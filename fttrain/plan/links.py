@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from fttrain.model.decoder import Architecture
 from fttrain.plan import memory
 from fttrain.plan.choose import room_bytes
-from fttrain.plan.memory import Booked
+from fttrain.plan.memory import ReservedRank
 from fttrain.plan.time import step_time
-from fttrain.rig.measure_report import Table
+from fttrain.rig.measure_report import ReportTable
 from fttrain.rig.profile import LinkProfile, RigProfile
 from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.config import SCHEDULES, StrategyConfig
-from fttrain.strategy.recipe import Recipe
+from fttrain.strategy.spec import StrategySpec
 from fttrain.util.errors import UserError
 
 COMPARED = ("replicate", "shard", "pipeline")  # beside the configured one
@@ -30,17 +30,17 @@ class StrategySteps:
 
 
 def steps(
-    recipe: Recipe, architecture: Architecture, rig: RigProfile, links: Sequence[LinkProfile]
+    spec: StrategySpec, architecture: Architecture, rig: RigProfile, links: Sequence[LinkProfile]
 ) -> list[StrategySteps]:
     """The configured strategy first; those that cannot be booked for ``rig`` are left out."""
     found = []
-    for own in _recipes(recipe):
+    for own in _recipes(spec):
         rooms = [room_bytes(card) for card in rig.cards]
         try:
-            booked = memory.book(own, architecture, rig.cards[0].kind, rooms)
+            booked = memory.reserve_ranks(own, architecture, rig.cards[0].kind, rooms)
         except UserError:
             continue
-        taken = (memory.books(one).booked_bytes for one in booked)
+        taken = (memory.reserved_memory(one).booked_bytes for one in booked)
         fits = all(size <= room for size, room in zip(taken, rooms, strict=True))
         alone = (replace(rig, links=(link,)) for link in links)
         seconds = tuple(_seconds(booked, over) for over in alone)
@@ -48,10 +48,12 @@ def steps(
     return found
 
 
-def step_table(recipe: Recipe, architecture: Architecture, rig: RigProfile) -> Table | None:
+def step_table(
+    spec: StrategySpec, architecture: Architecture, rig: RigProfile
+) -> ReportTable | None:
     """For people; None where no link was measured, or nothing can be said of any."""
     links = [link for link in rig.links if not link.wrong]
-    found = steps(recipe, architecture, rig, links) if links else []
+    found = steps(spec, architecture, rig, links) if links else []
     rows = [
         [
             f"strategy={one.strategy}" + ("" if one.fits else " (does not fit)"),
@@ -62,13 +64,13 @@ def step_table(recipe: Recipe, architecture: Architecture, rig: RigProfile) -> T
     ]
     if not rows:
         return None
-    size = recipe.size
+    size = spec.size
     below = (
         f"As `fttrain plan` reckons: {size.gradient_accumulation_steps} micro-batches of "
         f"{size.micro_batch_size} rows of {size.seq_len:,} tokens a rank, the other settings as "
         "configured. What compute hides takes no time."
     )
-    return Table(
+    return ReportTable(
         "A step over each link",
         ["seconds a step", *(link.transport for link in links)],
         rows,
@@ -76,18 +78,18 @@ def step_table(recipe: Recipe, architecture: Architecture, rig: RigProfile) -> T
     )
 
 
-def _recipes(recipe: Recipe) -> Iterator[Recipe]:
-    if recipe.strategy.name in SCHEDULES:
-        yield recipe
+def _recipes(spec: StrategySpec) -> Iterator[StrategySpec]:
+    if spec.strategy.name in SCHEDULES:
+        yield spec
     for name in COMPARED:
         kind = SCHEDULES[name]
-        if name == recipe.strategy.name or (name == "pipeline" and recipe.optim.shard):
+        if name == spec.strategy.name or (name == "pipeline" and spec.optim.shard):
             continue
-        group = recipe.schedule.group if kind == recipe.schedule.kind else "all"
-        yield replace(recipe, strategy=StrategyConfig(name), schedule=ScheduleConfig(group, kind))
+        group = spec.schedule.group if kind == spec.schedule.kind else "all"
+        yield replace(spec, strategy=StrategyConfig(name), schedule=ScheduleConfig(group, kind))
 
 
-def _seconds(booked: Sequence[Booked], rig: RigProfile) -> float | None:
+def _seconds(booked: Sequence[ReservedRank], rig: RigProfile) -> float | None:
     try:
         return step_time(booked, rig).seconds
     except UserError:

@@ -19,23 +19,23 @@ from fttrain.model.decoder import Architecture
 from fttrain.plan import fake
 from fttrain.plan.fake import AsksOthers, PlannedGroup, PlannedLedger
 from fttrain.quant.frozen_layer import FrozenFormat
-from fttrain.schedule.stage_link import AHEAD
+from fttrain.schedule.pipeline_p2p import AHEAD
 from fttrain.store.activations import UNDER_WAY
-from fttrain.strategy.build import PAGES
+from fttrain.strategy.builder import strategy_page
 from fttrain.strategy.config import StrategyConfig
-from fttrain.strategy.parts import Share
-from fttrain.strategy.recipe import Plan, Recipe
+from fttrain.strategy.model_slice import ModelSlice
+from fttrain.strategy.spec import BuildContext, StrategySpec
 
 STANDS_FOR_GROUPED = StrategyConfig("stream")
 ROOMY_BYTES = 1 << 50  # of a card that everything fits: a small model is divided evenly
 
 
 @dataclass(frozen=True)
-class Booked:
+class ReservedRank:
     """One rank's plan, booked, and its part of the model."""
 
-    plan: Plan
-    share: Share
+    context: BuildContext
+    model_slice: ModelSlice
 
 
 @dataclass(frozen=True)
@@ -71,22 +71,22 @@ def host_bytes(ranks: Sequence[RankMemory], kind: str) -> int:
     return own + sum(ranks[0].shared.values())
 
 
-def book(
-    recipe: Recipe, architecture: Architecture, kind: str, free_bytes: Sequence[int]
-) -> list[Booked]:
+def reserve_ranks(
+    spec: StrategySpec, architecture: Architecture, kind: str, free_bytes: Sequence[int]
+) -> list[ReservedRank]:
     """For each rank; ``free_bytes``: what each one's card has for it.
 
     Raises UserError for settings that do not go together, and where a pipeline's stage does not
     hold its part.
     """
-    frozen_format = _frozen_format(recipe, architecture)
-    page = PAGES[recipe.strategy.name]
+    frozen_format = _frozen_format(spec, architecture)
+    page = strategy_page(spec.strategy.name)
 
-    def booked(rank: int, known: tuple[tuple[float, ...], ...] = ()) -> Booked:
+    def booked(rank: int, known: tuple[tuple[float, ...], ...] = ()) -> ReservedRank:
         group = PlannedGroup(rank, len(free_bytes), rank, torch.device(kind), known=known)
-        pool = PlannedLedger(group, free_bytes[rank])
-        plan = Plan(recipe, group, architecture, frozen_format, pool)
-        return Booked(plan, page.book(plan))
+        ledger = PlannedLedger(group, free_bytes[rank])
+        context = BuildContext(spec, group, architecture, frozen_format, ledger)
+        return ReservedRank(context, page.reserve(context))
 
     ranks = range(len(free_bytes))
     try:
@@ -104,33 +104,37 @@ def _said(booked: Any, rank: int) -> tuple[float, ...]:
     raise AssertionError("every rank asks, or none")
 
 
-def layer_bytes(recipe: Recipe, architecture: Architecture) -> int:
+def layer_bytes(spec: StrategySpec, architecture: Architecture) -> int:
     """Of one frozen layer."""
-    return _frozen_format(recipe, architecture).layout.size_bytes
+    return _frozen_format(spec, architecture).layout.size_bytes
 
 
-def _frozen_format(recipe: Recipe, architecture: Architecture) -> FrozenFormat:
-    dtype: torch.dtype = getattr(torch, recipe.dtype)
-    return architecture.frozen_format(recipe.quant, dtype)
+def _frozen_format(spec: StrategySpec, architecture: Architecture) -> FrozenFormat:
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return architecture.frozen_format(spec.quant, dtype)
 
 
-def books(booked: Booked) -> RankMemory:
+def reserved_memory(booked: ReservedRank) -> RankMemory:
     """All that is booked on a rank."""
     parts: dict[str, dict[MemoryPart, int]] = {place.value: {} for place in Place}
-    for reservation in booked.plan.pool.reservations:
+    for reservation in booked.context.ledger.reservations:
         parts[reservation.place.value][reservation.part] = reservation.size_bytes
-    return RankMemory(booked.plan.group.rank, len(booked.share.layers), **parts)
+    return RankMemory(booked.context.group.rank, len(booked.model_slice.layers), **parts)
 
 
 def with_workspace(
-    booked: Sequence[RankMemory], recipe: Recipe, architecture: Architecture, kind: str
+    booked: Sequence[RankMemory], spec: StrategySpec, architecture: Architecture, kind: str
 ) -> list[RankMemory]:
     """``booked`` and what kernels and what they pass on take beside it."""
-    together = _together(recipe, len(booked))
-    workspaces = Workspaces.of(recipe, architecture, kind, len(booked))
+    together = _together(spec, len(booked))
+    workspaces = Workspaces.of(spec, architecture, kind, len(booked))
     return [
         replace(
-            own, device={**own.device, MemoryPart.WORKSPACE: workspaces.at(own.rank, own.layers, together)}
+            own,
+            device={
+                **own.device,
+                MemoryPart.WORKSPACE: workspaces.at(own.rank, own.layers, together),
+            },
         )
         for own in booked
     ]
@@ -167,21 +171,23 @@ class Workspaces:
         return max(lines[place].at(layers, micro_batches) for lines in self.by_policy)
 
     @staticmethod
-    def of(recipe: Recipe, architecture: Architecture, kind: str, world_size: int) -> "Workspaces":
+    def of(
+        spec: StrategySpec, architecture: Architecture, kind: str, world_size: int
+    ) -> "Workspaces":
         """Measured on small models of the same shape.
 
         What strategies of ``grouped`` differ in is booked: one stands for all of them.
         """
-        strategy = recipe.strategy if recipe.strategy.name == "pipeline" else STANDS_FOR_GROUPED
-        together = _together(recipe, world_size)
+        strategy = spec.strategy if spec.strategy.name == "pipeline" else STANDS_FOR_GROUPED
+        together = _together(spec, world_size)
 
-        def alone(policy: str) -> Recipe:
-            own = replace(recipe, strategy=strategy, placement=_only(recipe, policy))
+        def alone(policy: str) -> StrategySpec:
+            own = replace(spec, strategy=strategy, placement=_only(spec, policy))
             # More micro-batches are extrapolated: steps that differ in their number alone are one.
             count = together if strategy.name == "pipeline" else min(together, _few(own) + 1)
-            return replace(own, size=replace(recipe.size, gradient_accumulation_steps=count))
+            return replace(own, size=replace(spec.size, gradient_accumulation_steps=count))
 
-        policies = dict.fromkeys(recipe.placement.policies(architecture.layers))
+        policies = dict.fromkeys(spec.placement.policies(architecture.layers))
         return Workspaces(
             tuple(
                 _of_ranks(alone(policy), _Shape(architecture.config), kind, world_size)
@@ -191,8 +197,8 @@ class Workspaces:
         )
 
 
-def _only(recipe: Recipe, policy: str) -> Any:
-    placement = replace(recipe.placement, activations="recompute")
+def _only(spec: StrategySpec, policy: str) -> Any:
+    placement = replace(spec.placement, activations="recompute")
     if policy == "recompute":
         return placement
     return replace(placement, activations=policy, boundaries="device")
@@ -228,75 +234,75 @@ def with_layers(config: Any, layers: int) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _of_ranks(recipe: Recipe, shape: _Shape, kind: str, world_size: int) -> tuple[_Lines, ...]:
-    """Of the first, a middle and the last rank. ``recipe``: one policy for all layers."""
-    if recipe.strategy.name != "pipeline":
-        one = _of_rank(recipe, shape, kind, world_size, 0)  # ranks differ in nothing
+def _of_ranks(spec: StrategySpec, shape: _Shape, kind: str, world_size: int) -> tuple[_Lines, ...]:
+    """Of the first, a middle and the last rank. ``spec``: one policy for all layers."""
+    if spec.strategy.name != "pipeline":
+        one = _of_rank(spec, shape, kind, world_size, 0)  # ranks differ in nothing
         return (one,) * min(world_size, 3)
     ranks = sorted({0, 1, world_size - 1} & set(range(world_size)))
-    return tuple(_of_rank(recipe, shape, kind, world_size, rank) for rank in ranks)
+    return tuple(_of_rank(spec, shape, kind, world_size, rank) for rank in ranks)
 
 
-def _of_rank(recipe: Recipe, shape: _Shape, kind: str, world_size: int, rank: int) -> _Lines:
-    pipeline = recipe.strategy.name == "pipeline"
-    together = recipe.size.gradient_accumulation_steps
-    few = together if pipeline else min(together, _few(recipe))
-    shallow = _shallow(recipe)
+def _of_rank(spec: StrategySpec, shape: _Shape, kind: str, world_size: int, rank: int) -> _Lines:
+    pipeline = spec.strategy.name == "pipeline"
+    together = spec.size.gradient_accumulation_steps
+    few = together if pipeline else min(together, _few(spec))
+    shallow = _shallow(spec)
     counts = (few, few + 1) if together > few else (few,)
     points = [(layers, count) for count in counts for layers in (shallow, shallow + 1)]
     found = []
     for layers, micro_batches in points:
-        size = replace(recipe.size, gradient_accumulation_steps=micro_batches)
+        size = replace(spec.size, gradient_accumulation_steps=micro_batches)
         a = Architecture(with_layers(shape.config, layers * (world_size if pipeline else 1)))
-        own = replace(recipe, size=size)
-        plan = book(own, a, "cpu", [ROOMY_BYTES] * world_size)[rank].plan
-        found.append(beyond_books(plan, kind))
+        own = replace(spec, size=size)
+        context = reserve_ranks(own, a, "cpu", [ROOMY_BYTES] * world_size)[rank].context
+        found.append(beyond_reserved(context, kind))
     grow = together > few  # else nothing is asked of other numbers of micro-batches
     rows = [[1, layers, grow * count, grow * layers * count] for layers, count in points]
     solved, *_ = np.linalg.lstsq(np.array(rows, float), np.array(found, float), rcond=None)
     return _Lines(*(float(value) for value in solved))
 
 
-def _shallow(recipe: Recipe) -> int:
+def _shallow(spec: StrategySpec) -> int:
     """Layers, of a pipeline those of a stage, from which on memory grows evenly: the first and the
     last one keep other things than those between. With ``offload`` a pipeline's stage has the
     tensors of two under way as it turns round.
     """
-    offloads = recipe.placement.activations == "offload"
-    return 3 if recipe.strategy.name == "pipeline" and offloads else 2
+    offloads = spec.placement.activations == "offload"
+    return 3 if spec.strategy.name == "pipeline" and offloads else 2
 
 
-def _together(recipe: Recipe, stages: int) -> int:
+def _together(spec: StrategySpec, stages: int) -> int:
     """Micro-batches of a rank's step as far as memory knows them: those of a group, and of a
     pipeline as many as fill it and open all the receives that it opens ahead.
     """
-    steps = recipe.size.gradient_accumulation_steps
-    if recipe.strategy.name == "pipeline":
+    steps = spec.size.gradient_accumulation_steps
+    if spec.strategy.name == "pipeline":
         return min(steps, -(-(stages + AHEAD) // stages))
-    return recipe.schedule.size(steps)
+    return spec.schedule.size(steps)
 
 
-def evenly_from(recipe: Recipe, layers: int, world_size: int) -> int:
+def evenly_from(spec: StrategySpec, layers: int, world_size: int) -> int:
     """Micro-batches of a rank's step from which on memory is that of the lines."""
-    together = _together(recipe, world_size)
-    if recipe.strategy.name == "pipeline":
+    together = _together(spec, world_size)
+    if spec.strategy.name == "pipeline":
         return together
-    policies = set(recipe.placement.policies(layers))
-    few = [_few(replace(recipe, placement=_only(recipe, policy))) for policy in policies]
+    policies = set(spec.placement.policies(layers))
+    few = [_few(replace(spec, placement=_only(spec, policy))) for policy in policies]
     return min(together, max(few) + 1)
 
 
-def _few(recipe: Recipe) -> int:
+def _few(spec: StrategySpec) -> int:
     """Micro-batches from which on memory grows evenly: with ``offload`` as many as have tensors on
     the device that leave or come back.
     """
-    return UNDER_WAY + 2 if recipe.placement.activations == "offload" else 1
+    return UNDER_WAY + 2 if spec.placement.activations == "offload" else 1
 
 
-def beyond_books(plan: Plan, kind: str) -> int:
-    """What the step of ``plan``, on the CPU in place of a card of ``kind``, takes beyond what is
+def beyond_reserved(context: BuildContext, kind: str) -> int:
+    """What the step of ``context``, on the CPU in place of a card of ``kind``, takes beyond what is
     booked on the device.
     """
-    peak = fake.run(plan, kind)
+    peak = fake.run(context, kind)
     taken = max(peak.step_bytes, peak.building_bytes) if kind == "cpu" else peak.step_bytes
-    return taken - plan.pool.device_bytes
+    return taken - context.ledger.device_bytes

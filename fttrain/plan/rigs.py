@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from fttrain.rig.changes import changes, is_here
 from fttrain.rig.machine import identity
 from fttrain.rig.profile import RigProfile, kept_profile, load_profile
+from fttrain.rig.profile_drift import changes, is_here
 from fttrain.track.metrics import Warn, to_stderr
 from fttrain.util.errors import UserError
 from fttrain.util.paths import conf_folder

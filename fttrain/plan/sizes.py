@@ -20,7 +20,7 @@ from fttrain.plan.rigs import find_rig
 from fttrain.quant.config import QuantConfig
 from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.config import Placement, StrategyConfig
-from fttrain.strategy.recipe import Recipe, StepSize
+from fttrain.strategy.spec import StepSize, StrategySpec
 
 SEQ_LEN = 2048
 QUANT = {"QLoRA": "nf4", "LoRA": "none"}  # method -> how the frozen base is stored
@@ -34,7 +34,7 @@ METHODS = (*QUANT, *FULL)
 
 
 @dataclass(frozen=True)
-class Place:
+class SizePlace:
     """Where a model's parts lie. QLoRA and LoRA run so."""
 
     strategy: str
@@ -47,18 +47,20 @@ _ON_HOST = Placement(boundaries="host", embedding="host", head="streamed")
 _OFFLOADED = OptimConfig(offload=True)
 PLACES = {
     # All on one card, layers recomputed: what is meant where nothing else is said
-    "whole": Place("replicate", 1, Placement(), OptimConfig()),
+    "whole": SizePlace("replicate", 1, Placement(), OptimConfig()),
     # The same, but layer inputs on the host, and moments in 8 bits
-    "frugal": Place("replicate", 1, Placement(boundaries="host"), OptimConfig(kind="adamw8bit")),
+    "frugal": SizePlace(
+        "replicate", 1, Placement(boundaries="host"), OptimConfig(kind="adamw8bit")
+    ),
     # Two cards share the layers; whatever else can be in host memory is there
-    "two": Place("shard", 2, _ON_HOST, _OFFLOADED),
+    "two": SizePlace("shard", 2, _ON_HOST, _OFFLOADED),
     # The layers are in host memory, too
-    "least": Place("stream", 1, _ON_HOST, _OFFLOADED),
+    "least": SizePlace("stream", 1, _ON_HOST, _OFFLOADED),
 }
 
 
 @dataclass(frozen=True)
-class Question:
+class SizeQuestion:
     """What is asked for: a model, a method, a place, and the work of a step."""
 
     model: str  # a name in shapes
@@ -70,7 +72,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Need:
+class SizeEstimate:
     """Bytes of each card, by part, and of the host, all ranks together."""
 
     card: dict[MemoryPart, int]
@@ -81,37 +83,37 @@ class Need:
         return sum(self.card.values())
 
 
-def answers(
-    questions: Iterable[Question], progress: Callable[[int, int], None]
-) -> dict[Question, Need]:
+def estimate_sizes(
+    questions: Iterable[SizeQuestion], progress: Callable[[int, int], None]
+) -> dict[SizeQuestion, SizeEstimate]:
     """What each takes. ``progress``: (done, total)."""
     unique = list(dict.fromkeys(questions))
     found = {}
     for done, question in enumerate(unique, start=1):
-        found[question] = need(question)
+        found[question] = estimate_size(question)
         progress(done, len(unique))
     return found
 
 
-def need(question: Question) -> Need:
+def estimate_size(question: SizeQuestion) -> SizeEstimate:
     """What ``question`` asks for."""
     if question.method in FULL:
         return _full(question)
     place, a = PLACES[question.place], shapes.architecture(question.model)
-    recipe = _recipe(question, place)
+    spec = _recipe(question, place)
     rooms = [memory.ROOMY_BYTES] * place.cards
-    ranks = [memory.books(rank) for rank in memory.book(recipe, a, "cuda", rooms)]
+    ranks = [memory.reserved_memory(rank) for rank in memory.reserve_ranks(spec, a, "cuda", rooms)]
     # Ranks of these strategies differ in nothing: one is run on fake tensors, for all places alike.
-    [first] = memory.with_workspace(ranks[:1], recipe, a, "cuda")
+    [first] = memory.with_workspace(ranks[:1], spec, a, "cuda")
     card = first.device | {
         MemoryPart.WORKSPACE: max(0, first.device[MemoryPart.WORKSPACE]),
         MemoryPart.CONTEXT: context_bytes(),
     }
-    return Need(card, memory.host_bytes(ranks, "cuda"))
+    return SizeEstimate(card, memory.host_bytes(ranks, "cuda"))
 
 
-def _recipe(question: Question, place: Place) -> Recipe:
-    return Recipe(
+def _recipe(question: SizeQuestion, place: SizePlace) -> StrategySpec:
+    return StrategySpec(
         StrategyConfig(place.strategy),
         QuantConfig(QUANT[question.method], dequant="tile"),
         LoraConfig(r=question.r),
@@ -125,7 +127,7 @@ def _recipe(question: Question, place: Place) -> Recipe:
     )
 
 
-def _full(question: Question) -> Need:
+def _full(question: SizeQuestion) -> SizeEstimate:
     """By formula.
 
     whole    all of a parameter's bytes on the card
@@ -134,7 +136,7 @@ def _full(question: Question) -> Need:
              2101.06840), and gradients of two layers or of a table on their way there
     """
     a = shapes.architecture(question.model)
-    lora = need(replace(question, method="LoRA", place="whole"))
+    lora = estimate_size(replace(question, method="LoRA", place="whole"))
     count, each = shapes.parameters(a), FULL[question.method]
     two_layers = 2 * shapes.layer_parameters(a)
     table = int(a.config.vocab_size) * a.hidden
@@ -148,10 +150,10 @@ def _full(question: Question) -> Need:
         host_bytes += sum(states.values()) - states[WEIGHTS]
         on_their_way = each[GRADIENTS] * max(two_layers, table)
         states = {WEIGHTS: states[WEIGHTS], GRADIENTS: on_their_way}
-    return Need(states | _step(lora), host_bytes)
+    return SizeEstimate(states | _step(lora), host_bytes)
 
 
-def _step(lora: Need) -> dict[MemoryPart, int]:
+def _step(lora: SizeEstimate) -> dict[MemoryPart, int]:
     """What a step takes beside what is trained and what is frozen."""
     model = {
         MemoryPart.FROZEN_LAYERS,

@@ -7,15 +7,15 @@ from rich.table import Table
 
 from fttrain.memory.parts import MemoryPart
 from fttrain.plan import shapes
-from fttrain.plan.published import CLAIMS, HIGH, LOW, RIGHT, TOLERANCE, Claim, judge
+from fttrain.plan.reference_claims import CLAIMS, HIGH, LOW, RIGHT, TOLERANCE, Claim, judge
 from fttrain.plan.sizes import (
     FULL,
     METHODS,
     SEQ_LEN,
-    Need,
-    Question,
-    answers,
+    SizeEstimate,
+    SizeQuestion,
     context_bytes,
+    estimate_sizes,
 )
 from fttrain.util.units import GIB, gib
 
@@ -37,7 +37,7 @@ NAMES = {  # part of a card -> as it is shown, in this order
     MemoryPart.CONTEXT: "context, libraries",
 }
 
-Needs = Mapping[Question, Need]
+Needs = Mapping[SizeQuestion, SizeEstimate]
 
 
 def show(
@@ -47,8 +47,10 @@ def show(
     claims: Sequence[Claim] = CLAIMS,
 ) -> None:
     """Reckons and prints the tables of ``models`` and ``claims``. ``progress``: (done, total)."""
-    wanted = [Question(m, method, place) for m in models for method in METHODS for place in SHOWN]
-    needs = answers([*wanted, *(claim.question for claim in claims)], progress)
+    wanted = [
+        SizeQuestion(m, method, place) for m in models for method in METHODS for place in SHOWN
+    ]
+    needs = estimate_sizes([*wanted, *(claim.question for claim in claims)], progress)
     console.print(sizes_table(models, claims, needs))
     for method in METHODS:
         console.print(parts_table(models, method, needs))
@@ -82,7 +84,7 @@ def sizes_table(models: Sequence[str], claims: Sequence[Claim], needs: Needs) ->
         for method in METHODS:
             figures = []
             for place in SHOWN:
-                need = needs[Question(model, method, place)]
+                need = needs[SizeQuestion(model, method, place)]
                 figures += [f"{need.card_bytes / GIB:.1f}", f"{need.host_bytes / GIB:.1f}"]
             of_these = (
                 c for c in claims if (c.question.model, c.question.method) == (model, method)
@@ -109,7 +111,7 @@ def parts_table(models: Sequence[str], method: str, needs: Needs) -> Table:
     found = Table("", *map(shapes.size, models), title=title, title_justify="left")
     for column in found.columns[1:]:
         column.justify = "right"
-    cards = [_named(needs[Question(model, method)].card) for model in models]
+    cards = [_named(needs[SizeQuestion(model, method)].card) for model in models]
     for part in cards[0]:
         found.add_row(part, *(f"{card[part] / GIB:.2f}" for card in cards))
     found.add_section()
@@ -157,7 +159,7 @@ def claims_table(claims: Sequence[Claim], needs: Needs) -> Table:
 
 def _reading(claim: Claim) -> str:
     """What ``claim`` is read for, where it is not what the tables are made for."""
-    asked, usual = claim.question, Question(claim.question.model, claim.question.method)
+    asked, usual = claim.question, SizeQuestion(claim.question.model, claim.question.method)
     places = {**SHOWN, "frugal": "inputs of layers on the host, 8-bit moments"}
     said = [f"{asked.method} {asked.model}"]
     if asked.place != usual.place:

@@ -6,8 +6,8 @@ from typing import Any
 from rich.table import Table
 
 from fttrain.memory.parts import MemoryPart
-from fttrain.plan.choose import Verdict, room_bytes
-from fttrain.plan.cost import PART_TOKENS, Disk, cost, renting
+from fttrain.plan.choose import Candidate, room_bytes
+from fttrain.plan.cost import PART_TOKENS, DiskNeed, cost, renting
 from fttrain.plan.memory import RankMemory
 from fttrain.rig.profile import RigProfile
 from fttrain.util.units import GIB, duration, gib
@@ -16,7 +16,7 @@ SHOWN = 24  # candidates
 NOT_AT_ONCE = "of these never there at once"
 
 
-def table(verdicts: Sequence[Verdict], rig: RigProfile, steps: int | None) -> Table:
+def table(verdicts: Sequence[Candidate], rig: RigProfile, steps: int | None) -> Table:
     """A line a candidate, the winner first. ``steps``: of the whole run, None: not known."""
     of = f"{steps:,} steps" if steps else "1M tokens"
     title = f"{rig.name}: {_cards(rig)}; hours, kWh and $ of {of}"
@@ -38,16 +38,16 @@ def _cards(rig: RigProfile) -> str:
     return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
 
 
-def _row(verdict: Verdict, rig: RigProfile, steps: int | None) -> list[str]:
-    recipe, time = verdict.recipe, verdict.time
-    kept, size = recipe.placement.activations, recipe.size
-    resident = recipe.strategy.resident_layers
+def _row(verdict: Candidate, rig: RigProfile, steps: int | None) -> list[str]:
+    spec, time = verdict.spec, verdict.time
+    kept, size = spec.placement.activations, spec.size
+    resident = spec.strategy.resident_layers
     shown = list(resident) if isinstance(resident, tuple) else resident
     cards = " / ".join(f"{size_bytes / GIB:.2f}" for size_bytes in _of_cards(verdict.memory))
     taken = cost(time, rig, steps) if time else None
     return [
-        recipe.strategy.name + (f" {shown} resident" if resident else ""),
-        str(recipe.schedule.group) if recipe.schedule.kind == "grouped" else "",
+        spec.strategy.name + (f" {shown} resident" if resident else ""),
+        str(spec.schedule.group) if spec.schedule.kind == "grouped" else "",
         kept if isinstance(kept, str) else ",".join(kept),
         f"{size.micro_batch_size} x {size.gradient_accumulation_steps}",
         cards or "-",
@@ -62,7 +62,7 @@ def _row(verdict: Verdict, rig: RigProfile, steps: int | None) -> list[str]:
     ]
 
 
-def _short(verdict: Verdict) -> str:
+def _short(verdict: Candidate) -> str:
     """Why it does not fit, in a few words; plan.json has all of them."""
     where = verdict.reason.split(":")[0]
     if not verdict.missing_bytes:
@@ -70,7 +70,7 @@ def _short(verdict: Verdict) -> str:
     return f"no: {where} +{verdict.missing_bytes / GIB:.2f} GiB"
 
 
-def notes(rig: RigProfile, disk: Disk, steps: int | None, documents: int | None) -> list[str]:
+def notes(rig: RigProfile, disk: DiskNeed, steps: int | None, documents: int | None) -> list[str]:
     """What the table leaves out, a line each. ``documents``: the most of a row, None: not known."""
     found = []
     if rig.measured is None:
@@ -106,7 +106,7 @@ def _of_cards(ranks: Sequence[RankMemory]) -> list[int]:
     return each[:1] if len(set(each)) == 1 else each
 
 
-def parts_table(verdict: Verdict, rig: RigProfile) -> Table:
+def parts_table(verdict: Candidate, rig: RigProfile) -> Table:
     """Where ``verdict``'s memory goes, a column a card, the largest parts first."""
     ranks = verdict.memory
     names = [f"card {rank.rank}" for rank in ranks]
@@ -145,7 +145,7 @@ def parts_table(verdict: Verdict, rig: RigProfile) -> Table:
     return found
 
 
-def summary(verdict: Verdict, rig: RigProfile, steps: int | None) -> str:
+def summary(verdict: Candidate, rig: RigProfile, steps: int | None) -> str:
     """The winner in one line."""
     assert verdict.time is not None
     card = max(rank.device_bytes for rank in verdict.memory)
@@ -160,7 +160,7 @@ def summary(verdict: Verdict, rig: RigProfile, steps: int | None) -> str:
 
 
 def as_json(
-    verdicts: Sequence[Verdict], rig: RigProfile, model: str, disk: Disk, steps: int | None
+    verdicts: Sequence[Candidate], rig: RigProfile, model: str, disk: DiskNeed, steps: int | None
 ) -> dict[str, Any]:
     """All of it. Bytes, seconds, hours, kWh and US dollars; those of a candidate are of ``steps``,
     or where that is None of ``part_tokens``.
@@ -183,7 +183,7 @@ def _by_label(parts: Mapping[MemoryPart, int]) -> dict[str, int]:
     return {part.label: size_bytes for part, size_bytes in parts.items()}
 
 
-def _candidate(verdict: Verdict, rig: RigProfile, steps: int | None) -> dict[str, Any]:
+def _candidate(verdict: Candidate, rig: RigProfile, steps: int | None) -> dict[str, Any]:
     time = verdict.time
     taken = cost(time, rig, steps) if time else None
     return {

@@ -13,7 +13,7 @@ A step is one in the middle of a run: what lies in slots where passes meet is no
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fttrain.plan.memory import Booked
+from fttrain.plan.memory import ReservedRank
 from fttrain.plan.work import (
     dequantisations,
     head_dequantised_bytes,
@@ -24,8 +24,9 @@ from fttrain.plan.work import (
 )
 from fttrain.rig.profile import CardProfile, CopyRates, RigProfile
 from fttrain.store.sharded import SLOTS
-from fttrain.strategy import parts, trained
-from fttrain.strategy.recipe import Plan
+from fttrain.strategy import trainable_state
+from fttrain.strategy.model_slice import activation_bytes, slice_policies
+from fttrain.strategy.spec import BuildContext
 from fttrain.util.errors import UserError
 
 BACKWARD_SHARE = 2 / 3  # of a layer's work that is no GEMM
@@ -66,14 +67,14 @@ class StepTime:
     limit: str  # what a pass waits for: compute | link | to the card | to the host
 
 
-def step_time(booked: Sequence[Booked], rig: RigProfile) -> StepTime:
+def step_time(booked: Sequence[ReservedRank], rig: RigProfile) -> StepTime:
     """Of ``booked``, a plan for each rank. Raises UserError for a rate that ``rig`` lacks."""
     ranks = [_Rank(own, rig) for own in booked]
-    if booked[0].plan.recipe.strategy.name == "pipeline":
+    if booked[0].context.spec.strategy.name == "pipeline":
         seconds, slowest = _pipeline(ranks)
     else:  # every rank waits for the slowest
         seconds, slowest = max((rank.data_parallel_s(), rank) for rank in ranks)
-    size = booked[0].plan.recipe.size
+    size = booked[0].context.spec.size
     tokens = size.micro_batch_size * size.seq_len * size.gradient_accumulation_steps * len(ranks)
     return StepTime(seconds, tokens / seconds, slowest.backward(1).limit)
 
@@ -102,23 +103,23 @@ def rate(found: float | None, rig: RigProfile, name: str) -> float:
 class _Rank:
     """One rank's work at its card's rates."""
 
-    def __init__(self, booked: Booked, rig: RigProfile) -> None:
-        self._plan, self._layers = booked.plan, booked.share.layers
-        self._share, self._rig = booked.share, rig
-        self._card: CardProfile = rig.cards[booked.plan.group.rank]
-        recipe = self._plan.recipe
-        self.accumulation = recipe.size.gradient_accumulation_steps
-        self._tokens = recipe.size.micro_batch_size * recipe.size.seq_len
-        self._policies = parts.own_policies(self._plan, booked.share)
-        self._layout = trained.layout_of(self._plan)
-        self._world_size = self._plan.group.world_size
+    def __init__(self, booked: ReservedRank, rig: RigProfile) -> None:
+        self._context, self._layers = booked.context, booked.model_slice.layers
+        self._share, self._rig = booked.model_slice, rig
+        self._card: CardProfile = rig.cards[booked.context.group.rank]
+        spec = self._context.spec
+        self.accumulation = spec.size.gradient_accumulation_steps
+        self._tokens = spec.size.micro_batch_size * spec.size.seq_len
+        self._policies = slice_policies(self._context, booked.model_slice)
+        self._layout = trainable_state.layout_of(self._context)
+        self._world_size = self._context.group.world_size
         self._on_cpu = self._card.kind == "cpu"
 
     def __lt__(self, other: "_Rank") -> bool:
-        return self._plan.group.rank < other._plan.group.rank
+        return self._context.group.rank < other._context.group.rank
 
     def data_parallel_s(self) -> float:
-        together = self._plan.recipe.schedule.size(self.accumulation)
+        together = self._context.spec.schedule.size(self.accumulation)
         full, rest = divmod(self.accumulation, together)
         groups = [together] * full + [rest] * bool(rest)
         seconds = 0.0
@@ -144,9 +145,9 @@ class _Rank:
         """A pass back, of what was saved on the host as it comes back."""
         found = self._pass(micro_batches, backward=True)
         found.to_card_s += self._to_card_s(micro_batches * self._saved_bytes())
-        if self._plan.recipe.optim.offload:
+        if self._context.spec.optim.offload:
             values = self._layout.own_values * len(self._layers)
-            found.to_host_s += self._to_host_s(trained.FP32_BYTES * values)
+            found.to_host_s += self._to_host_s(trainable_state.FP32_BYTES * values)
         return self._on_cores(found)
 
     def _on_cores(self, found: PassTime) -> PassTime:
@@ -159,16 +160,16 @@ class _Rank:
     def _pass(self, micro_batches: int, backward: bool) -> PassTime:
         found = PassTime(self._compute_s(micro_batches, backward))
         layers = len(self._layers)
-        strategy = self._plan.recipe.strategy
+        strategy = self._context.spec.strategy
         if strategy.name == "shard" and self._world_size > 1:
             moved = max(0, layers - SLOTS)
-            self._add_messages(found, moved, "all_gather", self._plan.layer_bytes)
+            self._add_messages(found, moved, "all_gather", self._context.layer_bytes)
         elif strategy.name == "stream":
-            kept = strategy.resident(self._plan.group.rank, self._world_size, layers)
+            kept = strategy.resident(self._context.group.rank, self._world_size, layers)
             moved = max(0, layers - kept - strategy.slots)
-            found.to_card_s += self._to_card_s(moved * self._plan.layer_bytes)
+            found.to_card_s += self._to_card_s(moved * self._context.layer_bytes)
         elif strategy.name == "pipeline" and self._world_size > 1:
-            row_bytes = self._plan.architecture.hidden * self._plan.dtype.itemsize
+            row_bytes = self._context.architecture.hidden * self._context.dtype.itemsize
             size_bytes = self._tokens * row_bytes
             self._add_messages(found, micro_batches, "send_recv", size_bytes)
         return found
@@ -181,15 +182,15 @@ class _Rank:
             found.cores_s += count * self._rig.link().cores_s(collective, size_bytes)
 
     def _compute_s(self, micro_batches: int, backward: bool) -> float:
-        recipe, a = self._plan.recipe, self._plan.architecture
+        spec, a = self._context.spec, self._context.architecture
         flops = 0.0
         for policy in self._policies:
-            work = layer_work(a, recipe.lora, policy, recipe.size.seq_len)
+            work = layer_work(a, spec.lora, policy, spec.size.seq_len)
             flops += work.backward if backward else work.forward
-        made = dequantisations(self._plan, micro_batches) * len(self._layers)
+        made = dequantisations(self._context, micro_batches) * len(self._layers)
         tokens = micro_batches * self._tokens
         seconds = tokens * flops / self._gemm() + tokens * self._beside_gemms_s(backward)
-        return seconds + self._dequantise_s(made * weight_bytes(self._plan))
+        return seconds + self._dequantise_s(made * weight_bytes(self._context))
 
     def _beside_gemms_s(self, backward: bool) -> float:
         """A token in all layers. Whether a layer is recomputed matters little: norms, rotary and
@@ -198,28 +199,28 @@ class _Rank:
         known = self._card.layer_values_per_s
         if known is None:
             return 0.0
-        share = BACKWARD_SHARE if backward else 1 - BACKWARD_SHARE
-        return share * len(self._layers) * layer_values(self._plan.architecture) / known
+        model_slice = BACKWARD_SHARE if backward else 1 - BACKWARD_SHARE
+        return model_slice * len(self._layers) * layer_values(self._context.architecture) / known
 
     def _head_s(self, micro_batches: int) -> float:
         """Only targets have logits. A streamed table is brought first, and nothing hides it."""
-        plan = self._plan
+        context = self._context
         known = self._card.head_flop_per_s or self._gemm()
-        targets = micro_batches * self._tokens * plan.recipe.size.target_share
-        seconds = targets * head_flops(plan.architecture) / known
-        seconds += self._dequantise_s(micro_batches * head_dequantised_bytes(plan))
-        if plan.recipe.placement.head == "streamed":
-            seconds += self._to_card_s(plan.table_bytes)
+        targets = micro_batches * self._tokens * context.spec.size.target_share
+        seconds = targets * head_flops(context.architecture) / known
+        seconds += self._dequantise_s(micro_batches * head_dequantised_bytes(context))
+        if context.spec.placement.head == "streamed":
+            seconds += self._to_card_s(context.table_bytes)
         return seconds
 
     def _saved_bytes(self) -> float:
         """That one micro-batch's layers keep on the host."""
-        plan, found = self._plan, 0
-        boundary_bytes = self._tokens * plan.architecture.hidden * plan.dtype.itemsize
-        on_host = plan.recipe.placement.boundaries == "host"
+        context, found = self._context, 0
+        boundary_bytes = self._tokens * context.architecture.hidden * context.dtype.itemsize
+        on_host = context.spec.placement.boundaries == "host"
         for policy in self._policies:
             if policy == "offload":
-                found += parts.activation_bytes(plan)
+                found += activation_bytes(context)
             elif policy == "recompute" and on_host:
                 found += boundary_bytes
         return found
@@ -234,27 +235,27 @@ class _Rank:
         return self._link_s(self._sum_name(), self._sum_bytes()) if self._sum_bytes() else 0.0
 
     def _sum_name(self) -> str:
-        return "reduce_scatter" if self._plan.recipe.optim.shard else "all_reduce"
+        return "reduce_scatter" if self._context.spec.optim.shard else "all_reduce"
 
     def _sum_bytes(self) -> int:
         """Of a layer's adapter gradient; 0 where it has nobody to meet."""
-        if self._world_size == 1 or self._plan.recipe.strategy.name == "pipeline":
+        if self._world_size == 1 or self._context.spec.strategy.name == "pipeline":
             return 0
-        return trained.FP32_BYTES * self._layout.values
+        return trainable_state.FP32_BYTES * self._layout.values
 
     def update_s(self) -> float:
         """Of the optimizer, where the next forward does not hide it."""
-        plan, rig, layers = self._plan, self._rig, len(self._layers)
+        context, rig, layers = self._context, self._rig, len(self._layers)
         layout = self._layout
-        if not plan.recipe.optim.offload:
-            moved = update_bytes(plan) * layers
+        if not context.spec.optim.offload:
+            moved = update_bytes(context) * layers
             found = moved / rate(self._card.memory_bytes_per_s, rig, "cards.memory_bytes_per_s")
-            if plan.recipe.optim.shard and self._world_size > 1:
-                found += layers * self._link_s("all_gather", plan.dtype.itemsize * layout.values)
+            if context.spec.optim.shard and self._world_size > 1:
+                found += layers * self._link_s("all_gather", context.dtype.itemsize * layout.values)
             return found
         values = layout.own_values * layers * self._world_size  # of all ranks, on one host
         host_s = values / rate(rig.host.adamw_values_per_s, rig, "host.adamw_values_per_s")
-        together = plan.recipe.schedule.size(self.accumulation)
+        together = context.spec.schedule.size(self.accumulation)
         return max(0.0, host_s - self.forward(together).seconds)
 
     def _link_s(self, collective: str, size_bytes: float) -> float:
@@ -285,12 +286,12 @@ class _Rank:
         return size_bytes / rate(known, self._rig, name)
 
 
-def update_bytes(plan: Plan) -> int:
+def update_bytes(context: BuildContext) -> int:
     """Read and written on the device by one layer's update: masters and moments both ways, the
     gradient, the compute copies.
     """
-    layout = trained.layout_of(plan)
-    kept = trained.adapter_bytes(plan)
-    copies = plan.dtype.itemsize * layout.values
-    gradient = trained.FP32_BYTES * layout.own_values
+    layout = trainable_state.layout_of(context)
+    kept = trainable_state.adapter_bytes(context)
+    copies = context.dtype.itemsize * layout.values
+    gradient = trainable_state.FP32_BYTES * layout.own_values
     return 2 * max(0, kept - copies - gradient) + gradient + copies

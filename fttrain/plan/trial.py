@@ -11,15 +11,15 @@ from fttrain.distributed.rank_group import RankGroup
 from fttrain.memory.host import peak_host_bytes
 from fttrain.model.decoder import Architecture
 from fttrain.plan.fake import full_batch
-from fttrain.plan.live import LiveBytes
+from fttrain.plan.live_bytes import LiveBytes
 from fttrain.plan.memory import with_layers
 from fttrain.plan.random_base import RandomBase
 from fttrain.rig.card import beside_allocator_bytes
 from fttrain.rig.timing import median_s
 from fttrain.schedule.config import ScheduleConfig
-from fttrain.strategy.build import Blueprint
+from fttrain.strategy.builder import StrategyBuilder
 from fttrain.strategy.config import Placement, StrategyConfig
-from fttrain.strategy.recipe import Recipe
+from fttrain.strategy.spec import StrategySpec
 
 LAYERS = 4
 MICRO_BATCHES = 2
@@ -39,27 +39,27 @@ class Trial:
     allocator_bytes: int | None = None
 
 
-def recipe_of(recipe: Recipe) -> Recipe:
-    """``recipe``'s shapes, everything on the device and nothing that another rank is needed for."""
+def recipe_of(spec: StrategySpec) -> StrategySpec:
+    """``spec``'s shapes, everything on the device and nothing that another rank is needed for."""
     return replace(
-        recipe,
+        spec,
         strategy=StrategyConfig("replicate"),
         schedule=ScheduleConfig(),
         placement=Placement(),
-        optim=replace(recipe.optim, offload=False, shard=False),
-        size=replace(recipe.size, gradient_accumulation_steps=MICRO_BATCHES),
+        optim=replace(spec.optim, offload=False, shard=False),
+        size=replace(spec.size, gradient_accumulation_steps=MICRO_BATCHES),
     )
 
 
-def take(recipe: Recipe, config: Any, device: torch.device) -> Trial:
+def take(spec: StrategySpec, config: Any, device: torch.device) -> Trial:
     """Of ``recipe_of(recipe)`` with a model of the shape of transformers' ``config``.
 
     Ranks that share a device or a host take it at the same time.
     """
-    recipe = recipe_of(recipe)
+    spec = recipe_of(spec)
     architecture = Architecture(with_layers(config, LAYERS))
-    dtype: torch.dtype = getattr(torch, recipe.dtype)
-    frozen_format = architecture.frozen_format(recipe.quant, dtype)
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    frozen_format = architecture.frozen_format(spec.quant, dtype)
     alone = RankGroup(0, 1, 0, device)
     on_cpu = device.type == "cpu"
     beside_bytes = 0
@@ -67,9 +67,9 @@ def take(recipe: Recipe, config: Any, device: torch.device) -> Trial:
         torch.cuda.reset_peak_memory_stats(device)
         beside_bytes = beside_allocator_bytes(device)
     with LiveBytes(device.type) as live:
-        blueprint = Blueprint(recipe, architecture, frozen_format, alone)
+        blueprint = StrategyBuilder(spec, architecture, frozen_format, alone)
         strategy = blueprint.build(RandomBase(LAYERS, frozen_format), lambda done, total: None)
-        _step(strategy, recipe, None)
+        _step(strategy, spec, None)
     if on_cpu:
         held_bytes = peak_host_bytes()
     else:
@@ -77,8 +77,8 @@ def take(recipe: Recipe, config: Any, device: torch.device) -> Trial:
         held_bytes = torch.cuda.max_memory_reserved(device) + loaded_bytes
     beyond_bytes = held_bytes - live.peak
     # With a single target there is next to nothing to do behind the layers.
-    layers_s = median_s(lambda: _step(strategy, recipe, 1), device, BUDGET_S)
-    whole_s = median_s(lambda: _step(strategy, recipe, None), device, BUDGET_S)
+    layers_s = median_s(lambda: _step(strategy, spec, 1), device, BUDGET_S)
+    whole_s = median_s(lambda: _step(strategy, spec, None), device, BUDGET_S)
     return Trial(
         layers_s / (LAYERS * MICRO_BATCHES),
         max(0.0, whole_s - layers_s) / MICRO_BATCHES,
@@ -87,6 +87,6 @@ def take(recipe: Recipe, config: Any, device: torch.device) -> Trial:
     )
 
 
-def _step(strategy: Any, recipe: Recipe, targets: int | None) -> None:
-    batches = [full_batch(recipe.size, index, targets) for index in range(MICRO_BATCHES)]
-    strategy.train_step(batches, 0, recipe.optim.lr, lambda loss, norm: True)
+def _step(strategy: Any, spec: StrategySpec, targets: int | None) -> None:
+    batches = [full_batch(spec.size, index, targets) for index in range(MICRO_BATCHES)]
+    strategy.train_step(batches, 0, spec.optim.lr, lambda loss, norm: True)

@@ -9,8 +9,8 @@ from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture
 from fttrain.model.head import chunk_rows
 from fttrain.model.lora import target_indices
-from fttrain.model.projection import QuantisedTable
-from fttrain.strategy.recipe import Plan
+from fttrain.model.projection import QuantizedHead
+from fttrain.strategy.spec import BuildContext
 
 ATTENTION_BACKWARD = 2.5  # times its forward: five GEMMs instead of two
 
@@ -63,25 +63,25 @@ def head_flops(a: Architecture) -> float:
     return 2.0 * 2 * a.hidden * int(a.config.vocab_size)
 
 
-def weight_bytes(plan: Plan) -> int:
+def weight_bytes(context: BuildContext) -> int:
     """A layer's linears in the compute dtype: what dequantising one makes."""
-    shapes = plan.frozen_format.groups.values()
-    return sum(math.prod(group.shape) for group in shapes) * plan.dtype.itemsize
+    shapes = context.frozen_format.groups.values()
+    return sum(math.prod(group.shape) for group in shapes) * context.dtype.itemsize
 
 
-def dequantisations(plan: Plan, micro_batches: int) -> int:
+def dequantisations(context: BuildContext, micro_batches: int) -> int:
     """Of a layer in a pass of so many micro-batches."""
-    if not plan.recipe.quant.is_quantised:
+    if not context.spec.quant.is_quantised:
         return 0
-    return 1 if plan.recipe.quant.dequant == "layer" else micro_batches
+    return 1 if context.spec.quant.dequant == "layer" else micro_batches
 
 
-def head_dequantised_bytes(plan: Plan) -> int:
+def head_dequantised_bytes(context: BuildContext) -> int:
     """What a head in 4 bits makes of its table for one micro-batch: all of it, twice a chunk."""
-    if plan.recipe.placement.head != "nf4":
+    if context.spec.placement.head != "nf4":
         return 0
-    size = plan.recipe.size
+    size = context.spec.size
     tokens = math.ceil(size.micro_batch_tokens * size.target_share)
-    vocabulary = int(plan.architecture.config.vocab_size)
-    rows = chunk_rows(vocabulary, plan.dtype, tokens, QuantisedTable.chunk_factor)
-    return 2 * plan.table_bytes * math.ceil(tokens / rows)
+    vocabulary = int(context.architecture.config.vocab_size)
+    rows = chunk_rows(vocabulary, context.dtype, tokens, QuantizedHead.chunk_factor)
+    return 2 * context.table_bytes * math.ceil(tokens / rows)

@@ -13,7 +13,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from fttrain.distributed import collectives
-from fttrain.distributed.collectives import Handle, Handles
+from fttrain.distributed.collectives import Handle, HandleGroup
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.util.units import round_up
 
@@ -123,7 +123,7 @@ def _broadcast(size_bytes: int, group: RankGroup) -> Exchange:
             flat.copy_(expected)
 
     def start() -> Handle:
-        return Handles([torch_dist.broadcast(flat, 0, async_op=True)])
+        return HandleGroup([torch_dist.broadcast(flat, 0, async_op=True)])
 
     return Exchange("broadcast", size_bytes, reset, start, flat, expected)
 
@@ -145,7 +145,7 @@ def _send_recv(size_bytes: int, group: RankGroup) -> Exchange:
             torch_dist.P2POp(torch_dist.irecv, received, source),  # first, as in collectives.py
             torch_dist.P2POp(torch_dist.isend, own, to),
         ]
-        return Handles(torch_dist.batch_isend_irecv(sides))
+        return HandleGroup(torch_dist.batch_isend_irecv(sides))
 
     return Exchange("send_recv", size_bytes, received.zero_, start, received, expected)
 
@@ -156,9 +156,9 @@ def _through_host(own: Tensor, received: Tensor, to: int, source: int) -> Handle
     arriving_work = torch_dist.irecv(arriving, source)
     leaving.copy_(own)
     leaving_work = torch_dist.isend(leaving, to)
-    Handles([arriving_work, leaving_work]).wait()
+    HandleGroup([arriving_work, leaving_work]).wait()
     received.copy_(arriving)
-    return Handles(())
+    return HandleGroup(())
 
 
 _MAKERS: dict[str, Callable[[int, RankGroup], Exchange]] = {

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from fttrain.distributed import collectives
-from fttrain.distributed.collectives import Handles
+from fttrain.distributed.collectives import HandleGroup
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.rig import exchange
-from fttrain.rig.profile import COLLECTIVES, Sample
+from fttrain.rig.profile import COLLECTIVES, LinkSample
 from fttrain.rig.timing import LEAST, elapsed_s, repetitions
 from fttrain.util.units import KIB, MIB
 
@@ -50,14 +50,14 @@ def measure_link(
     most_bytes: int,
     budget_s: float,
     show: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, tuple[Sample, ...]]:
+) -> dict[str, tuple[LinkSample, ...]]:
     """Medians by collective, sizes ascending. Every rank calls it and gets the same.
 
     Sizes that ``budget_s`` leaves no time for are left out, but the model's own never are.
     Raises WrongResult where a result is not what it has to be.
     """
     wanted = plan(true_bytes, most_bytes, group.world_size)
-    found: dict[str, list[Sample]] = {name: [] for name in COLLECTIVES}
+    found: dict[str, list[LinkSample]] = {name: [] for name in COLLECTIVES}
     started = time.monotonic()
     for done, (name, size_bytes, needed) in enumerate(wanted):
         expected_s = RUNS * _expected_s(found[name], size_bytes)
@@ -82,7 +82,7 @@ def gradients_s(group: RankGroup, layers: int, gradient_bytes: int) -> float:
     flats = [torch.empty_like(own) for _ in range(layers)]
 
     def step() -> None:
-        Handles([collectives.all_reduce(flat) for flat in flats]).wait()
+        HandleGroup([collectives.all_reduce(flat) for flat in flats]).wait()
 
     times = []
     for _ in range(1 + LEAST):
@@ -104,7 +104,7 @@ def _refuse_faults(fault: str, group: RankGroup) -> None:
     raise WrongResult(next(told for told in problems if told))
 
 
-def _expected_s(samples: Sequence[Sample], size_bytes: int) -> float:
+def _expected_s(samples: Sequence[LinkSample], size_bytes: int) -> float:
     """Of one run, at the rate of the largest size so far."""
     if not samples:
         return 0.0
@@ -112,7 +112,7 @@ def _expected_s(samples: Sequence[Sample], size_bytes: int) -> float:
     return largest.seconds * size_bytes / largest.size_bytes
 
 
-def _measure(name: str, size_bytes: int, budget_s: float, group: RankGroup) -> Sample:
+def _measure(name: str, size_bytes: int, budget_s: float, group: RankGroup) -> LinkSample:
     """The median of some runs: that of the rank that took longest."""
     trial = exchange.make(name, size_bytes, group)
     warm_up_s = group.maximum(_once(trial, group)[0])
@@ -120,7 +120,7 @@ def _measure(name: str, size_bytes: int, budget_s: float, group: RankGroup) -> S
         warm_up_s = group.maximum(_once(trial, group)[0])
     times = [_once(trial, group) for _ in range(repetitions(warm_up_s, budget_s))]
     seconds, cores_s = map(statistics.median, zip(*times, strict=True))
-    return Sample(trial.size_bytes, group.maximum(seconds), group.maximum(cores_s))
+    return LinkSample(trial.size_bytes, group.maximum(seconds), group.maximum(cores_s))
 
 
 def _once(trial: exchange.Exchange, group: RankGroup) -> tuple[float, float]:

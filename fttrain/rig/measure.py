@@ -44,7 +44,7 @@ _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Work:
+class MeasuredShapes:
     """What the model makes a rig do; all that has to be known of it."""
 
     name: str
@@ -83,7 +83,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Disk:
+class DiskPaths:
     """What the read rate is measured on."""
 
     files: Sequence[Path]  # of the frozen cache
@@ -91,7 +91,12 @@ class Disk:
 
 
 def measure(
-    work: Work, disk: Disk, group: RankGroup, device: torch.device, backend: str, budget_s: float
+    work: MeasuredShapes,
+    disk: DiskPaths,
+    group: RankGroup,
+    device: torch.device,
+    backend: str,
+    budget_s: float,
 ) -> RigProfile:
     """The profile of the ranks of ``group``, the same on each of them. Every rank calls it.
 
@@ -131,7 +136,7 @@ def measure(
     )
 
 
-def _card(work: Work, group: RankGroup, device: torch.device) -> CardProfile:
+def _card(work: MeasuredShapes, group: RankGroup, device: torch.device) -> CardProfile:
     """All ranks compute at the same time: of a CPU each has a share, and cards share the power."""
     dtype, frozen_format = work.frozen_format.dtype, work.frozen_format
     group.barrier()
@@ -151,7 +156,7 @@ def _card(work: Work, group: RankGroup, device: torch.device) -> CardProfile:
     return CardProfile(name, device.type, memory_bytes, gemm, dequantise, rate, **facts)
 
 
-def _host(disk: Disk, group: RankGroup) -> HostProfile:
+def _host(disk: DiskPaths, group: RankGroup) -> HostProfile:
     """Memory and update by all ranks at once, the disk by one of them."""
     group.barrier()
     copied = memory_bytes_per_s(_CPU)
@@ -169,7 +174,7 @@ def _host(disk: Disk, group: RankGroup) -> HostProfile:
 
 
 def _links(
-    work: Work,
+    work: MeasuredShapes,
     group: RankGroup,
     device: torch.device,
     backend: str,

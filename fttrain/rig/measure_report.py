@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from fttrain.rig.measure import Work
+from fttrain.rig.measure import MeasuredShapes
 from fttrain.rig.profile import (
     COLLECTIVES,
     LinkProfile,
@@ -33,7 +33,7 @@ _COPIES = {  # how it is called -> field of CopyRates
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """Rows under a title."""
 
     title: str
@@ -57,7 +57,7 @@ class Table:
             console.print(self.below, highlight=False)
 
 
-def tables(profile: RigProfile, work: Work) -> list[Table]:
+def tables(profile: RigProfile, work: MeasuredShapes) -> list[ReportTable]:
     """Those that are printed; the report has every size, too."""
     found = [_cards(profile), _copies(profile), _host(profile)]
     if profile.links:
@@ -67,7 +67,9 @@ def tables(profile: RigProfile, work: Work) -> list[Table]:
     return found
 
 
-def write_report(folder: Path, profile: RigProfile, work: Work, printed: Sequence[Table]) -> Path:
+def write_report(
+    folder: Path, profile: RigProfile, work: MeasuredShapes, printed: Sequence[ReportTable]
+) -> Path:
     """measure.md and its plot in ``folder``; returns the first. ``printed``: the tables above that
     of all sizes.
     """
@@ -114,7 +116,7 @@ def plot_links(path: Path, links: Iterable[LinkProfile]) -> None:
     os.replace(part, path)
 
 
-def _cards(profile: RigProfile) -> Table:
+def _cards(profile: RigProfile) -> ReportTable:
     columns = ["", *(f"rank {rank}" for rank in range(len(profile.cards)))]
     rows = {
         "card": [card.name for card in profile.cards],
@@ -148,10 +150,10 @@ def _cards(profile: RigProfile) -> Table:
         "NUMA node": [_plain(card.numa_node) for card in profile.cards],
         "power limit, W": [_plain(card.power_limit_w) for card in profile.cards],
     }
-    return Table("Cards", columns, [[name, *cells] for name, cells in rows.items()])
+    return ReportTable("Cards", columns, [[name, *cells] for name, cells in rows.items()])
 
 
-def _copies(profile: RigProfile) -> Table:
+def _copies(profile: RigProfile) -> ReportTable:
     columns = ["GB/s of a card", *(f"rank {rank}" for rank in range(len(profile.cards)))]
     rows = []
     for name, of in (("host to card", "to_card"), ("card to host", "to_host")):
@@ -161,10 +163,10 @@ def _copies(profile: RigProfile) -> Table:
                 rows.append([f"{name}, {how}", *map(_gb, rates)])
     if not rows:
         rows.append(["between host and card", *(NONE for _ in profile.cards)])
-    return Table("Copies", columns, rows)
+    return ReportTable("Copies", columns, rows)
 
 
-def _host(profile: RigProfile) -> Table:
+def _host(profile: RigProfile) -> ReportTable:
     host = profile.host
     rows = [
         ["processor", host.cpu],
@@ -174,10 +176,10 @@ def _host(profile: RigProfile) -> Table:
         ["disk read, GB/s", _gb(host.disk_bytes_per_s)],
         ["AdamW, million values/s", _scaled(host.adamw_values_per_s, 1e6)],
     ]
-    return Table("Host", ["", "all ranks"], rows)
+    return ReportTable("Host", ["", "all ranks"], rows)
 
 
-def links_table(profile: RigProfile) -> Table:
+def links_table(profile: RigProfile) -> ReportTable:
     """What carried each, and the best bus bandwidth of each collective."""
     seen = [
         link.seen if link.as_asked else f"{link.seen} (not what was asked for)"
@@ -188,10 +190,12 @@ def links_table(profile: RigProfile) -> Table:
         rows.append([f"{name}, bus GB/s at best", *(_best(link, name) for link in profile.links)])
     wrong = [f"{link.transport} is WRONG: {link.wrong}" for link in profile.links if link.wrong]
     columns = ["", *(link.transport for link in profile.links)]
-    return Table(f"Links between {profile.links[0].ranks} ranks", columns, rows, "\n".join(wrong))
+    return ReportTable(
+        f"Links between {profile.links[0].ranks} ranks", columns, rows, "\n".join(wrong)
+    )
 
 
-def _sizes(profile: RigProfile, work: Work) -> Table:
+def _sizes(profile: RigProfile, work: MeasuredShapes) -> ReportTable:
     """Every sample."""
     rows = []
     for link in profile.links:
@@ -208,10 +212,10 @@ def _sizes(profile: RigProfile, work: Work) -> Table:
                     ]
                 )
     columns = ["link", "size", "ms", "algorithm GB/s", "bus GB/s"]
-    return Table("Collectives by size", columns, rows)
+    return ReportTable("Collectives by size", columns, rows)
 
 
-def _meaning(profile: RigProfile, work: Work) -> Table:
+def _meaning(profile: RigProfile, work: MeasuredShapes) -> ReportTable:
     """What each link costs a step of this model."""
     compute_s = _compute_s(profile, work)
     links = [link for link in profile.links if not link.wrong]
@@ -230,7 +234,7 @@ def _meaning(profile: RigProfile, work: Work) -> Table:
         "above 100 % cannot. Gradients were measured all together, the others follow from one "
         "layer and one boundary."
     )
-    return Table(
+    return ReportTable(
         f"What a step of {work.name} asks of a link",
         ["seconds a step", "frozen GEMMs", "gradients", "layers (shard)", "boundaries (pipeline)"],
         rows,
@@ -255,7 +259,7 @@ def _savings(links: Sequence[LinkProfile], compute_s: float) -> list[str]:
     return lines
 
 
-def _compute_s(profile: RigProfile, work: Work) -> float:
+def _compute_s(profile: RigProfile, work: MeasuredShapes) -> float:
     """Of a step's GEMMs with frozen weights, on the slowest card."""
     rates = [card.gemm_flop_per_s for card in profile.cards if card.gemm_flop_per_s]
     return PASSES * work.layers * work.micro_batches * work.gemm_flop / min(rates)

@@ -89,7 +89,7 @@ class HostProfile:
 
 
 @dataclass(frozen=True)
-class Sample:
+class LinkSample:
     """A collective of one size."""
 
     size_bytes: int  # of the whole tensor, as nccl-tests counts: all_gather's output, for example
@@ -104,7 +104,7 @@ class LinkProfile:
     transport: str  # as it was asked for: default | no_p2p | sockets | gloo
     seen: str  # what really carried the bytes, by the library's own log or the driver's counters
     ranks: int
-    samples: dict[str, tuple[Sample, ...]]  # by collective, sizes ascending
+    samples: dict[str, tuple[LinkSample, ...]]  # by collective, sizes ascending
     wrong: str = ""  # what was wrong with a result; such a link is named, and not timed
     as_asked: bool = True  # whether what was seen is what the transport's name says
     # Adapter gradients of a step of the model that was measured, layer after layer, nothing beside
@@ -122,7 +122,9 @@ class LinkProfile:
         """Of a processor's core, as ``seconds``: what a CPU cannot compute meanwhile."""
         return self._between(collective, size_bytes, lambda sample: sample.cores_s)
 
-    def _between(self, collective: str, size_bytes: float, of: Callable[[Sample], float]) -> float:
+    def _between(
+        self, collective: str, size_bytes: float, of: Callable[[LinkSample], float]
+    ) -> float:
         found = self.samples.get(collective, ())
         if not found:
             raise UserError(f"link {self.transport}: {collective} was not measured")
@@ -137,12 +139,12 @@ class LinkProfile:
         return of(low) + share * (of(high) - of(low))
 
 
-def algorithm_bytes_per_s(sample: Sample) -> float:
+def algorithm_bytes_per_s(sample: LinkSample) -> float:
     """Size over time, nccl-tests' "algbw"."""
     return sample.size_bytes / sample.seconds
 
 
-def bus_bytes_per_s(collective: str, sample: Sample, ranks: int) -> float:
+def bus_bytes_per_s(collective: str, sample: LinkSample, ranks: int) -> float:
     """nccl-tests' "busbw" (its doc/PERFORMANCE.md): what each link would carry if it were the
     limit, comparable between collectives and rank counts.
     """
@@ -252,7 +254,7 @@ def card_of(content: dict[str, Any]) -> CardProfile:
 
 def _link(content: dict[str, Any]) -> LinkProfile:
     samples = {
-        name: tuple(Sample(**sample) for sample in found)
+        name: tuple(LinkSample(**sample) for sample in found)
         for name, found in _pairs(content.pop("samples"))
     }
     return LinkProfile(**content, samples=samples)

@@ -18,9 +18,9 @@ import torch
 
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.rig.card import handle_of
-from fttrain.rig.changes import own_profile
 from fttrain.rig.nvml import ask
 from fttrain.rig.profile import CardProfile
+from fttrain.rig.profile_drift import own_profile
 
 GPU_SENSOR = pynvml.NVML_TEMPERATURE_GPU
 # A card at its power limit (SwPowerCap) is a card at work: it is written down, and no reason to

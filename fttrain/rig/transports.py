@@ -24,7 +24,7 @@ import torch
 
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.launcher.launch import PARENT_PID, free_port
-from fttrain.rig.profile import LinkProfile, Sample
+from fttrain.rig.profile import LinkProfile, LinkSample
 from fttrain.util.units import MIB
 
 RUN = "fttrain.training.train"  # what a process of a run has imported; by name, for it is far above
@@ -152,8 +152,10 @@ def _run(job: LinkJob, variables: Mapping[str, str], folder: Path) -> str:
     return f"it did not run: {said[-1].removeprefix('fttrain: error: ')}"
 
 
-def _samples(found: Mapping[str, Any]) -> dict[str, tuple[Sample, ...]]:
-    return {name: tuple(Sample(*sample) for sample in samples) for name, samples in found.items()}
+def _samples(found: Mapping[str, Any]) -> dict[str, tuple[LinkSample, ...]]:
+    return {
+        name: tuple(LinkSample(*sample) for sample in samples) for name, samples in found.items()
+    }
 
 
 def _seen(transport: Transport, folder: Path, nvlink_bytes_per_s: float | None) -> str:

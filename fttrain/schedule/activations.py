@@ -18,8 +18,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fttrain.model.decoder import Layer
 from fttrain.store import Traffic
-from fttrain.store.activations import HostActivations, Kept
-from fttrain.store.boundary import Boundaries, DeviceBoundaries
+from fttrain.store.activations import HostActivations, OffloadedPass
+from fttrain.store.layer_inputs import DeviceLayerInputs, LayerInputs
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin (N, D)
 
@@ -38,10 +38,10 @@ class Policy(ABC):
     def backward(self, layer: Layer, saved: Any, grad: Tensor, rotary: Rotary) -> Tensor:
         """``grad`` of the output (N, C) -> that of the input (N, C). Adds to the adapters'."""
 
-    def forget(self) -> None:  # noqa: B027
+    def discard(self) -> None:  # noqa: B027
         """No backward of what was saved will come: every place is free again."""
 
-    def divide(self, pieces: int) -> None:  # noqa: B027
+    def resize(self, pieces: int) -> None:  # noqa: B027
         """Micro-batches have 1 / ``pieces`` of the rows from here on, and there are as many times
         more of them. Nothing is saved now.
         """
@@ -57,8 +57,8 @@ Policies = Sequence[Policy]  # by layer of the decoder
 class Recompute(Policy):
     """Only the layer's input is kept, where ``boundaries`` says."""
 
-    def __init__(self, boundaries: Boundaries | None = None) -> None:
-        self._boundaries = boundaries or DeviceBoundaries()
+    def __init__(self, boundaries: LayerInputs | None = None) -> None:
+        self._boundaries = boundaries or DeviceLayerInputs()
 
     def forward(self, layer: Layer, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Any]:
         with torch.no_grad():
@@ -79,11 +79,11 @@ class Recompute(Policy):
         del output  # nothing reads it; the edge alone keeps the graph
         return _through(edge, grad, taken)
 
-    def forget(self) -> None:
-        self._boundaries.forget()
+    def discard(self) -> None:
+        self._boundaries.discard()
 
-    def divide(self, pieces: int) -> None:
-        self._boundaries.divide(pieces)
+    def resize(self, pieces: int) -> None:
+        self._boundaries.resize(pieces)
 
 
 class Keep(Policy):
@@ -110,22 +110,22 @@ class Offload(Policy):
             output, graph = self._keep.forward(layer, hidden, rotary)
         return output, (kept, graph)
 
-    def prefetch(self, saved: tuple[Kept, Any]) -> None:
+    def prefetch(self, saved: tuple[OffloadedPass, Any]) -> None:
         self._host.bring(saved[0])
 
     def backward(
-        self, layer: Layer, saved: tuple[Kept, Any], grad: Tensor, rotary: Rotary
+        self, layer: Layer, saved: tuple[OffloadedPass, Any], grad: Tensor, rotary: Rotary
     ) -> Tensor:
         kept, graph = saved
         found = self._keep.backward(layer, graph, grad, rotary)
         self._host.drop(kept)
         return found
 
-    def forget(self) -> None:
-        self._host.forget()
+    def discard(self) -> None:
+        self._host.discard()
 
-    def divide(self, pieces: int) -> None:
-        self._host.divide(pieces)
+    def resize(self, pieces: int) -> None:
+        self._host.resize(pieces)
 
     def take_traffic(self) -> Traffic:
         return self._host.take_traffic()

@@ -53,7 +53,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) 
 
 
 @dataclass
-class Fresh:
+class NewTokens:
     """The tokens of one pass, those of all prompts end to end, in host memory."""
 
     tokens: Tensor  # int64 (N,)
@@ -62,7 +62,7 @@ class Fresh:
 
 
 # Passes a model and returns the most likely next token of each prompt, the same on every rank.
-NextTokens = Callable[[KeyValueCache, Fresh], list[int]]
+NextTokens = Callable[[KeyValueCache, NewTokens], list[int]]
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def greedy(
             positions += range(position, position + len(ids))
             tokens += ids
             ends.append(len(tokens) - 1)
-        chosen = next_tokens(cache, Fresh(torch.tensor(tokens), torch.tensor(positions), ends))
+        chosen = next_tokens(cache, NewTokens(torch.tensor(tokens), torch.tensor(positions), ends))
         upcoming = {}
         for (prompt, (position, ids)), token in zip(unseen.items(), chosen, strict=True):
             if token not in stop:
@@ -99,7 +99,7 @@ def greedy(
 def whole_model(decoder: Decoder, store: Store) -> NextTokens:
     """Next tokens by a model whose layers and ends this rank all has."""
 
-    def next_tokens(cache: KeyValueCache, fresh: Fresh) -> list[int]:
+    def next_tokens(cache: KeyValueCache, fresh: NewTokens) -> list[int]:
         hidden = through_layers(decoder, store, cache, fresh, decoder.embed(fresh.tokens))
         return most_likely(decoder, fresh, hidden)
 
@@ -107,11 +107,11 @@ def whole_model(decoder: Decoder, store: Store) -> NextTokens:
 
 
 def through_layers(
-    decoder: Decoder, store: Store, cache: KeyValueCache, fresh: Fresh, hidden: Tensor
+    decoder: Decoder, store: Store, cache: KeyValueCache, fresh: NewTokens, hidden: Tensor
 ) -> Tensor:
     """``hidden`` (N, C) before the first of ``decoder``'s layers -> after the last one."""
     rotary = decoder.rotary(fresh.positions)
-    for index in layer_pass.walk(decoder, store, range(len(store))):
+    for index in layer_pass.iterate_layers(decoder, store, range(len(store))):
         layer = decoder.layers[index]
         layer.state.cache, layer.state.dropout = cache, None
         hidden = layer(hidden, rotary)
@@ -119,7 +119,7 @@ def through_layers(
     return hidden
 
 
-def most_likely(decoder: Decoder, fresh: Fresh, hidden: Tensor) -> list[int]:
+def most_likely(decoder: Decoder, fresh: NewTokens, hidden: Tensor) -> list[int]:
     """``hidden`` (N, C) after the last layer -> the most likely token after each prompt's last."""
     with decoder.head.brought():
         chosen: list[int] = decoder.head.logits(hidden[fresh.ends]).argmax(-1).tolist()

@@ -9,8 +9,8 @@ from fttrain.data.batch import MicroBatch
 from fttrain.model.decoder import Decoder
 from fttrain.schedule import layer_pass
 from fttrain.schedule.activations import Policies
-from fttrain.schedule.attempt import Attempt, Dropout
 from fttrain.schedule.layer_pass import Gradients
+from fttrain.schedule.step_runner import Dropout, StepRunner
 from fttrain.store import Store
 
 
@@ -22,41 +22,41 @@ def forward_backward(
     policies: Policies,
     dropout: Dropout,
     gradients: Gradients,
-) -> Attempt:
+) -> StepRunner:
     """One optimizer step's forward and backward: its loss sum, and whether memory ran out.
 
     Adapter gradients, of the loss SUM over all targets, are added to what ``gradients`` opens. A
     layer is opened once a group, and closed for good as soon as its last backward has been issued.
     """
-    attempt = Attempt(decoder, policies, dropout)
+    runner = StepRunner(decoder, policies, dropout)
     groups = [micro_batches[i : i + group_size] for i in range(0, len(micro_batches), group_size)]
     for number, group in enumerate(groups):
         for batch in _with_tokens(group):
-            attempt.start(batch)
-        for layer in layer_pass.walk(decoder, store, range(len(store))):
-            attempt.forward(layer)
-        attempt.head()
-        for layer in layer_pass.walk(decoder, store, range(len(store) - 1, -1, -1)):
+            runner.start(batch)
+        for layer in layer_pass.iterate_layers(decoder, store, range(len(store))):
+            runner.forward(layer)
+        runner.head()
+        for layer in layer_pass.iterate_layers(decoder, store, range(len(store) - 1, -1, -1)):
             gradients.open(layer)
-            attempt.backward(layer)
+            runner.backward(layer)
             gradients.close(layer, last=number == len(groups) - 1)
-        attempt.works.clear()
-    return attempt
+        runner.works.clear()
+    return runner
 
 
 def evaluate(
     decoder: Decoder, store: Store, micro_batches: list[MicroBatch], group_size: int
-) -> Attempt:
+) -> StepRunner:
     """Loss sum over all targets, without gradients, and whether memory ran out."""
-    attempt = Attempt(decoder, (), lambda batch: None)
+    runner = StepRunner(decoder, (), lambda batch: None)
     for i in range(0, len(micro_batches), group_size):
         for batch in _with_tokens(micro_batches[i : i + group_size]):
-            attempt.start(batch)
-        for layer in layer_pass.walk(decoder, store, range(len(store))):
-            attempt.forward_only(layer)
-        attempt.head_only()
-        attempt.works.clear()
-    return attempt
+            runner.start(batch)
+        for layer in layer_pass.iterate_layers(decoder, store, range(len(store))):
+            runner.forward_only(layer)
+        runner.head_only()
+        runner.works.clear()
+    return runner
 
 
 def _with_tokens(group: list[MicroBatch]) -> list[MicroBatch]:

@@ -30,7 +30,7 @@ class Gradients(Protocol):
 
 
 @dataclass
-class Work:
+class InFlightMicroBatch:
     """A micro-batch on its way through the layers."""
 
     micro_batch: MicroBatch
@@ -48,7 +48,7 @@ class Work:
 
 def start(
     decoder: Decoder, micro_batch: MicroBatch, dropout: DropoutKey | None, hidden: Tensor | None
-) -> Work:
+) -> InFlightMicroBatch:
     """A micro-batch, rows rounded up to what kernels like, before the first of ``decoder``'s
     layers.
 
@@ -58,10 +58,12 @@ def start(
     if hidden is None:
         hidden = decoder.embed(micro_batch.input_ids)
     micro_batch = micro_batch.to(decoder.device)
-    return Work(micro_batch, decoder.rotary(micro_batch.position_ids), dropout, hidden)
+    return InFlightMicroBatch(
+        micro_batch, decoder.rotary(micro_batch.position_ids), dropout, hidden
+    )
 
 
-def walk(decoder: Decoder, store: Store, order: range) -> Iterator[int]:
+def iterate_layers(decoder: Decoder, store: Store, order: range) -> Iterator[int]:
     """The layers in ``order``, each bound to its bytes while the caller uses it, the next ones
     already on their way.
     """
@@ -74,21 +76,21 @@ def walk(decoder: Decoder, store: Store, order: range) -> Iterator[int]:
         store.release(layer)
 
 
-def forward_only(layer: Layer, work: Work) -> None:
+def forward_only(layer: Layer, work: InFlightMicroBatch) -> None:
     """Pass the layer without keeping anything for backward."""
     _enter(layer, work)
     with torch.no_grad():
         work.hidden = layer(work.hidden, work.rotary)
 
 
-def forward(layer: Layer, work: Work, policy: Policy) -> None:
+def forward(layer: Layer, work: InFlightMicroBatch, policy: Policy) -> None:
     """Pass the layer and save what ``policy`` says."""
     _enter(layer, work)
     work.hidden, saved = policy.forward(layer, work.hidden, work.rotary)
     work.saved.append((policy, saved))
 
 
-def backward(layer: Layer, work: Work, upcoming: Work) -> None:
+def backward(layer: Layer, work: InFlightMicroBatch, upcoming: InFlightMicroBatch) -> None:
     """``work.hidden``: gradient of the layer's output -> gradient of its input. Adds to the layer's
     adapter gradient.
 
@@ -103,6 +105,6 @@ def backward(layer: Layer, work: Work, upcoming: Work) -> None:
     work.hidden = policy.backward(layer, saved, work.hidden, work.rotary)
 
 
-def _enter(layer: Layer, work: Work) -> None:
+def _enter(layer: Layer, work: InFlightMicroBatch) -> None:
     layer.state.lengths = work.micro_batch.lengths
     layer.state.dropout = work.dropout

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fttrain.distributed.collectives import Handle, Handles
+from fttrain.distributed.collectives import Handle, HandleGroup
 from fttrain.store import Traffic
-from fttrain.store.lane import Lane, copy, copy_lane
+from fttrain.store.side_stream import SideStream, copy, copy_stream
 from fttrain.util.units import round_up
 
 UNDER_WAY = 2  # passes whose tensors stay on the device while they leave
@@ -46,7 +46,7 @@ class _Part:
 
 
 @dataclass
-class Kept:
+class OffloadedPass:
     """The tensors of one layer's pass of one micro-batch."""
 
     place: int
@@ -68,31 +68,31 @@ class HostActivations:
         buffer: Tensor,
         places: int,
         device: torch.device,
-        out: Lane | None = None,
-        back: Lane | None = None,
+        out: SideStream | None = None,
+        back: SideStream | None = None,
     ) -> None:
         self._host = buffer.view(places, -1)
         self._device = device
         self._free = list(range(places))
-        self._out, self._back = out or copy_lane(device), back or copy_lane(device, timed=True)
-        self._leaving: deque[Kept] = deque()  # those whose tensors are still on the device
+        self._out, self._back = out or copy_stream(device), back or copy_stream(device, timed=True)
+        self._leaving: deque[OffloadedPass] = deque()  # those whose tensors are still on the device
         self._back_bytes = 0
 
     @contextmanager
-    def taking(self) -> Iterator[Kept]:
+    def taking(self) -> Iterator[OffloadedPass]:
         """Take what autograd keeps inside the block; backward of it runs between ``bring`` and
         ``drop``.
         """
-        kept = Kept(self._free.pop())
+        kept = OffloadedPass(self._free.pop())
         with saved_tensors_hooks(partial(self._pack, kept), partial(self._unpack, kept)):
             yield kept
         self._leaving.append(kept)
         while len(self._leaving) > UNDER_WAY:
             gone = self._leaving.popleft()
-            Handles(gone.left).wait()  # its device memory is free from here on
+            HandleGroup(gone.left).wait()  # its device memory is free from here on
             gone.tensors = None
 
-    def bring(self, kept: Kept) -> None:
+    def bring(self, kept: OffloadedPass) -> None:
         """It is needed next: start its way back, unless it is under way or still there."""
         if kept.tensors is not None or kept.coming is not None:
             return
@@ -100,13 +100,13 @@ class HostActivations:
         flat = torch.empty_like(on_host, device=self._device)
 
         def work() -> None:
-            Handles(kept.left).wait()
+            HandleGroup(kept.left).wait()
             copy(flat, on_host)
 
         kept.coming = self._back.run(work), flat
         self._back_bytes += kept.used_bytes
 
-    def drop(self, kept: Kept) -> None:
+    def drop(self, kept: OffloadedPass) -> None:
         """Its backward is issued."""
         if kept.tensors is not None:
             # A copy may read them still, and what comes into their memory: nobody reads its place.
@@ -114,7 +114,7 @@ class HostActivations:
         kept.tensors = kept.coming = None
         self._free.append(kept.place)
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """No backward of what was taken will come: all places are free again."""
         # A place, and memory of the device, that a copy still uses must not be given out again.
         self._out.synchronize()
@@ -122,7 +122,7 @@ class HostActivations:
         self._leaving.clear()
         self._free = list(range(len(self._host)))
 
-    def divide(self, pieces: int) -> None:
+    def resize(self, pieces: int) -> None:
         """Passes have 1 / ``pieces`` of the rows from here on, and there are as many times more of
         them. Nothing is kept now.
         """
@@ -134,7 +134,7 @@ class HostActivations:
         moved, self._back_bytes = self._back_bytes, 0
         return Traffic(activation_bytes=moved, wait_s=self._back.take_wait_s())
 
-    def _pack(self, kept: Kept, tensor: Tensor) -> tuple[int, torch.Size]:
+    def _pack(self, kept: OffloadedPass, tensor: Tensor) -> tuple[int, torch.Size]:
         """Which tensor of ``kept`` it is, and its shape: two nodes may keep views of the same."""
         assert kept.tensors is not None
         for number, earlier in enumerate(kept.tensors):
@@ -148,7 +148,7 @@ class HostActivations:
         kept.left.append(self._out.run(partial(copy, on_host, kept.tensors[-1])))
         return len(kept.parts) - 1, tensor.shape
 
-    def _unpack(self, kept: Kept, packed: tuple[int, torch.Size]) -> Tensor:
+    def _unpack(self, kept: OffloadedPass, packed: tuple[int, torch.Size]) -> Tensor:
         number, shape = packed
         if kept.tensors is not None:
             return kept.tensors[number].view(shape)

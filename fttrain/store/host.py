@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer
 from fttrain.store import Traffic
-from fttrain.store.lane import Lane, copy, copy_lane
+from fttrain.store.side_stream import SideStream, copy, copy_stream
 from fttrain.store.slots import Slots
 
 
@@ -38,11 +38,11 @@ class HostStore:
         frozen_format: FrozenFormat,
         device: torch.device,
         slots: int = 2,
-        lane: Lane | None = None,
+        lane: SideStream | None = None,
     ) -> None:
         self._layers, self._resident, self._on_host = layers, resident, on_host
         self._format = frozen_format
-        self._lane = lane or copy_lane(device, timed=True)
+        self._lane = lane or copy_stream(device, timed=True)
         self._layer_bytes = frozen_format.layout.size_bytes
         count = slots if len(resident) < layers else 0
         self._slots = Slots(count, self._layer_bytes, device, self._lane, self._copy)
@@ -53,11 +53,11 @@ class HostStore:
 
     def prefetch(self, upcoming: Sequence[int]) -> None:
         moving = (layer for layer in upcoming if layer not in self._resident)
-        self._h2d_bytes += self._layer_bytes * len(self._slots.want(moving))
+        self._h2d_bytes += self._layer_bytes * len(self._slots.prefetch(moving))
 
     def get(self, layer: int) -> FrozenLayer:
         resident = self._resident.get(layer)
-        flat = self._slots.take(layer) if resident is None else resident
+        flat = self._slots.acquire(layer) if resident is None else resident
         return FrozenLayer(flat, self._format)
 
     def release(self, layer: int) -> None:

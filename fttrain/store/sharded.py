@@ -17,7 +17,7 @@ from fttrain.distributed.rank_group import RankGroup
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer
 from fttrain.quant.layout import FLAT_MULTIPLE_BYTES
 from fttrain.store import Traffic
-from fttrain.store.lane import Lane, collective_lane
+from fttrain.store.side_stream import SideStream, collective_stream
 from fttrain.store.slots import Slots
 from fttrain.util.errors import UserError
 
@@ -47,10 +47,10 @@ class ShardedStore:
         shards: list[Tensor],
         frozen_format: FrozenFormat,
         group: RankGroup,
-        lane: Lane | None = None,
+        lane: SideStream | None = None,
     ) -> None:
         self._shards, self._format, self._ranks = shards, frozen_format, group.process_group
-        self._lane = lane or collective_lane(group.device, timed=True)
+        self._lane = lane or collective_stream(group.device, timed=True)
         layer_bytes = frozen_format.layout.size_bytes
         self._received_bytes = layer_bytes - shard_bytes(layer_bytes, group.world_size)
         self._slots = Slots(SLOTS, layer_bytes, group.device, self._lane, self._gather)
@@ -60,10 +60,10 @@ class ShardedStore:
         return len(self._shards)
 
     def prefetch(self, upcoming: Sequence[int]) -> None:
-        self._gather_bytes += self._received_bytes * len(self._slots.want(upcoming))
+        self._gather_bytes += self._received_bytes * len(self._slots.prefetch(upcoming))
 
     def get(self, layer: int) -> FrozenLayer:
-        return FrozenLayer(self._slots.take(layer), self._format)
+        return FrozenLayer(self._slots.acquire(layer), self._format)
 
     def release(self, layer: int) -> None:
         self._slots.release(layer)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fttrain.distributed.collectives import Handle
-from fttrain.store.lane import Lane, Mark
+from fttrain.store.side_stream import Event, SideStream
 
 Bring = Callable[[int, Tensor], Handle | None]  # (layer, slot uint8 (layer_bytes,))
 
@@ -24,16 +24,16 @@ class Slots:
     """``bring(layer, slot)`` fills a slot; it is called on the lane, in the order of need."""
 
     def __init__(
-        self, count: int, layer_bytes: int, device: torch.device, lane: Lane, bring: Bring
+        self, count: int, layer_bytes: int, device: torch.device, lane: SideStream, bring: Bring
     ) -> None:
         self._buffers = torch.empty(count, layer_bytes, dtype=torch.uint8, device=device)
         self._lane, self._bring = lane, bring
         self._layers: list[int | None] = [None] * count  # what lies in each slot, or comes into it
         self._tickets: list[Handle | None] = [None] * count
-        self._released: list[Mark] = [lane.mark()] * count
+        self._released: list[Event] = [lane.mark()] * count
         self._in_use: set[int] = set()  # layers between take and release
 
-    def want(self, layers: Iterable[int]) -> list[int]:
+    def prefetch(self, layers: Iterable[int]) -> list[int]:
         """Start bringing the first of ``layers`` for which there are slots. What was started."""
         wanted = list(islice(layers, len(self._layers)))
         started = []
@@ -47,7 +47,7 @@ class Slots:
             started.append(layer)
         return started
 
-    def take(self, layer: int) -> Tensor:
+    def acquire(self, layer: int) -> Tensor:
         """uint8 (layer_bytes,), whole once the compute comes to it; in use until ``release``."""
         slot = self._layers.index(layer)
         ticket, self._tickets[slot] = self._tickets[slot], None

@@ -12,8 +12,8 @@ from fttrain.model.config import (
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.config import QuantConfig
 from fttrain.schedule.config import ScheduleConfig
-from fttrain.strategy.zero.checks import check_placement, check_whole_weights, check_zero
-from fttrain.strategy.zero.config import DEEPSPEED, ZeroConfig
+from fttrain.strategy.zero_checks import check_placement, check_whole_weights, check_zero
+from fttrain.strategy.zero_config import DEEPSPEED, ZeroConfig
 from fttrain.util.errors import UserError
 
 # native strategy -> the schedule it runs with; every other pair is refused by name.

@@ -8,15 +8,14 @@ from torch import Tensor
 
 from fttrain.data.batch import MicroBatch
 from fttrain.schedule import generate, grouped
-from fttrain.schedule.attempt import Attempt, Dropout
 from fttrain.schedule.config import ScheduleConfig
-from fttrain.schedule.generate import Fresh, KeyValueCache
+from fttrain.schedule.generate import KeyValueCache, NewTokens
+from fttrain.schedule.step_runner import Dropout, StepRunner
 from fttrain.store import FrozenBase, Store, Traffic
-from fttrain.strategy import parts
-from fttrain.strategy.native import Joined, NativeStrategy, join
-from fttrain.strategy.parts import Share
-from fttrain.strategy.recipe import Plan
-from fttrain.strategy.sync import gradient_sync
+from fttrain.strategy.grad_reduce import gradient_sync
+from fttrain.strategy.model_slice import ModelSlice, reserve_slice
+from fttrain.strategy.native import NativeStrategy, StrategyParts, build_parts
+from fttrain.strategy.spec import BuildContext
 
 EVALUATION_GROUP = 8  # micro-batches that pass a layer together when nothing is kept for backward
 
@@ -24,17 +23,17 @@ EVALUATION_GROUP = 8  # micro-batches that pass a layer together when nothing is
 class DataParallel(NativeStrategy):
     """A strategy whose ranks differ in nothing but the micro-batches they get."""
 
-    def __init__(self, joined: Joined, schedule: ScheduleConfig) -> None:
-        super().__init__(joined)
+    def __init__(self, parts: StrategyParts, schedule: ScheduleConfig) -> None:
+        super().__init__(parts)
         self._schedule = schedule
-        self._sharded = joined.optim.shard
+        self._sharded = parts.optim.shard
         self._own_next_tokens = generate.whole_model(self.decoder, self._store)
 
     @property
     def data_parallel(self) -> tuple[int, int]:
         return self._group.rank, self._group.world_size
 
-    def _forward_backward(self, micro_batches: list[MicroBatch], dropout: Dropout) -> Attempt:
+    def _forward_backward(self, micro_batches: list[MicroBatch], dropout: Dropout) -> StepRunner:
         return grouped.forward_backward(
             self.decoder,
             self._store,
@@ -45,11 +44,11 @@ class DataParallel(NativeStrategy):
             self._gradients,
         )
 
-    def _forward(self, micro_batches: list[MicroBatch]) -> tuple[Attempt, int]:
-        attempt = grouped.evaluate(self.decoder, self._store, micro_batches, EVALUATION_GROUP)
-        return attempt, -(-len(micro_batches) // EVALUATION_GROUP)
+    def _forward(self, micro_batches: list[MicroBatch]) -> tuple[StepRunner, int]:
+        runner = grouped.evaluate(self.decoder, self._store, micro_batches, EVALUATION_GROUP)
+        return runner, -(-len(micro_batches) // EVALUATION_GROUP)
 
-    def _next_tokens(self, cache: KeyValueCache, fresh: Fresh) -> list[int]:
+    def _next_tokens(self, cache: KeyValueCache, fresh: NewTokens) -> list[int]:
         # Ranks must not come to differ in how many passes they make: rank 0 decides.
         own = torch.tensor(self._own_next_tokens(cache, fresh))
         agreed: list[int] = self._group.broadcast(own).tolist()
@@ -65,22 +64,22 @@ class DataParallel(NativeStrategy):
         return super()._take_traffic() + self.decoder.head.take_traffic()
 
 
-def book_data_parallel(plan: Plan) -> Share:
+def reserve_data_parallel(context: BuildContext) -> ModelSlice:
     """Every rank has the whole model; host memory of all but the layers."""
-    share = Share(range(plan.architecture.layers))
-    parts.book(plan, share, _kept(plan))
-    return share
+    model_slice = ModelSlice(range(context.architecture.layers))
+    reserve_slice(context, model_slice, _kept(context))
+    return model_slice
 
 
-def assemble_data_parallel(
-    plan: Plan, base: FrozenBase, share: Share, store: Store
+def build_data_parallel(
+    context: BuildContext, base: FrozenBase, model_slice: ModelSlice, store: Store
 ) -> DataParallel:
     """Join ``store`` with the parts that it shares with its like."""
-    sync = gradient_sync(plan.group, plan.recipe.optim.shard)
-    joined = join(plan, base, share, store, _kept(plan), sync)
-    return DataParallel(joined, plan.recipe.schedule)
+    sync = gradient_sync(context.group, context.spec.optim.shard)
+    parts = build_parts(context, base, model_slice, store, _kept(context), sync)
+    return DataParallel(parts, context.spec.schedule)
 
 
-def _kept(plan: Plan) -> int:
+def _kept(context: BuildContext) -> int:
     """G: micro-batches that are kept between forward and backward."""
-    return plan.recipe.schedule.size(plan.recipe.size.gradient_accumulation_steps)
+    return context.spec.schedule.size(context.spec.size.gradient_accumulation_steps)

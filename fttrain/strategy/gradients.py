@@ -16,13 +16,13 @@ from torch import Tensor
 
 from fttrain.distributed.collectives import Handle
 from fttrain.model.layer_adapters import LayerAdapters
-from fttrain.store.lane import Lane, copy, copy_lane
-from fttrain.strategy.sync import GradientSync, SyncStats
+from fttrain.store.side_stream import SideStream, copy, copy_stream
+from fttrain.strategy.grad_reduce import GradientSync, SyncStats
 
 BUFFERS = 2  # one that backward adds to, one that leaves
 
 
-class GradientHome(Protocol):
+class GradientBuffers(Protocol):
     """Gradients of one step: ``start``, then ``open`` and ``close`` by the schedule, ``finish``."""
 
     def start(self) -> None:
@@ -72,7 +72,7 @@ class ResidentGradients:
         return torch.stack([_grad(layer).norm() for layer in self._layers]), stats
 
 
-class PassingGradients:
+class DoubleBufferedGradients:
     """``places``: fp32, for each layer (values of the layer,), or where a step is one group
     (values of this rank's part,). In host memory they are page-locked where that matters.
     """
@@ -83,14 +83,14 @@ class PassingGradients:
         sync: GradientSync,
         device: torch.device,
         places: list[Tensor],
-        out: Lane | None = None,
-        back: Lane | None = None,
+        out: SideStream | None = None,
+        back: SideStream | None = None,
     ) -> None:
         self._layers, self._sync, self._places = layers, sync, places
         for layer, place in zip(layers, places, strict=True):
             whole = len(place) == layer.layout.values
             layer.flat.grad = layer.layout.portion.of(place) if whole else place
-        self._out, self._back = out or copy_lane(device), back or copy_lane(device)
+        self._out, self._back = out or copy_stream(device), back or copy_stream(device)
         # All layers of a model have adapters of the same size.
         values = layers[0].layout.values
         self._buffers = [torch.zeros(values, device=device) for _ in range(BUFFERS)]

@@ -21,29 +21,35 @@ from fttrain.optim.config import OptimConfig
 from fttrain.optim.optimizer import Optimizer
 from fttrain.schedule import generate, layer_pass
 from fttrain.schedule.activations import Policies
-from fttrain.schedule.attempt import Attempt, Dropout
-from fttrain.schedule.generate import Fresh, KeyValueCache
+from fttrain.schedule.generate import KeyValueCache, NewTokens
+from fttrain.schedule.step_runner import Dropout, StepRunner
 from fttrain.store import FrozenBase, Store, Traffic
 from fttrain.store.verify import VerifiedStore
-from fttrain.strategy import parts, trained
-from fttrain.strategy.adapters import (
+from fttrain.strategy import trainable_state
+from fttrain.strategy.adapters_io import (
     adapter_state,
     assemble,
     has_all,
     holders,
     load_adapter_state,
 )
-from fttrain.strategy.ending import Ending
-from fttrain.strategy.gradients import GradientHome
-from fttrain.strategy.parts import Share
+from fttrain.strategy.grad_reduce import GradientSync
+from fttrain.strategy.gradients import GradientBuffers
+from fttrain.strategy.model_slice import (
+    ModelSlice,
+    build_decoder,
+    build_policies,
+    layer_files,
+    verified_store,
+)
+from fttrain.strategy.optimizer_step import DeviceUpdate, HostUpdate, Update
 from fttrain.strategy.protocol import Judge, OutOfMemory, StepStats
-from fttrain.strategy.recipe import Plan
-from fttrain.strategy.sync import GradientSync
-from fttrain.strategy.update import DeviceUpdate, HostUpdate, Update
+from fttrain.strategy.spec import BuildContext
+from fttrain.strategy.step_end import StepFinalizer
 
 
 @dataclass(frozen=True)
-class Joined:
+class StrategyParts:
     """The parts of one rank's strategy."""
 
     decoder: Decoder
@@ -51,61 +57,68 @@ class Joined:
     group: RankGroup
     optim: OptimConfig
     policies: Policies
-    gradients: GradientHome
+    gradients: GradientBuffers
     seed: int  # of the run
     files: Sequence[str] = ()  # where each layer of the whole model lies on disk
-    reservations: Sequence[Reservation] = ()  # what this rank takes of the memory of device and host
+    reservations: Sequence[
+        Reservation
+    ] = ()  # what this rank takes of the memory of device and host
 
 
-def join(
-    plan: Plan, base: FrozenBase, share: Share, store: Store, micro_batches: int, sync: GradientSync
-) -> Joined:
+def build_parts(
+    context: BuildContext,
+    base: FrozenBase,
+    model_slice: ModelSlice,
+    store: Store,
+    micro_batches: int,
+    sync: GradientSync,
+) -> StrategyParts:
     """Load the ends and make what surrounds ``store``. ``micro_batches``: kept for backward."""
-    built = parts.decoder(plan, base, share)
-    return Joined(
+    built = build_decoder(context, base, model_slice)
+    return StrategyParts(
         built,
-        parts.verified(plan, base, store, share.layers),
-        plan.group,
-        plan.recipe.optim,
-        parts.policies(plan, share, micro_batches),
-        trained.gradients(plan, built, sync),
-        plan.recipe.seed,
-        parts.files(base),
-        plan.pool.reservations,
+        verified_store(context, base, store, model_slice.layers),
+        context.group,
+        context.spec.optim,
+        build_policies(context, model_slice, micro_batches),
+        trainable_state.gradients(context, built, sync),
+        context.spec.seed,
+        layer_files(base),
+        context.ledger.reservations,
     )
 
 
 class NativeStrategy(ABC):
     """A strategy whose schedule calls the layers itself. Methods of ``Strategy`` are said there."""
 
-    def __init__(self, joined: Joined) -> None:
-        self.decoder, self.reservations = joined.decoder, joined.reservations
+    def __init__(self, parts: StrategyParts) -> None:
+        self.decoder, self.reservations = parts.decoder, parts.reservations
         self.pass_s = 0.0
-        self._store, self._group, self._policies = joined.store, joined.group, joined.policies
-        self._gradients, self._seed = joined.gradients, joined.seed
+        self._store, self._group, self._policies = parts.store, parts.group, parts.policies
+        self._gradients, self._seed = parts.gradients, parts.seed
         layers = self.decoder.layers
         adapters = [layer.adapters for layer in layers]
         own = [(layer.flat, layer.layout.own_sections()) for layer in adapters]
-        self._optimizer = Optimizer(own, joined.optim, layers[0].index)
+        self._optimizer = Optimizer(own, parts.optim, layers[0].index)
         self.update: Update = (
             HostUpdate(adapters, self._optimizer, self._group.device)
-            if joined.optim.offload
+            if parts.optim.offload
             else DeviceUpdate(adapters, self._optimizer)
         )
-        self._ending = Ending(
+        self._ending = StepFinalizer(
             self.update,
-            joined.optim.max_grad_norm,
-            joined.store,
+            parts.optim.max_grad_norm,
+            parts.store,
             layers[0].index,
-            joined.files,
-            joined.group,
+            parts.files,
+            parts.group,
         )
         if "m" in adapters[0].layout.names:
             self._start_magnitudes()
 
     def _start_magnitudes(self) -> None:
         """DoRA's begin with the frozen weights, which are only here: one pass over the layers."""
-        for layer in layer_pass.walk(self.decoder, self._store, range(len(self._store))):
+        for layer in layer_pass.iterate_layers(self.decoder, self._store, range(len(self._store))):
             frozen = self.decoder.layers[layer].state.frozen
             assert frozen is not None
             self.decoder.layers[layer].adapters.start_magnitudes(frozen)
@@ -113,19 +126,19 @@ class NativeStrategy(ABC):
         self._store.take_traffic()  # it belongs to no step
 
     @abstractmethod
-    def _forward_backward(self, micro_batches: list[MicroBatch], dropout: Dropout) -> Attempt:
+    def _forward_backward(self, micro_batches: list[MicroBatch], dropout: Dropout) -> StepRunner:
         """Add a step's gradients, as far as memory suffices; with this rank's part of the loss
         sum.
         """
 
     @abstractmethod
-    def _forward(self, micro_batches: list[MicroBatch]) -> tuple[Attempt, int]:
+    def _forward(self, micro_batches: list[MicroBatch]) -> tuple[StepRunner, int]:
         """This rank's part of the loss sum, as far as memory suffices, and the passes over the
         layers it took.
         """
 
     @abstractmethod
-    def _next_tokens(self, cache: KeyValueCache, fresh: Fresh) -> list[int]:
+    def _next_tokens(self, cache: KeyValueCache, fresh: NewTokens) -> list[int]:
         """The most likely next token of each prompt, the same on every rank."""
 
     def _counted(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
@@ -147,12 +160,12 @@ class NativeStrategy(ABC):
         self._store.start_step(step)
         self._gradients.start()
         with self._explained():
-            attempt = self._forward_backward(
+            runner = self._forward_backward(
                 micro_batches, lambda batch: DropoutKey(self._seed, step, batch.index)
             )
         norms, sync = self._gradients.finish()
         try:
-            totals = self._totals(attempt.loss_sum, micro_batches, attempt.ran_out)
+            totals = self._totals(runner.loss_sum, micro_batches, runner.ran_out)
         except OutOfMemory:
             self._take_traffic()  # the next attempt counts its own
             raise
@@ -160,16 +173,16 @@ class NativeStrategy(ABC):
         stats = self._ending.finish(totals, norms, sync, lr, accept)
         return replace(stats, traffic=self._take_traffic(), update=self.update.take_stats())
 
-    def divide(self, pieces: int) -> None:
+    def resize(self, pieces: int) -> None:
         for policy in dict.fromkeys(self._policies):
-            policy.divide(pieces)
+            policy.resize(pieces)
 
     def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
         started = time.perf_counter()
         with self._explained():
-            attempt, passes = self._forward(micro_batches)
+            runner, passes = self._forward(micro_batches)
         try:
-            loss, targets, _ = self._totals(attempt.loss_sum, micro_batches, attempt.ran_out)
+            loss, targets, _ = self._totals(runner.loss_sum, micro_batches, runner.ran_out)
         finally:
             self._take_traffic()  # it belongs to no step
         self.pass_s = (time.perf_counter() - started) / max(1, passes)

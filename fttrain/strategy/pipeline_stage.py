@@ -5,13 +5,13 @@ from torch import Tensor
 
 from fttrain.data.batch import MicroBatch
 from fttrain.schedule import generate
-from fttrain.schedule.attempt import Attempt, Dropout
-from fttrain.schedule.generate import Fresh, KeyValueCache
+from fttrain.schedule.generate import KeyValueCache, NewTokens
 from fttrain.schedule.one_f_one_b import one_f_one_b
-from fttrain.schedule.stage_link import DOWN, UP, StageLink
+from fttrain.schedule.pipeline_p2p import NEXT, PREV, PipelineP2P
 from fttrain.schedule.stage_pass import StagePass
+from fttrain.schedule.step_runner import Dropout, StepRunner
 from fttrain.store import Traffic
-from fttrain.strategy.native import Joined, NativeStrategy
+from fttrain.strategy.native import NativeStrategy, StrategyParts
 
 
 class PipelineStage(NativeStrategy):
@@ -21,30 +21,30 @@ class PipelineStage(NativeStrategy):
     first stage the tokens, the last one the targets.
     """
 
-    def __init__(self, joined: Joined) -> None:
-        super().__init__(joined)
+    def __init__(self, parts: StrategyParts) -> None:
+        super().__init__(parts)
         decoder = self.decoder
-        self._link = StageLink(self._group, decoder.architecture.hidden, decoder.dtype)
+        self._link = PipelineP2P(self._group, decoder.architecture.hidden, decoder.dtype)
 
     @property
     def data_parallel(self) -> tuple[int, int]:
         return self._group.inter_node.rank, self._group.inter_node.world_size
 
-    def _forward_backward(self, micro_batches: list[MicroBatch], dropout: Dropout) -> Attempt:
+    def _forward_backward(self, micro_batches: list[MicroBatch], dropout: Dropout) -> StepRunner:
         stage = self._pass(micro_batches, dropout)
         machine = self._group.intra_node
         one_f_one_b(machine.rank, machine.world_size, len(stage), stage.forward, stage.backward)
         if not len(stage):
             stage.close_all()
         self._link.flush()
-        return stage.attempt
+        return stage.runner
 
-    def _forward(self, micro_batches: list[MicroBatch]) -> tuple[Attempt, int]:
+    def _forward(self, micro_batches: list[MicroBatch]) -> tuple[StepRunner, int]:
         stage = self._pass(micro_batches, lambda batch: None)
         for number in range(len(stage)):
             stage.evaluate(number)
         self._link.flush()
-        return stage.attempt, len(stage)
+        return stage.runner, len(stage)
 
     def _pass(self, micro_batches: list[MicroBatch], dropout: Dropout) -> StagePass:
         """What this stage does in a pass of those that have tokens."""
@@ -53,17 +53,17 @@ class PipelineStage(NativeStrategy):
             self.decoder, self._store, self._link, self._policies, self._gradients, some, dropout
         )
 
-    def _next_tokens(self, cache: KeyValueCache, fresh: Fresh) -> list[int]:
+    def _next_tokens(self, cache: KeyValueCache, fresh: NewTokens) -> list[int]:
         if self._link.is_first:
             hidden = self.decoder.embed(fresh.tokens)
         else:
-            hidden = self._link.receive(len(fresh.tokens), DOWN).tensor()
+            hidden = self._link.receive(len(fresh.tokens), PREV).tensor()
         hidden = generate.through_layers(self.decoder, self._store, cache, fresh, hidden)
         chosen = [0] * len(fresh.ends)
         if self._link.is_last:
             chosen = generate.most_likely(self.decoder, fresh, hidden)
         else:
-            self._link.send(hidden, UP)
+            self._link.send(hidden, NEXT)
         # Machines must not come to differ in how many passes they make: the first one decides.
         last = self._group.intra_node.world_size - 1
         tokens: list[int] = self._group.broadcast(torch.tensor(chosen), last).tolist()

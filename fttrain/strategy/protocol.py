@@ -9,8 +9,8 @@ from torch import Tensor
 from fttrain.data.batch import MicroBatch
 from fttrain.memory.ledger import Reservation
 from fttrain.store import Traffic
-from fttrain.strategy.sync import SyncStats
-from fttrain.strategy.update import UpdateStats
+from fttrain.strategy.grad_reduce import SyncStats
+from fttrain.strategy.optimizer_step import UpdateStats
 from fttrain.util.errors import UserError
 
 
@@ -71,7 +71,7 @@ class Strategy(Protocol):
         """
         ...
 
-    def divide(self, pieces: int) -> None:
+    def resize(self, pieces: int) -> None:
         """Micro-batches have 1 / ``pieces`` of the rows from here on, and a step as many times more
         of them.
         """

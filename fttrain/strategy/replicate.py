@@ -1,26 +1,32 @@
 """replicate: ResidentStore x grouped(G) x all_reduce. Only gradients travel between ranks."""
 
 from fttrain.store import FrozenBase
-from fttrain.store.filling import Progress, in_turn, reserve_layers, to_device
+from fttrain.store.loading import Progress, in_turn, reserve_layers, to_device
 from fttrain.store.resident import ResidentStore
-from fttrain.strategy.data_parallel import DataParallel, assemble_data_parallel, book_data_parallel
-from fttrain.strategy.parts import Share
-from fttrain.strategy.recipe import Plan
+from fttrain.strategy.data_parallel import DataParallel, build_data_parallel, reserve_data_parallel
+from fttrain.strategy.model_slice import ModelSlice
+from fttrain.strategy.spec import BuildContext
 
 
-def book(plan: Plan) -> Share:
+def reserve(context: BuildContext) -> ModelSlice:
     """Host memory that it needs."""
-    share = book_data_parallel(plan)
-    reserve_layers(plan.pool, plan.architecture.layers, plan.layer_bytes)
-    return share
+    model_slice = reserve_data_parallel(context)
+    reserve_layers(context.ledger, context.architecture.layers, context.layer_bytes)
+    return model_slice
 
 
-def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> DataParallel:
+def build(
+    context: BuildContext, base: FrozenBase, model_slice: ModelSlice, progress: Progress
+) -> DataParallel:
     """Load all layers onto the device and join the parts."""
-    machine = plan.group.intra_node  # whose ranks read the same files
-    order = in_turn(share.layers, machine.rank, machine.world_size)
+    machine = context.group.intra_node  # whose ranks read the same files
+    order = in_turn(model_slice.layers, machine.rank, machine.world_size)
     flats = dict(
-        zip(order, to_device(base, order, plan.layer_bytes, plan.pool, progress), strict=True)
+        zip(
+            order,
+            to_device(base, order, context.layer_bytes, context.ledger, progress),
+            strict=True,
+        )
     )
-    store = ResidentStore([flats[layer] for layer in share.layers], plan.frozen_format)
-    return assemble_data_parallel(plan, base, share, store)
+    store = ResidentStore([flats[layer] for layer in model_slice.layers], context.frozen_format)
+    return build_data_parallel(context, base, model_slice, store)

@@ -4,28 +4,30 @@ layer; the others' parts arrive while the layer before computes.
 
 from fttrain.memory.parts import MemoryPart
 from fttrain.store import FrozenBase
-from fttrain.store.filling import Progress, reserve_layers, to_device
+from fttrain.store.loading import Progress, reserve_layers, to_device
 from fttrain.store.sharded import SLOTS, ShardedStore, shard_bytes
-from fttrain.strategy.data_parallel import DataParallel, assemble_data_parallel, book_data_parallel
-from fttrain.strategy.parts import Share
-from fttrain.strategy.recipe import Plan
+from fttrain.strategy.data_parallel import DataParallel, build_data_parallel, reserve_data_parallel
+from fttrain.strategy.model_slice import ModelSlice
+from fttrain.strategy.spec import BuildContext
 
 
-def book(plan: Plan) -> Share:
+def reserve(context: BuildContext) -> ModelSlice:
     """Host memory that it needs. Raises UserError for ranks that a layer does not divide among."""
-    own_bytes = shard_bytes(plan.layer_bytes, plan.group.intra_node.world_size)
-    share = book_data_parallel(plan)
-    reserve_layers(plan.pool, plan.architecture.layers, own_bytes)
-    plan.pool.reserve(MemoryPart.SLOTS, SLOTS * plan.layer_bytes)
-    return share
+    own_bytes = shard_bytes(context.layer_bytes, context.group.intra_node.world_size)
+    model_slice = reserve_data_parallel(context)
+    reserve_layers(context.ledger, context.architecture.layers, own_bytes)
+    context.ledger.reserve(MemoryPart.SLOTS, SLOTS * context.layer_bytes)
+    return model_slice
 
 
-def build(plan: Plan, base: FrozenBase, share: Share, progress: Progress) -> DataParallel:
+def build(
+    context: BuildContext, base: FrozenBase, model_slice: ModelSlice, progress: Progress
+) -> DataParallel:
     """Load this rank's part of each layer and join the parts."""
-    group = plan.group.intra_node
-    own_bytes = shard_bytes(plan.layer_bytes, group.world_size)
+    group = context.group.intra_node
+    own_bytes = shard_bytes(context.layer_bytes, group.world_size)
     shards = to_device(
-        base, range(len(base)), own_bytes, plan.pool, progress, group.rank * own_bytes
+        base, range(len(base)), own_bytes, context.ledger, progress, group.rank * own_bytes
     )
-    store = ShardedStore(shards, plan.frozen_format, group)
-    return assemble_data_parallel(plan, base, share, store)
+    store = ShardedStore(shards, context.frozen_format, group)
+    return build_data_parallel(context, base, model_slice, store)

@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from fttrain.config.run_config import RunConfig
 from fttrain.launcher import launch
 from fttrain.rig.nvml import ask
-from fttrain.sweep.trial import Place
+from fttrain.sweep.trial import TrialPlace
 from fttrain.util.errors import UserError
 
 NAME = "cards"
@@ -40,7 +40,7 @@ _OF_A_RANK = (
 )
 
 
-def places(config: RunConfig) -> list[Place]:
+def places(config: RunConfig) -> list[TrialPlace]:
     """Where trials can run side by side: a place for each visible card; without any, one for each
     rank that ``launch=`` would start. What the launch file sets in the environment counts there.
 
@@ -50,14 +50,14 @@ def places(config: RunConfig) -> list[Place]:
     variables = {key: value for key, value in ranks[0].items() if key not in _OF_A_RANK}
     cards = [] if config.rig.device == "cpu" else visible_cards(variables)
     if len(cards) > 1:
-        return [Place(ALONE, {**variables, "CUDA_VISIBLE_DEVICES": card}) for card in cards]
+        return [TrialPlace(ALONE, {**variables, "CUDA_VISIBLE_DEVICES": card}) for card in cards]
     if cards or len(ranks) < 2:
         found = "one card" if cards else "no card, and launch= names one rank"
         raise UserError(
             f"sweep.parallel=cards: there is {found}: nothing runs side by side; on the CPU "
             "launch.processes=2 makes two places; or leave sweep.parallel=none"
         )
-    return [Place(ALONE, variables, cores) for cores in shares_of_cores(len(ranks))]
+    return [TrialPlace(ALONE, variables, cores) for cores in shares_of_cores(len(ranks))]
 
 
 def visible_cards(variables: dict[str, str]) -> list[str]:
@@ -90,7 +90,7 @@ class CardsLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Runs all of them; what each came to, in order."""
-        free: queue.SimpleQueue[Place] = queue.SimpleQueue()
+        free: queue.SimpleQueue[TrialPlace] = queue.SimpleQueue()
         for place in self._job.places:
             free.put(place)
 

@@ -25,7 +25,7 @@ from fttrain.config.run_config import quoted
 from fttrain.sweep import cards
 from fttrain.sweep.axes import Axis
 from fttrain.sweep.config import Sweep
-from fttrain.sweep.trial import EVERYWHERE, Place, run_trial
+from fttrain.sweep.trial import EVERYWHERE, TrialPlace, run_trial
 from fttrain.util.errors import UserError
 from fttrain.util.paths import conf_folder
 
@@ -40,7 +40,7 @@ EXTRAS = {
 class Job:
     """What Hydra calls for each trial; launchers may send it to other processes."""
 
-    def __init__(self, sweep: Sweep, places: Sequence[Place] = ()) -> None:
+    def __init__(self, sweep: Sweep, places: Sequence[TrialPlace] = ()) -> None:
         """``places``: of trials that run side by side in threads."""
         self.sweep, self.places = sweep, tuple(places)
 
@@ -49,7 +49,7 @@ class Job:
         assert isinstance(overrides, list)
         return self.run([str(text) for text in overrides], EVERYWHERE)
 
-    def run(self, overrides: list[str], place: Place) -> float:
+    def run(self, overrides: list[str], place: TrialPlace) -> float:
         """The value of the trial, which is minimised."""
         return run_trial(self.sweep, overrides, place)
 
@@ -79,7 +79,7 @@ def run(
     axes: dict[str, Axis],
     search: str | None,
     overrides: Sequence[str],
-    places: Sequence[Place],
+    places: Sequence[TrialPlace],
 ) -> None:
     """Searches; trials leave what they come to in their folders.
 

@@ -27,7 +27,7 @@ composing = threading.Lock()  # Hydra's state is the process's
 
 
 @dataclass(frozen=True)
-class Place:
+class TrialPlace:
     """Where a trial runs that has a part of the machine to itself."""
 
     overrides: tuple[str, ...] = ()
@@ -35,10 +35,10 @@ class Place:
     cores: tuple[int, ...] = ()  # of the CPU; none: all
 
 
-EVERYWHERE = Place()
+EVERYWHERE = TrialPlace()
 
 
-def run_trial(sweep: Sweep, overrides: Sequence[str], place: Place = EVERYWHERE) -> float:
+def run_trial(sweep: Sweep, overrides: Sequence[str], place: TrialPlace = EVERYWHERE) -> float:
     """Runs the trial unless it is finished, or goes on with it; what the search is told.
 
     Never raises for what is wrong with a trial: its record says so, and the search goes on.
@@ -62,7 +62,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in plain(config).items() if key not in NOT_SEARCHED}
 
 
-def told(sweep: Sweep, overrides: Sequence[str], place: Place = EVERYWHERE) -> list[str]:
+def told(sweep: Sweep, overrides: Sequence[str], place: TrialPlace = EVERYWHERE) -> list[str]:
     """What ``fttrain train`` is told of a trial, but for trackers."""
     output = quoted(str(sweep.folder / trial_name(overrides)))
     return [*sweep.fixed, *overrides, *place.overrides, f"output={output}"]
@@ -71,7 +71,7 @@ def told(sweep: Sweep, overrides: Sequence[str], place: Place = EVERYWHERE) -> l
 class _Attempt:
     """One start of a trial's run, until its end."""
 
-    def __init__(self, sweep: Sweep, record: Record, place: Place) -> None:
+    def __init__(self, sweep: Sweep, record: Record, place: TrialPlace) -> None:
         self._sweep, self._record, self._place = sweep, record, place
         self._folder = sweep.folder / record.name
         self._stopped = self._pruned = False  # why it was asked to end, if it was

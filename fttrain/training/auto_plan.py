@@ -11,15 +11,15 @@ from fttrain.distributed.rank_group import local_world_size, rank_from_environme
 from fttrain.frozen.hub import SHAPES
 from fttrain.frozen.source import check_length, load_config, resolve
 from fttrain.model.decoder import Architecture
-from fttrain.plan.auto import Answer, Question, answer, check_fits
+from fttrain.plan.auto import ChosenPlan, PlanRequest, check_fits, choose_plan
 from fttrain.plan.choose import reckoned
 from fttrain.plan.rigs import MEASURED, find_rig
 from fttrain.rig.measure_report import links_table
 from fttrain.rig.profile import RigProfile, kept_profile
 from fttrain.schedule.config import ScheduleConfig
-from fttrain.strategy.build import silent
+from fttrain.strategy.builder import silent
 from fttrain.strategy.config import StrategyConfig
-from fttrain.strategy.zero.config import DEEPSPEED
+from fttrain.strategy.zero_config import DEEPSPEED
 from fttrain.track import Table, counting, read_metrics
 from fttrain.track import plan as track_plan
 from fttrain.track.metrics import to_stderr
@@ -76,8 +76,8 @@ def with_target_share(config: RunConfig, plan: Plan | None, target_share: float)
     ranks = local_world_size()
     rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks, lambda text: None)
     question = _question(config, rig)
-    size = replace(question.recipe.size, target_share=target_share)
-    time = reckoned(replace(question.recipe, size=size), question.architecture, rig)
+    size = replace(question.spec.size, target_share=target_share)
+    time = reckoned(replace(question.spec, size=size), question.architecture, rig)
     predicted |= {"step_s": time.seconds, "tokens_per_s": time.tokens_per_s}
     return plan
 
@@ -142,15 +142,15 @@ def _foretold(config: RunConfig, ranks: int) -> Plan | None:
     return found.plan
 
 
-def _answer(config: RunConfig, question: Question) -> Answer:
+def _answer(config: RunConfig, question: PlanRequest) -> ChosenPlan:
     show = counting if config.left_open else silent  # of many candidates, or of one
-    return answer(question, config.frozen.cache_dir, show("planning"))
+    return choose_plan(question, config.frozen.cache_dir, show("planning"))
 
 
-def _question(config: RunConfig, rig: RigProfile) -> Question:
+def _question(config: RunConfig, rig: RigProfile) -> PlanRequest:
     model = load_config(resolve(config.model, SHAPES))
     check_length(config.data.seq_len, model)
-    return Question(
+    return PlanRequest(
         config.model.name,
         strategy_spec(config),
         Architecture(model),

@@ -22,7 +22,7 @@ from fttrain.optim.lr_schedule import learning_rate
 from fttrain.plan.cost import reference_price, references
 from fttrain.rig.device_setup import set_up_rank
 from fttrain.strategy.protocol import StepStats
-from fttrain.strategy.zero.config import DEEPSPEED
+from fttrain.strategy.zero_config import DEEPSPEED
 from fttrain.track import Trackers, progress
 from fttrain.training.auto_plan import resolve_auto
 from fttrain.training.monitor import memory_uses, show_fullest

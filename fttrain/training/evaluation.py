@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fttrain.data.loader import PackedRows, evaluation_batches
-from fttrain.data.samples import Sample
+from fttrain.data.samples import HoldoutSample
 from fttrain.strategy.protocol import OutOfMemory, Strategy
 from fttrain.track.report import verdict
 from fttrain.util.atomic_files import write_text
@@ -19,7 +19,7 @@ ANSWER_TOKENS = 64  # of a sample answer
 
 
 @dataclass
-class Answer:
+class SampleAnswer:
     """One held-out prompt, what the data says and what the model said before and after training."""
 
     prompt: str
@@ -36,14 +36,14 @@ class Evaluation:
     tuned: dict[str, Any] | None = None
     # {"step": n, "nll": nats per token}
     history: list[dict[str, Any]] = field(default_factory=list)
-    samples: list[Answer] = field(default_factory=list)
+    samples: list[SampleAnswer] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path) -> "Evaluation":
         """What an earlier part of the run found; empty where there is nothing that can be read."""
         try:
             values = json.loads((folder / FILE).read_text())
-            samples = [Answer(**sample) for sample in values.pop("samples", [])]
+            samples = [SampleAnswer(**sample) for sample in values.pop("samples", [])]
             return cls(**values, samples=samples)
         except (OSError, ValueError, TypeError):
             return cls()
@@ -114,7 +114,7 @@ class HoldOut:
 
 def answer(
     strategy: Strategy,
-    samples: list[Sample],
+    samples: list[HoldoutSample],
     tokenizer: Any,
     say: Callable[[str], None],
 ) -> list[str]:

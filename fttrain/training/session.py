@@ -14,11 +14,11 @@ from fttrain.frozen.source import Source
 from fttrain.model import liger
 from fttrain.model.attention_op import kernel_name
 from fttrain.schedule.config import ScheduleConfig
-from fttrain.strategy.build import build_strategy, silent
+from fttrain.strategy.builder import build_strategy, silent
 from fttrain.strategy.config import AUTO, StrategyConfig
 from fttrain.strategy.protocol import OutOfMemory, Strategy
-from fttrain.strategy.recipe import Recipe, StepSize
-from fttrain.strategy.zero.config import DEEPSPEED
+from fttrain.strategy.spec import StepSize, StrategySpec
+from fttrain.strategy.zero_config import DEEPSPEED
 from fttrain.track import counting
 from fttrain.training.evaluation import Evaluation, HoldOut
 from fttrain.training.spike_guard import SpikeGuard
@@ -49,12 +49,12 @@ class TrainSession:
             print(text, flush=True)
 
 
-def strategy_spec(config: RunConfig) -> Recipe:
+def strategy_spec(config: RunConfig) -> StrategySpec:
     """What a strategy is built from; what is still to be chosen starts from ``replicate``."""
     loop, strategy, schedule = config.loop, config.strategy, config.schedule
     if strategy.name == AUTO:
         strategy, schedule = StrategyConfig(), ScheduleConfig()
-    return Recipe(
+    return StrategySpec(
         strategy,
         config.quant,
         config.lora,
@@ -176,7 +176,7 @@ def divide(run: TrainSession, pieces: int) -> None:
     run.loader.divide(pieces)
     run.holdout.micro_batch_size = min(run.holdout.micro_batch_size, run.loader.micro_batch_size)
     run.loader.position = run.step  # the rows of a step that was not taken come again
-    run.strategy.divide(pieces)
+    run.strategy.resize(pieces)
 
 
 def split(run: TrainSession) -> str:

@@ -17,7 +17,7 @@ import yaml
 from fttrain.checkpoint.output_lock import lock_output
 from fttrain.config.run_config import RunConfig, to_yaml
 from fttrain.data.dataset import Dataset, prepare
-from fttrain.data.samples import Sample, holdout_samples
+from fttrain.data.samples import HoldoutSample, holdout_samples
 from fttrain.distributed.peer_watchdog import uninterruptible
 from fttrain.distributed.process_group import process_group
 from fttrain.distributed.rank_group import rank_from_environment
@@ -35,7 +35,7 @@ from fttrain.memory.sampling import peak_device_bytes
 from fttrain.optim.lr_schedule import learning_rate
 from fttrain.rig.device_setup import set_up_rank
 from fttrain.rig.telemetry import card_watch, gather_samples
-from fttrain.strategy.link_watch import link_watch
+from fttrain.strategy.link_monitor import link_monitor
 from fttrain.strategy.protocol import OutOfMemory, StepStats
 from fttrain.track import Results, Trackers, open_trackers, read_results
 from fttrain.track.report import write_report
@@ -128,7 +128,7 @@ def _take_steps(run: TrainSession, trackers: Trackers, signals: StopSignals) -> 
     every, eval_every = run.config.checkpoint.every, run.config.loop.eval_every
     memory_every, first = run.config.track.memory_every, run.step
     watch = card_watch(run.group.device, run.config.frozen.cache_dir)
-    links = link_watch(run.group, run.config.frozen.cache_dir)
+    links = link_monitor(run.group, run.config.frozen.cache_dir)
     while run.step < run.total_steps:
         lr = learning_rate(run.config.optim, run.step, run.total_steps)
         stats, step_s = take_step(run, lr)
@@ -237,7 +237,7 @@ def _measure_base(run: TrainSession) -> None:
     samples = _samples(run)
     answers = evaluation.answer(run.strategy, samples, run.tokenizer, run.say)
     run.figures.samples = [
-        evaluation.Answer(sample.prompt, sample.reference, before)
+        evaluation.SampleAnswer(sample.prompt, sample.reference, before)
         for sample, before in zip(samples, answers, strict=True)
     ]
     _write_figures(run)
@@ -256,7 +256,7 @@ def _finish(run: TrainSession, source: Source) -> None:
     run.say(f"\n{run.figures.summary()}\n\n{how_to_use}")
 
 
-def _samples(run: TrainSession) -> list[Sample]:
+def _samples(run: TrainSession) -> list[HoldoutSample]:
     return holdout_samples(run.config.data, run.dataset, run.tokenizer, run.config.loop.samples)
 
 

@@ -222,7 +222,10 @@ def test_what_is_too_small_while_building_is_told_apart(
     fit_rank = module("harness.fit_rank")
 
     def build() -> None:
-        with fit_rank.answer(UserError, fit_rank.REFUSED), explain_out_of_memory((), 0, torch.device("cpu")):
+        with (
+            fit_rank.answer(UserError, fit_rank.REFUSED),
+            explain_out_of_memory((), 0, torch.device("cpu")),
+        ):
             torch.empty(size_bytes, dtype=torch.uint8)
             raise UserError("host memory: 2 GiB are needed")
 

@@ -10,7 +10,14 @@ import pytest
 from smoke import smoke_run
 
 from fttrain.plan.choose import judge
-from fttrain.rig.profile import CardProfile, CopyRates, HostProfile, LinkProfile, RigProfile, Sample
+from fttrain.rig.profile import (
+    CardProfile,
+    CopyRates,
+    HostProfile,
+    LinkProfile,
+    LinkSample,
+    RigProfile,
+)
 from fttrain.util.units import GIB
 
 Module = Callable[[str], ModuleType]
@@ -37,12 +44,12 @@ def test_a_run_stands_beside_what_a_plan_of_the_same_says(module: Module) -> Non
 
     rates = CopyRates(1e9)
     card = CardProfile("card", "cuda", ROOM_BYTES, 1e12, 1e12, 1e12, rates, rates)
-    samples = {name: (Sample(1, 1e-3),) for name in ("all_gather", "all_reduce", "send_recv")}
+    samples = {name: (LinkSample(1, 1e-3),) for name in ("all_gather", "all_reduce", "send_recv")}
     host = HostProfile("cpu", 8, 64 << 30, adamw_values_per_s=1e9)
     rig = RigProfile("two", (card, card), host, (LinkProfile("default", "", 2, samples),))
     for pair, seq_len in ((shard, 64), (long_rows, 128), (too_big, 64)):
-        recipe = steps.recipe_of({**runs[0], "seq_len": seq_len})
-        planned = judge(recipe, steps.architecture_of(shape), rig)
+        spec = steps.recipe_of({**runs[0], "seq_len": seq_len})
+        planned = judge(spec, steps.architecture_of(shape), rig)
         peak = max(max(own.device_bytes, own.booked_bytes) for own in planned.memory)
         assert (pair["predicted_bytes"], pair["predicted_to_fit"]) == (peak, planned.fits)
         assert (pair["side"], pair["seq_len"]) == (runs[0]["side"], seq_len)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from smoke import ROOT
 
-from fttrain.store import lane
+from fttrain.store import side_stream
 
 Module = Callable[[str], ModuleType]
 MIB = 1 << 20
@@ -25,10 +25,10 @@ def test_two_lanes_share_the_link(module: Module) -> None:
     sources = [torch.arange(MIB // 4, dtype=torch.int32) + number for number in range(4)]
     copies = [torch.zeros_like(source) for source in sources]
     with module("harness.link").paced(SETTINGS) as ways:
-        lanes = [lane.copy_lane(torch.device("cpu")) for _ in range(2)]
+        lanes = [side_stream.copy_stream(torch.device("cpu")) for _ in range(2)]
         began = time.perf_counter()
         for number, (into, source) in enumerate(zip(copies, sources, strict=True)):
-            lanes[number % 2].run(partial(lane.copy, into, source))
+            lanes[number % 2].run(partial(side_stream.copy, into, source))
         asked_s = time.perf_counter() - began
         for own in lanes:
             own.synchronize()
@@ -51,7 +51,7 @@ def test_everyone_who_copies_is_paced_and_only_inside(module: Module) -> None:
     ]
     names = [".".join(Path(file).parts) for file in files]
     assert {"fttrain.store.host", "fttrain.store.activations"} <= set(names)
-    plain = lane.copy
+    plain = side_stream.copy
     with link.paced(SETTINGS):
         paced = {name: importlib.import_module(name).copy for name in names}
         assert all(copy is not plain for copy in paced.values())
@@ -74,11 +74,11 @@ def test_the_card_copies_at_the_rate_that_is_asked_for(module: Module, to_card: 
     back = torch.zeros_like(on_host).pin_memory()
     into, source = (on_card, on_host) if to_card else (back, on_card)
     with link.paced(settings):
-        lanes = [lane.copy_lane(card) for _ in range(2)]
+        lanes = [side_stream.copy_stream(card) for _ in range(2)]
         torch.cuda.synchronize()
         began = time.perf_counter()
         for number in range(4):
-            lanes[number % 2].run(partial(lane.copy, into, source))
+            lanes[number % 2].run(partial(side_stream.copy, into, source))
         asked_s = time.perf_counter() - began
         torch.cuda.synchronize()
         taken_s = time.perf_counter() - began

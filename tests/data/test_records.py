@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fttrain.data.records import BadRow, Source, file_source, hub_source
+from fttrain.data.records import BadRow, RecordSource, file_source, hub_source
 from fttrain.util.errors import UserError
 
 ROWS = [
@@ -19,11 +19,11 @@ ROWS = [
 ]
 
 
-def values(source: Source) -> list[Any]:
+def values(source: RecordSource) -> list[Any]:
     return [row.value for row in source.read()]
 
 
-def read(path: Path, data: bytes | str) -> Source:
+def read(path: Path, data: bytes | str) -> RecordSource:
     path.write_bytes(data.encode() if isinstance(data, str) else data)
     return file_source(str(path))
 

@@ -6,7 +6,7 @@ import torch.distributed
 from ranks import run_ranks
 from torch import Tensor
 
-from fttrain.distributed.collectives import Handles, all_gather
+from fttrain.distributed.collectives import HandleGroup, all_gather
 
 BYTES = 5000  # a shard's
 
@@ -46,5 +46,5 @@ def test_handles_wait_for_all_that_there_are() -> None:
             waited.append(self)
 
     one, other = Handle(), Handle()
-    Handles([one, None, other]).wait()
+    HandleGroup([one, None, other]).wait()
     assert waited == [one, other]

@@ -18,7 +18,7 @@ def flip() -> None:
     def flips(flat: Tensor) -> collectives.Handle:
         right(flat).wait()
         flat[77] += 1
-        return collectives.Handles(())
+        return collectives.HandleGroup(())
 
     collectives.all_reduce = flips
     link_probe.main(sys.argv[1:])

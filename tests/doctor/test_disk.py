@@ -14,7 +14,7 @@ from fttrain.frozen.config import ModelConfig
 from fttrain.frozen.source import resolve
 from fttrain.model.config import LoraConfig
 from fttrain.quant.config import QuantConfig
-from fttrain.strategy.build import frozen_base, silent
+from fttrain.strategy.builder import frozen_base, silent
 
 
 def test_what_the_cache_needs_is_what_it_then_takes(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from fttrain.frozen.readers import open_checkpoint
 from fttrain.frozen.source import resolve
 from fttrain.quant.checksum import checksum
 from fttrain.quant.config import QuantConfig
-from fttrain.strategy.build import frozen_base
+from fttrain.strategy.builder import frozen_base
 from fttrain.util import atomic_files
 from fttrain.util.errors import UserError
 from fttrain.util.manifest import write_sealed

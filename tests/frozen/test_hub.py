@@ -22,7 +22,7 @@ from fttrain.frozen.cache import FrozenCache
 from fttrain.frozen.config import ModelConfig
 from fttrain.frozen.source import load_config, load_tokenizer, resolve
 from fttrain.quant.config import QuantConfig
-from fttrain.strategy.build import frozen_base
+from fttrain.strategy.builder import frozen_base
 from fttrain.util import atomic_files
 from fttrain.util.errors import UserError
 

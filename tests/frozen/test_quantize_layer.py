@@ -21,7 +21,7 @@ from fttrain.frozen.readers import SafetensorsReader, open_checkpoint
 from fttrain.frozen.source import Source, load_config, quantisation_of
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture, Decoder
-from fttrain.model.projection import Table
+from fttrain.model.projection import ResidentHead
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenLayer
 from fttrain.store.resident import ResidentStore
@@ -76,7 +76,9 @@ def test_a_prequantised_checkpoint_has_transformers_logits(tmp_path: Path) -> No
     reader = SafetensorsReader(tmp_path)
     embedding, norm, head = tiny.load_ends(reader, architecture, tiny.CPU, torch.float32)
     flats = tiny.load_layers(reader, architecture, frozen_format, tiny.CPU)
-    decoder = Decoder(architecture, embedding, norm, Table(head), tiny.adapters(architecture, LORA))
+    decoder = Decoder(
+        architecture, embedding, norm, ResidentHead(head), tiny.adapters(architecture, LORA)
+    )
     document = tiny.documents((23,))
     ours = tiny.logits(decoder, ResidentStore(flats, frozen_format), collate(document, 0))
     with torch.no_grad():
@@ -277,7 +279,9 @@ def test_gguf_and_safetensors_make_the_same_base(tmp_path: Path) -> None:
     frozen_format = architecture.frozen_format(tiny.PLAIN, torch.float32)
     embedding, norm, head = tiny.load_ends(reader, architecture, tiny.CPU, torch.float32)
     flats = tiny.load_layers(reader, architecture, frozen_format, tiny.CPU)
-    decoder = Decoder(architecture, embedding, norm, Table(head), tiny.adapters(architecture, LORA))
+    decoder = Decoder(
+        architecture, embedding, norm, ResidentHead(head), tiny.adapters(architecture, LORA)
+    )
     reference = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=file.name, dtype=torch.float32
     )

@@ -21,41 +21,41 @@ SIZE = 1000
 
 def test_what_does_not_fit_is_refused_with_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fttrain.memory.ledger, "available_host_bytes", lambda: 3 * GIB)
-    pool = MemoryLedger(tiny_strategy.this_group())
-    pool.book("frozen layers", 2 * GIB, shared=True)
-    pool.book("boundaries", GIB)
-    pool.check()  # to the byte
-    pool.book("head", 1)
+    ledger = MemoryLedger(tiny_strategy.this_group())
+    ledger.book("frozen layers", 2 * GIB, shared=True)
+    ledger.book("boundaries", GIB)
+    ledger.check()  # to the byte
+    ledger.book("head", 1)
     expected = (
         r"3\.00 GiB are needed \(frozen layers 2\.00 GiB, boundaries 1\.00 GiB, head 0\.00 GiB\), "
         r"3\.00 GiB are available; a smaller schedule\.group, data"
     )
     with pytest.raises(UserError, match=expected):
-        pool.check()
+        ledger.check()
 
 
 def test_what_is_booked_anew_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fttrain.memory.ledger, "available_host_bytes", lambda: 3 * GIB)
-    pool = MemoryLedger(tiny_strategy.this_group())
+    ledger = MemoryLedger(tiny_strategy.this_group())
     for _ in range(4):
-        pool.book("boundaries", GIB)
-    pool.check()
+        ledger.book("boundaries", GIB)
+    ledger.check()
 
 
 def test_more_than_this_machine_has_is_refused() -> None:
-    pool = MemoryLedger(tiny_strategy.this_group())
-    pool.book("boundaries", 1 << 60)
+    ledger = MemoryLedger(tiny_strategy.this_group())
+    ledger.book("boundaries", 1 << 60)
     with pytest.raises(UserError, match=r"boundaries 1073741824\.00 GiB"):
-        pool.check()
+        ledger.check()
     with pytest.raises(UserError, match=r"boundaries: the system refused"):
-        pool.allocate("boundaries")
+        ledger.allocate("boundaries")
 
 
 def test_buffers_are_zero_and_apart() -> None:
-    pool = MemoryLedger(tiny_strategy.this_group())
-    pool.book("a", SIZE)
-    pool.book("b", SIZE, shared=True)
-    a, b = pool.allocate("a"), pool.allocate("b")
+    ledger = MemoryLedger(tiny_strategy.this_group())
+    ledger.book("a", SIZE)
+    ledger.book("b", SIZE, shared=True)
+    a, b = ledger.allocate("a"), ledger.allocate("b")
     for buffer in (a, b):
         assert (buffer.dtype, len(buffer)) == (torch.uint8, SIZE)
         assert not buffer.any()
@@ -66,19 +66,19 @@ def test_buffers_are_zero_and_apart() -> None:
 def on_rank() -> dict[str, Any]:
     """Buffers of two ranks that need different amounts, and what a check says of too much."""
     group = tiny_strategy.this_group()
-    pool = MemoryLedger(group)
-    pool.book("shared", SIZE, shared=True)
-    pool.book("own", SIZE * (1 + group.rank))
-    pool.check()
-    shared, own = pool.allocate("shared"), pool.allocate("own")
+    ledger = MemoryLedger(group)
+    ledger.book("shared", SIZE, shared=True)
+    ledger.book("own", SIZE * (1 + group.rank))
+    ledger.check()
+    shared, own = ledger.allocate("shared"), ledger.allocate("own")
     shared[group.rank] = own[:] = 1 + group.rank
     group.barrier()
     available = 3 * GIB + group.rank * GIB
     fttrain.memory.ledger.available_host_bytes = lambda: available
-    pool.book("shared", GIB, shared=True)
-    pool.book("own", (1 + group.rank) * GIB)
+    ledger.book("shared", GIB, shared=True)
+    ledger.book("own", (1 + group.rank) * GIB)
     try:
-        pool.check()
+        ledger.check()
     except UserError as error:
         return {"shared": shared.clone(), "own": own.clone(), "error": str(error)}
     raise AssertionError("4 GiB do not fit into 3")

@@ -33,7 +33,11 @@ def test_parts_come_by_size_and_last_what_is_not_booked(monkeypatch: pytest.Monk
 
 
 def test_the_table_adds_up_and_leaves_out_what_is_nothing() -> None:
-    found = [PartUsage("layers", 3 * GIB), PartUsage("head", 0, GIB // 2), PartUsage("crumbs", 1000, 1000)]
+    found = [
+        PartUsage("layers", 3 * GIB),
+        PartUsage("head", 0, GIB // 2),
+        PartUsage("crumbs", 1000, 1000),
+    ]
     assert usage_table(found, "memory of rank 1") == [
         "memory of rank 1, GiB",
         "            device    host",

@@ -16,7 +16,7 @@ from fttrain.model import head as head_module
 from fttrain.model import projection
 from fttrain.model.functions import rms_norm
 from fttrain.model.head import Embedding, Head, chunk_bytes, chunk_rows
-from fttrain.model.projection import QuantisedTable, Table, tile_bytes, tiled_format
+from fttrain.model.projection import QuantizedHead, ResidentHead, tile_bytes, tiled_format
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat
 
@@ -38,8 +38,8 @@ def head(
     """A head, and the table (V, C) that it computes with: of ``tiles`` what 4 bits leave of it."""
     norm, weight = ends(dtype)
     if form == "table":
-        return Head(norm, Table(weight), EPS, logit_scale), weight
-    quantised = QuantisedTable(weight, tiled(weight), torch.device("cpu"))
+        return Head(norm, ResidentHead(weight), EPS, logit_scale), weight
+    quantised = QuantizedHead(weight, tiled(weight), torch.device("cpu"))
     table = torch.cat([dequantised(tile) for tile in weight.split(TILE_ROWS)])
     return Head(norm, quantised, EPS, logit_scale), table
 
@@ -188,12 +188,12 @@ def test_a_large_vocabulary_takes_what_is_booked(
     vocabulary = 128256  # logits of 4096 tokens at once: 1 GB in bf16, 2 GB in fp32
     monkeypatch.setattr(projection, "TILE_BYTES", 8 * 2**20)
     weight = (torch.randn(vocabulary, WIDTH) * 0.02).to(dtype)
-    table: Table | QuantisedTable = Table(weight)
+    table: ResidentHead | QuantizedHead = ResidentHead(weight)
     rows = chunk_rows(vocabulary, dtype, tokens, 4 if form == "tiles" else 1)
     booked = chunk_bytes(vocabulary, dtype, rows)
     if form == "tiles":
         tiles = tiled_format(vocabulary, WIDTH, QuantConfig(), dtype)
-        table = QuantisedTable(weight, tiles, torch.device("cpu"))
+        table = QuantizedHead(weight, tiles, torch.device("cpu"))
         booked = chunk_bytes(vocabulary, dtype, rows, tile_bytes(tiles, rows))
     ours = Head(torch.ones(WIDTH, dtype=dtype), table, EPS)
     hidden = torch.randn(tokens, WIDTH).to(dtype)
@@ -217,7 +217,7 @@ def test_without_targets_nothing_is_lost_and_nothing_is_nan(tokens: int, form: s
 
 def test_a_hopeless_target_has_a_finite_loss_and_a_nan_shows() -> None:
     (ours, table), (hidden, targets) = head(), batch()
-    sure = Head(ours.norm, Table(table * 1000), EPS)
+    sure = Head(ours.norm, ResidentHead(table * 1000), EPS)
     loss, grad = sure.loss_and_gradient(hidden, targets, trained(targets))
     assert bool(loss.isfinite())
     assert bool(grad.isfinite().all())

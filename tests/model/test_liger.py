@@ -13,7 +13,7 @@ from torch import Tensor
 from fttrain.data.batch import collate
 from fttrain.model import functions, liger, rows
 from fttrain.model.config import AUTO_KERNELS, LIGER_KERNELS, LoraConfig
-from fttrain.plan.live import LiveBytes
+from fttrain.plan.live_bytes import LiveBytes
 from fttrain.util.errors import UserError
 
 pytestmark = pytest.mark.liger

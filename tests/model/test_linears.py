@@ -13,7 +13,7 @@ from fttrain.model.dora import Magnitudes, Member
 from fttrain.model.layer_adapters import LayerAdapters
 from fttrain.model.linears import DropoutKey, LayerState, LinearGroup
 from fttrain.model.lora import GroupMembers
-from fttrain.model.tiles import through
+from fttrain.model.tiles import apply_linears
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer, GroupShape
 
 TOKENS, WIDTH, R, EPS = 13, 32, 3, 1e-5
@@ -55,7 +55,7 @@ class Case:
         """Output, gradient of x, gradients of the masters."""
         self.layer.grad.zero_()
         x = self.x.clone().requires_grad_()
-        y = through(x, self.group)
+        y = apply_linears(x, self.group)
         y.backward(self.grad)
         assert x.grad is not None
         return y.detach(), x.grad, _master_gradients(self.layer)
@@ -157,7 +157,7 @@ def test_magnitudes_start_as_the_norms_of_frozen_rows_and_change_no_bit(dtype: t
             layer.start_magnitudes(frozen)
         group = LinearGroup(shape, 0, state, layer.groups["qkv"], "none")
         with torch.no_grad():
-            found.append(through(x, group))
+            found.append(apply_linears(x, group))
     assert torch.equal(*found)
     magnitudes = dict(layer.named_masters())["model.layers.0.a.v_proj.lora_magnitude_vector"]
     rows = frozen.weight("qkv")[shape.rows[2]].float()
@@ -181,7 +181,7 @@ def test_gradients_of_several_micro_batches_add_up() -> None:
     case = Case("rmsnorm")
     _, _, once = case.ours()
     for _ in range(2):
-        through(case.x.clone().requires_grad_(), case.group).backward(case.grad)
+        apply_linears(case.x.clone().requires_grad_(), case.group).backward(case.grad)
     thrice = _master_gradients(case.layer)
     assert tiny.difference(thrice, {n: g * 3 for n, g in once.items()}) < 1e-6
 
@@ -190,12 +190,12 @@ def test_use_outside_get_and_release_is_an_error() -> None:
     case = Case("none")
     case.state.frozen = None
     with pytest.raises(AssertionError, match="outside the store's get and release"):
-        through(case.x, case.group)
+        apply_linears(case.x, case.group)
 
 
 def test_evaluation_has_no_dropout() -> None:
     with_dropout, without = Case("none", 0.5), Case("none", 0.0)
-    found, expected = (through(case.x, case.group) for case in (with_dropout, without))
+    found, expected = (apply_linears(case.x, case.group) for case in (with_dropout, without))
     assert torch.equal(found, expected)
 
 

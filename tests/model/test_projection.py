@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fttrain.model import projection
 from fttrain.model.projection import (
-    QuantisedTable,
-    StreamedTable,
-    Table,
+    QuantizedHead,
+    ResidentHead,
+    StreamedHead,
     tile_bytes,
     tiled_format,
 )
@@ -25,7 +25,7 @@ def table(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype)
 
 
-def logits_of(form: Table | QuantisedTable, hidden: Tensor) -> Tensor:
+def logits_of(form: ResidentHead | QuantizedHead, hidden: Tensor) -> Tensor:
     out = hidden.new_full((len(hidden), VOCABULARY), torch.nan)
     with form.brought():
         form.project(hidden, out)
@@ -44,7 +44,7 @@ def test_tiles_equal_the_whole_table(
     monkeypatch.setattr(projection, "TILE_BYTES", tile_rows * WIDTH * dtype.itemsize)
     tiles = tiled_format(VOCABULARY, WIDTH, QuantConfig(kind, 128, False), dtype)
     assert len(tiles.groups) == -(-VOCABULARY // tile_rows)
-    ours, hidden = QuantisedTable(table(dtype), tiles, CPU), torch.randn(TOKENS, WIDTH).to(dtype)
+    ours, hidden = QuantizedHead(table(dtype), tiles, CPU), torch.randn(TOKENS, WIDTH).to(dtype)
     packed = bnb.quantize_4bit(table(dtype), blocksize=128, quant_type=kind)
     whole = bnb.dequantize_4bit(*packed).double()
     grad = torch.randn(TOKENS, VOCABULARY).to(dtype)
@@ -58,8 +58,8 @@ def test_tiles_equal_the_whole_table(
 
 def test_a_streamed_table_is_on_the_device_while_it_is_used_and_counted() -> None:
     weight, hidden = table(), torch.randn(TOKENS, WIDTH)
-    streamed = StreamedTable(weight, CPU)
-    assert torch.equal(logits_of(streamed, hidden), logits_of(Table(weight), hidden))
+    streamed = StreamedHead(weight, CPU)
+    assert torch.equal(logits_of(streamed, hidden), logits_of(ResidentHead(weight), hidden))
     with streamed.brought():
         assert streamed.weight is not weight
         assert torch.equal(streamed.weight, weight)

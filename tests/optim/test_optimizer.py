@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fttrain.optim import config as optim_config
 from fttrain.optim.config import OptimConfig
-from fttrain.optim.flat import FlatLayout, Portion, Section
+from fttrain.optim.flat import FlatLayout, Section, Shard
 from fttrain.optim.optimizer import Optimizer, moment_bytes
 from fttrain.util.errors import UserError
 
@@ -34,7 +34,7 @@ def config(kind: str, **settings: Any) -> OptimConfig:
 Part = tuple[nn.Parameter, list[Section]]
 
 
-def layout(sizes: tuple[int, int], portion: Portion | None = None) -> FlatLayout:
+def layout(sizes: tuple[int, int], portion: Shard | None = None) -> FlatLayout:
     return FlatLayout({"a": (sizes[0],), "b": (sizes[1],)}, portion)
 
 
@@ -52,7 +52,7 @@ def random(seed: int) -> list[list[Tensor]]:
     return [[torch.randn(n, generator=generator) for n in sizes] for sizes in SIZES]
 
 
-def parts(device: str = "cpu", portion: Portion | None = None) -> list[Part]:
+def parts(device: str = "cpu", portion: Shard | None = None) -> list[Part]:
     """What a rank has of each layer."""
     made = []
     for values, sizes in zip(random(0), SIZES, strict=True):
@@ -63,7 +63,7 @@ def parts(device: str = "cpu", portion: Portion | None = None) -> list[Part]:
 
 
 def apply(
-    optimizer: Optimizer, layers: list[Part], steps: range, portion: Portion | None = None
+    optimizer: Optimizer, layers: list[Part], steps: range, portion: Shard | None = None
 ) -> None:
     for step in steps:
         for place, ((flat, _), values) in enumerate(zip(layers, random(100 + step), strict=True)):
@@ -110,7 +110,7 @@ def test_parts_are_updated_as_the_whole(kind: str, world_size: int) -> None:
     one = Optimizer(whole, config(kind, loraplus_lr_ratio=RATIO), first_layer=3)
     apply(one, whole, range(3))
     found: dict[str, list[Tensor]] = {}
-    ranks = [Portion(rank, world_size) for rank in range(world_size)]
+    ranks = [Shard(rank, world_size) for rank in range(world_size)]
     for portion in ranks:
         own = parts(portion=portion)
         optimizer = Optimizer(own, config(kind, loraplus_lr_ratio=RATIO), first_layer=3)

@@ -10,11 +10,11 @@ import tiny_strategy
 
 from fttrain.model.decoder import Architecture
 from fttrain.plan import auto
-from fttrain.plan.auto import Question, answer, check_fits, ranked
-from fttrain.plan.choose import Verdict, candidates, choose, judge
+from fttrain.plan.auto import PlanRequest, check_fits, choose_plan, ranked
+from fttrain.plan.choose import Candidate, candidates, choose, judge
 from fttrain.rig.profile import RigProfile
 from fttrain.strategy.config import POLICIES
-from fttrain.strategy.recipe import Recipe, StepSize
+from fttrain.strategy.spec import StepSize, StrategySpec
 from fttrain.util.errors import UserError
 
 A = Architecture(tiny.model(num_hidden_layers=4).config)
@@ -29,57 +29,59 @@ def silent(done: int, total: int) -> None:
     """Nobody watches."""
 
 
-def question(*left_open: str, recipe: Recipe = RECIPE, rig: RigProfile | None = None) -> Question:
-    return Question("tiny", recipe, A, rig or tiny_cpu_rig.rig(), left_open, 2)
+def question(
+    *left_open: str, spec: StrategySpec = RECIPE, rig: RigProfile | None = None
+) -> PlanRequest:
+    return PlanRequest("tiny", spec, A, rig or tiny_cpu_rig.rig(), left_open, 2)
 
 
-def settings(verdicts: list[Verdict]) -> list[str]:
+def settings(verdicts: list[Candidate]) -> list[str]:
     return [verdict.settings for verdict in verdicts]
 
 
 def test_strategy_alone_is_the_best_of_those_with_the_activations_that_are_given() -> None:
     chosen = choose(list(candidates(RECIPE, 1)), A, tiny_cpu_rig.rig(), silent)
     assert settings(ranked(question("strategy", "activations"), silent)) == settings(chosen)
-    allowed = [v for v in chosen if v.recipe.placement.activations == "recompute"]
+    allowed = [v for v in chosen if v.spec.placement.activations == "recompute"]
     assert settings(ranked(question("strategy"), silent)) == settings(allowed)
     assert chosen[0] is not allowed[0]
     assert len(allowed) > 1
 
 
 def test_activations_alone_leave_strategy_and_rows_as_they_are() -> None:
-    found = ranked(question("activations", recipe=STREAM), silent)
-    assert {v.recipe.placement.activations for v in found} == set(POLICIES)
+    found = ranked(question("activations", spec=STREAM), silent)
+    assert {v.spec.placement.activations for v in found} == set(POLICIES)
     for verdict in found:
-        assert replace(verdict.recipe, placement=STREAM.placement) == STREAM
-        assert verdict.time == judge(verdict.recipe, A, tiny_cpu_rig.rig()).time
+        assert replace(verdict.spec, placement=STREAM.placement) == STREAM
+        assert verdict.time == judge(verdict.spec, A, tiny_cpu_rig.rig()).time
     rates = [verdict.tokens_per_s for verdict in found]
     assert rates == sorted(rates, reverse=True)
     assert rates[0] > rates[-1]
 
 
 def test_what_is_fastest_gives_way_to_what_fits() -> None:
-    found = ranked(question("activations", recipe=STREAM), silent)
-    peaks = {v.recipe.placement.activations: v.host_bytes + 1000 for v in found}
-    assert found[0].recipe.placement.activations == "keep"
+    found = ranked(question("activations", spec=STREAM), silent)
+    peaks = {v.spec.placement.activations: v.host_bytes + 1000 for v in found}
+    assert found[0].spec.placement.activations == "keep"
     assert peaks["recompute"] < peaks["keep"]
     short = tiny_cpu_rig.rig(memory_bytes=peaks["recompute"])
-    again = ranked(question("activations", recipe=STREAM, rig=short), silent)
-    assert again[0].recipe.placement.activations == "recompute"
+    again = ranked(question("activations", spec=STREAM, rig=short), silent)
+    assert again[0].spec.placement.activations == "recompute"
     assert [verdict.fits for verdict in again] == [True, False, False]
 
 
 def test_nothing_fits() -> None:
-    asked = question("activations", recipe=STREAM, rig=tiny_cpu_rig.rig(memory_bytes=10_000))
+    asked = question("activations", spec=STREAM, rig=tiny_cpu_rig.rig(memory_bytes=10_000))
     found = ranked(asked, silent)
     assert not any(verdict.fits for verdict in found)
     assert found[0].missing_bytes == min(verdict.missing_bytes for verdict in found)
 
 
 def test_an_answer_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = question("activations", recipe=STREAM)
-    found = answer(asked, str(tmp_path), silent)
+    asked = question("activations", spec=STREAM)
+    found = choose_plan(asked, str(tmp_path), silent)
     best = ranked(asked, silent)[0]
-    assert found.settings["activations"] == best.recipe.placement.activations
+    assert found.settings["activations"] == best.spec.placement.activations
     assert found.settings["strategy"]["resident_layers"] == 3
     assert found.plan["ran"] == best.settings
     assert best.settings in found.summary
@@ -89,22 +91,22 @@ def test_an_answer_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     for name in ("choose", "judge"):
         monkeypatch.setattr(auto, name, planned_again)
-    assert answer(asked, str(tmp_path), silent) == found
+    assert choose_plan(asked, str(tmp_path), silent) == found
     others = {
         "rig": replace(asked, rig=tiny_cpu_rig.rig(sums_bytes_per_s=1e8)),
-        "rows": replace(asked, recipe=replace(STREAM, size=StepSize(2, 64, 1))),
+        "rows": replace(asked, spec=replace(STREAM, size=StepSize(2, 64, 1))),
         "model": replace(asked, architecture=Architecture(tiny.model(num_hidden_layers=5).config)),
         "nothing open": replace(asked, left_open=()),
     }
     for other in others.values():
         with pytest.raises(UserError, match="planned again"):
-            answer(other, str(tmp_path), silent)
+            choose_plan(other, str(tmp_path), silent)
 
 
 @pytest.mark.parametrize("overhead_bytes", [1000, None])
 def test_what_is_predicted_stands_in_the_plan(tmp_path: Path, overhead_bytes: int | None) -> None:
     rig = tiny_cpu_rig.rig(overhead_bytes=overhead_bytes)
-    found = answer(question(recipe=STREAM, rig=rig), str(tmp_path), silent)
+    found = choose_plan(question(spec=STREAM, rig=rig), str(tmp_path), silent)
     check_fits(question(), found)
     verdict = judge(STREAM, A, rig)
     assert verdict.time is not None

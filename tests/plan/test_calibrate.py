@@ -16,7 +16,7 @@ from fttrain.plan.memory import with_layers
 from fttrain.plan.time import step_time
 from fttrain.plan.trial import Trial
 from fttrain.rig.profile import CardProfile, HostProfile, RigProfile
-from fttrain.strategy.recipe import Recipe, StepSize
+from fttrain.strategy.spec import StepSize, StrategySpec
 
 CONFIG = tiny.model(num_hidden_layers=6).config
 A = Architecture(CONFIG)
@@ -26,9 +26,9 @@ CARD = CardProfile("card", "cpu", 1 << 40, 1e9, 1e9, 1e30, overhead_bytes=7)
 RIG = RigProfile("made up", (CARD,), HostProfile("cpu", 1, 1 << 40))
 
 
-def planned_s(recipe: Recipe, layers: int, card: CardProfile) -> float:
+def planned_s(spec: StrategySpec, layers: int, card: CardProfile) -> float:
     a = Architecture(with_layers(CONFIG, layers))
-    booked = memory.book(recipe, a, "cpu", [memory.ROOMY_BYTES])
+    booked = memory.reserve_ranks(spec, a, "cpu", [memory.ROOMY_BYTES])
     return step_time(booked, replace(RIG, cards=(card,))).seconds
 
 

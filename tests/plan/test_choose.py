@@ -17,7 +17,7 @@ from fttrain.plan.table import NOT_AT_ONCE, parts_table, table
 from fttrain.rig.profile import RigProfile
 from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.config import StrategyConfig
-from fttrain.strategy.recipe import StepSize
+from fttrain.strategy.spec import StepSize
 from fttrain.util.units import gib
 
 ONE_F_ONE_B = ScheduleConfig("all", "one_f_one_b")
@@ -28,17 +28,17 @@ def test_the_fastest_that_fits_comes_first() -> None:
     assert all(verdict.fits for verdict in found)
     speeds = [verdict.tokens_per_s for verdict in found]
     assert speeds == sorted(speeds, reverse=True)
-    assert found[0].recipe.placement.activations == "keep"
-    assert {verdict.recipe.strategy.name for verdict in found} == {"replicate", "stream"}
+    assert found[0].spec.placement.activations == "keep"
+    assert {verdict.spec.strategy.name for verdict in found} == {"replicate", "stream"}
 
 
 def test_less_memory_leaves_less_of_the_model_on_the_card() -> None:
     whole = judge(RECIPE, A, rig(ROOMY)).memory[0].device_bytes
     found = chosen(rig(whole - 1, copy=1e5))
-    assert not next(v for v in found if v.recipe == RECIPE).fits
+    assert not next(v for v in found if v.spec == RECIPE).fits
     assert found[0].fits
-    assert found[0].recipe.strategy.name == "stream"
-    assert found[0].recipe.strategy.resident_layers  # as many as there is room for
+    assert found[0].spec.strategy.name == "stream"
+    assert found[0].spec.strategy.resident_layers  # as many as there is room for
     assert all(v.memory[0].device_bytes < whole for v in found if v.fits)
 
 
@@ -61,10 +61,10 @@ def test_ranks_of_a_cpu_share_the_host() -> None:
     found = judge(pipeline, A, tiny_cpu_rig.rig(cards=2))
     needed = found.host_bytes + 2 * 1000
     assert max(own.device_bytes for own in found.memory) + 1000 > needed / 2
-    share = -(-needed // 2)
-    assert judge(pipeline, A, tiny_cpu_rig.rig(cards=2, memory_bytes=share)).fits
-    short = judge(pipeline, A, tiny_cpu_rig.rig(cards=2, memory_bytes=share - 500))
-    assert short.missing_bytes == needed - 2 * (share - 500)
+    model_slice = -(-needed // 2)
+    assert judge(pipeline, A, tiny_cpu_rig.rig(cards=2, memory_bytes=model_slice)).fits
+    short = judge(pipeline, A, tiny_cpu_rig.rig(cards=2, memory_bytes=model_slice - 500))
+    assert short.missing_bytes == needed - 2 * (model_slice - 500)
     assert re.fullmatch(r"host: .* GiB of .* GiB: .* GiB, .* GiB, .* GiB", short.reason)
 
 
@@ -81,7 +81,7 @@ def test_a_slow_link_changes_what_is_fastest() -> None:
 
     def fastest(link: float, strategy: str) -> float:
         found = chosen(rig(ROOMY, host_bytes=1, cards=2, link=link), own)
-        return max(v.tokens_per_s for v in found if v.recipe.strategy.name == strategy)
+        return max(v.tokens_per_s for v in found if v.spec.strategy.name == strategy)
 
     assert fastest(1e12, "shard") > fastest(1e12, "pipeline")  # no bubble
     assert fastest(1e5, "shard") < fastest(1e5, "pipeline")  # less to send
@@ -142,7 +142,7 @@ def test_a_smaller_card_keeps_fewer_layers_of_a_stream() -> None:
     room = 2 * memory.layer_bytes(stream, A)
     cards = unequal(max(needed.device_bytes, needed.booked_bytes) + room)
     found = chosen(cards)
-    kept = next(v for v in found if v.recipe.strategy.resident_layers == (2, 6))
+    kept = next(v for v in found if v.spec.strategy.resident_layers == (2, 6))
     assert kept.fits
     assert kept.memory[0].device_bytes <= cards.cards[0].memory_bytes
     assert "strategy.resident_layers=[2,6]" in kept.settings

@@ -12,14 +12,14 @@ from fttrain.model.decoder import Architecture
 from fttrain.plan import confirm, memory
 from fttrain.plan.choose import judge
 from fttrain.plan.memory import RankMemory, Workspaces
-from fttrain.strategy.recipe import Recipe, StepSize
+from fttrain.strategy.spec import StepSize, StrategySpec
 
 ROOMS = [1 << 50] * 2
 
 
-def taken(recipe: Recipe, wrong_by: int = 0) -> list[RankMemory]:
-    booked = [memory.books(rank) for rank in memory.book(recipe, A, "cuda", ROOMS)]
-    found = memory.with_workspace(booked, recipe, A, "cuda")
+def taken(spec: StrategySpec, wrong_by: int = 0) -> list[RankMemory]:
+    booked = [memory.reserved_memory(rank) for rank in memory.reserve_ranks(spec, A, "cuda", ROOMS)]
+    found = memory.with_workspace(booked, spec, A, "cuda")
     return [
         replace(rank, device={**rank.device, WORKSPACE: rank.device[WORKSPACE] + wrong_by})
         for rank in found
@@ -27,9 +27,9 @@ def taken(recipe: Recipe, wrong_by: int = 0) -> list[RankMemory]:
 
 
 def test_right_lines_stay() -> None:
-    recipe = replace(tiny_strategy.variant("pipeline"), size=StepSize(1, 64, 2))
-    right = taken(recipe)
-    assert confirm.confirmed(right, recipe, A, "cuda", ROOMS) == right
+    spec = replace(tiny_strategy.variant("pipeline"), size=StepSize(1, 64, 2))
+    right = taken(spec)
+    assert confirm.confirmed(right, spec, A, "cuda", ROOMS) == right
 
 
 def test_wrong_lines_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,9 +41,11 @@ def test_wrong_lines_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
     best, *others = chosen(rig(ROOMY))
     assert best.confirmed
     assert not any(verdict.confirmed for verdict in others)
-    same = next(v for v in [best, *others] if v.recipe == RECIPE)
+    same = next(v for v in [best, *others] if v.spec == RECIPE)
     assert {same.memory[0].device_bytes} <= {wrong, right}
-    whole = memory.beyond_books(memory.book(best.recipe, A, "cpu", [ROOMY])[0].plan, "cuda")
+    whole = memory.beyond_reserved(
+        memory.reserve_ranks(best.spec, A, "cpu", [ROOMY])[0].context, "cuda"
+    )
     assert best.memory[0].device[WORKSPACE] == whole
 
 
@@ -56,7 +58,7 @@ def test_a_winner_that_does_not_fit_after_all_is_passed_over(
     line = Workspaces.at
     monkeypatch.setattr(Workspaces, "at", lambda *where: line(*where) - needed // 10)
     found = chosen(rig(needed - 1))
-    refused = next(v for v in found if v.recipe == fastest.recipe)
+    refused = next(v for v in found if v.spec == fastest.spec)
     assert not refused.fits
     assert refused.missing_bytes == 1
     assert found[0].fits
@@ -75,13 +77,15 @@ def test_a_long_step_is_shortened_to_what_lines_start_from() -> None:
 def test_deep_models_are_run_in_all_their_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     deep = Architecture(tiny.model(num_hidden_layers=9).config)
     ran: list[int] = []
-    real = memory.beyond_books
+    real = memory.beyond_reserved
 
-    def counted(plan, kind):  # type: ignore[no-untyped-def]
-        ran.append(plan.architecture.layers)
-        return real(plan, kind)
+    def counted(context, kind):  # type: ignore[no-untyped-def]
+        ran.append(context.architecture.layers)
+        return real(context, kind)
 
-    booked = [memory.books(rank) for rank in memory.book(RECIPE, deep, "cuda", ROOMS)]
+    booked = [
+        memory.reserved_memory(rank) for rank in memory.reserve_ranks(RECIPE, deep, "cuda", ROOMS)
+    ]
     lines = memory.with_workspace(booked, RECIPE, deep, "cuda")
     monkeypatch.setattr(memory, "beyond_books", counted)
     confirm.confirmed(lines, RECIPE, deep, "cuda", ROOMS)

@@ -23,29 +23,29 @@ from fttrain.plan.cost import Cost, cost, disk, renting, run_steps, training_row
 from fttrain.plan.rigs import find_rig
 from fttrain.plan.time import StepTime
 from fttrain.quant.config import QuantConfig
-from fttrain.strategy.recipe import Recipe
+from fttrain.strategy.spec import StrategySpec
 from fttrain.training.session import adapter_info
 
 
 def test_the_cache_takes_what_its_files_take(tmp_path: Path) -> None:
     cache = tiny_frozen.build(tiny_frozen.model(tmp_path / "model"), tmp_path / "cache")
     a = Architecture(tiny.model(num_hidden_layers=tiny_frozen.LAYERS).config)
-    recipe = replace(tiny_strategy.variant(), quant=QuantConfig())
+    spec = replace(tiny_strategy.variant(), quant=QuantConfig())
     files = sum(path.stat().st_size for path in cache.folder.glob("*.bin"))
-    assert disk(recipe, a, 1).cache_bytes == files == cache.size_bytes
+    assert disk(spec, a, 1).cache_bytes == files == cache.size_bytes
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
 def test_snapshots_take_what_their_files_take(tmp_path: Path, kind: str) -> None:
-    recipe: Recipe = replace(tiny_strategy.variant(), optim=OptimConfig(kind=kind))
-    frozen = tiny_strategy.base(dtype=recipe.dtype, quant=recipe.quant, num_hidden_layers=3)
-    strategy = tiny_strategy.build(recipe, frozen)
+    spec: StrategySpec = replace(tiny_strategy.variant(), optim=OptimConfig(kind=kind))
+    frozen = tiny_strategy.base(dtype=spec.dtype, quant=spec.quant, num_hidden_layers=3)
+    strategy = tiny_strategy.build(spec, frozen)
     tiny_strategy.apply(strategy, 0)
-    info = adapter_info(compose([f"lora.r={recipe.lora.r}"]))
+    info = adapter_info(compose([f"lora.r={spec.lora.r}"]))
     taken = Snapshot(1, strategy.adapter_state(), strategy.optimizer_state(), {}, info)
     folder = save_snapshot(tmp_path, taken)
     files = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    expected = disk(recipe, frozen.architecture, 2).snapshots_bytes / 3  # the third: being written
+    expected = disk(spec, frozen.architecture, 2).snapshots_bytes / 3  # the third: being written
     assert expected == pytest.approx(files, abs=64 << 10)  # headers
     assert expected == pytest.approx(files, rel=0.3)
 

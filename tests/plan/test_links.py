@@ -14,11 +14,11 @@ from fttrain.rig.profile import (
     CopyRates,
     HostProfile,
     LinkProfile,
+    LinkSample,
     RigProfile,
-    Sample,
 )
-from fttrain.strategy import trained
-from fttrain.strategy.recipe import Recipe, StepSize
+from fttrain.strategy import trainable_state
+from fttrain.strategy.spec import StepSize, StrategySpec
 
 LAYERS, FAST = 6, 1e30
 A = Architecture(tiny.model(num_hidden_layers=LAYERS).config)
@@ -27,7 +27,7 @@ PLACES = ("default", "no_p2p", "sockets")
 
 def link(transport: str, rate: float, *collectives: str, wrong: str = "") -> LinkProfile:
     named = collectives or ("all_reduce", "all_gather", "send_recv")
-    samples = {name: (Sample(1, 1 / rate), Sample(10**9, 1e9 / rate)) for name in named}
+    samples = {name: (LinkSample(1, 1 / rate), LinkSample(10**9, 1e9 / rate)) for name in named}
     return LinkProfile(transport, f"{transport}'s wire", 2, samples, wrong)
 
 
@@ -44,21 +44,23 @@ def rig(memory_bytes: int = 24 << 30) -> RigProfile:
     return RigProfile("made up", (card, card), HostProfile("cpu", 8, 64 << 30), links)
 
 
-def recipe(strategy: str, **changes: object) -> Recipe:
+def spec(strategy: str, **changes: object) -> StrategySpec:
     return replace(tiny_strategy.variant(strategy, **changes), size=StepSize(2, 64, 4))
 
 
 def test_each_link_takes_what_it_takes_by_hand() -> None:
-    own = recipe("shard")
+    own = spec("shard")
     shard, replicate, pipeline = steps(own, A, rig(), rig().links[:3])
     assert [one.strategy for one in (shard, replicate, pipeline)] == [
         "shard",
         "replicate",
         "pipeline",
     ]
-    plan = memory.book(own, A, "cuda", [1 << 50] * 2)[0].plan
-    sums_bytes = (LAYERS + 1) * 4 * trained.layout_of(plan).values  # the last one is not hidden
-    gathered_bytes = 2 * (LAYERS - 2) * plan.layer_bytes  # forward and back, but for two slots
+    context = memory.reserve_ranks(own, A, "cuda", [1 << 50] * 2)[0].context
+    sums_bytes = (
+        (LAYERS + 1) * 4 * trainable_state.layout_of(context).values
+    )  # the last one is not hidden
+    gathered_bytes = 2 * (LAYERS - 2) * context.layer_bytes  # forward and back, but for two slots
     assert replicate.seconds == pytest.approx([sums_bytes / rate for rate in (4e6, 1e6, 2e6)])
     by_hand = [(sums_bytes + gathered_bytes) / rate for rate in (4e6, 1e6)]
     assert shard.seconds[:2] == pytest.approx(by_hand)
@@ -68,7 +70,7 @@ def test_each_link_takes_what_it_takes_by_hand() -> None:
 
 
 def test_the_table_says_what_the_usual_link_saves() -> None:
-    table = step_table(recipe("shard"), A, rig())
+    table = step_table(spec("shard"), A, rig())
     assert table is not None
     assert list(table.columns[1:]) == list(PLACES), "a link that is wrong has no time"
     assert table.rows[0][0] == "strategy=shard"
@@ -81,9 +83,11 @@ def test_the_table_says_what_the_usual_link_saves() -> None:
 
 
 def test_what_does_not_fit_is_said_and_saves_nothing() -> None:
-    own = recipe("shard")
+    own = spec("shard")
     held = [
-        memory.books(memory.book(recipe(name), A, "cuda", [1 << 50] * 2)[0]).booked_bytes
+        memory.reserved_memory(
+            memory.reserve_ranks(spec(name), A, "cuda", [1 << 50] * 2)[0]
+        ).booked_bytes
         for name in ("shard", "replicate")
     ]
     table = step_table(own, A, rig(sum(held) // 2))
@@ -96,7 +100,7 @@ def test_what_does_not_fit_is_said_and_saves_nothing() -> None:
 
 
 def test_what_cannot_be_is_left_out() -> None:
-    sharded = recipe("shard", shard=True)
+    sharded = spec("shard", shard=True)
     assert [one.strategy for one in steps(sharded, A, rig(), rig().links)] == ["shard", "replicate"]
-    assert step_table(recipe("shard"), A, replace(rig(), links=rig().links[3:])) is None
-    assert step_table(recipe("shard"), A, replace(rig(), links=())) is None
+    assert step_table(spec("shard"), A, replace(rig(), links=rig().links[3:])) is None
+    assert step_table(spec("shard"), A, replace(rig(), links=())) is None

@@ -19,11 +19,11 @@ from fttrain.model.decoder import Architecture
 from fttrain.optim.config import OptimConfig
 from fttrain.plan import memory
 from fttrain.plan.fake import NoBase, full_batch
-from fttrain.plan.live import LiveBytes
-from fttrain.strategy.build import Blueprint
-from fttrain.strategy.ends import LOADING
-from fttrain.strategy.recipe import Recipe, StepSize
-from fttrain.strategy.trained import MOMENTS
+from fttrain.plan.live_bytes import LiveBytes
+from fttrain.strategy.builder import StrategyBuilder
+from fttrain.strategy.embedding_head import LOADING
+from fttrain.strategy.spec import StepSize, StrategySpec
+from fttrain.strategy.trainable_state import MOMENTS
 
 LAYERS, ACCUMULATION, RANKS = 6, 3, 2
 SHAPE = {"num_hidden_layers": LAYERS, "hidden_size": 128}
@@ -79,7 +79,7 @@ def architecture() -> Architecture:
     return Architecture(tiny.model(**SHAPE).config)
 
 
-def recipe(name: str) -> Recipe:
+def spec(name: str) -> StrategySpec:
     return replace(tiny_strategy.variant(verify_every=0, **VARIANTS[name]), size=SIZE)
 
 
@@ -87,11 +87,11 @@ def measured_bytes(names: list[str]) -> dict[str, int]:
     """On this rank: the most that a second step has alive on the device."""
     found = {}
     for name in names:
-        own = recipe(name)
+        own = spec(name)
         a, group = architecture(), tiny_strategy.this_group()
         frozen_format = a.frozen_format(own.quant, getattr(torch, own.dtype))
         with LiveBytes(kind="cuda") as live:
-            blueprint = Blueprint(own, a, frozen_format, group)
+            blueprint = StrategyBuilder(own, a, frozen_format, group)
             strategy: Any = blueprint.build(Zeros(LAYERS, a.tied), lambda done, total: None)
             _, places = strategy.data_parallel
             count = ACCUMULATION * (RANKS // places)
@@ -112,9 +112,11 @@ def test_predicted_peaks_are_those_of_real_steps() -> None:
     names = list(VARIANTS)
     measured = run_ranks(measured_bytes, RANKS, names)
     for name in names:
-        own = recipe(name)
+        own = spec(name)
         a = architecture()
-        booked = [memory.books(rank) for rank in memory.book(own, a, "cuda", ROOMY)]
+        booked = [
+            memory.reserved_memory(rank) for rank in memory.reserve_ranks(own, a, "cuda", ROOMY)
+        ]
         for rank in memory.with_workspace(booked, own, a, "cuda"):
             real = measured[rank.rank][name]
             assert rank.device_bytes == pytest.approx(real, rel=TOLERANCE), (name, rank)
@@ -124,8 +126,8 @@ def beyond_books(kind: str, documents: int) -> int:
     """Of rows for which attention's backward takes most."""
     size = StepSize(2, 16384, 1, row_documents=documents)
     own = replace(tiny_strategy.variant(dtype="bfloat16"), size=size)
-    plan = memory.book(own, LONG_ROWS, "cpu", ROOMY[:1])[0].plan
-    return memory.beyond_books(plan, kind)
+    context = memory.reserve_ranks(own, LONG_ROWS, "cpu", ROOMY[:1])[0].context
+    return memory.beyond_reserved(context, kind)
 
 
 def inside_bytes(documents: int) -> int:
@@ -168,7 +170,7 @@ def test_a_70b_models_parts_are_those_of_the_design() -> None:
     )
     a = llama_70b()
     assert memory.layer_bytes(own, a) == pytest.approx(441.4e6, rel=1e-3)
-    ranks = [memory.books(rank) for rank in memory.book(own, a, "cuda", ROOMY)]
+    ranks = [memory.reserved_memory(rank) for rank in memory.reserve_ranks(own, a, "cuda", ROOMY)]
     for rank in ranks:
         assert rank.device["frozen layers"] == pytest.approx(80 * 441.4e6 / 2, rel=1e-3)
         assert rank.device["embedding"] == pytest.approx(2.1e9, rel=1e-2)
@@ -180,11 +182,13 @@ def test_a_70b_models_parts_are_those_of_the_design() -> None:
 
 
 def test_cards_with_unequal_room_get_unequal_stages() -> None:
-    own = recipe("pipeline")
+    own = spec("pipeline")
     a = architecture()
-    even, _ = (memory.books(rank) for rank in memory.book(own, a, "cuda", ROOMY))
+    even, _ = (memory.reserved_memory(rank) for rank in memory.reserve_ranks(own, a, "cuda", ROOMY))
     tight = [even.device_bytes * 2 // 3, 1 << 50]
-    first, last = (memory.books(rank) for rank in memory.book(own, a, "cuda", tight))
+    first, last = (
+        memory.reserved_memory(rank) for rank in memory.reserve_ranks(own, a, "cuda", tight)
+    )
     assert first.layers < even.layers
     assert first.layers + last.layers == LAYERS
     assert first.device_bytes <= tight[0]
@@ -192,9 +196,12 @@ def test_cards_with_unequal_room_get_unequal_stages() -> None:
 
 def test_nothing_fake_is_left_behind() -> None:
     """Codes and weights that modules keep for later are made before, with real tensors."""
-    own = recipe("stream")
+    own = spec("stream")
     frozen = tiny_strategy.base(dtype=own.dtype, quant=own.quant, **SHAPE)
-    booked = [memory.books(rank) for rank in memory.book(own, frozen.architecture, "cpu", ROOMY)]
+    booked = [
+        memory.reserved_memory(rank)
+        for rank in memory.reserve_ranks(own, frozen.architecture, "cpu", ROOMY)
+    ]
     taken = memory.with_workspace(booked, own, frozen.architecture, "cpu")
     assert all(rank.device[WORKSPACE] != 0 for rank in taken)
     assert not torch.distributed.is_initialized()

@@ -11,20 +11,21 @@ from transformers import AutoModelForCausalLM
 from fttrain.cli import main
 from fttrain.memory.report import WORKSPACE
 from fttrain.plan import shapes
-from fttrain.plan.published import CARD, CLAIMS, HIGH, LOW, RIGHT, Claim, judge
+from fttrain.plan.reference_claims import CARD, CLAIMS, HIGH, LOW, RIGHT, Claim, judge
 from fttrain.plan.sizes import (
     CONTEXT,
     METHODS,
     PLACES,
-    Need,
-    Question,
-    answers,
+    SizeEstimate,
+    SizeQuestion,
     context_bytes,
-    need,
+    estimate_size,
+    estimate_sizes,
 )
 from fttrain.plan.sizes_table import show
-from fttrain.store.filling import LAYERS
-from fttrain.strategy import ends, parts, trained
+from fttrain.store.loading import LAYERS
+from fttrain.strategy import embedding_head, trainable_state
+from fttrain.strategy.model_slice import SAVED, WEIGHTS
 from fttrain.util.units import GIB
 
 KNOWN = {  # billions of parameters, as model cards have them
@@ -55,50 +56,53 @@ def test_shapes_are_those_of_the_models(name: str) -> None:
 
 def test_a_70b_model_on_one_card_is_the_sum_of_its_known_parts() -> None:
     """Each part from figures of its own; a layer's step alone is the engine's."""
-    found = need(Question(LARGE, "QLoRA"))
+    found = estimate_size(SizeQuestion(LARGE, "QLoRA"))
     adapter_values = 207e6  # r=16 on all linears
     table_bytes = 128256 * 8192 * 2
     expected = {
         LAYERS: 80 * 441.4e6,
-        ends.EMBEDDING: table_bytes,
-        ends.HEAD: table_bytes,
-        trained.ADAPTERS: adapter_values * (2 + 4 + 4 + 8),  # copy, master, gradient, moments
-        parts.SAVED: 80 * 2048 * 8192 * 2,
-        parts.WEIGHTS: 2 * 28672 * 8192 * 2,  # gate and up in bf16
+        embedding_head.EMBEDDING: table_bytes,
+        embedding_head.HEAD: table_bytes,
+        trainable_state.ADAPTERS: adapter_values
+        * (2 + 4 + 4 + 8),  # copy, master, gradient, moments
+        SAVED: 80 * 2048 * 8192 * 2,
+        WEIGHTS: 2 * 28672 * 8192 * 2,  # gate and up in bf16
         CONTEXT: context_bytes(),
     }
     for part, size_bytes in expected.items():
         assert found.card[part] == pytest.approx(size_bytes, rel=5e-3), part
     rest = {part: size for part, size in found.card.items() if part not in expected}
-    assert rest.keys() == {ends.LOGITS, WORKSPACE}
+    assert rest.keys() == {embedding_head.LOGITS, WORKSPACE}
     assert 0 < sum(rest.values()) < 0.02 * found.card_bytes
     assert context_bytes() > 0.5e9
 
 
 def test_full_fine_tuning_is_bytes_of_a_parameter_and_a_step() -> None:
     count = shapes.parameters(shapes.architecture(SMALL))
-    lora = need(Question(SMALL, "LoRA"))
-    base = (LAYERS, ends.EMBEDDING, ends.HEAD, trained.ADAPTERS)
+    lora = estimate_size(SizeQuestion(SMALL, "LoRA"))
+    base = (LAYERS, embedding_head.EMBEDDING, embedding_head.HEAD, trainable_state.ADAPTERS)
     step_bytes = lora.card_bytes - sum(lora.card[part] for part in base)
-    whole = need(Question(SMALL, "full"))
+    whole = estimate_size(SizeQuestion(SMALL, "full"))
     assert whole.card_bytes == 16 * count + step_bytes
-    assert need(Question(SMALL, "full, 8-bit Adam")).card_bytes == 10 * count + step_bytes
-    least = need(Question(SMALL, "full", "least"))
+    assert (
+        estimate_size(SizeQuestion(SMALL, "full, 8-bit Adam")).card_bytes == 10 * count + step_bytes
+    )
+    least = estimate_size(SizeQuestion(SMALL, "full", "least"))
     assert least.host_bytes == whole.host_bytes + 14 * count
     assert least.card_bytes > 2 * count + step_bytes
 
 
 def test_more_parameters_and_wider_ones_take_more_and_fewer_places_less() -> None:
-    qlora, lora = Question(SMALL, "QLoRA"), Question(SMALL, "LoRA")
-    full = Question(SMALL, "full")
+    qlora, lora = SizeQuestion(SMALL, "QLoRA"), SizeQuestion(SMALL, "LoRA")
+    full = SizeQuestion(SMALL, "full")
     rising = [
         [replace(qlora, place="least"), replace(qlora, place="two"), qlora, lora],
         [replace(full, place="least"), replace(full, place="two"), full],
-        [qlora, Question(LARGE, "QLoRA")],
+        [qlora, SizeQuestion(LARGE, "QLoRA")],
     ]
     asked = [question for row in rising for question in row]
     told: list[tuple[int, int]] = []
-    found = answers(asked, lambda done, total: told.append((done, total)))
+    found = estimate_sizes(asked, lambda done, total: told.append((done, total)))
     assert told[-1] == (len(set(asked)), len(set(asked)))
     for row in rising:
         sizes = [found[question].card_bytes for question in row]
@@ -109,10 +113,10 @@ def test_more_parameters_and_wider_ones_take_more_and_fewer_places_less() -> Non
 
 
 def claim(value: float, unit: str = "GB", **more: bool | str) -> Claim:
-    return Claim("someone", "somewhere", Question(SMALL, "QLoRA"), value, unit, **more)  # type: ignore[arg-type]
+    return Claim("someone", "somewhere", SizeQuestion(SMALL, "QLoRA"), value, unit, **more)  # type: ignore[arg-type]
 
 
-NEED = Need({LAYERS: 9 * 10**9, CONTEXT: 10**9}, 0)
+NEED = SizeEstimate({LAYERS: 9 * 10**9, CONTEXT: 10**9}, 0)
 
 
 def test_a_claim_is_judged_by_what_is_needed() -> None:
@@ -138,18 +142,18 @@ def test_every_claim_can_be_asked_and_says_where_it_is_from() -> None:
         assert asked.method in METHODS, own
         assert asked.place in PLACES, own
         assert own.source.startswith("https://") or "without a source" in own.source, own
-        assert judge(own, Need({LAYERS: round(2 * own.size_bytes)}, 0)).word == LOW, own
+        assert judge(own, SizeEstimate({LAYERS: round(2 * own.size_bytes)}, 0)).word == LOW, own
 
 
 def test_the_tables_say_what_was_asked_for() -> None:
     written = io.StringIO()
     console = Console(file=written, width=150)
-    claims = [own for own in CLAIMS if own.question == Question(SMALL, "QLoRA")]
+    claims = [own for own in CLAIMS if own.question == SizeQuestion(SMALL, "QLoRA")]
     assert {own.said for own in claims} == {"12 GB", "6 GB"}
-    wrong = replace(claims[0], value=0.7 * need(claims[0].question).card_bytes / 1e9)
+    wrong = replace(claims[0], value=0.7 * estimate_size(claims[0].question).card_bytes / 1e9)
     show(console, lambda done, total: None, [SMALL], [*claims, wrong])
     printed = written.getvalue()
-    one = need(Question(SMALL, "QLoRA"))
+    one = estimate_size(SizeQuestion(SMALL, "QLoRA"))
     row = next(line for line in printed.splitlines() if " 12, 6, " in line)
     assert f" {one.card_bytes / GIB:.1f} " in row
     assert f"{one.card_bytes / GIB:.2f} │" in printed  # the sum of the parts

@@ -16,11 +16,11 @@ from fttrain.rig.profile import (
     CopyRates,
     HostProfile,
     LinkProfile,
+    LinkSample,
     RigProfile,
-    Sample,
 )
-from fttrain.strategy import trained
-from fttrain.strategy.recipe import Recipe, StepSize
+from fttrain.strategy import trainable_state
+from fttrain.strategy.spec import StepSize, StrategySpec
 from fttrain.util.errors import UserError
 
 LAYERS, ROWS, SEQ_LEN, ACCUMULATION = 6, 2, 64, 4
@@ -37,20 +37,20 @@ def rig(
         "card", "cuda", 24 << 30, gemm, dequantise, FAST, CopyRates(copy), CopyRates(FAST)
     )
     samples = {
-        name: (Sample(1, 1 / link), Sample(10**9, 1e9 / link))
+        name: (LinkSample(1, 1 / link), LinkSample(10**9, 1e9 / link))
         for name in ("all_reduce", "all_gather", "send_recv")
     }
     host = HostProfile("cpu", 8, 64 << 30, adamw_values_per_s=FAST)
     return RigProfile("made up", (card, card), host, (LinkProfile("default", "?", 2, samples),))
 
 
-def recipe(strategy: str, group: Any = "all", **changes: Any) -> Recipe:
+def spec(strategy: str, group: Any = "all", **changes: Any) -> StrategySpec:
     made = tiny_strategy.variant(strategy, group, **changes)
     return replace(made, size=StepSize(ROWS, SEQ_LEN, ACCUMULATION))
 
 
-def timed(own: Recipe, on: RigProfile) -> StepTime:
-    return step_time(memory.book(own, A, "cuda", [1 << 50] * len(on.cards)), on)
+def timed(own: StrategySpec, on: RigProfile) -> StepTime:
+    return step_time(memory.reserve_ranks(own, A, "cuda", [1 << 50] * len(on.cards)), on)
 
 
 def flops(policy: str = "recompute") -> float:
@@ -62,7 +62,7 @@ def flops(policy: str = "recompute") -> float:
 
 @pytest.mark.parametrize("strategy", ["replicate", "pipeline"])
 def test_only_targets_have_logits(strategy: str) -> None:
-    own = recipe(strategy)
+    own = spec(strategy)
     quarter = replace(own, size=replace(own.size, target_share=0.25))
     found = [timed(each, rig(gemm=1e9)).seconds for each in (own, quarter)]
     on_rank = ACCUMULATION * TOKENS * (2 if strategy == "pipeline" else 1)
@@ -71,32 +71,34 @@ def test_only_targets_have_logits(strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["replicate", "shard", "stream"])
 def test_compute_alone(strategy: str) -> None:
-    found = timed(recipe(strategy), rig(gemm=1e9))
+    found = timed(spec(strategy), rig(gemm=1e9))
     assert found.seconds == pytest.approx(flops() / 1e9)
     assert found.tokens_per_s == pytest.approx(2 * ACCUMULATION * TOKENS / found.seconds)
     assert found.limit == "compute"
-    kept = timed(recipe(strategy, activations="keep"), rig(gemm=1e9))
+    kept = timed(spec(strategy, activations="keep"), rig(gemm=1e9))
     assert kept.seconds == pytest.approx(flops("keep") / 1e9)
 
 
 @pytest.mark.parametrize(("group", "passes"), [("all", 2), (1, 8), (3, 4)])
 def test_a_shard_moves_all_but_what_lies_in_its_slots(group: Any, passes: int) -> None:
-    own = recipe("shard", group)
-    plan = memory.book(own, A, "cuda", [1 << 50] * 2)[0].plan
-    moved_bytes = passes * (LAYERS - 2) * plan.layer_bytes
-    sums_bytes = (LAYERS + 1) * 4 * trained.layout_of(plan).values  # the last one is not hidden
+    own = spec("shard", group)
+    context = memory.reserve_ranks(own, A, "cuda", [1 << 50] * 2)[0].context
+    moved_bytes = passes * (LAYERS - 2) * context.layer_bytes
+    sums_bytes = (
+        (LAYERS + 1) * 4 * trainable_state.layout_of(context).values
+    )  # the last one is not hidden
     assert timed(own, rig(link=1e6)).seconds == pytest.approx((moved_bytes + sums_bytes) / 1e6)
     assert timed(own, rig(link=1e6)).limit == "link"
 
 
 def test_a_stream_copies_what_is_not_resident() -> None:
-    own = recipe("stream", resident_layers=3)
+    own = spec("stream", resident_layers=3)
     layer_bytes = memory.layer_bytes(own, A)
     assert timed(own, rig(copy=1e6)).seconds == pytest.approx(2 * 1 * layer_bytes / 1e6)
 
 
 def test_what_is_slower_hides_the_other() -> None:
-    own = recipe("stream")
+    own = spec("stream")
     copied_s = 2 * (LAYERS - 2) * memory.layer_bytes(own, A) / 1e6
     computed_s, head_s = flops() / 1e9, ACCUMULATION * TOKENS * head_flops(A) / 1e9
     both = timed(own, rig(gemm=1e9, copy=1e6)).seconds
@@ -108,14 +110,14 @@ def test_what_is_slower_hides_the_other() -> None:
 
 @pytest.mark.parametrize(("group", "times"), [("all", 2), (1, 2 * ACCUMULATION)])
 def test_a_layer_is_dequantised_once_a_pass(group: Any, times: int) -> None:
-    own = recipe("replicate", group)
-    plan = memory.book(own, A, "cuda", [1 << 50] * 2)[0].plan
-    made_bytes = times * LAYERS * weight_bytes(plan)
+    own = spec("replicate", group)
+    context = memory.reserve_ranks(own, A, "cuda", [1 << 50] * 2)[0].context
+    made_bytes = times * LAYERS * weight_bytes(context)
     assert timed(own, rig(dequantise=1e6)).seconds == pytest.approx(made_bytes / 1e6)
 
 
 def test_a_pipeline_fills_and_empties() -> None:
-    own = recipe("pipeline")
+    own = spec("pipeline")
     work = layer_work(A, own.lora, "recompute", SEQ_LEN)
     first = TOKENS * LAYERS / 2 * (work.forward + work.backward)
     last = first + TOKENS * head_flops(A)
@@ -127,9 +129,9 @@ def test_a_rate_that_is_missing_is_named() -> None:
     known = rig()
     cards = tuple(replace(card, gemm_flop_per_s=None) for card in known.cards)
     with pytest.raises(UserError, match=r"made up: cards\.gemm_flop_per_s"):
-        timed(recipe("replicate"), replace(known, cards=cards))
+        timed(spec("replicate"), replace(known, cards=cards))
     with pytest.raises(UserError, match="no link"):
-        timed(recipe("shard"), replace(known, links=()))
+        timed(spec("shard"), replace(known, links=()))
 
 
 def test_a_cpu_computes_sends_and_copies_one_after_the_other() -> None:
@@ -138,22 +140,22 @@ def test_a_cpu_computes_sends_and_copies_one_after_the_other() -> None:
         rig(gemm=1e9).cards[0], kind="cpu", memory_bytes_per_s=1e6, to_card=none, to_host=none
     )
     sent = {
-        name: (Sample(1, 1 / 1e8, 1 / 4e8), Sample(10**9, 1e9 / 1e8, 1e9 / 4e8))
+        name: (LinkSample(1, 1 / 1e8, 1 / 4e8), LinkSample(10**9, 1e9 / 1e8, 1e9 / 4e8))
         for name in ("all_reduce", "all_gather", "send_recv")
     }
     on = replace(rig(gemm=1e9), cards=(card, card), links=(LinkProfile("gloo", "TCP", 2, sent),))
-    own = recipe("shard")
-    plan = memory.book(own, A, "cpu", [1 << 50] * 2)[0].plan
-    gathered_s = 2 * (LAYERS - 2) * plan.layer_bytes / 1e8
-    sum_s = 4 * trained.layout_of(plan).values / 1e8
+    own = spec("shard")
+    context = memory.reserve_ranks(own, A, "cpu", [1 << 50] * 2)[0].context
+    gathered_s = 2 * (LAYERS - 2) * context.layer_bytes / 1e8
+    sum_s = 4 * trainable_state.layout_of(context).values / 1e8
     cores_s = (gathered_s + LAYERS * sum_s) / 4
-    adapters_s = update_bytes(plan) * LAYERS / 1e6
-    found = step_time(memory.book(own, A, "cpu", [1 << 50] * 2), on)
+    adapters_s = update_bytes(context) * LAYERS / 1e6
+    found = step_time(memory.reserve_ranks(own, A, "cpu", [1 << 50] * 2), on)
     assert found.seconds == pytest.approx(flops() / 1e9 + cores_s + sum_s + adapters_s)
     assert found.limit == "compute"
-    host = recipe("stream")
-    copied_s = 2 * (LAYERS - 2) * plan.layer_bytes / 1e6
-    found = step_time(memory.book(host, A, "cpu", [1 << 50] * 2), on)
+    host = spec("stream")
+    copied_s = 2 * (LAYERS - 2) * context.layer_bytes / 1e6
+    found = step_time(memory.reserve_ranks(host, A, "cpu", [1 << 50] * 2), on)
     cores_s = copied_s + LAYERS * sum_s / 4
     assert found.seconds == pytest.approx(flops() / 1e9 + cores_s + sum_s + adapters_s)
 
@@ -162,7 +164,7 @@ def test_a_cpu_computes_sends_and_copies_one_after_the_other() -> None:
 def test_what_is_no_gemm_takes_as_long_as_real_steps_say(activations: str) -> None:
     known = rig(gemm=1e9)
     cards = (replace(known.cards[0], layer_values_per_s=1e6, head_flop_per_s=1e8),) * 2
-    own = recipe("replicate", activations=activations)
+    own = spec("replicate", activations=activations)
     tokens = ACCUMULATION * TOKENS
     more_s = tokens * LAYERS * layer_values(A) / 1e6
     more_s += tokens * head_flops(A) * (1 / 1e8 - 1 / 1e9)

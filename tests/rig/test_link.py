@@ -11,7 +11,7 @@ import torch.distributed as torch_dist
 from ranks import run_ranks
 
 from fttrain.distributed import collectives
-from fttrain.distributed.collectives import Handle, Handles
+from fttrain.distributed.collectives import Handle, HandleGroup
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.rig import exchange
 from fttrain.rig.link import LEAST_BYTES, WrongResult, gradients_s, measure_link, plan
@@ -63,7 +63,7 @@ class Flips:
             self.left -= 1
             if self.left < 0 and group.rank == self.rank:
                 right.result.view(torch.uint8)[-2] ^= 1
-            return Handles(())
+            return HandleGroup(())
 
         return dataclasses.replace(right, start=start)
 

@@ -8,24 +8,24 @@ import torch
 
 from fttrain.model.decoder import Architecture
 from fttrain.quant.config import QuantConfig
-from fttrain.rig.measure import Work
+from fttrain.rig.measure import MeasuredShapes
 from fttrain.rig.measure_report import tables, write_report
 from fttrain.rig.profile import (
     COLLECTIVES,
     CardProfile,
     HostProfile,
     LinkProfile,
+    LinkSample,
     Measured,
     RigProfile,
-    Sample,
 )
 
 FORMAT = Architecture(tiny.model().config).frozen_format(QuantConfig(), torch.bfloat16)
-WORK = Work("tiny", 3, 128, 4, FORMAT, gradient_bytes=4096, boundary_bytes=16384)
+WORK = MeasuredShapes("tiny", 3, 128, 4, FORMAT, gradient_bytes=4096, boundary_bytes=16384)
 
 
 def link(transport: str, seen: str, gradients_s: float, **more: object) -> LinkProfile:
-    samples = {name: (Sample(65536, 1e-3), Sample(1 << 20, 4e-3)) for name in COLLECTIVES}
+    samples = {name: (LinkSample(65536, 1e-3), LinkSample(1 << 20, 4e-3)) for name in COLLECTIVES}
     found = {"samples": samples, "gradients_s": gradients_s, **more}
     return LinkProfile(transport, seen, 2, **found)  # type: ignore[arg-type]
 

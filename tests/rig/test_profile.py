@@ -10,16 +10,18 @@ from fttrain.rig.profile import (
     CopyRates,
     HostProfile,
     LinkProfile,
+    LinkSample,
     Measured,
     RigProfile,
-    Sample,
     algorithm_bytes_per_s,
     bus_bytes_per_s,
     load_profile,
 )
 from fttrain.util.errors import UserError
 
-LINK = LinkProfile("default", "NVLink", 2, {"all_gather": (Sample(1000, 1e-3), Sample(5000, 3e-3))})
+LINK = LinkProfile(
+    "default", "NVLink", 2, {"all_gather": (LinkSample(1000, 1e-3), LinkSample(5000, 3e-3))}
+)
 PROFILE = RigProfile(
     "test",
     (CardProfile("card", "cuda", 24 << 30, 7.1e13, to_card=CopyRates(1.2e10), pcie_width=8),) * 2,
@@ -47,7 +49,7 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     ],
 )
 def test_bus_bandwidth(collective: str, ranks: int, factor: float) -> None:
-    sample = Sample(1 << 30, 0.5)
+    sample = LinkSample(1 << 30, 0.5)
     assert algorithm_bytes_per_s(sample) == 2 << 30
     assert bus_bytes_per_s(collective, sample, ranks) == pytest.approx(factor * (2 << 30))
 

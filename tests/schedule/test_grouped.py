@@ -207,7 +207,7 @@ def test_keep_holds_the_stated_tensors_and_no_others(name: str) -> None:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    for layer in layer_pass.walk(decoder, store, range(1)):
+    for layer in layer_pass.iterate_layers(decoder, store, range(1)):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             layer_pass.forward(decoder.layers[layer], work, Keep())
     assert sorted(saved.values()) == stated
@@ -223,7 +223,7 @@ def test_recompute_holds_the_boundary_only() -> None:
     decoder, store = tiny.build(tiny.model(), QuantConfig(), LORA)
     work = layer_pass.start(decoder, micro_batches(1)[0], None, None)
     policy: Policy = Recompute()
-    for layer in layer_pass.walk(decoder, store, range(len(store))):
+    for layer in layer_pass.iterate_layers(decoder, store, range(len(store))):
         boundary = work.hidden
         layer_pass.forward(decoder.layers[layer], work, policy)
         assert work.saved[-1][1] is boundary

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, Qwen3Config
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture, Layer
 from fttrain.model.layer_adapters import LayerAdapters
-from fttrain.plan.live import LiveBytes
+from fttrain.plan.live_bytes import LiveBytes
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenLayer
 from fttrain.schedule.activations import Keep, Policy, Recompute

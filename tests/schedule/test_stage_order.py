@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fttrain.data.batch import MicroBatch, collate
 from fttrain.distributed.rank_group import RankGroup
-from fttrain.schedule import stage_link
+from fttrain.schedule import pipeline_p2p
 from fttrain.schedule.one_f_one_b import one_f_one_b
-from fttrain.schedule.stage_link import DOWN, UP, StageLink
+from fttrain.schedule.pipeline_p2p import NEXT, PREV, PipelineP2P
 from fttrain.schedule.stage_pass import StagePass
 
 CPU, WIDTH = torch.device("cpu"), 1
@@ -65,8 +65,8 @@ def record(
     """What each stage asks of its communicators as it does ``act``, two times in a row."""
     wires = [tiny_wire.Wire(rank) for rank in range(stages)]
     for rank, recorder in enumerate(wires):
-        monkeypatch.setattr(stage_link, "torch_dist", recorder)
-        link = StageLink(RankGroup(rank, stages, rank, CPU), WIDTH, torch.float32)
+        monkeypatch.setattr(pipeline_p2p, "torch_dist", recorder)
+        link = PipelineP2P(RankGroup(rank, stages, rank, CPU), WIDTH, torch.float32)
         for _ in range(2):
             model: Any = NoLayers()
             stage = StagePass(model, (), link, (), None, batches, lambda batch: None)  # type: ignore[arg-type]
@@ -104,11 +104,11 @@ def test_one_communicator_for_a_direction_is_not_enough(monkeypatch: pytest.Monk
     """From four stages on: the receive that a middle stage opens early stands before its send."""
 
     def shared(group: RankGroup) -> dict[tuple[int, int], Any]:
-        ways = {step: stage_link.torch_dist.new_group() for step in (UP, DOWN)}
+        ways = {step: pipeline_p2p.torch_dist.new_group() for step in (NEXT, PREV)}
         neighbours = range(group.world_size - 1)
-        return {(lower, step): ways[step] for lower in neighbours for step in (UP, DOWN)}
+        return {(lower, step): ways[step] for lower in neighbours for step in (NEXT, PREV)}
 
-    monkeypatch.setattr(stage_link, "_ways", shared)
+    monkeypatch.setattr(pipeline_p2p, "_ways", shared)
     for stages in STAGES:
         wires = record(train, stages, BATCHES[:8], monkeypatch)
         assert bool(tiny_wire.stuck(wires, tiny_wire.nccl)) is (stages >= 4), stages

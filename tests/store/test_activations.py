@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fttrain.store.activations import UNDER_WAY, HostActivations
-from fttrain.store.lane import Lane, ThreadLane
+from fttrain.store.side_stream import SideStream, ThreadSideStream
 
 PASSES, SIZE = 7, 50
 PLACE_BYTES = 4096
 
 
-def offloading(places: int = PASSES, *lanes: Lane) -> HostActivations:
+def offloading(places: int = PASSES, *lanes: SideStream) -> HostActivations:
     buffer = torch.zeros(places * PLACE_BYTES, dtype=torch.uint8)
     return HostActivations(buffer, places, torch.device("cpu"), *lanes)
 
@@ -50,7 +50,9 @@ def grads(order: list[int], host: HostActivations | None) -> list[Tensor]:
 
 
 def test_backward_reads_what_forward_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ThreadLane, "_start", ThreadLane._start)  # restored after the delays
+    monkeypatch.setattr(
+        ThreadSideStream, "_start", ThreadSideStream._start
+    )  # restored after the delays
     tiny_store.delay_lanes(seed=1)
     chance = random.Random(2)
     host = offloading()
@@ -100,10 +102,10 @@ def test_places_that_were_forgotten_and_divided_are_whole_again() -> None:
         if attempt % 2:
             for kept in taken:
                 host.bring(kept)
-        host.forget()
+        host.discard()
         assert all(lane.ended == lane.started for lane in lanes)  # no copy is under way
     assert all(lane.started for lane in lanes)
-    host.divide(2)
+    host.resize(2)
     order = list(range(PASSES))[::-1]
     for found, expected in zip(grads(order, host), grads(order, None), strict=True):
         assert torch.equal(found, expected)

@@ -7,11 +7,11 @@ import tiny_store
 from torch import Tensor
 
 from fttrain.distributed.collectives import Handle
-from fttrain.store.lane import ThreadLane, Work
+from fttrain.store.side_stream import Task, ThreadSideStream
 from fttrain.store.slots import Slots
 
 
-class Marked(ThreadLane):
+class Marked(ThreadSideStream):
     """Numbers the marks and writes down what each piece of work is ordered after."""
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Marked(ThreadLane):
         self.marks += 1
         return self.marks
 
-    def run(self, work: Work, after: Any = None) -> Handle:
+    def run(self, work: Task, after: Any = None) -> Handle:
         self.after.append(after)
         return super().run(work, after)
 
@@ -42,33 +42,33 @@ class Brought:
     def walk(self, order: list[int]) -> None:
         """A pass, each layer checked as it is used."""
         for place, layer in enumerate(order):
-            self.slots.want(order[place:])
-            assert self.slots.take(layer).tolist() == [layer] * 4
+            self.slots.prefetch(order[place:])
+            assert self.slots.acquire(layer).tolist() == [layer] * 4
             self.slots.release(layer)
 
 
 def test_the_first_ones_needed_are_brought_in_their_order() -> None:
     brought = Brought(2)
-    assert brought.slots.want([3, 1, 0, 2]) == [3, 1]
-    assert brought.slots.want([3, 1, 0, 2]) == []  # on their way
+    assert brought.slots.prefetch([3, 1, 0, 2]) == [3, 1]
+    assert brought.slots.prefetch([3, 1, 0, 2]) == []  # on their way
     brought.lane.synchronize()
     assert brought.log == [3, 1]
 
 
 def test_a_slot_in_use_is_not_filled() -> None:
     brought = Brought(2)
-    brought.slots.want([0, 1])
-    held = brought.slots.take(0)
-    assert brought.slots.want([1, 2, 3]) == []
-    brought.slots.take(1)
-    assert brought.slots.want([2, 3]) == []
+    brought.slots.prefetch([0, 1])
+    held = brought.slots.acquire(0)
+    assert brought.slots.prefetch([1, 2, 3]) == []
+    brought.slots.acquire(1)
+    assert brought.slots.prefetch([2, 3]) == []
     assert held.tolist() == [0] * 4
     brought.slots.release(1)
-    assert brought.slots.want([2, 3]) == [2]
+    assert brought.slots.prefetch([2, 3]) == [2]
     brought.lane.synchronize()
     assert held.tolist() == [0] * 4
     brought.slots.release(0)
-    assert brought.slots.want([2, 3]) == [3]
+    assert brought.slots.prefetch([2, 3]) == [3]
     brought.lane.synchronize()
     assert held.tolist() == [3] * 4  # its slot, and not the one that 2 waits in
 
@@ -76,14 +76,14 @@ def test_a_slot_in_use_is_not_filled() -> None:
 def test_a_slot_is_filled_after_its_own_release() -> None:
     """What work is ordered after is the mark that the release of that slot left, no other."""
     brought = Brought(2)
-    brought.slots.want([0, 1])
+    brought.slots.prefetch([0, 1])
     start, lane = brought.lane.marks, brought.lane
-    brought.slots.take(0)
-    brought.slots.take(1)
+    brought.slots.acquire(0)
+    brought.slots.acquire(1)
     brought.slots.release(1)  # mark start + 1
     brought.slots.release(0)  # mark start + 2
-    brought.slots.want([0, 2])
-    brought.slots.want([2, 3])
+    brought.slots.prefetch([0, 2])
+    brought.slots.prefetch([2, 3])
     assert lane.after == [start, start, start + 1, start + 2]
 
 
@@ -112,7 +112,7 @@ def test_an_error_while_bringing_reaches_whoever_takes() -> None:
     def fail(layer: int, slot: Tensor) -> None:
         raise OSError("disk gone")
 
-    slots = Slots(2, 4, tiny_store.CPU, ThreadLane(), fail)
-    slots.want([0])
+    slots = Slots(2, 4, tiny_store.CPU, ThreadSideStream(), fail)
+    slots.prefetch([0])
     with pytest.raises(OSError, match="disk gone"):
-        slots.take(0)
+        slots.acquire(0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fttrain.data.batch import MicroBatch, collate
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.strategy.protocol import OutOfMemory
-from fttrain.strategy.recipe import StepSize
+from fttrain.strategy.spec import StepSize
 from fttrain.util.units import MIB
 
 pytestmark = pytest.mark.cuda
@@ -37,9 +37,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def build(settings: dict[str, Any]) -> Any:
     card = RankGroup(0, 1, 0, torch.device("cuda", torch.cuda.current_device()))
-    recipe = tiny_strategy.variant(dtype="bfloat16", **settings)
-    recipe = replace(recipe, size=StepSize(1, sum(LENGTHS), MICRO_BATCHES))
-    return tiny_strategy.build(recipe, tiny_strategy.base(dtype="bfloat16"), card)
+    spec = tiny_strategy.variant(dtype="bfloat16", **settings)
+    spec = replace(spec, size=StepSize(1, sum(LENGTHS), MICRO_BATCHES))
+    return tiny_strategy.build(spec, tiny_strategy.base(dtype="bfloat16"), card)
 
 
 def batches(step: int) -> list[MicroBatch]:

@@ -55,8 +55,8 @@ def outcome(
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of four steps, and the adapters that they led to, on rank 0."""
     frozen = tiny_strategy.base(dtype="bfloat16")
-    recipe = tiny_strategy.variant(dtype="bfloat16", **settings)
-    strategy = tiny_strategy.build(recipe, frozen, ranks or on_gpu())
+    spec = tiny_strategy.variant(dtype="bfloat16", **settings)
+    strategy = tiny_strategy.build(spec, frozen, ranks or on_gpu())
     losses = [tiny_strategy.apply(strategy, step).loss for step in range(4)]
     answers = strategy.generate([[3, 4, 5], [6]], 4, set())
     assert [len(answer) for answer in answers] == [4, 4]
@@ -104,9 +104,9 @@ def contexts() -> list[bool]:
     """Of each card whether this process, a rank that computes on the second one, has set it up."""
     become_rank(1, 2, 0)
     device = set_up_rank(RigConfig("cuda", threads=1))
-    recipe = tiny_strategy.variant(dtype="bfloat16", strategy="stream", **ON_HOST)
+    spec = tiny_strategy.variant(dtype="bfloat16", strategy="stream", **ON_HOST)
     group = RankGroup(0, 1, 1, device)
-    strategy = tiny_strategy.build(recipe, tiny_strategy.base(dtype="bfloat16"), group)
+    strategy = tiny_strategy.build(spec, tiny_strategy.base(dtype="bfloat16"), group)
     for step in range(2):
         tiny_strategy.apply(strategy, step)
     strategy.optimizer_state()
@@ -123,8 +123,8 @@ def test_a_rank_sets_up_no_card_but_its_own() -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_host_waits_for_nothing_in_forward_and_backward(name: str) -> None:
-    recipe = tiny_strategy.variant(dtype="bfloat16", **VARIANTS[name])
-    strategy = tiny_strategy.build(recipe, tiny_strategy.base(dtype="bfloat16"), on_gpu())
+    spec = tiny_strategy.variant(dtype="bfloat16", **VARIANTS[name])
+    strategy = tiny_strategy.build(spec, tiny_strategy.base(dtype="bfloat16"), on_gpu())
     tiny_strategy.apply(strategy, 0)  # what is made at the first use may be waited for
     batches = tiny_strategy.micro_batches(strategy, 1)
     strategy._gradients.start()
@@ -140,9 +140,9 @@ def test_the_host_waits_for_nothing_in_forward_and_backward(name: str) -> None:
 def test_no_slot_is_overwritten_while_the_device_lags_behind(kind: str) -> None:
     group, flats = on_gpu(), tiny_store.flats(LAYERS)
     if kind == "host":
-        pool = MemoryLedger(group)
-        pool.book("layers", LAYERS * tiny_store.LAYER_BYTES)
-        on_host = pool.allocate("layers").view(LAYERS, -1)
+        ledger = MemoryLedger(group)
+        ledger.book("layers", LAYERS * tiny_store.LAYER_BYTES)
+        on_host = ledger.allocate("layers").view(LAYERS, -1)
         on_host.copy_(torch.stack(flats))
         layers = dict(enumerate(on_host))
         store: Any = HostStore(LAYERS, {}, layers, tiny_store.FORMAT, group.device)
@@ -162,16 +162,16 @@ def test_no_slot_is_overwritten_while_the_device_lags_behind(kind: str) -> None:
 
 
 def test_memory_that_cannot_be_page_locked_is_told_and_harms_no_kernel() -> None:
-    pool = MemoryLedger(on_gpu())
-    pool.book("a", 1 << 20)
-    buffer = pool.allocate("a")
+    ledger = MemoryLedger(on_gpu())
+    ledger.book("a", 1 << 20)
+    buffer = ledger.allocate("a")
     with pytest.warns(UserWarning, match=r"a: 0\.00 GiB could not be page-locked"):
         HostBuffer(-1, 1 << 20).page_lock(buffer, "a", speak=False)  # for the second time
     assert float(torch.ones(3, device="cuda").add_(1).sum()) == 6
 
 
 def test_memory_is_given_back_unlocked() -> None:
-    pool = MemoryLedger(on_gpu())
-    pool.book("a", 1 << 20)
+    ledger = MemoryLedger(on_gpu())
+    ledger.book("a", 1 << 20)
     for _ in range(50):  # where it stayed registered a second one at its address would be refused
-        assert pool.allocate("a").is_pinned()
+        assert ledger.allocate("a").is_pinned()

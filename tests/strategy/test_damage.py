@@ -25,8 +25,8 @@ def damaged(name: str, clean_steps: int) -> Any:
     """A strategy after so many steps, then with a bit of rank 1's bytes flipped."""
     settings, layer, _ = KEPT[name]
     frozen = tiny_strategy.base()
-    recipe = tiny_strategy.variant(**settings, verify_every=EVERY)
-    strategy = tiny_strategy.build(recipe, frozen)
+    spec = tiny_strategy.variant(**settings, verify_every=EVERY)
+    strategy = tiny_strategy.build(spec, frozen)
     for step in range(clean_steps):
         tiny_strategy.apply(strategy, step)
     group = tiny_strategy.this_group()

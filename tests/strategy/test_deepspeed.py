@@ -20,7 +20,7 @@ from fttrain.model.config import LoraConfig
 from fttrain.quant.config import QuantConfig
 from fttrain.strategy.config import StrategyConfig
 from fttrain.strategy.protocol import StepStats
-from fttrain.strategy.zero.config import ZeroConfig
+from fttrain.strategy.zero_config import ZeroConfig
 
 pytestmark = pytest.mark.deepspeed
 
@@ -44,7 +44,7 @@ def build(
 ) -> Any:
     """Two layers of the tiny model, at the start of a run with dropout, decay and clipping."""
     frozen = tiny_strategy.base(dtype=dtype, quant=quant, num_hidden_layers=2)
-    recipe = replace(
+    spec = replace(
         tiny_strategy.RECIPE,
         strategy=StrategyConfig(strategy, zero=ZeroConfig(**(zero or {}))),
         dtype=dtype,
@@ -53,7 +53,7 @@ def build(
         optim=replace(tiny_strategy.RECIPE.optim, **optim),
         z_loss=1e-3,
     )
-    return tiny_strategy.start(recipe, frozen, group)
+    return tiny_strategy.start(spec, frozen, group)
 
 
 def documents(step: int) -> list[list[tiny.Document]]:

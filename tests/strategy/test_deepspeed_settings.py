@@ -16,9 +16,10 @@ from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.config import Placement, StrategyConfig, check_trained
-from fttrain.strategy.recipe import Plan, StepSize
-from fttrain.strategy.zero.config import ZeroConfig
-from fttrain.strategy.zero.settings import Settings, refuse_deepspeed_launch, resolve
+from fttrain.strategy.deepspeed.settings import Settings, resolve
+from fttrain.strategy.spec import BuildContext, StepSize
+from fttrain.strategy.zero_checks import refuse_deepspeed_launch
+from fttrain.strategy.zero_config import ZeroConfig
 from fttrain.util.errors import UserError
 
 ACCELERATE = "ACCELERATE_DEEPSPEED_"
@@ -29,15 +30,17 @@ def settled(environment: dict[str, str] | None = None, **zero: Any) -> Settings:
     """Of two ranks of a bf16 run: 3 rows a micro-batch, 4 of them a step."""
     group = RankGroup(0, 2, 0, tiny.CPU)
     frozen = tiny_strategy.base()
-    recipe = replace(
+    spec = replace(
         tiny_strategy.RECIPE,
         strategy=StrategyConfig("deepspeed", zero=ZeroConfig(**zero)),
         optim=OPTIM,
         size=StepSize(3, 64, 4),
         dtype="bfloat16",
     )
-    plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, MemoryLedger(group))
-    return resolve(plan, environment or {})
+    context = BuildContext(
+        spec, group, frozen.architecture, frozen.frozen_format, MemoryLedger(group)
+    )
+    return resolve(context, environment or {})
 
 
 def written(folder: Path, content: Any) -> str:
@@ -196,10 +199,10 @@ def test_contradictions_have_both_names(tmp_path: Path) -> None:
     ],
 )
 def test_what_belongs_to_native_strategies(changes: dict[str, Any], message: str) -> None:
-    recipe = replace(tiny_strategy.RECIPE, strategy=StrategyConfig("deepspeed"), **changes)
+    spec = replace(tiny_strategy.RECIPE, strategy=StrategyConfig("deepspeed"), **changes)
     parts = ("strategy", "quant", "lora", "optim", "schedule", "placement")
     with pytest.raises(UserError, match=message):
-        check_trained(*(getattr(recipe, part) for part in parts))
+        check_trained(*(getattr(spec, part) for part in parts))
 
 
 @pytest.mark.deepspeed

@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks
 
 from fttrain.quant.frozen_layer import FrozenLayer
-from fttrain.strategy.recipe import Recipe
+from fttrain.strategy.spec import StrategySpec
 
 STEPS = 3
 HOST = {"offload": True, "embedding": "host", "head": "streamed"}
@@ -26,14 +26,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(name: str) -> Recipe:
+def spec(name: str) -> StrategySpec:
     made = tiny_strategy.variant(**CASES[name])
     optim = replace(made.optim, max_grad_norm=0.0)  # parts have a norm with another last bit
     return replace(made, lora=replace(made.lora, use_dora=True), optim=optim)
 
 
 def train(name: str) -> Any:
-    strategy = tiny_strategy.build(recipe(name), tiny_strategy.base())
+    strategy = tiny_strategy.build(spec(name), tiny_strategy.base())
     figures = [tiny_strategy.apply(strategy, step) for step in range(STEPS)]
     return [stats.loss for stats in figures], tiny_strategy.copied(strategy.adapter_state())
 
@@ -68,7 +68,7 @@ def test_a_pipeline_trains_what_one_rank_does() -> None:
 def test_the_start_is_the_frozen_model(name: str) -> None:
     """Magnitudes are the norms of the frozen rows, and no loss changes."""
     frozen, plain = tiny_strategy.base(), tiny_strategy.variant(**CASES[name])
-    with_magnitudes, without = (tiny_strategy.start(each, frozen) for each in (recipe(name), plain))
+    with_magnitudes, without = (tiny_strategy.start(each, frozen) for each in (spec(name), plain))
     batches = tiny_strategy.micro_batches(without)
     assert with_magnitudes.evaluate(batches) == without.evaluate(batches)
     state = with_magnitudes.adapter_state()

@@ -18,7 +18,7 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-from fttrain.strategy.recipe import Recipe
+from fttrain.strategy.spec import StrategySpec
 
 STEPS = 3
 PROMPTS = [ids for ids, _ in tiny.documents((5, 1, 19, 9))]
@@ -80,7 +80,7 @@ class Case:
         return strategy, self.group, self.world_size, self.saving[1]
 
     @property
-    def recipe(self) -> Recipe:
+    def spec(self) -> StrategySpec:
         strategy = dict(STORES[self.store])
         if self.store == "stream, by rank":
             strategy["resident_layers"] = strategy["resident_layers"][: self.world_size]
@@ -130,7 +130,7 @@ def outcome(case: Case) -> dict[str, Any]:
 
     try:
         frozen = tiny_strategy.base(case.model, case.dtype)
-        strategy = tiny_strategy.build(case.recipe, frozen)
+        strategy = tiny_strategy.build(case.spec, frozen)
         steps = [tiny_strategy.apply(strategy, step, accept) for step in range(STEPS)]
         return {
             "gradients": gradients,  # of the first step

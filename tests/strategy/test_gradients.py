@@ -11,8 +11,8 @@ from ranks import run_ranks
 from torch import Tensor
 
 from fttrain.model.config import LoraConfig
-from fttrain.strategy.gradients import GradientHome, PassingGradients, ResidentGradients
-from fttrain.strategy.sync import gradient_sync
+from fttrain.strategy.grad_reduce import gradient_sync
+from fttrain.strategy.gradients import DoubleBufferedGradients, GradientBuffers, ResidentGradients
 
 GROUPS, STEPS = 3, 2
 Found = list[tuple[list[Tensor], Tensor, int]]  # of each step: gradients, norms, bytes summed
@@ -26,12 +26,12 @@ def steps(where: str) -> Found:
     adapters = [layer.adapters for layer in decoder.layers]
     group = tiny_strategy.this_group()
     sync = gradient_sync(group)
-    home: GradientHome
+    home: GradientBuffers
     if where == "device":
         home = ResidentGradients(adapters, sync)
     else:  # what was in that memory before must not count
         on_host = [torch.full_like(layer.flat.data, torch.nan) for layer in adapters]
-        home = PassingGradients(adapters, sync, tiny.CPU, on_host)
+        home = DoubleBufferedGradients(adapters, sync, tiny.CPU, on_host)
     generator = torch.Generator().manual_seed(group.rank)
     found = []
     for _ in range(STEPS):

@@ -17,9 +17,9 @@ import torch
 from ranks import run_ranks
 
 from fttrain.data.loader import Loader
-from fttrain.schedule.attempt import Attempt
+from fttrain.schedule.step_runner import StepRunner
 from fttrain.strategy.protocol import OutOfMemory, StepStats
-from fttrain.strategy.recipe import Recipe, StepSize
+from fttrain.strategy.spec import StepSize, StrategySpec
 from fttrain.training.evaluation import HoldOut
 
 SEQ_LEN, ROWS, ROWS_PER_STEP = 40, 24, 8
@@ -39,7 +39,7 @@ class Case:
     layer: int = 2
 
     @property
-    def recipe(self) -> Recipe:
+    def spec(self) -> StrategySpec:
         return tiny_strategy.variant(**self.settings)
 
 
@@ -58,12 +58,12 @@ CASES = [
 ]
 
 
-def prepared(recipe: Recipe, size: int) -> tuple[Any, Loader]:
+def prepared(spec: StrategySpec, size: int) -> tuple[Any, Loader]:
     """A strategy for micro-batches of ``size`` rows, and what feeds it."""
     group = tiny_strategy.this_group()
     accumulation = ROWS_PER_STEP // size // group.world_size
-    recipe = replace(recipe, size=StepSize(size, SEQ_LEN, accumulation))
-    strategy = tiny_strategy.build(recipe, tiny_strategy.base())
+    spec = replace(spec, size=StepSize(size, SEQ_LEN, accumulation))
+    strategy = tiny_strategy.build(spec, tiny_strategy.base())
     lengths = [33 + row % 8 for row in range(ROWS)]
     rows: Any = [[document] for document in tiny.documents(lengths, masked=0.3)]
     place, places = strategy.data_parallel
@@ -72,7 +72,7 @@ def prepared(recipe: Recipe, size: int) -> tuple[Any, Loader]:
 
 
 def divide(strategy: Any, loader: Loader) -> None:
-    strategy.divide(2)
+    strategy.resize(2)
     loader.divide(2)
 
 
@@ -86,7 +86,7 @@ def take(strategy: Any, loader: Loader, step: int) -> StepStats:
 
 def short(case: Case) -> dict[str, Any]:
     """A run with micro-batches of 4 rows, for which there is no memory."""
-    strategy, loader = prepared(case.recipe, 4)
+    strategy, loader = prepared(case.spec, 4)
     here = tiny_strategy.this_group().rank in case.ranks
     steps, said = [], []
     for step in range(STEPS):
@@ -106,7 +106,7 @@ def short(case: Case) -> dict[str, Any]:
 
 def enough(case: Case) -> dict[str, Any]:
     """The same from the start with 2 rows, and from step 2 on with 1."""
-    strategy, loader = prepared(case.recipe, 2)
+    strategy, loader = prepared(case.spec, 2)
     steps = []
     for step in range(STEPS):
         if step == 2:
@@ -163,7 +163,7 @@ def evaluations(cases: list[Case]) -> list[dict[str, Any]]:
     """Held-out rows in micro-batches of 4, for which there is no memory, and of 2; then a step."""
     found = []
     for case in cases:
-        strategy, loader = prepared(case.recipe, 4)
+        strategy, loader = prepared(case.spec, 4)
         rows = loader._rows
         here, said = tiny_strategy.this_group().rank in case.ranks, []
         with pytest.MonkeyPatch.context() as patch:
@@ -205,10 +205,10 @@ def test_an_evaluation_is_made_again_as_well() -> None:
 
 def test_the_gradient_is_that_of_the_undivided_step() -> None:
     """Without dropout, whose masks are those of a micro-batch, a split changes rounding alone."""
-    recipe = replace(tiny_strategy.RECIPE, lora=replace(tiny_strategy.RECIPE.lora, lora_dropout=0))
+    spec = replace(tiny_strategy.RECIPE, lora=replace(tiny_strategy.RECIPE.lora, lora_dropout=0))
     gradients, losses = [], []
     for tokens in (10_000, 128, 64):
-        strategy, loader = prepared(recipe, 4)
+        strategy, loader = prepared(spec, 4)
         with pytest.MonkeyPatch.context() as patch:
             short_memory.limit(patch, "backward", tokens, layer=1)
             while True:
@@ -225,8 +225,8 @@ def test_the_gradient_is_that_of_the_undivided_step() -> None:
 
 def test_a_step_that_ran_out_leaves_no_trace() -> None:
     """Neither in the adapters nor in the optimizer, and what it moved is counted nowhere."""
-    recipe = tiny_strategy.variant("stream", offload=True, activations="offload")
-    strategy, loader = prepared(recipe, 4)
+    spec = tiny_strategy.variant("stream", offload=True, activations="offload")
+    strategy, loader = prepared(spec, 4)
     take(strategy, loader, 0)
     before = strategy.adapter_state(), strategy.optimizer_state()
     before = tuple(tiny_strategy.copied(state) for state in before)
@@ -246,10 +246,10 @@ def test_a_step_that_ran_out_leaves_no_trace() -> None:
 def test_other_errors_are_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     strategy, loader = prepared(tiny_strategy.RECIPE, 4)
 
-    def broken(attempt: Attempt, layer: int) -> None:
+    def broken(attempt: StepRunner, layer: int) -> None:
         with attempt.computing():
             torch.zeros(2) @ torch.zeros(3)
 
-    monkeypatch.setattr(Attempt, "forward", broken)
+    monkeypatch.setattr(StepRunner, "forward", broken)
     with pytest.raises(RuntimeError, match=r"inconsistent tensor size|size mismatch"):
         take(strategy, loader, 0)

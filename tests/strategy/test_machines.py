@@ -20,7 +20,7 @@ from ranks import run_ranks
 from fttrain.data.batch import MicroBatch, collate
 from fttrain.distributed.process_group import split_by_node
 from fttrain.distributed.rank_group import RankGroup
-from fttrain.strategy.recipe import Recipe
+from fttrain.strategy.spec import StrategySpec
 from fttrain.util.errors import UserError
 
 RANKS, HERE = 4, 2
@@ -46,7 +46,7 @@ class Case:
     clip: float = 0.05
 
     @property
-    def recipe(self) -> Recipe:
+    def spec(self) -> StrategySpec:
         made = tiny_strategy.variant(**STORES[self.store])
         return replace(made, optim=replace(made.optim, max_grad_norm=self.clip))
 
@@ -87,7 +87,7 @@ def outcome(case: Case) -> dict[str, Any]:
         return True
 
     group = this_group(case.here)
-    strategy = tiny_strategy.build(case.recipe, tiny_strategy.base(), group)
+    strategy = tiny_strategy.build(case.spec, tiny_strategy.base(), group)
     steps = [tiny_strategy.apply(strategy, step, accept) for step in range(STEPS)]
     states = {"adapter": strategy.adapter_state(), "optimizer": strategy.optimizer_state()}
     return {
@@ -167,8 +167,8 @@ def empty_on(machine: int) -> dict[str, Any]:
     as between GPUs.
     """
     with mock.patch.object(torch_dist, "get_backend", return_value="nccl"):
-        recipe = Case("pipeline").recipe
-        strategy = tiny_strategy.build(recipe, tiny_strategy.base(), this_group(HERE))
+        spec = Case("pipeline").spec
+        strategy = tiny_strategy.build(spec, tiny_strategy.base(), this_group(HERE))
     own, _ = strategy.data_parallel
 
     def batches(step: int) -> list[MicroBatch]:

@@ -50,8 +50,8 @@ def go_on(strategy: Any) -> dict[str, Any]:
 
 
 def build(settings: str) -> Any:
-    recipe = tiny_strategy.variant(**SETTINGS[settings])
-    return tiny_strategy.build(recipe, tiny_strategy.base())
+    spec = tiny_strategy.variant(**SETTINGS[settings])
+    return tiny_strategy.build(spec, tiny_strategy.base())
 
 
 def train(settings: list[str]) -> list[dict[str, Any]]:

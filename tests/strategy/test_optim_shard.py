@@ -13,8 +13,8 @@ import tiny
 import tiny_strategy
 from ranks import run_ranks
 
-from fttrain.strategy import trained
-from fttrain.strategy.recipe import Recipe
+from fttrain.strategy import trainable_state
+from fttrain.strategy.spec import StrategySpec
 
 STEPS = 3
 HOST = {"offload": True, "boundaries": "host", "embedding": "host", "head": "streamed"}
@@ -28,17 +28,17 @@ class Case:
     kind: str = "adamw"
     clip: float = 0.0
 
-    def recipe(self, shard: bool) -> Recipe:
+    def spec(self, shard: bool) -> StrategySpec:
         host = HOST if self.offload else {}
-        recipe = tiny_strategy.variant(self.strategy, self.group, **host)
+        spec = tiny_strategy.variant(self.strategy, self.group, **host)
         optim = replace(
-            recipe.optim,
+            spec.optim,
             kind=self.kind,
             shard=shard,
             max_grad_norm=self.clip,
             loraplus_lr_ratio=4.0,
         )
-        return replace(recipe, optim=optim)
+        return replace(spec, optim=optim)
 
 
 CASES = [
@@ -61,7 +61,7 @@ def states(strategy: Any) -> dict[str, dict[str, Any]]:
 
 def train(case: Case, shard: bool, start: dict[str, dict[str, Any]] | None = None) -> Any:
     """A few steps from the beginning, or from a state."""
-    strategy = tiny_strategy.build(case.recipe(shard), tiny_strategy.base())
+    strategy = tiny_strategy.build(case.spec(shard), tiny_strategy.base())
     if start is not None:
         strategy.load_adapter_state(tiny_strategy.copied(start["adapter"]))
         strategy.load_optimizer_state(tiny_strategy.copied(start["optimizer"]))
@@ -119,7 +119,11 @@ def test_a_rank_has_its_part_alone(case: Case, world_size: int) -> None:
         assert moves == others
         assert whole["gathered"] == [0] * STEPS
         assert parts["sync_bytes"] == [4 * world_size * sum(parts["values"])] * STEPS
-        shared = (trained.MASTERS, trained.MOMENTS) if case.offload else (trained.ADAPTERS,)
+        shared = (
+            (trainable_state.MASTERS, trainable_state.MOMENTS)
+            if case.offload
+            else (trainable_state.ADAPTERS,)
+        )
         for part in shared:
             assert parts["booked"][part] < whole["booked"][part]
 

@@ -12,11 +12,11 @@ from fttrain.distributed.rank_group import RankGroup
 from fttrain.memory.ledger import MemoryLedger
 from fttrain.model import head as head_module
 from fttrain.model.head import Head
-from fttrain.model.projection import Projection, QuantisedTable, Table, tiled_format
+from fttrain.model.projection import Projection, QuantizedHead, ResidentHead, tiled_format
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer
 from fttrain.strategy.pipeline import fixed_bytes
-from fttrain.strategy.recipe import Plan
+from fttrain.strategy.spec import BuildContext
 from fttrain.util.errors import UserError
 
 STAGES = 3
@@ -28,9 +28,11 @@ def fixed(
 ) -> int:
     frozen = tiny_strategy.base(quant=quant, hidden_size=hidden)
     group = RankGroup(stage, STAGES, stage, tiny.CPU)
-    recipe = replace(tiny_strategy.variant("pipeline", **placement), quant=quant)
-    plan = Plan(recipe, group, frozen.architecture, frozen.frozen_format, MemoryLedger(group))
-    return fixed_bytes(plan)
+    spec = replace(tiny_strategy.variant("pipeline", **placement), quant=quant)
+    context = BuildContext(
+        spec, group, frozen.architecture, frozen.frozen_format, MemoryLedger(group)
+    )
+    return fixed_bytes(context)
 
 
 def weights(quant: Any) -> list[int]:
@@ -71,11 +73,11 @@ def test_the_last_stage_has_the_head_and_a_chunk_of_logits(
     form: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head_module, "CHUNK_BYTES", chunk_bytes)
-    table: Projection = Table(torch.zeros(300, 64))
+    table: Projection = ResidentHead(torch.zeros(300, 64))
     head_bytes, beside = TABLE_BYTES, 0
     if form == "nf4":
         tiles = tiled_format(300, 64, QuantConfig(), torch.float32)
-        table = QuantisedTable(torch.zeros(300, 64), tiles, tiny.CPU)
+        table = QuantizedHead(torch.zeros(300, 64), tiles, tiny.CPU)
         head_bytes = quantised_bytes(tiles)
     head = Head(torch.ones(64), table, 1e-6)
     head.loss(torch.zeros(66, 64), torch.tensor([3] * 66), torch.arange(66))

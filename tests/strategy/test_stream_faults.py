@@ -12,40 +12,40 @@ import tiny
 import torch
 from tiny_streams import GROUPS, OFFLOAD, ON_HOST, PIPELINE, SHARD, STREAM, Settings, races
 
-from fttrain.distributed.collectives import Handle, Handles
+from fttrain.distributed.collectives import Handle, HandleGroup
 from fttrain.model import projection
 from fttrain.model.layer_adapters import LayerAdapters
-from fttrain.schedule.stage_link import Arriving, StageLink
-from fttrain.store import lane
+from fttrain.schedule.pipeline_p2p import PendingRecv, PipelineP2P
+from fttrain.store import side_stream
 from fttrain.store.activations import HostActivations
-from fttrain.store.boundary import HostBoundaries
 from fttrain.store.host import HostStore
-from fttrain.store.lane import StreamLane, Work
+from fttrain.store.layer_inputs import HostLayerInputs
 from fttrain.store.sharded import ShardedStore
+from fttrain.store.side_stream import CudaSideStream, Task
 from fttrain.store.slots import Slots
-from fttrain.strategy import sync, update
-from fttrain.strategy.gradients import PassingGradients
+from fttrain.strategy import grad_reduce, optimizer_step
+from fttrain.strategy.gradients import DoubleBufferedGradients
 
 
-class Deaf(StreamLane):
+class Deaf(CudaSideStream):
     """Whoever waits for its work goes on at once."""
 
-    def run(self, work: Work, after: Any = None) -> Handle:
+    def run(self, work: Task, after: Any = None) -> Handle:
         super().run(work, after)
-        return Handles(())
+        return HandleGroup(())
 
 
-class Rash(StreamLane):
+class Rash(CudaSideStream):
     """Its work does not wait for what the compute was asked before."""
 
-    def run(self, work: Work, after: Any = None) -> Handle:
+    def run(self, work: Task, after: Any = None) -> Handle:
         return super().run(work, torch.cuda.Event())
 
 
 Break = Callable[[pytest.MonkeyPatch], None]
 
 
-def given(owner: Any, **lanes: type[StreamLane]) -> Break:
+def given(owner: Any, **lanes: type[CudaSideStream]) -> Break:
     """``owner`` has these ``lanes``."""
     make = owner.__init__
 
@@ -55,7 +55,7 @@ def given(owner: Any, **lanes: type[StreamLane]) -> Break:
     return lambda patch: patch.setattr(owner, "__init__", broken)
 
 
-def makes(module: Any, kind: type[StreamLane]) -> Break:
+def makes(module: Any, kind: type[CudaSideStream]) -> Break:
     """All lanes that ``module`` makes for copies are of that kind."""
     return lambda patch: patch.setattr(module, "copy_lane", lambda *_, **__: kind(tiny.CPU, True))
 
@@ -66,12 +66,12 @@ def does(owner: Any, name: str, instead: Callable[..., Any] = lambda *_: None) -
 
 
 SLOT = "uint8 (2, *) of Slots.__init__"
-BUFFER = "float32 (4096,) of PassingGradients.__init__*"
-NORMS = "float32 (4,) of PassingGradients.__init__"
+BUFFER = "float32 (4096,) of DoubleBufferedGradients.__init__*"
+NORMS = "float32 (4,) of DoubleBufferedGradients.__init__"
 GRADIENT = "float32 (4096,) of ResidentGradients.__init__"
 COPIES = "bfloat16 (4096,) of LayerAdapters.__init__"
 BOUNDARY = "bfloat16 (64, 64) of Layer.__call__"
-BOUNDARY_BACK = "bfloat16 (64, 64) of HostBoundaries.prefetch"
+BOUNDARY_BACK = "bfloat16 (64, 64) of HostLayerInputs.prefetch"
 GATE_UP = "bfloat16 (64, 256) of _Through.forward*"
 ACTIVATIONS_BACK = "uint8 (*) of HostActivations.bring"
 HEAD = "bfloat16 (300, 64) of StreamedTable.brought"
@@ -92,7 +92,7 @@ class Fault:
 FAULTS = {
     "a lane's tickets": Fault(
         SHARD,
-        does(lane._StreamTicket, "wait"),
+        does(side_stream._StreamHandle, "wait"),
         [
             (
                 SLOT,
@@ -129,31 +129,31 @@ FAULTS = {
     ),
     "boundaries out": Fault(
         ON_HOST,
-        given(HostBoundaries, out=Deaf),
+        given(HostLayerInputs, out=Deaf),
         [
             (BOUNDARY, "copy_ * reads *", FREED),
-            ("boundaries", "copy_ * writes *", "copy_ in HostBoundaries.prefetch reads *"),
+            ("boundaries", "copy_ * writes *", "copy_ in HostLayerInputs.prefetch reads *"),
         ],
     ),
     "boundaries out at once": Fault(
         ON_HOST,
-        given(HostBoundaries, out=Rash),
+        given(HostLayerInputs, out=Rash),
         [(BOUNDARY, "add in Layer.__call__ writes it on compute", "copy_ * reads *")],
     ),
     "boundaries back": Fault(
         ON_HOST,
-        given(HostBoundaries, back=Deaf),
+        given(HostLayerInputs, back=Deaf),
         [
             (BOUNDARY_BACK, "copy_ * writes *", "_to_copy in rms_norm reads it on compute"),
-            ("boundaries", "copy_ * reads *", "copy_ in HostBoundaries.save writes *"),
+            ("boundaries", "copy_ * reads *", "copy_ in HostLayerInputs.save writes *"),
         ],
     ),
     "boundaries back at once": Fault(
         ON_HOST,
-        given(HostBoundaries, back=Rash),
+        given(HostLayerInputs, back=Rash),
         [
             (BOUNDARY_BACK, "empty in * writes it on compute", "copy_ * writes *"),
-            ("boundaries", "copy_ in HostBoundaries.save writes *", "copy_ * reads *"),
+            ("boundaries", "copy_ in HostLayerInputs.save writes *", "copy_ * reads *"),
         ],
     ),
     "activations out": Fault(
@@ -181,33 +181,51 @@ FAULTS = {
     ),
     "gradients out": Fault(
         GROUPS,
-        given(PassingGradients, out=Deaf),
+        given(DoubleBufferedGradients, out=Deaf),
         [
-            (BUFFER, "copy_ in PassingGradients._leave reads *", "zero_ * writes it on compute"),
-            ("adapter gradients", "copy_ * writes *", "copy_ in PassingGradients.open reads *"),
+            (
+                BUFFER,
+                "copy_ in DoubleBufferedGradients._leave reads *",
+                "zero_ * writes it on compute",
+            ),
+            (
+                "adapter gradients",
+                "copy_ * writes *",
+                "copy_ in DoubleBufferedGradients.open reads *",
+            ),
         ],
     ),
     "gradients out at once": Fault(
         GROUPS,
-        given(PassingGradients, out=Rash),
-        [(BUFFER, "add_ * writes it on compute", "copy_ in PassingGradients._leave reads *")],
+        given(DoubleBufferedGradients, out=Rash),
+        [
+            (
+                BUFFER,
+                "add_ * writes it on compute",
+                "copy_ in DoubleBufferedGradients._leave reads *",
+            )
+        ],
     ),
     "gradients back": Fault(
         GROUPS,
-        given(PassingGradients, back=Deaf),
+        given(DoubleBufferedGradients, back=Deaf),
         [(BUFFER, "copy_ * writes *", "add_ in * reads it on compute")],
     ),
     "gradients back at once": Fault(
         GROUPS,
-        given(PassingGradients, back=Rash),
+        given(DoubleBufferedGradients, back=Rash),
         [
-            (BUFFER, "copy_ in PassingGradients._leave reads *", "copy_ * writes *"),
-            ("adapter gradients", "copy_ in PassingGradients._leave writes *", "copy_ * reads *"),
+            (BUFFER, "copy_ in DoubleBufferedGradients._leave reads *", "copy_ * writes *"),
+            (
+                "adapter gradients",
+                "copy_ in DoubleBufferedGradients._leave writes *",
+                "copy_ * reads *",
+            ),
         ],
     ),
     "gradients before the update": Fault(
         ON_HOST,
-        does(PassingGradients, "finish", lambda self: (self._norms, self._sync.wait())),
+        does(DoubleBufferedGradients, "finish", lambda self: (self._norms, self._sync.wait())),
         [
             ("adapter gradients", "copy_ * writes *", "mul_ * reads it on thread optimizer"),
             (NORMS, "copy_ * writes *", "* reads it on compute"),
@@ -215,12 +233,12 @@ FAULTS = {
     ),
     "weights before the forward": Fault(
         ON_HOST,
-        makes(update, Deaf),
+        makes(optimizer_step, Deaf),
         [(COPIES, "copy_ in LayerAdapters.send writes *", "addmm_ * reads it on compute")],
     ),
     "an update before the next one": Fault(
         ON_HOST,
-        does(update._Arriving, "wait"),
+        does(optimizer_step._Arriving, "wait"),
         [("adapters on *", "copy_ * reads *", "copy_ * writes it on thread optimizer")],
     ),
     "the head": Fault(
@@ -235,13 +253,13 @@ FAULTS = {
     ),
     "sums before the norms": Fault(
         {},
-        does(sync._CudaTimer, "wait", lambda self: (0.0, 0.0)),
+        does(grad_reduce._CudaTimer, "wait", lambda self: (0.0, 0.0)),
         [(GRADIENT, "mul_ in * writes *", "linalg_vector_norm * reads it on compute")],
     ),
     "sums before they leave": Fault(
         ON_HOST,
-        does(sync._Ordered, "wait"),
-        [(BUFFER, "mul_ in * writes *", "copy_ in PassingGradients._leave reads *")],
+        does(grad_reduce._Ordered, "wait"),
+        [(BUFFER, "mul_ in * writes *", "copy_ in DoubleBufferedGradients._leave reads *")],
     ),
     "backward before the sums": Fault(
         {},
@@ -250,7 +268,7 @@ FAULTS = {
     ),
     "gathers on their lane": Fault(
         SHARD,
-        does(lane, "_finish", lambda work: work()),
+        does(side_stream, "_finish", lambda work: work()),
         [(SLOT, "copy_ in *.all_gather writes *", "* reads it on compute")],
     ),
     "parts of weights": Fault(
@@ -260,12 +278,12 @@ FAULTS = {
     ),
     "what a stage receives": Fault(
         PIPELINE,
-        does(Arriving, "tensor", lambda self: self.buffer),
-        [("* of StageLink.receive*", "fill_ * writes *", "* reads it on compute")],
+        does(PendingRecv, "tensor", lambda self: self.buffer),
+        [("* of PipelineP2P.receive*", "fill_ * writes *", "* reads it on compute")],
     ),
     "what a stage sends": Fault(
         PIPELINE,
-        does(StageLink, "flush", lambda self: self._sending.clear()),
+        does(PipelineP2P, "flush", lambda self: self._sending.clear()),
         [(BOUNDARY, "clone in Communicator.send reads *", FREED)],
     ),
 }

@@ -15,7 +15,7 @@ from tiny_streams import (
     races,
 )
 
-from fttrain.store.lane import StreamLane
+from fttrain.store.side_stream import CudaSideStream
 
 VARIANTS: dict[str, Settings] = {
     "replicate": {},
@@ -50,7 +50,7 @@ def test_a_step_that_ran_out_of_memory_leaves_no_copy_under_way(
 ) -> None:
     short_memory.limit(monkeypatch, "backward", tokens=0, layer=LAYERS - 2)
     assert races(settings) == []
-    monkeypatch.setattr(StreamLane, "synchronize", lambda self: None)
+    monkeypatch.setattr(CudaSideStream, "synchronize", lambda self: None)
     found = races(settings)
     freed = "*", "copy_ * writes *", "it is freed on compute"
     assert any(race.is_like(*freed) for race in found), found
@@ -60,5 +60,5 @@ def test_parts_of_gradients_on_the_device_need_no_wait_of_the_host(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """There is none on a card; here, where a device is the CPU, there would be one."""
-    monkeypatch.setattr(StreamLane, "synchronize", lambda self: None)
+    monkeypatch.setattr(CudaSideStream, "synchronize", lambda self: None)
     assert races({**SHARD, "shard": True}) == []

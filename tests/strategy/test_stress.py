@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fttrain.data.batch import collate
 from fttrain.model.config import LoraConfig
-from fttrain.strategy.recipe import Recipe
-from fttrain.strategy.update import HostUpdate
+from fttrain.strategy.optimizer_step import HostUpdate
+from fttrain.strategy.spec import StrategySpec
 
 STEPS = 100
 SHAPE = {
@@ -36,10 +36,10 @@ RECIPES = {
 }
 
 
-def train(recipe: Recipe) -> tuple[dict[str, Tensor], list[tuple[float, float]]]:
+def train(spec: StrategySpec) -> tuple[dict[str, Tensor], list[tuple[float, float]]]:
     """Adapters after all steps, and the figures of each."""
-    recipe = replace(recipe, quant=tiny.PLAIN, lora=LoraConfig(r=2))
-    strategy = tiny_strategy.build(recipe, tiny_strategy.base(quant=tiny.PLAIN, **SHAPE))
+    spec = replace(spec, quant=tiny.PLAIN, lora=LoraConfig(r=2))
+    strategy = tiny_strategy.build(spec, tiny_strategy.base(quant=tiny.PLAIN, **SHAPE))
     rank, world_size = strategy.data_parallel
     figures = []
     for step in range(STEPS):
@@ -68,7 +68,7 @@ def on_rank() -> dict[str, tuple[dict[str, Tensor], list[tuple[float, float]]]]:
     found = {name: train(RECIPES[name]) for name in ("replicate", "optimizer in parts")}
     tiny_store.delay_lanes(seed=torch.distributed.get_rank())
     delay_updates(seed=torch.distributed.get_rank())
-    return found | {f"late {name}": train(recipe) for name, recipe in RECIPES.items()}
+    return found | {f"late {name}": train(spec) for name, spec in RECIPES.items()}
 
 
 def test_late_lanes_change_nothing() -> None:

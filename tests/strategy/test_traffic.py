@@ -42,14 +42,14 @@ SPLITS = [(1, "all"), (3, "all"), (3, 1), (3, 2)]  # accumulation, G
 
 def steps(case: Case, split: tuple[int, int | str]) -> list[StepStats]:
     accumulation, group = split
-    recipe = tiny_strategy.variant(
+    spec = tiny_strategy.variant(
         case.strategy,
         group,
         resident_layers=case.resident_layers,
         slots=case.slots,
         head=case.head,
     )
-    strategy = tiny_strategy.build(recipe, tiny_strategy.base())
+    strategy = tiny_strategy.build(spec, tiny_strategy.base())
     batches = tiny_strategy.micro_batches(strategy)[:accumulation]
     return [strategy.train_step(batches, step, 1e-2, lambda *_: True) for step in range(2)]
 
@@ -58,8 +58,8 @@ def on_rank() -> tuple[dict[Any, list[StepStats]], dict[str, list[StepStats]]]:
     grouped = {(case, split): steps(case, split) for case in CASES for split in SPLITS}
     pipelines = {}
     for dtype in ("float32", "bfloat16"):
-        recipe = tiny_strategy.variant("pipeline", dtype=dtype, head="streamed")
-        strategy = tiny_strategy.build(recipe, tiny_strategy.base(dtype=dtype))
+        spec = tiny_strategy.variant("pipeline", dtype=dtype, head="streamed")
+        strategy = tiny_strategy.build(spec, tiny_strategy.base(dtype=dtype))
         # What an evaluation or an answer moves belongs to no step.
         if dtype == "float32":
             strategy.evaluate(tiny_strategy.micro_batches(strategy))

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import tiny_files
 
-from fttrain.data.samples import Sample
+from fttrain.data.samples import HoldoutSample
 from fttrain.training.evaluation import ANSWER_TOKENS, answer
 
-SAMPLES = [Sample("question", "reference", [3, 4, 5])] * 2
+SAMPLES = [HoldoutSample("question", "reference", [3, 4, 5])] * 2
 
 
 class Answering:

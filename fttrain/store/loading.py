@@ -1,0 +1,65 @@
+"""Layers on their way from the disk to where a store keeps them, at the speed of the disk."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fttrain.memory.ledger import MemoryLedger
+from fttrain.memory.parts import MemoryPart
+from fttrain.store import FrozenBase
+from fttrain.store.side_stream import copy, copy_stream
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+def reserve_layers(ledger: MemoryLedger, count: int, size_bytes: int) -> None:
+    """Memory that ``to_device`` needs for ``count`` buffers of ``size_bytes``."""
+    ledger.reserve(MemoryPart.FROZEN_LAYERS, count * size_bytes)
+    if ledger.device.type == "cuda":
+        ledger.reserve(MemoryPart.LAYER_STAGING, 2 * size_bytes)
+
+
+def in_turn(layers: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """``layers`` in the order in which ``rank`` reads them where every rank reads all: each begins
+    elsewhere, and finds in the page cache later what another one has read (docs/lab-log.md).
+    """
+    first = rank * len(layers) // world_size
+    return [*layers[first:], *layers[:first]]
+
+
+def to_device(
+    base: FrozenBase,
+    layers: Iterable[int],
+    size_bytes: int,
+    ledger: MemoryLedger,
+    progress: Progress,
+    offset_bytes: int = 0,
+) -> list[Tensor]:
+    """uint8 (size_bytes,) of each of ``layers`` from ``offset_bytes`` on, on the ledger's device.
+
+    On CUDA a layer is read into one of two page-locked buffers while the one before it is copied.
+    """
+    layers, device = list(layers), ledger.device
+    if device.type != "cuda":
+        flats = []
+        for done, layer in enumerate(layers, start=1):
+            flats.append(torch.empty(size_bytes, dtype=torch.uint8))
+            base.read(layer, flats[-1], offset_bytes)
+            progress(done, len(layers))
+        return flats
+    if not layers:
+        return []
+    lane = copy_stream(device)
+    staging = ledger.allocate(MemoryPart.LAYER_STAGING).view(2, size_bytes)
+    flats = []
+    for done, layer in enumerate(layers, start=1):
+        on_host = staging[done % 2]
+        base.read(layer, on_host, offset_bytes)
+        lane.synchronize()  # the copy of the layer before, out of the other buffer
+        flats.append(torch.empty(size_bytes, dtype=torch.uint8, device=device))
+        lane.run(partial(copy, flats[-1], on_host))
+        progress(done, len(layers))
+    lane.synchronize()
+    return flats

@@ -1,0 +1,182 @@
+"""The ranks of strategy=deepspeed: the course of a step under ZeRO.
+
+The frozen base, its rows and documents, the adapters' start, dropout's masks and the loss are those
+of the native strategies; layers, order and movement are transformers' and DeepSpeed's.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fttrain.data.batch import IGNORE, ROW_MULTIPLE, MicroBatch, collate
+from fttrain.memory.advice import explain_out_of_memory
+from fttrain.memory.ledger import Reservation
+from fttrain.model.linears import DropoutKey
+from fttrain.store import FrozenBase, Traffic
+from fttrain.store.loading import Progress
+from fttrain.strategy.deepspeed import engine, model, state
+from fttrain.strategy.deepspeed.settings import Settings
+from fttrain.strategy.grad_reduce import SyncStats
+from fttrain.strategy.optimizer_step import UpdateStats
+from fttrain.strategy.protocol import Judge, StepStats
+from fttrain.strategy.spec import BuildContext
+
+
+class DeepSpeed:
+    """One rank under ZeRO. Methods of ``Strategy`` are said there."""
+
+    def __init__(
+        self, context: BuildContext, base: FrozenBase, settings: Settings, progress: Progress
+    ) -> None:
+        self._context, self._group = context, context.group
+        self._seed = context.spec.seed
+        self.reservations: Sequence[Reservation] = context.ledger.reservations
+        self.pass_s = 0.0
+        engine.quiet()
+        self._moved = engine.join_ranks(context.group.device)
+
+        def put(layer: nn.Module) -> None:
+            if settings.stage == 3:
+                engine.partition(layer, settings.values, context.dtype)
+
+        self._model = model.load(context, base, progress, put)
+        self._engine = engine.Engine(
+            self._model,
+            state.parameter_groups(self._trained, context.spec),
+            context.spec.optim,
+            settings.values,
+            settings.offload_optimizer,
+        )
+        if context.spec.lora.r:  # weights were rounded to what computes, masters need not be
+            self._engine.set_masters(self._trained, model.start(context))
+        self._moved.take()  # it belongs to no step
+
+    @property
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self._model.trained())
+
+    @property
+    def data_parallel(self) -> tuple[int, int]:
+        return self._group.rank, self._group.world_size
+
+    def train_step(
+        self, micro_batches: list[MicroBatch], step: int, lr: float, accept: Judge
+    ) -> StepStats:
+        group = self._group
+        counts = [[batch.valid_tokens, sum(batch.lengths)] for batch in micro_batches]
+        own = torch.tensor(counts).sum(0).to(group.device)
+        targets, tokens = group.all_reduce_(own).tolist()
+        scale = 1 / max(1, targets)
+        total = torch.zeros((), dtype=torch.float64, device=group.device)
+        with self._explained():
+            for place, batch in enumerate(micro_batches, 1):
+                self._model.drop_as(DropoutKey(self._seed, step, batch.index))
+                loss = self._run(batch, training=True)
+                total += loss.detach()
+                self._engine.backward(loss * scale, last=place == len(micro_batches))
+        loss_mean = float(group.all_reduce_(total)) * scale
+        norm = self._engine.grad_norm()
+        moved = self._moved.take()
+        # As native strategies do: without a target there is nothing to learn from, and a gradient
+        # that is not finite destroys what trains.
+        updated = targets > 0 and accept(loss_mean, norm) and math.isfinite(norm)
+        with self._explained():
+            self._engine.step(lr) if updated else self._engine.leave_out()
+        updating = self._moved.take()
+        return StepStats(
+            loss_mean,
+            targets,
+            tokens,
+            norm,
+            updated,
+            SyncStats(moved.sum_bytes, moved.sum_s),
+            Traffic(gather_bytes=moved.gather_bytes),
+            UpdateStats(optim_gather_bytes=updating.gather_bytes),
+        )
+
+    def resize(self, pieces: int) -> None:
+        """The engine is told of each micro-batch whether it is the step's last: nothing of it
+        depends on how many there are.
+        """
+
+    def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
+        started = time.perf_counter()
+        total = torch.zeros(2, dtype=torch.float64, device=self._group.device)
+        with self._explained(), torch.no_grad():
+            for batch in micro_batches:
+                total[0] += self._run(batch, training=False)
+                total[1] += batch.valid_tokens
+        loss, targets = self._group.all_reduce_(total).tolist()
+        self.pass_s = (time.perf_counter() - started) / max(1, len(micro_batches))
+        self._moved.take()
+        return loss, int(targets)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, stop: set[int]
+    ) -> list[list[int]]:
+        # All tokens pass again for each new one: DeepSpeed gathers whole layers in any case, and
+        # the answers are short.
+        answers: list[list[int]] = [[] for _ in prompts]
+        going = list(range(len(prompts)))
+        with self._explained():
+            for _ in range(max_new_tokens):
+                if not going:
+                    break
+                chosen = self._next_tokens([prompts[one] + answers[one] for one in going])
+                for one, token in zip(list(going), chosen, strict=True):
+                    if token in stop:
+                        going.remove(one)
+                    else:
+                        answers[one].append(token)
+        self._moved.take()
+        return answers
+
+    def _next_tokens(self, texts: list[list[int]]) -> list[int]:
+        """The most likely next token of each; rank 0's, so that all make as many passes."""
+        batch = collate([(ids, [IGNORE] * len(ids)) for ids in texts], 0)
+        ends = (torch.tensor(batch.lengths).cumsum(0) - 1).tolist()
+        logits = self._run(batch, ends, training=False)
+        chosen: list[int] = self._group.broadcast(logits.argmax(-1).cpu()).tolist()
+        return chosen
+
+    def _run(self, batch: MicroBatch, wanted: list[int] | None = None, *, training: bool) -> Tensor:
+        """A micro-batch through the model. One without documents passes as padding: where weights
+        are gathered, and where gradients meet, every rank is needed.
+        """
+        whole = batch.padded() if batch.lengths else _blank(batch)
+        result: Tensor = self._engine.run(whole.to(self._group.device), wanted, training=training)
+        return result
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explain_out_of_memory(self.reservations, self._group.rank, self._group.device)
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        return self._engine.masters(self._trained)
+
+    def load_adapter_state(self, values: dict[str, Tensor]) -> None:
+        state.check_fit(self._trained, values)
+        self._engine.set_masters(self._trained, values)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        return state.optimizer_state(self._context, self._engine, self._trained)
+
+    def load_optimizer_state(self, values: dict[str, Tensor]) -> None:
+        state.load_optimizer_state(self._context, self._engine, self._trained, values)
+
+
+def _blank(batch: MicroBatch) -> MicroBatch:
+    """A document of zeros without targets in the place of ``batch``, which has none."""
+    zeros = torch.zeros(ROW_MULTIPLE, dtype=torch.int64)
+    return replace(
+        batch,
+        input_ids=zeros,
+        targets=torch.full_like(zeros, IGNORE),
+        position_ids=zeros,
+        lengths=(ROW_MULTIPLE,),
+    )

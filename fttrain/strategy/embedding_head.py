@@ -1,0 +1,154 @@
+"""The two ends of the model, embedding and head: what they take, and how they are loaded."""
+
+import torch
+from torch import Tensor
+
+from fttrain.memory.parts import MemoryPart
+from fttrain.model.head import chunk_bytes, chunk_rows
+from fttrain.model.projection import (
+    Projection,
+    QuantizedHead,
+    ResidentHead,
+    StreamedHead,
+    tile_bytes,
+    tiled_format,
+)
+from fttrain.quant.config import QuantConfig
+from fttrain.quant.frozen_layer import FrozenFormat
+from fttrain.store import FrozenBase
+from fttrain.strategy.config import Placement
+from fttrain.strategy.spec import BuildContext
+from fttrain.util.errors import UserError
+
+# Names of the two ends in the frozen base
+EMBEDDING, HEAD = "embedding", "head"
+
+
+def reserve_ends(context: BuildContext, has_embedding: bool, has_head: bool) -> None:
+    """Embedding and head of this rank; tied and in one place, the head is the embedding's table.
+
+    Raises UserError for a head that cannot be quantised, also where another rank has it.
+    """
+    ledger, placement = context.ledger, context.spec.placement
+    quantised = placement.head == "nf4"
+    if quantised:
+        _check_blocks(context)
+    if placement.embedding == "host":
+        ledger.reserve(MemoryPart.HOST_EMBEDDING, context.table_bytes)
+    elif has_embedding:
+        ledger.reserve(MemoryPart.EMBEDDING, context.table_bytes)
+    one_table = context.architecture.tied and _in_one_place(placement)
+    if placement.head == "streamed" and not one_table:
+        ledger.reserve(MemoryPart.HOST_HEAD, context.table_bytes)
+    if has_head:
+        _reserve_head(context, one_table and has_embedding)
+    if context.group.device.type == "cpu":  # a table is read where it stays
+        loading = quantised and has_head
+    else:
+        loading = placement.embedding == "device" or placement.head != "streamed"
+    if loading:
+        ledger.reserve(MemoryPart.TABLE_STAGING, context.table_bytes)
+
+
+def _reserve_head(context: BuildContext, is_embedding: bool) -> None:
+    """What this rank's head takes on the device. ``is_embedding``: its table is booked as such."""
+    ledger, form = context.ledger, context.spec.placement.head
+    (vocabulary, _), tokens = _shape(context), context.spec.size.micro_batch_tokens
+    factor = QuantizedHead.chunk_factor if form == "nf4" else ResidentHead.chunk_factor
+    rows, projecting_bytes = chunk_rows(vocabulary, context.dtype, tokens, factor), 0
+    if form == "nf4":
+        tiles = _quantised_format(context)
+        ledger.reserve(MemoryPart.QUANTIZED_HEAD, tiles.layout.size_bytes)
+        projecting_bytes = tile_bytes(tiles, rows)
+    elif form == "streamed":
+        ledger.reserve(MemoryPart.STREAMED_HEAD, context.table_bytes)
+    elif not is_embedding:
+        ledger.reserve(MemoryPart.HEAD, context.table_bytes)
+    ledger.reserve(
+        MemoryPart.LOGITS, chunk_bytes(vocabulary, context.dtype, rows, projecting_bytes)
+    )
+
+
+def load_ends(
+    context: BuildContext, base: FrozenBase, has_embedding: bool, has_head: bool
+) -> tuple[Tensor | None, Projection | None]:
+    """The embedding's table (V, C) and the head's projection, None for an end that another rank
+    has.
+    """
+    placement, device = context.spec.placement, context.group.device
+    # A shared table is made by all ranks together, so each must come to the same answer.
+    embedding = None
+    if placement.embedding == "host":
+        embedding = _load_shared_table(context, base, EMBEDDING, MemoryPart.HOST_EMBEDDING)
+    elif has_embedding:
+        embedding = _load_table(context, base, EMBEDDING).to(device)
+    table = embedding if base.tied and _in_one_place(placement) else None
+    if table is None and placement.head == "streamed":
+        table = _load_shared_table(context, base, HEAD, MemoryPart.HOST_HEAD)
+    projection = _projection(context, base, table) if has_head else None
+    return embedding if has_embedding else None, projection
+
+
+def _projection(context: BuildContext, base: FrozenBase, table: Tensor | None) -> Projection:
+    """This rank's. ``table``: the head's, where it is there already."""
+    form, device = context.spec.placement.head, context.group.device
+    if form == "nf4":
+        return QuantizedHead(_load_table(context, base, HEAD), _quantised_format(context), device)
+    if table is None:
+        table = _load_table(context, base, HEAD).to(device)
+    return StreamedHead(table, device) if form == "streamed" else ResidentHead(table)
+
+
+def _in_one_place(placement: Placement) -> bool:
+    """Whether embedding and head can be one table."""
+    return (placement.embedding, placement.head) in (("device", "resident"), ("host", "streamed"))
+
+
+def _load_table(context: BuildContext, base: FrozenBase, name: str) -> Tensor:
+    """Embedding or head (V, C), in host memory of this rank."""
+    if context.group.device.type == "cpu":
+        table = torch.empty(_shape(context), dtype=context.dtype)
+    else:
+        table = (
+            context.ledger.allocate(MemoryPart.TABLE_STAGING)
+            .view(context.dtype)
+            .view(_shape(context))
+        )
+    base.read_end(name, table)
+    return table
+
+
+def _load_shared_table(
+    context: BuildContext, base: FrozenBase, name: str, part: MemoryPart
+) -> Tensor:
+    """Embedding or head (V, C) in the machine's one host copy, which its first rank fills."""
+    table = context.ledger.allocate(part).view(context.dtype).view(_shape(context))
+    if context.group.intra_node.is_main:
+        base.read_end(name, table)
+    context.group.intra_node.barrier()
+    return table
+
+
+def _quantised_format(context: BuildContext) -> FrozenFormat:
+    """How a head in 4 bits is laid out."""
+    return tiled_format(*_shape(context), _head_quant(context), context.dtype)
+
+
+def _head_quant(context: BuildContext) -> QuantConfig:
+    """As the layers; NF4 where they are not quantised."""
+    quant = context.spec.quant
+    return quant if quant.is_quantised else QuantConfig(blocksize=quant.blocksize)
+
+
+def _check_blocks(context: BuildContext) -> None:
+    hidden, blocksize = context.architecture.hidden, _head_quant(context).blocksize
+    if hidden % blocksize:
+        raise UserError(
+            f"head=nf4: rows of {hidden} values are not a multiple of quant.blocksize={blocksize}; "
+            "a smaller block size, head=resident or head=streamed helps"
+        )
+
+
+def _shape(context: BuildContext) -> tuple[int, int]:
+    """(V, C)."""
+    return int(context.architecture.config.vocab_size), context.architecture.hidden

@@ -1,0 +1,169 @@
+"""The parts that strategies share: layers and ends, and what is kept for backward.
+
+First ``reserve_slice`` says what they need of device and host; once all has been compared with what there
+is, the frozen base is opened and the parts are made.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fttrain.memory.parts import MemoryPart
+from fttrain.model.decoder import Decoder
+from fttrain.model.lora import target_indices
+from fttrain.schedule.activations import Keep, Offload, Policies, Policy, Recompute
+from fttrain.store import FrozenBase, Store
+from fttrain.store.activations import ALIGN_BYTES, UNDER_WAY, HostActivations
+from fttrain.store.layer_inputs import (
+    DeviceLayerInputs,
+    HostLayerInputs,
+    LayerInputs,
+    layer_input_bytes,
+)
+from fttrain.store.verify import VerifiedStore
+from fttrain.strategy import trainable_state
+from fttrain.strategy.embedding_head import load_ends, reserve_ends
+from fttrain.strategy.spec import BuildContext
+from fttrain.util.units import round_up
+
+# What the books call each part.
+
+
+@dataclass(frozen=True)
+class ModelSlice:
+    """This rank's part of the model."""
+
+    layers: range
+    has_embedding: bool = True
+    has_head: bool = True
+
+
+def reserve_slice(context: BuildContext, model_slice: ModelSlice, micro_batches: int) -> None:
+    """Memory of what every strategy has. ``micro_batches``: kept for backward at once."""
+    _reserve_saved(context, model_slice, micro_batches)
+    reserve_ends(context, model_slice.has_embedding, model_slice.has_head)
+    context.ledger.reserve(MemoryPart.DEQUANTIZED_WEIGHTS, dequantised_bytes(context))
+    trainable_state.reserve_trainable(context, len(model_slice.layers))
+
+
+def _reserve_saved(context: BuildContext, model_slice: ModelSlice, micro_batches: int) -> None:
+    """What layers leave for backward."""
+    ledger, used = context.ledger, slice_policies(context, model_slice)
+    ledger.reserve(
+        MemoryPart.ACTIVATIONS, micro_batches * sum(saved_bytes(context, policy) for policy in used)
+    )
+    ledger.reserve(MemoryPart.ACTIVATION_TRANSFERS, transfer_bytes(context))
+    if "offload" in used:
+        ledger.reserve(
+            MemoryPart.OFFLOADED_ACTIVATIONS,
+            micro_batches * used.count("offload") * activation_bytes(context),
+        )
+    if "recompute" in used and context.spec.placement.boundaries == "host":
+        shape = _layer_inputs_shape(context, model_slice, micro_batches)
+        ledger.reserve(MemoryPart.LAYER_INPUTS, layer_input_bytes(shape, context.dtype))
+
+
+def dequantised_bytes(context: BuildContext) -> int:
+    """Weights in the compute dtype: of the largest group, or of a layer with ``dequant=layer``."""
+    quant = context.spec.quant
+    if not quant.is_quantised:
+        return 0
+    weights = [math.prod(shape.shape) for shape in context.frozen_format.groups.values()]
+    values = sum(weights) if quant.dequant == "layer" else max(weights)
+    return values * context.dtype.itemsize
+
+
+def saved_bytes(context: BuildContext, policy: str) -> int:
+    """What a layer with ``policy`` keeps on the device for one micro-batch's backward."""
+    if policy == "recompute":
+        if context.spec.placement.boundaries == "host":
+            return 0
+        tokens = context.spec.size.micro_batch_tokens
+        return tokens * context.architecture.hidden * context.dtype.itemsize
+    return 0 if policy == "offload" else activation_bytes(context)
+
+
+def transfer_bytes(context: BuildContext) -> int:
+    """What offloaded activations take on the device while they leave and come back."""
+    if "offload" not in context.spec.placement.policies(context.architecture.layers):
+        return 0
+    return (UNDER_WAY + 2) * activation_bytes(context)  # two come back: one is used, one is next
+
+
+def activation_bytes(context: BuildContext) -> int:
+    """All that a layer's backward reads of one micro-batch: its input; q, k, v; attention's output
+    and fp32 log-sum-exp; the second residual; gate and up; with DoRA what o and down gave.
+    """
+    a, rows = context.architecture, context.spec.size.row_tokens
+    attention = a.heads * a.head_dim
+    qkv, gate_up = attention + 2 * a.kv_heads * a.head_dim, 2 * a.config.intermediate_size
+    widths = [a.hidden, qkv, attention, a.hidden, gate_up]
+    if context.spec.lora.use_dora:  # magnitudes read what their linears gave: qkv, gate and up, too
+        targets = target_indices(a.groups, context.spec.lora)
+        widths += [a.hidden for group in ("o", "down") if targets[group]]
+    sizes = [rows * width * context.dtype.itemsize for width in widths] + [rows * a.heads * 4]
+    of_a_row = sum(round_up(size_bytes, ALIGN_BYTES) for size_bytes in sizes)
+    return context.spec.size.micro_batch_size * of_a_row
+
+
+def slice_policies(context: BuildContext, model_slice: ModelSlice) -> list[str]:
+    """Of this rank's layers."""
+    every = context.spec.placement.policies(context.architecture.layers)
+    return [every[layer] for layer in model_slice.layers]
+
+
+def build_policies(context: BuildContext, model_slice: ModelSlice, micro_batches: int) -> Policies:
+    """What each of this rank's layers leaves for backward, and where."""
+    made: dict[str, Policy] = {"keep": Keep()}
+    used, device = slice_policies(context, model_slice), context.group.device
+    if "offload" in used:
+        places = micro_batches * used.count("offload")
+        host = HostActivations(
+            context.ledger.allocate(MemoryPart.OFFLOADED_ACTIVATIONS), places, device
+        )
+        made["offload"] = Offload(host)
+    boundaries: LayerInputs = DeviceLayerInputs()
+    if "recompute" in used and context.spec.placement.boundaries == "host":
+        shape = _layer_inputs_shape(context, model_slice, micro_batches)
+        buffer = context.ledger.allocate(MemoryPart.LAYER_INPUTS)
+        boundaries = HostLayerInputs(buffer, shape, context.dtype, device)
+    made["recompute"] = Recompute(boundaries)
+    return [made[policy] for policy in used]
+
+
+def _layer_inputs_shape(
+    context: BuildContext, model_slice: ModelSlice, micro_batches: int
+) -> tuple[int, int, int]:
+    layers = slice_policies(context, model_slice).count("recompute")
+    return micro_batches * layers, context.spec.size.micro_batch_tokens, context.architecture.hidden
+
+
+def build_decoder(context: BuildContext, base: FrozenBase, model_slice: ModelSlice) -> Decoder:
+    """This rank's layers and ends; adapters at their start."""
+    embedding, head = load_ends(context, base, model_slice.has_embedding, model_slice.has_head)
+    norm = torch.empty(context.architecture.hidden, dtype=context.dtype)
+    base.read_end("final_norm", norm)
+    return Decoder(
+        context.architecture,
+        embedding,
+        norm.to(context.group.device),
+        head,
+        trainable_state.adapters(context, model_slice.layers),
+        z_loss=context.spec.z_loss,
+        mlp_tile_tokens=context.spec.placement.tile_tokens,
+    )
+
+
+def verified_store(
+    context: BuildContext, base: FrozenBase, store: Store, layers: Sequence[int]
+) -> VerifiedStore:
+    """``store`` of ``layers``, checked against the cache's manifest."""
+    expected = [base.checksum(layer) for layer in layers]
+    return VerifiedStore(store, expected, context.spec.frozen.verify_every)
+
+
+def layer_files(base: FrozenBase) -> list[str]:
+    """Where each layer lies on disk."""
+    return [str(base.path(layer)) for layer in range(len(base))]

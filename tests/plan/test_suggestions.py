@@ -1,0 +1,53 @@
+"""What would fit where nothing does."""
+
+from dataclasses import replace
+
+from tiny_rig import RECIPE, ROOMY, A, chosen, rig
+
+from fttrain.plan.choose import judge
+from fttrain.plan.suggestions import what_fits
+from fttrain.strategy.spec import StepSize, StrategySpec
+
+
+def taken_bytes(spec: StrategySpec) -> int:
+    return judge(spec, A, rig(ROOMY)).memory[0].device_bytes
+
+
+def test_what_can_move_to_the_host_moves_there_first() -> None:
+    offloaded = replace(RECIPE, optim=replace(RECIPE.optim, offload=True))
+    assert taken_bytes(offloaded) < taken_bytes(RECIPE)
+    short = rig(taken_bytes(offloaded))
+    nearest = judge(RECIPE, A, short)
+    assert not nearest.fits
+    assert what_fits(nearest, A, short) == "it fits with optim.offload=true"
+
+
+def test_levers_add_up_until_it_fits() -> None:
+    placement = replace(RECIPE.placement, boundaries="host", embedding="host")
+    optim = replace(RECIPE.optim, offload=True)
+    short = rig(taken_bytes(replace(RECIPE, optim=optim, placement=placement)))
+    said = what_fits(judge(RECIPE, A, short), A, short)
+    assert said == "it fits with optim.offload=true boundaries=host embedding=host"
+
+
+def test_a_layer_that_keeps_everything_leaves_no_boundary_to_move() -> None:
+    kept = replace(RECIPE, placement=replace(RECIPE.placement, activations="keep"))
+    short = rig(1000)
+    assert "boundaries" not in what_fits(judge(kept, A, short), A, short)
+
+
+def test_where_nothing_smaller_helps_a_larger_rig_is_named() -> None:
+    tight = rig(100_000)
+    assert "the smallest rig of conf/rig/profiles" in what_fits(chosen(tight)[0], A, tight)
+
+
+def test_shorter_rows_hold_fewer_documents() -> None:
+    """What flash attention takes for each of them on a card is most of what a step takes."""
+    placement = replace(RECIPE.placement, boundaries="host", embedding="host", head="streamed")
+    long = replace(RECIPE, optim=replace(RECIPE.optim, offload=True), placement=placement)
+    long, short = (
+        replace(long, size=StepSize(1, seq_len, 1, row_documents=documents))
+        for seq_len, documents in ((1024, 200), (256, 50))
+    )
+    tight = rig(taken_bytes(short))
+    assert what_fits(judge(long, A, tight), A, tight) == "it fits with data.seq_len=256"
