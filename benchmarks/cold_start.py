@@ -132,7 +132,8 @@ def _work(job: dict[str, Any], group: Any) -> Callable[[], Any]:
     """What the clock measures, on this rank."""
     from fttrain.frozen.cache import FrozenCache
     from fttrain.memory.ledger import MemoryLedger
-    from fttrain.store.loading import book_layers, in_turn, to_device
+    from fttrain.memory.parts import MemoryPart
+    from fttrain.store.loading import in_turn, reserve_layers, to_device
 
     layers, layer_bytes = job["layers"], job["layer_bytes"]
     base = FrozenCache(Path(job["folder"]), {})
@@ -141,12 +142,12 @@ def _work(job: dict[str, Any], group: Any) -> Callable[[], Any]:
     if side == "plain":
         return lambda: [_read(base.path(layer)) for layer in own]
     if side == "stream":
-        ledger.book("host copy", layers * layer_bytes, shared=True)
-        on_host = ledger.allocate("host copy").view(layers, layer_bytes)
+        ledger.reserve(MemoryPart.HOST_LAYERS, layers * layer_bytes)
+        on_host = ledger.allocate(MemoryPart.HOST_LAYERS).view(layers, layer_bytes)
         return lambda: [base.read(layer, on_host[layer]) for layer in own]
     size_bytes = layer_bytes // (group.world_size if side == "shard" else 1)
     offset_bytes = group.rank * size_bytes if side == "shard" else 0
-    book_layers(ledger, layers, size_bytes)
+    reserve_layers(ledger, layers, size_bytes)
     order = range(layers)
     if side == "replicate":
         order = in_turn(order, group.rank, group.world_size)

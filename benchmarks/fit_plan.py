@@ -3,7 +3,7 @@
     python benchmarks/fit_plan.py outputs/bench/fit70b.json [--json FILE]
     python benchmarks/fit_plan.py outputs/bench/fit70b.json --rig outputs/measure/profile.json
 
-Of each run, the longer rows included, the peak of the fullest card: predicted from the books and
+Of each run, the longer rows included, the peak of the fullest card: predicted from the ledger and
 the step on fake tensors, and reserved by torch's allocator. Nothing is run on a card. With --rig
 the command itself plans the same shape for that rig first.
 """

@@ -8,7 +8,7 @@ Inside the block ``torch.cuda``'s streams and events are stand-ins that compute 
 vector clocks (``stream_races``). Ops run at once, one after the other, on the one thread there is.
 A dispatch mode sees each of them with the tensors that it reads and writes, and books them on the
 stream, or the thread of the host, on which a card would run them. So one run finds what any timing
-could bring about, as long as the program asks for the same ops. Lanes are ``StreamLane`` as on a
+could bring about, as long as the program asks for the same ops. Side streams are ``StreamLane`` as on a
 card, and threads that ask a device are timelines of the host and do at once what they are given.
 
 What a card would do is told apart as follows.
@@ -46,6 +46,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fttrain
 from fttrain.memory.ledger import MemoryLedger
+from fttrain.memory.parts import MemoryPart
 from fttrain.store import side_stream
 
 CPU = torch.device("cpu")
@@ -231,16 +232,16 @@ def simulated_streams() -> Iterator[Simulation]:
     simulation = Simulation()
     allocate = MemoryLedger.allocate
 
-    def allocate_on_host(ledger: MemoryLedger, what: str) -> Tensor:
-        return simulation.in_host_memory(allocate(ledger, what), what)
+    def allocate_on_host(ledger: MemoryLedger, part: MemoryPart) -> Tensor:
+        return simulation.in_host_memory(allocate(ledger, part), part.label)
 
     stand_ins = {
         (torch.cuda, "Stream"): lambda device=None: Stream(simulation, f"a stream of {_where()}"),
         (torch.cuda, "Event"): lambda enable_timing=False: Event(simulation),
         (torch.cuda, "stream"): simulation.running,
         (torch.cuda, "current_stream"): lambda device=None: simulation.stream,
-        (side_stream, "ThreadLane"): lambda: side_stream.CudaSideStream(CPU, timed=True),
-        (side_stream, "CollectiveLane"): lambda: side_stream.CudaSideStream(CPU, timed=True),
+        (side_stream, "ThreadSideStream"): lambda: side_stream.CudaSideStream(CPU, timed=True),
+        (side_stream, "CollectiveSideStream"): lambda: side_stream.CudaSideStream(CPU, timed=True),
         (side_stream, "ThreadPoolExecutor"): lambda count, name: Worker(simulation, name),
         (MemoryLedger, "allocate"): allocate_on_host,
     }

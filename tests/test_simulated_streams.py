@@ -23,7 +23,7 @@ def pinned() -> Tensor:
     return torch.empty(SIZE, pin_memory=True).fill_(1)
 
 
-def side_stream() -> torch.cuda.Stream:
+def make_stream() -> torch.cuda.Stream:
     """Ordered after what the compute was asked so far."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -41,7 +41,7 @@ def put_on(stream: torch.cuda.Stream, work: Callable[[], object]) -> torch.cuda.
 
 def used_before_its_copy(right: bool) -> None:
     tensor, on_host = torch.empty(SIZE), pinned()
-    side = side_stream()
+    side = make_stream()
     done = put_on(side, lambda: tensor.copy_(on_host, non_blocking=True))
     if right:
         torch.cuda.current_stream().wait_event(done)
@@ -66,7 +66,7 @@ def filled_where_another_one_may_lie(right: bool) -> None:
 
 def slot_overwritten_while_read(right: bool) -> None:
     slot, on_host, used = torch.empty(SIZE), pinned(), torch.cuda.Event()
-    side = side_stream()
+    side = make_stream()
     for _ in range(2):
         if right:
             side.wait_event(used)
@@ -87,7 +87,7 @@ def event_recorded_too_early(right: bool) -> None:
 
 def freed_under_a_copy(right: bool) -> None:
     leaving, on_host = [torch.ones(SIZE)], pinned()
-    side = side_stream()
+    side = make_stream()
     left = put_on(side, lambda: on_host.copy_(leaving[0], non_blocking=True))
     if right:
         left.wait()
@@ -99,7 +99,7 @@ def freed_under_a_copy(right: bool) -> None:
 
 def freed_under_a_write(right: bool) -> None:
     coming = [torch.zeros(SIZE)]
-    side = side_stream()
+    side = make_stream()
     here = put_on(side, lambda: coming[0].fill_(1))
     if right:
         here.wait()
@@ -121,7 +121,7 @@ def freed_where_it_was_not_made(right: bool) -> None:
 
 def pinned_rewritten_under_its_copy(right: bool) -> None:
     tensor, on_host = torch.empty(SIZE), pinned()
-    side = side_stream()
+    side = make_stream()
     done = put_on(side, lambda: tensor.copy_(on_host, non_blocking=True))
     if right:
         done.synchronize()
@@ -136,7 +136,7 @@ def host_reads_before_the_copy(right: bool) -> None:
 
 def thread_reads_before_the_copy(right: bool) -> None:
     tensor, on_host = torch.ones(SIZE), pinned()
-    side = side_stream()
+    side = make_stream()
     put_on(side, lambda: on_host.copy_(tensor, non_blocking=True))
     if right:
         side.synchronize()
@@ -155,7 +155,7 @@ def host_reads_what_a_thread_writes(right: bool) -> None:
 EXAMPLES = {
     used_before_its_copy: (
         "float32 (8,) of {0}",
-        "copy_ in {0}.<lambda> writes it on a stream of side_stream",
+        "copy_ in {0}.<lambda> writes it on a stream of make_stream",
         "sum in {0} reads it on compute",
     ),
     copied_before_it_is_made: (
@@ -171,7 +171,7 @@ EXAMPLES = {
     slot_overwritten_while_read: (
         "float32 (8,) of {0}",
         "sum in {0} reads it on compute",
-        "copy_ in {0}.<lambda> writes it on a stream of side_stream",
+        "copy_ in {0}.<lambda> writes it on a stream of make_stream",
     ),
     event_recorded_too_early: (
         "float32 (8,) of {0}",
@@ -180,12 +180,12 @@ EXAMPLES = {
     ),
     freed_under_a_copy: (
         "float32 (8,) of {0}",
-        "copy_ in {0}.<lambda> reads it on a stream of side_stream",
+        "copy_ in {0}.<lambda> reads it on a stream of make_stream",
         "it is freed on compute",
     ),
     freed_under_a_write: (
         "float32 (8,) of {0}",
-        "fill_ in {0}.<lambda> writes it on a stream of side_stream",
+        "fill_ in {0}.<lambda> writes it on a stream of make_stream",
         "it is freed on compute",
     ),
     freed_where_it_was_not_made: (
@@ -195,7 +195,7 @@ EXAMPLES = {
     ),
     pinned_rewritten_under_its_copy: (
         "float32 (8,) of pinned",
-        "copy_ in {0}.<lambda> reads it on a stream of side_stream",
+        "copy_ in {0}.<lambda> reads it on a stream of make_stream",
         "fill_ in {0} writes it on host",
     ),
     host_reads_before_the_copy: (
@@ -205,7 +205,7 @@ EXAMPLES = {
     ),
     thread_reads_before_the_copy: (
         "float32 (8,) of pinned",
-        "copy_ in {0}.<lambda> writes it on a stream of side_stream",
+        "copy_ in {0}.<lambda> writes it on a stream of make_stream",
         "sum in {0} reads it on thread reader",
     ),
     host_reads_what_a_thread_writes: (
@@ -235,7 +235,7 @@ def test_what_is_in_order_is_no_race(
 
 def test_order_goes_through_other_streams(simulation: Simulation) -> None:
     tensor = torch.zeros(SIZE)
-    first, second = side_stream(), torch.cuda.Stream()
+    first, second = make_stream(), torch.cuda.Stream()
     put_on(first, lambda: tensor.fill_(1))
     second.wait_stream(first)
     torch.cuda.current_stream().wait_stream(second)
@@ -245,7 +245,7 @@ def test_order_goes_through_other_streams(simulation: Simulation) -> None:
 
 def test_only_bytes_in_common_race(simulation: Simulation) -> None:
     tensor = torch.zeros(2, SIZE)
-    side = side_stream()
+    side = make_stream()
     put_on(side, lambda: tensor[0].fill_(1))
     tensor[1].sum()
     assert simulation.races == []
@@ -259,7 +259,7 @@ def test_a_copy_that_comes_too_late_matters_where_someone_reads_it(
     when: str, use: bool, simulation: Simulation
 ) -> None:
     on_host, leaving = pinned(), [torch.ones(SIZE)]
-    side = side_stream()
+    side = make_stream()
     put_on(side, lambda: on_host.copy_(leaving[0], non_blocking=True))
     if when == "before the free" and use:
         put_on(side, lambda: torch.zeros(SIZE).copy_(on_host, non_blocking=True))

@@ -78,7 +78,7 @@ class CountingLane(ThreadSideStream):
 
 
 def delay_lanes(seed: int, most_s: float = 3e-3) -> None:
-    """From now on the lanes of this process start each piece of work late, by a random time:
+    """From now on the side streams of this process start each piece of work late, by a random time:
     mostly short, at most ``most_s``.
     """
     chance = random.Random(seed)
@@ -89,13 +89,13 @@ def delay_lanes(seed: int, most_s: float = 3e-3) -> None:
 def _late(
     start: Callable[[Any, Task], Any], chance: random.Random, most_s: float
 ) -> Callable[[HostSideStream, Task], Any]:
-    def start_late(lane: HostSideStream, work: Task) -> Any:
+    def start_late(stream: HostSideStream, work: Task) -> Any:
         delay_s = most_s * chance.random() ** 3
 
         def late() -> Any:
             time.sleep(delay_s)
             return work()
 
-        return start(lane, late)
+        return start(stream, late)
 
     return start_late

@@ -20,7 +20,7 @@ LENGTHS = ((9, 4), (12,), (3, 7))  # tokens of the documents of each micro-batch
 STEPS = 2  # the second one meets what the first one left
 
 Settings = dict[str, Any]
-HOST: Settings = {"boundaries": "host", "embedding": "host", "head": "streamed", "offload": True}
+HOST: Settings = {"layer_inputs": "host", "embedding": "host", "lm_head": "host", "offload": True}
 SHARD: Settings = {"strategy": "shard"}
 STREAM: Settings = {"strategy": "stream"}
 ON_HOST: Settings = {**STREAM, **HOST}

@@ -34,9 +34,9 @@ USUAL: Changes = {
     "schedule": {},
     "placement": {
         "activations": "recompute",
-        "boundaries": "host",
+        "layer_inputs": "host",
         "embedding": "host",
-        "head": "streamed",
+        "lm_head": "host",
     },
     "optim": {"offload": True},
 }
@@ -47,7 +47,7 @@ LEVERS: tuple[tuple[str, tuple[str, ...], Changes], ...] = (
         OFFLOAD,
         ("shard", "stream k=0"),
         {
-            "placement": {"activations": "offload", "boundaries": "device"},  # it leaves none
+            "placement": {"activations": "offload", "layer_inputs": "device"},  # it leaves none
             "schedule": {"group": 1},
         },
     ),
@@ -62,7 +62,11 @@ LEVERS: tuple[tuple[str, tuple[str, ...], Changes], ...] = (
         ("shard", "stream k=0"),
         {"optim": {"shard": True, "offload": False}},
     ),
-    ("head=nf4", ("shard", "stream k=0", "pipeline"), {"placement": {"head": "nf4"}}),
+    (
+        "lm_head=quantized",
+        ("shard", "stream k=0", "pipeline"),
+        {"placement": {"lm_head": "quantized"}},
+    ),
 )
 
 

@@ -1,6 +1,6 @@
-"""A slower link between host and card: every copy of a lane takes as long as it would there.
+"""A slower link between host and card: every copy of a side stream takes as long as it would there.
 
-Each way is paced for itself, and all lanes that copy that way share it: one copy after the other,
+Each way is paced for itself, and all side streams that copy that way share it: one copy after the other,
 in the order in which they are asked for. On the CPU there is one way, from host to host.
 """
 
@@ -32,7 +32,7 @@ class Way(Protocol):
 
 
 class HostWay:
-    """On the CPU: the lane's thread sleeps."""
+    """On the CPU: the side stream's thread sleeps."""
 
     def __init__(self, rate: float, copy: Copy) -> None:
         """``rate``: bytes/s."""
@@ -50,7 +50,7 @@ class HostWay:
 
 
 class CardWay:
-    """On CUDA: a kernel that only waits follows each copy on its lane's stream. The host never
+    """On CUDA: a kernel that only waits follows each copy on its side stream's stream. The host never
     waits.
     """
 
@@ -65,7 +65,7 @@ class CardWay:
     def carry(self, into: Tensor, source: Tensor) -> None:
         device = into.device if into.is_cuda else source.device
         stream = torch.cuda.current_stream(device)
-        # All that a copy waits for was asked for before it, here as on its lane: no circle.
+        # All that a copy waits for was asked for before it, here as on its side stream: no circle.
         with self._lock, torch.cuda.device(device):
             if self._over is not None:
                 stream.wait_event(self._over)
@@ -78,7 +78,7 @@ class CardWay:
 
 @contextmanager
 def paced(settings: dict[str, Any] | None) -> Iterator[dict[str, Way]]:
-    """Inside the block the copies of all lanes take their time: ``gb_s`` of ``settings`` each way,
+    """Inside the block the copies of all side streams take their time: ``gb_s`` of ``settings`` each way,
     for the ways that ``own_gb_s`` has the rates of; ``cycles_per_s``: of a waiting kernel. None: as
     they are. The ways, by name.
     """

@@ -66,9 +66,9 @@ class RunConfig:
     # recompute (only a layer's input is saved) | keep | offload (to the host), or a list by layer
     # | auto: the fastest of the three that fits
     activations: str | tuple[str, ...]
-    boundaries: str  # inputs of layers until their backward: device | host
+    layer_inputs: str  # inputs of layers until their backward: device | host
     embedding: str  # the embedding table: device | host
-    head: str  # the output projection: resident | nf4 (on the device) | streamed (from the host)
+    lm_head: str  # the output projection: device | quantized (on the device, in 4 bits) | host
     mlp_tile_tokens: int | str  # that pass a layer's MLP at once: a multiple of 1024 | all
     resume: str  # auto (the newest whole snapshot in output) | none | path of a snapshot
     output: str  # folder of the run
@@ -97,10 +97,10 @@ class RunConfig:
             raise UserError(
                 "quant.double_quant=true: quant.kind=none has no scales; write quant=none"
             )
-        group, steps = self.schedule.group, self.loop.gradient_accumulation_steps
+        group, steps = self.schedule.micro_batch_group, self.loop.gradient_accumulation_steps
         if isinstance(group, int) and group > steps:
             raise UserError(
-                f"schedule.group={group}: more than loop.gradient_accumulation_steps={steps}; "
+                f"schedule.micro_batch_group={group}: more than loop.gradient_accumulation_steps={steps}; "
                 f"write {steps} or all"
             )
         if self.loop.eval_every and not self.data.holdout:
@@ -114,7 +114,9 @@ class RunConfig:
         recompute.
         """
         kept = "recompute" if self.activations == AUTO else self.activations
-        return Placement(kept, self.boundaries, self.embedding, self.head, self.mlp_tile_tokens)
+        return Placement(
+            kept, self.layer_inputs, self.embedding, self.lm_head, self.mlp_tile_tokens
+        )
 
     @property
     def left_open(self) -> tuple[str, ...]:

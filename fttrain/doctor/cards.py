@@ -78,7 +78,7 @@ def present(cards: Sequence[Card]) -> Finding:
 
 
 def pcie(cards: Sequence[Card]) -> Finding:
-    """Lanes in use against what card and slot can do. The generation is no sign: a card that rests
+    """Side streams in use against what card and slot can do. The generation is no sign: a card that rests
     turns it down.
     """
     known = [(i, c) for i, c in enumerate(cards) if c.pcie_width and c.pcie_width_most]
@@ -126,7 +126,7 @@ def ecc(cards: Sequence[Card]) -> Finding:
 
 
 def host_memory(cards: Sequence[Card], memory_bytes: int) -> Finding:
-    """At least twice what the cards have: frozen layers, boundaries and page cache live there."""
+    """At least twice what the cards have: frozen layers, layer inputs and page cache live there."""
     if not cards:
         return ok(f"{gib(memory_bytes)}; no card to compare with")
     card_bytes = sum(card.memory_bytes for card in cards)
@@ -135,7 +135,7 @@ def host_memory(cards: Sequence[Card], memory_bytes: int) -> Finding:
         return ok(figure)
     return warning(
         f"{figure}; twice as much is wanted",
-        "more memory, or strategy=shard or pipeline, embedding=device, boundaries=device",
+        "more memory, or strategy=shard or pipeline, embedding=device, layer_inputs=device",
     )
 
 

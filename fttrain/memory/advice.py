@@ -8,7 +8,7 @@ import torch
 
 from fttrain.memory.device import is_out_of_memory
 from fttrain.memory.ledger import Reservation, largest_parts
-from fttrain.memory.parts import Place
+from fttrain.memory.parts import Location
 from fttrain.util.errors import UserError, first_line
 
 
@@ -32,7 +32,7 @@ def out_of_memory_advice(
     """The event with the largest parts, and the settings that free most. ``message``: the
     allocator's.
     """
-    on_device = [r for r in reservations if r.place is Place.DEVICE]
+    on_device = [r for r in reservations if r.location is Location.DEVICE]
     ordered = sorted(on_device, key=lambda reservation: -reservation.size_bytes)
     settings = [r.part.shrink for r in ordered if r.part.shrink][:2]
     asked = re.search(r"[Tt]ried to allocate [\d.]+ \w+", message)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fttrain.distributed.rank_group import RankGroup, local_world_size
 from fttrain.memory.device import free_device_bytes
 from fttrain.memory.host import available_host_bytes
-from fttrain.memory.parts import MemoryPart, Place
+from fttrain.memory.parts import MemoryPart, Location
 from fttrain.memory.pinned import map_private, map_shared
 from fttrain.util.units import gib
 
@@ -29,9 +29,9 @@ class Reservation:
     size_bytes: int
 
     @property
-    def place(self) -> Place:
+    def location(self) -> Location:
         """Where the part lies."""
-        return self.part.place
+        return self.part.location
 
 
 class MemoryLedger:
@@ -58,7 +58,7 @@ class MemoryLedger:
         """Note that ``part`` will take ``size_bytes``; an earlier reservation of it is replaced.
         A part of nothing on the device is left out.
         """
-        if size_bytes or part.place is not Place.DEVICE:
+        if size_bytes or part.location is not Location.DEVICE:
             self._reservations[part] = Reservation(part, size_bytes)
 
     @property
@@ -69,7 +69,7 @@ class MemoryLedger:
     @property
     def device_bytes(self) -> int:
         """Bytes reserved on the device."""
-        return sum(r.size_bytes for r in self.reservations if r.place is Place.DEVICE)
+        return sum(r.size_bytes for r in self.reservations if r.location is Location.DEVICE)
 
     def check(self) -> None:
         """Raises UserError, on all ranks alike, where a machine has too little memory free."""
@@ -85,7 +85,7 @@ class MemoryLedger:
         needed, free = self.device_bytes, self.free_device_bytes
         if needed <= free:
             return ""
-        on_device = [r for r in self.reservations if r.place is Place.DEVICE]
+        on_device = [r for r in self.reservations if r.location is Location.DEVICE]
         return (
             f"rank {self._group.rank}: {gib(needed)} are needed on {self.device}, "
             f"{gib(free)} are free: {largest_parts(on_device)}"
@@ -94,9 +94,9 @@ class MemoryLedger:
     def _host_shortage(self) -> str:
         """An error text where this machine has too little host memory. All its ranks call it."""
         node, on_cpu = self._group.intra_node, self.device.type == "cpu"
-        on_host = [r for r in self.reservations if on_cpu or r.place is not Place.DEVICE]
-        private = sum(r.size_bytes for r in on_host if r.place is not Place.SHARED)
-        shared = sum(r.size_bytes for r in on_host if r.place is Place.SHARED)
+        on_host = [r for r in self.reservations if on_cpu or r.location is not Location.DEVICE]
+        private = sum(r.size_bytes for r in on_host if r.location is not Location.SHARED)
+        shared = sum(r.size_bytes for r in on_host if r.location is Location.SHARED)
         # The ranks share this machine, but maybe not their settings: each may keep other layers.
         needed = node.sum(private) + shared
         available = node.minimum(available_host_bytes())
@@ -106,8 +106,8 @@ class MemoryLedger:
         where = f"machine {self._group.inter_node.rank}: " if node is not self._group else ""
         return (
             f"{where}host memory: {gib(needed)} are needed ({parts}), {gib(available)} are "
-            "available; a smaller schedule.group, data.seq_len or loop.micro_batch_size, "
-            "boundaries=device, activations=recompute, strategy.resident_layers nearer to all, or "
+            "available; a smaller schedule.micro_batch_group, data.seq_len or loop.micro_batch_size, "
+            "layer_inputs=device, activations=recompute, strategy.resident_layers nearer to all, or "
             "closing other programs helps"
         )
 
@@ -115,7 +115,7 @@ class MemoryLedger:
         ranks = self._group.intra_node.world_size
         if ranks == 1:
             return ""
-        return " in all" if reservation.place is Place.SHARED else f" on each of {ranks} ranks"
+        return " in all" if reservation.location is Location.SHARED else f" on each of {ranks} ranks"
 
     def allocate(self, part: MemoryPart) -> Tensor:
         """The host buffer that was reserved for ``part``: uint8 (size_bytes,), zero; page-locked on
@@ -124,7 +124,7 @@ class MemoryLedger:
         Raises UserError where the system refuses it.
         """
         size_bytes = self._reservations[part].size_bytes
-        if part.place is Place.SHARED:
+        if part.location is Location.SHARED:
             memory = map_shared(self._group, part.label, size_bytes)
         else:
             memory = map_private(part.label, size_bytes)

@@ -3,7 +3,7 @@
 from enum import Enum
 
 
-class Place(Enum):
+class Location(Enum):
     """Where a part lies."""
 
     DEVICE = "device"  # of a CPU that is host memory
@@ -12,81 +12,81 @@ class Place(Enum):
 
 
 class MemoryPart(Enum):
-    """A part: its label in everything that people read, its place, and the settings that shrink it
+    """A part: its label in everything that people read, its location, and the settings that shrink it
     ("" where nothing does).
     """
 
     # The frozen base
     FROZEN_LAYERS = (
         "frozen layers",
-        Place.DEVICE,
+        Location.DEVICE,
         "strategy=shard, stream or pipeline, or a smaller strategy.resident_layers",
     )
-    SLOTS = ("layer slots", Place.DEVICE, "strategy.slots=2")
-    DEQUANTIZED_WEIGHTS = ("dequantised weights", Place.DEVICE, "quant.dequant=tile")
+    SLOTS = ("layer slots", Location.DEVICE, "strategy.slots=2")
+    DEQUANTIZED_WEIGHTS = ("dequantised weights", Location.DEVICE, "quant.dequant=tile")
     HOST_LAYERS = (
         "frozen layers in host memory",
-        Place.SHARED,
+        Location.SHARED,
         "strategy.resident_layers nearer to all",
     )
-    HOST_LAYER_PARTITION = ("this rank's part of the frozen layers", Place.HOST, "")
-    LAYER_STAGING = ("layers being loaded", Place.HOST, "")
+    HOST_LAYER_PARTITION = ("this rank's part of the frozen layers", Location.HOST, "")
+    LAYER_STAGING = ("layers being loaded", Location.HOST, "")
     # Embedding and head
-    EMBEDDING = ("embedding", Place.DEVICE, "embedding=host")
-    HOST_EMBEDDING = ("embedding in host memory", Place.SHARED, "embedding=device")
-    HOST_TABLE_PARTITION = ("this rank's part of embedding and head", Place.HOST, "")
-    HEAD = ("head", Place.DEVICE, "head=nf4 or head=streamed")
-    QUANTIZED_HEAD = ("head in 4 bits", Place.DEVICE, "")
-    STREAMED_HEAD = ("head while it is used", Place.DEVICE, "head=nf4")
-    HOST_HEAD = ("head in host memory", Place.SHARED, "head=nf4 or head=resident")
-    LOGITS = ("logits", Place.DEVICE, "")
-    TABLE_STAGING = ("table being loaded", Place.HOST, "")
+    EMBEDDING = ("embedding", Location.DEVICE, "embedding=host")
+    HOST_EMBEDDING = ("embedding in host memory", Location.SHARED, "embedding=device")
+    HOST_TABLE_PARTITION = ("this rank's part of embedding and head", Location.HOST, "")
+    HEAD = ("head", Location.DEVICE, "lm_head=quantized or lm_head=host")
+    QUANTIZED_HEAD = ("head in 4 bits", Location.DEVICE, "")
+    STREAMED_HEAD = ("head while it is used", Location.DEVICE, "lm_head=quantized")
+    HOST_HEAD = ("head in host memory", Location.SHARED, "lm_head=quantized or lm_head=device")
+    LOGITS = ("logits", Location.DEVICE, "")
+    TABLE_STAGING = ("table being loaded", Location.HOST, "")
     # Adapters and their optimizer
     ADAPTERS = (
         "adapters",
-        Place.DEVICE,
+        Location.DEVICE,
         "optim.offload=true, optim=adamw8bit or a smaller lora.r",
     )
-    GRADIENT_BUFFERS = ("gradient double buffer", Place.DEVICE, "")
-    ADAPTER_MASTERS = ("adapter masters", Place.HOST, "a smaller lora.r")
-    ADAPTER_GRADIENTS = ("adapter gradients", Place.HOST, "a smaller lora.r")
-    ADAPTER_COPIES = ("adapter copies on their way to the device", Place.HOST, "a smaller lora.r")
-    OPTIMIZER_MOMENTS = ("optimizer moments", Place.HOST, "optim=adamw8bit")
+    GRADIENT_BUFFERS = ("gradient double buffer", Location.DEVICE, "")
+    ADAPTER_MASTERS = ("adapter masters", Location.HOST, "a smaller lora.r")
+    ADAPTER_GRADIENTS = ("adapter gradients", Location.HOST, "a smaller lora.r")
+    ADAPTER_COPIES = ("adapter copies on their way to the device", Location.HOST, "a smaller lora.r")
+    OPTIMIZER_MOMENTS = ("optimizer moments", Location.HOST, "optim=adamw8bit")
     # What a step leaves for backward
     ACTIVATIONS = (
         "activations",
-        Place.DEVICE,
-        "activations=recompute with boundaries=host, or a smaller schedule.group",
+        Location.DEVICE,
+        "activations=recompute with layer_inputs=host, or a smaller schedule.micro_batch_group",
     )
     ACTIVATION_TRANSFERS = (
         "activations on their way",
-        Place.DEVICE,
+        Location.DEVICE,
         "a smaller data.seq_len or loop.micro_batch_size",
     )
-    LAYER_INPUTS = ("layer inputs", Place.HOST, "boundaries=device")
-    OFFLOADED_ACTIVATIONS = ("activations on the host", Place.HOST, "activations=recompute")
+    LAYER_INPUTS = ("layer inputs", Location.HOST, "layer_inputs=device")
+    OFFLOADED_ACTIVATIONS = ("activations on the host", Location.HOST, "activations=recompute")
     # All weights, or adapters under ZeRO
-    TRAINED_WEIGHTS = ("trained weights", Place.DEVICE, "strategy.zero.offload_params=true")
-    HOST_TRAINED_PARTITION = ("this rank's part of the trained weights", Place.HOST, "")
-    GRADIENTS = ("gradients", Place.DEVICE, "strategy.zero.stage=2")
-    FP32_MASTERS = ("fp32 masters", Place.DEVICE, "strategy.zero.offload_optimizer=true")
-    MOMENTS = ("moments", Place.DEVICE, "strategy.zero.offload_optimizer=true")
+    TRAINED_WEIGHTS = ("trained weights", Location.DEVICE, "strategy.zero.offload_params=true")
+    HOST_TRAINED_PARTITION = ("this rank's part of the trained weights", Location.HOST, "")
+    GRADIENTS = ("gradients", Location.DEVICE, "strategy.zero.stage=2")
+    FP32_MASTERS = ("fp32 masters", Location.DEVICE, "strategy.zero.offload_optimizer=true")
+    MOMENTS = ("moments", Location.DEVICE, "strategy.zero.offload_optimizer=true")
     OPTIMIZER_STATE = (
         "masters and moments",
-        Place.DEVICE,
+        Location.DEVICE,
         "strategy.zero.offload_optimizer=true",
     )
-    HOST_OPTIMIZER_STATE = ("masters and moments in host memory", Place.HOST, "")
+    HOST_OPTIMIZER_STATE = ("masters and moments in host memory", Location.HOST, "")
     # Beside the ledger: measured, or run on fake tensors
-    WORKSPACE = ("workspace", Place.DEVICE, "")  # of kernels, and what they pass on
-    ALLOCATOR_CACHE = ("held by the allocator", Place.DEVICE, "")
-    CONTEXT = ("context, communication, other programs", Place.DEVICE, "")
-    INTERPRETER = ("interpreter and libraries", Place.HOST, "")
-    HOST_REMAINDER = ("interpreter, libraries, workspace", Place.HOST, "")  # of a CPU
+    WORKSPACE = ("workspace", Location.DEVICE, "")  # of kernels, and what they pass on
+    ALLOCATOR_CACHE = ("held by the allocator", Location.DEVICE, "")
+    CONTEXT = ("context, communication, other programs", Location.DEVICE, "")
+    INTERPRETER = ("interpreter and libraries", Location.HOST, "")
+    HOST_REMAINDER = ("interpreter, libraries, workspace", Location.HOST, "")  # of a CPU
 
-    def __init__(self, label: str, place: Place, shrink: str) -> None:
+    def __init__(self, label: str, location: Location, shrink: str) -> None:
         self.label = label
-        self.place = place
+        self.location = location
         self.shrink = shrink
 
     @classmethod

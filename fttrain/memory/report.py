@@ -7,7 +7,7 @@ import torch
 
 from fttrain.memory.host import peak_host_bytes
 from fttrain.memory.ledger import Reservation
-from fttrain.memory.parts import MemoryPart, Place
+from fttrain.memory.parts import MemoryPart, Location
 from fttrain.memory.sampling import peak_device_bytes
 from fttrain.util.units import GIB
 
@@ -45,7 +45,7 @@ def part_usage(reservations: Sequence[Reservation], device: torch.device) -> lis
     on_card = device.type == "cuda"
     reserved = [
         PartUsage(r.part, r.size_bytes, 0)
-        if on_card and r.place is Place.DEVICE
+        if on_card and r.location is Location.DEVICE
         else PartUsage(r.part, 0, r.size_bytes)
         for r in reservations
     ]

@@ -78,15 +78,15 @@ class StreamedHead(ResidentHead):
     def __init__(self, weight: Tensor, device: torch.device) -> None:
         super().__init__(weight)
         self._device = device
-        self._lane = copy_stream(device, timed=True)
+        self._stream = copy_stream(device, timed=True)
         self._h2d_bytes = 0
 
     @contextmanager
     def brought(self) -> Iterator[None]:
         on_host = self.weight
         self.weight = torch.empty_like(on_host, device=self._device)
-        # The compute has nothing else to do meanwhile: the lane is there to time the wait.
-        self._lane.run(partial(copy, self.weight, on_host)).wait()
+        # The compute has nothing else to do meanwhile: the side stream is there to time the wait.
+        self._stream.run(partial(copy, self.weight, on_host)).wait()
         self._h2d_bytes += on_host.nbytes
         try:
             yield
@@ -95,7 +95,7 @@ class StreamedHead(ResidentHead):
 
     def take_traffic(self) -> Traffic:
         moved, self._h2d_bytes = self._h2d_bytes, 0
-        return Traffic(h2d_bytes=moved, wait_s=self._lane.take_wait_s())
+        return Traffic(h2d_bytes=moved, wait_s=self._stream.take_wait_s())
 
 
 class QuantizedHead:

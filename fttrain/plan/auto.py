@@ -117,7 +117,7 @@ def _settings(spec: StrategySpec) -> dict[str, Any]:
         "strategy": asdict(spec.strategy),
         "schedule": asdict(spec.schedule),
         "activations": spec.placement.activations,
-        "boundaries": spec.placement.boundaries,
+        "layer_inputs": spec.placement.layer_inputs,
         "loop": {
             "micro_batch_size": spec.size.micro_batch_size,
             "gradient_accumulation_steps": spec.size.gradient_accumulation_steps,

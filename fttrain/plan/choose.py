@@ -30,7 +30,7 @@ class Candidate:
 
     spec: StrategySpec
     settings: str  # as they are typed
-    memory: tuple[RankMemory, ...] = ()  # empty: the books could not even be made
+    memory: tuple[RankMemory, ...] = ()  # empty: the ledger could not even be made
     host_bytes: int = 0
     time: StepTime | None = None
     reason: str = ""  # why it does not fit; empty: it does
@@ -124,8 +124,8 @@ def candidates(spec: StrategySpec, world_size: int) -> Iterator[StrategySpec]:
 def _keeping(spec: StrategySpec, kept: str | tuple[str, ...]) -> Placement:
     if kept == spec.placement.activations:
         return spec.placement
-    boundaries = spec.placement.boundaries if kept == "recompute" else "device"
-    return replace(spec.placement, activations=kept, boundaries=boundaries)
+    layer_inputs = spec.placement.layer_inputs if kept == "recompute" else "device"
+    return replace(spec.placement, activations=kept, layer_inputs=layer_inputs)
 
 
 def _splits(spec: StrategySpec) -> list[tuple[int, int]]:
@@ -148,7 +148,7 @@ def judge(spec: StrategySpec, architecture: Architecture, rig: RigProfile) -> Ca
     except UserError as error:
         return Candidate(spec, settings, reason=str(error))
     taken = [memory.reserved_memory(own) for own in booked]
-    if not _lacking(taken, rig)[0]:  # else the books alone are too much
+    if not _lacking(taken, rig)[0]:  # else the ledger alone are too much
         taken = memory.with_workspace(taken, spec, architecture, kind)
     reason, missing_bytes = _lacking(taken, rig)
     return Candidate(
@@ -236,10 +236,10 @@ def written(spec: StrategySpec) -> str:
         shown = list(resident) if isinstance(resident, tuple) else resident
         said.append(f"strategy.resident_layers={str(shown).replace(' ', '')}")
     if spec.schedule.kind == "grouped":
-        said.append(f"schedule.group={spec.schedule.group}")
+        said.append(f"schedule.micro_batch_group={spec.schedule.micro_batch_group}")
     said.append(f"activations={kept if isinstance(kept, str) else '[' + ','.join(kept) + ']'}")
-    if spec.placement.boundaries != "device":
-        said.append(f"boundaries={spec.placement.boundaries}")
+    if spec.placement.layer_inputs != "device":
+        said.append(f"layer_inputs={spec.placement.layer_inputs}")
     said.append(f"loop.micro_batch_size={size.micro_batch_size}")
     said.append(f"loop.gradient_accumulation_steps={size.gradient_accumulation_steps}")
     return " ".join(said)

@@ -154,7 +154,7 @@ def run(context: BuildContext, kind: str) -> Peak:
 
 def _chunk_tokens(context: BuildContext) -> int:
     """Tokens that fill one chunk of the head, and one more: further chunks take what these take."""
-    form = QuantizedHead if context.spec.placement.head == "nf4" else ResidentHead
+    form = QuantizedHead if context.spec.placement.lm_head == "quantized" else ResidentHead
     vocabulary = int(context.architecture.config.vocab_size)
     tokens = context.spec.size.micro_batch_tokens
     return chunk_rows(vocabulary, context.dtype, tokens, form.chunk_factor) + 1

@@ -32,7 +32,7 @@ class StrategySteps:
 def steps(
     spec: StrategySpec, architecture: Architecture, rig: RigProfile, links: Sequence[LinkProfile]
 ) -> list[StrategySteps]:
-    """The configured strategy first; those that cannot be booked for ``rig`` are left out."""
+    """The configured strategy first; those that cannot be reserved for ``rig`` are left out."""
     found = []
     for own in _recipes(spec):
         rooms = [room_bytes(card) for card in rig.cards]
@@ -85,7 +85,7 @@ def _recipes(spec: StrategySpec) -> Iterator[StrategySpec]:
         kind = SCHEDULES[name]
         if name == spec.strategy.name or (name == "pipeline" and spec.optim.shard):
             continue
-        group = spec.schedule.group if kind == spec.schedule.kind else "all"
+        group = spec.schedule.micro_batch_group if kind == spec.schedule.kind else "all"
         yield replace(spec, strategy=StrategyConfig(name), schedule=ScheduleConfig(group, kind))
 
 

@@ -1,7 +1,7 @@
 """What a run takes of each card and of the host, part by part, before anything is loaded.
 
-booked       by the strategy's own page, exactly, for the whole model
-workspace    what the real step takes on fake tensors (``fake.run``) beyond what is booked: with a
+reserved       by the strategy's own page, exactly, for the whole model
+workspace    what the real step takes on fake tensors (``fake.run``) beyond what is reserved: with a
              few layers and micro-batches, and from there on straight lines
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fttrain.memory.parts import MemoryPart, Place
+from fttrain.memory.parts import MemoryPart, Location
 from fttrain.model.decoder import Architecture
 from fttrain.plan import fake
 from fttrain.plan.fake import AsksOthers, PlannedGroup, PlannedLedger
@@ -32,7 +32,7 @@ ROOMY_BYTES = 1 << 50  # of a card that everything fits: a small model is divide
 
 @dataclass(frozen=True)
 class ReservedRank:
-    """One rank's plan, booked, and its part of the model."""
+    """One rank's plan, reserved, and its part of the model."""
 
     context: BuildContext
     model_slice: ModelSlice
@@ -59,7 +59,7 @@ class RankMemory:
 
     @property
     def needed_bytes(self) -> int:
-        """Of the device: the peak, and no less than what is booked."""
+        """Of the device: the peak, and no less than what is reserved."""
         return max(self.device_bytes, self.booked_bytes)
 
 
@@ -115,17 +115,17 @@ def _frozen_format(spec: StrategySpec, architecture: Architecture) -> FrozenForm
 
 
 def reserved_memory(booked: ReservedRank) -> RankMemory:
-    """All that is booked on a rank."""
-    parts: dict[str, dict[MemoryPart, int]] = {place.value: {} for place in Place}
+    """All that is reserved on a rank."""
+    parts: dict[str, dict[MemoryPart, int]] = {location.value: {} for location in Location}
     for reservation in booked.context.ledger.reservations:
-        parts[reservation.place.value][reservation.part] = reservation.size_bytes
+        parts[reservation.location.value][reservation.part] = reservation.size_bytes
     return RankMemory(booked.context.group.rank, len(booked.model_slice.layers), **parts)
 
 
 def with_workspace(
     booked: Sequence[RankMemory], spec: StrategySpec, architecture: Architecture, kind: str
 ) -> list[RankMemory]:
-    """``booked`` and what kernels and what they pass on take beside it."""
+    """``reserved`` and what kernels and what they pass on take beside it."""
     together = _together(spec, len(booked))
     workspaces = Workspaces.of(spec, architecture, kind, len(booked))
     return [
@@ -158,7 +158,7 @@ class _Lines:
 
 @dataclass(frozen=True)
 class Workspaces:
-    """What a rank's step takes beyond its books: less than nothing where parts that are booked are
+    """What a rank's step takes beyond its books: less than nothing where parts that are reserved are
     not there at the same time.
     """
 
@@ -176,7 +176,7 @@ class Workspaces:
     ) -> "Workspaces":
         """Measured on small models of the same shape.
 
-        What strategies of ``grouped`` differ in is booked: one stands for all of them.
+        What strategies of ``grouped`` differ in is reserved: one stands for all of them.
         """
         strategy = spec.strategy if spec.strategy.name == "pipeline" else STANDS_FOR_GROUPED
         together = _together(spec, world_size)
@@ -201,7 +201,7 @@ def _only(spec: StrategySpec, policy: str) -> Any:
     placement = replace(spec.placement, activations="recompute")
     if policy == "recompute":
         return placement
-    return replace(placement, activations=policy, boundaries="device")
+    return replace(placement, activations=policy, layer_inputs="device")
 
 
 class _Shape:
@@ -301,7 +301,7 @@ def _few(spec: StrategySpec) -> int:
 
 def beyond_reserved(context: BuildContext, kind: str) -> int:
     """What the step of ``context``, on the CPU in place of a card of ``kind``, takes beyond what is
-    booked on the device.
+    reserved on the device.
     """
     peak = fake.run(context, kind)
     taken = max(peak.step_bytes, peak.building_bytes) if kind == "cpu" else peak.step_bytes

@@ -43,14 +43,14 @@ class SizePlace:
     optim: OptimConfig
 
 
-_ON_HOST = Placement(boundaries="host", embedding="host", head="streamed")
+_ON_HOST = Placement(layer_inputs="host", embedding="host", lm_head="host")
 _OFFLOADED = OptimConfig(offload=True)
 PLACES = {
     # All on one card, layers recomputed: what is meant where nothing else is said
     "whole": SizePlace("replicate", 1, Placement(), OptimConfig()),
     # The same, but layer inputs on the host, and moments in 8 bits
     "frugal": SizePlace(
-        "replicate", 1, Placement(boundaries="host"), OptimConfig(kind="adamw8bit")
+        "replicate", 1, Placement(layer_inputs="host"), OptimConfig(kind="adamw8bit")
     ),
     # Two cards share the layers; whatever else can be in host memory is there
     "two": SizePlace("shard", 2, _ON_HOST, _OFFLOADED),

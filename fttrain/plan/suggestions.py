@@ -62,10 +62,10 @@ def _moved_to_host(spec: StrategySpec) -> Iterator[tuple[str, StrategySpec]]:
         spec = replace(spec, optim=replace(spec.optim, offload=True))
         yield "optim.offload=true", spec
     kept = spec.placement
-    for lever, place in (("boundaries", "host"), ("embedding", "host"), ("head", "streamed")):
+    for lever, place in (("layer_inputs", "host"), ("embedding", "host"), ("lm_head", "host")):
         if getattr(kept, lever) == place:
             continue
-        if lever == "boundaries" and "recompute" not in str(kept.activations):
+        if lever == "layer_inputs" and "recompute" not in str(kept.activations):
             continue  # there are none
         kept = replace(kept, **{lever: place})
         spec = replace(spec, placement=kept)

@@ -47,7 +47,7 @@ def _row(verdict: Candidate, rig: RigProfile, steps: int | None) -> list[str]:
     taken = cost(time, rig, steps) if time else None
     return [
         spec.strategy.name + (f" {shown} resident" if resident else ""),
-        str(spec.schedule.group) if spec.schedule.kind == "grouped" else "",
+        str(spec.schedule.micro_batch_group) if spec.schedule.kind == "grouped" else "",
         kept if isinstance(kept, str) else ",".join(kept),
         f"{size.micro_batch_size} x {size.gradient_accumulation_steps}",
         cards or "-",
@@ -115,7 +115,7 @@ def parts_table(verdict: Candidate, rig: RigProfile) -> Table:
         column.justify = "right"
     on_cards = {part: max(r.device.get(part, 0) for r in ranks) for r in ranks for part in r.device}
     for part in sorted(on_cards, key=lambda part: -on_cards[part]):
-        # Kernels may take less than what of the booked parts is not there while they run.
+        # Kernels may take less than what of the reserved parts is not there while they run.
         name = part.label if on_cards[part] >= 0 else NOT_AT_ONCE
         found.add_row(name, *(f"{rank.device.get(part, 0) / GIB:.2f}" for rank in ranks), "")
     own = {part: sum(r.host.get(part, 0) for r in ranks) for r in ranks for part in r.host}

@@ -68,7 +68,7 @@ class StepTime:
 
 
 def step_time(booked: Sequence[ReservedRank], rig: RigProfile) -> StepTime:
-    """Of ``booked``, a plan for each rank. Raises UserError for a rate that ``rig`` lacks."""
+    """Of ``reserved``, a plan for each rank. Raises UserError for a rate that ``rig`` lacks."""
     ranks = [_Rank(own, rig) for own in booked]
     if booked[0].context.spec.strategy.name == "pipeline":
         seconds, slowest = _pipeline(ranks)
@@ -209,7 +209,7 @@ class _Rank:
         targets = micro_batches * self._tokens * context.spec.size.target_share
         seconds = targets * head_flops(context.architecture) / known
         seconds += self._dequantise_s(micro_batches * head_dequantised_bytes(context))
-        if context.spec.placement.head == "streamed":
+        if context.spec.placement.lm_head == "host":
             seconds += self._to_card_s(context.table_bytes)
         return seconds
 
@@ -217,7 +217,7 @@ class _Rank:
         """That one micro-batch's layers keep on the host."""
         context, found = self._context, 0
         boundary_bytes = self._tokens * context.architecture.hidden * context.dtype.itemsize
-        on_host = context.spec.placement.boundaries == "host"
+        on_host = context.spec.placement.layer_inputs == "host"
         for policy in self._policies:
             if policy == "offload":
                 found += activation_bytes(context)

@@ -78,7 +78,7 @@ def dequantisations(context: BuildContext, micro_batches: int) -> int:
 
 def head_dequantised_bytes(context: BuildContext) -> int:
     """What a head in 4 bits makes of its table for one micro-batch: all of it, twice a chunk."""
-    if context.spec.placement.head != "nf4":
+    if context.spec.placement.lm_head != "quantized":
         return 0
     size = context.spec.size
     tokens = math.ceil(size.micro_batch_tokens * size.target_share)

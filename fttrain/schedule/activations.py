@@ -55,24 +55,24 @@ Policies = Sequence[Policy]  # by layer of the decoder
 
 
 class Recompute(Policy):
-    """Only the layer's input is kept, where ``boundaries`` says."""
+    """Only the layer's input is kept, where ``inputs`` says."""
 
-    def __init__(self, boundaries: LayerInputs | None = None) -> None:
-        self._boundaries = boundaries or DeviceLayerInputs()
+    def __init__(self, inputs: LayerInputs | None = None) -> None:
+        self._inputs = inputs or DeviceLayerInputs()
 
     def forward(self, layer: Layer, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Any]:
         with torch.no_grad():
             output = layer(hidden, rotary)
-        return output, self._boundaries.save(hidden)
+        return output, self._inputs.save(hidden)
 
     def prefetch(self, saved: Any) -> None:
-        self._boundaries.prefetch(saved)
+        self._inputs.prefetch(saved)
 
     def backward(self, layer: Layer, saved: Any, grad: Tensor, rotary: Rotary) -> Tensor:
-        boundary = self._boundaries.load(saved)
+        hidden = self._inputs.load(saved)  # (N, C)
         layer.state.recomputing = True
         try:
-            output, taken = _with_graph(layer, boundary, rotary)
+            output, taken = _with_graph(layer, hidden, rotary)
         finally:  # memory may run out; the layer is used again
             layer.state.recomputing = False
         edge = get_gradient_edge(output)
@@ -80,10 +80,10 @@ class Recompute(Policy):
         return _through(edge, grad, taken)
 
     def discard(self) -> None:
-        self._boundaries.discard()
+        self._inputs.discard()
 
     def resize(self, pieces: int) -> None:
-        self._boundaries.resize(pieces)
+        self._inputs.resize(pieces)
 
 
 class Keep(Policy):

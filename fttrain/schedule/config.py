@@ -12,20 +12,28 @@ class ScheduleConfig:
     """In which order layers and micro-batches run."""
 
     # grouped: micro-batches that pass a layer together: 1 | N | "all" (those of the step)
-    group: str | int = "all"
+    micro_batch_group: str | int = "all"
     kind: str = "grouped"  # grouped | one_f_one_b (strategy=pipeline)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError(f"schedule.kind={self.kind}: {' or '.join(KINDS)}")
-        if self.group != "all" and (isinstance(self.group, str) or self.group < 1):
-            raise UserError(f"schedule.group={self.group}: all, or a whole number of 1 or more")
-        if self.kind != "grouped" and self.group != "all":
+        if self.micro_batch_group != "all" and (
+            isinstance(self.micro_batch_group, str) or self.micro_batch_group < 1
+        ):
             raise UserError(
-                f"schedule.group={self.group}: {self.kind} passes micro-batches one by one and has "
+                f"schedule.micro_batch_group={self.micro_batch_group}: all, or a whole number of 1 or more"
+            )
+        if self.kind != "grouped" and self.micro_batch_group != "all":
+            raise UserError(
+                f"schedule.micro_batch_group={self.micro_batch_group}: {self.kind} passes micro-batches one by one and has "
                 "no groups; leave it out, or choose a strategy with schedule=grouped"
             )
 
     def size(self, micro_batches: int) -> int:
         """G for a step of so many micro-batches on this rank."""
-        return micro_batches if isinstance(self.group, str) else min(self.group, micro_batches)
+        return (
+            micro_batches
+            if isinstance(self.micro_batch_group, str)
+            else min(self.micro_batch_group, micro_batches)
+        )

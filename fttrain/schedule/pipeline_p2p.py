@@ -104,7 +104,7 @@ class PipelineP2P:
     def take_traffic(self) -> Traffic:
         """Bytes sent since the last call, and seconds for which the compute waited to receive."""
         sent, self._stage_bytes = self._stage_bytes, 0
-        wait_s = sum(lane.take_wait_s() for lane in self._receiving.values())
+        wait_s = sum(stream.take_wait_s() for stream in self._receiving.values())
         return Traffic(stage_bytes=sent, wait_s=wait_s)
 
     def _neighbour(self, step: int) -> int:

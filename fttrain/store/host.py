@@ -38,14 +38,14 @@ class HostStore:
         frozen_format: FrozenFormat,
         device: torch.device,
         slots: int = 2,
-        lane: SideStream | None = None,
+        stream: SideStream | None = None,
     ) -> None:
         self._layers, self._resident, self._on_host = layers, resident, on_host
         self._format = frozen_format
-        self._lane = lane or copy_stream(device, timed=True)
+        self._stream = stream or copy_stream(device, timed=True)
         self._layer_bytes = frozen_format.layout.size_bytes
         count = slots if len(resident) < layers else 0
-        self._slots = Slots(count, self._layer_bytes, device, self._lane, self._copy)
+        self._slots = Slots(count, self._layer_bytes, device, self._stream, self._copy)
         self._h2d_bytes = 0
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class HostStore:
             self._slots.release(layer)
 
     def take_traffic(self) -> Traffic:
-        traffic = Traffic(h2d_bytes=self._h2d_bytes, wait_s=self._lane.take_wait_s())
+        traffic = Traffic(h2d_bytes=self._h2d_bytes, wait_s=self._stream.take_wait_s())
         self._h2d_bytes = 0
         return traffic
 

@@ -51,15 +51,15 @@ def to_device(
         return flats
     if not layers:
         return []
-    lane = copy_stream(device)
+    stream = copy_stream(device)
     staging = ledger.allocate(MemoryPart.LAYER_STAGING).view(2, size_bytes)
     flats = []
     for done, layer in enumerate(layers, start=1):
         on_host = staging[done % 2]
         base.read(layer, on_host, offset_bytes)
-        lane.synchronize()  # the copy of the layer before, out of the other buffer
+        stream.synchronize()  # the copy of the layer before, out of the other buffer
         flats.append(torch.empty(size_bytes, dtype=torch.uint8, device=device))
-        lane.run(partial(copy, flats[-1], on_host))
+        stream.run(partial(copy, flats[-1], on_host))
         progress(done, len(layers))
-    lane.synchronize()
+    stream.synchronize()
     return flats

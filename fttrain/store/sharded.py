@@ -47,13 +47,13 @@ class ShardedStore:
         shards: list[Tensor],
         frozen_format: FrozenFormat,
         group: RankGroup,
-        lane: SideStream | None = None,
+        stream: SideStream | None = None,
     ) -> None:
         self._shards, self._format, self._ranks = shards, frozen_format, group.process_group
-        self._lane = lane or collective_stream(group.device, timed=True)
+        self._stream = stream or collective_stream(group.device, timed=True)
         layer_bytes = frozen_format.layout.size_bytes
         self._received_bytes = layer_bytes - shard_bytes(layer_bytes, group.world_size)
-        self._slots = Slots(SLOTS, layer_bytes, group.device, self._lane, self._gather)
+        self._slots = Slots(SLOTS, layer_bytes, group.device, self._stream, self._gather)
         self._gather_bytes = 0
 
     def __len__(self) -> int:
@@ -69,7 +69,7 @@ class ShardedStore:
         self._slots.release(layer)
 
     def take_traffic(self) -> Traffic:
-        traffic = Traffic(gather_bytes=self._gather_bytes, wait_s=self._lane.take_wait_s())
+        traffic = Traffic(gather_bytes=self._gather_bytes, wait_s=self._stream.take_wait_s())
         self._gather_bytes = 0
         return traffic
 

@@ -1,8 +1,8 @@
-"""Lanes: work that runs beside the compute, in order, without the host waiting for it.
+"""Side streams: work that runs beside the compute, in order, without the host waiting for it.
 
-A lane is a side stream on CUDA. On the CPU it is a thread for copies, or the collective library's
+A side stream is a side stream on CUDA. On the CPU it is a thread for copies, or the collective library's
 own threads for collectives. ``run`` starts work, ``Ticket.wait`` orders what the compute does next
-after it, ``mark`` names a moment in the compute that work can be ordered after.
+after it, ``record_event`` names a moment in the compute that work can be ordered after.
 """
 
 import time
@@ -24,7 +24,7 @@ _Wait = tuple[torch.cuda.Event, torch.cuda.Event]  # before and after a wait of 
 class SideStream(Protocol):
     """Runs work beside the compute, in the order in which it was given."""
 
-    def mark(self) -> Event:
+    def record_event(self) -> Event:
         """What the compute has been asked so far."""
         ...
 
@@ -46,13 +46,13 @@ class SideStream(Protocol):
 
 
 class HostSideStream:
-    """A lane on the CPU: the compute is always up to date there, so marks mean nothing."""
+    """A side stream on the CPU: the compute is always up to date there, so marks mean nothing."""
 
     def __init__(self) -> None:
         self._under_way: list[_TimedHandle] = []  # not waited for so far
         self._wait_s = 0.0
 
-    def mark(self) -> Event:
+    def record_event(self) -> Event:
         return None
 
     def run(self, work: Task, after: Event | None = None) -> Handle:
@@ -81,7 +81,7 @@ class ThreadSideStream(HostSideStream):
 
     def __init__(self) -> None:
         super().__init__()
-        self._thread = ThreadPoolExecutor(1, "lane")
+        self._thread = ThreadPoolExecutor(1, "side stream")
 
     def _start(self, work: Task) -> Callable[[], Any]:
         return self._thread.submit(_finish, work).result
@@ -115,13 +115,13 @@ class CudaSideStream:
         # Around each wait of the compute stream; read once they are over. None: not timed.
         self._waits: list[_Wait] | None = [] if timed else None
 
-    def mark(self) -> Event:
+    def record_event(self) -> Event:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
 
     def run(self, work: Task, after: Event | None = None) -> Handle:
-        self._stream.wait_event(self.mark() if after is None else after)
+        self._stream.wait_event(self.record_event() if after is None else after)
         done = torch.cuda.Event()
         with torch.cuda.stream(self._stream):
             _finish(work)
@@ -179,7 +179,7 @@ class _StreamHandle:
 
 
 def copy_stream(device: torch.device, timed: bool = False) -> SideStream:
-    """A lane for copies between the host and ``device``. ``timed``: someone asks it for
+    """A side stream for copies between the host and ``device``. ``timed``: someone asks it for
     ``take_wait_s`` after every pass; without that its events would only pile up.
     """
     if device.type == "cuda":
@@ -189,7 +189,7 @@ def copy_stream(device: torch.device, timed: bool = False) -> SideStream:
 
 
 def collective_stream(device: torch.device, timed: bool = False) -> SideStream:
-    """A lane for collectives of tensors on ``device``; ``timed`` as in ``copy_stream``."""
+    """A side stream for collectives of tensors on ``device``; ``timed`` as in ``copy_stream``."""
     return CudaSideStream(device, timed) if device.type == "cuda" else CollectiveSideStream()
 
 
@@ -214,5 +214,5 @@ def _finish(work: Task) -> None:
 
 
 def copy(into: Tensor, source: Tensor) -> None:
-    """A copy as the work of a lane: on CUDA the host does not wait for it."""
+    """A copy as the work of a side stream: on CUDA the host does not wait for it."""
     into.copy_(source, non_blocking=True)

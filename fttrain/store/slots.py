@@ -1,4 +1,4 @@
-"""A few device buffers of one layer each, filled ahead of use by a lane.
+"""A few device buffers of one layer each, filled ahead of use by a side stream.
 
     wanted:   l (in use)   l + 1        l + 2 ...
     slots:    [  l  ]      [ l + 1 ]            with two slots: one computes, one fills
@@ -21,16 +21,16 @@ Bring = Callable[[int, Tensor], Handle | None]  # (layer, slot uint8 (layer_byte
 
 
 class Slots:
-    """``bring(layer, slot)`` fills a slot; it is called on the lane, in the order of need."""
+    """``bring(layer, slot)`` fills a slot; it is called on the side stream, in the order of need."""
 
     def __init__(
-        self, count: int, layer_bytes: int, device: torch.device, lane: SideStream, bring: Bring
+        self, count: int, layer_bytes: int, device: torch.device, stream: SideStream, bring: Bring
     ) -> None:
         self._buffers = torch.empty(count, layer_bytes, dtype=torch.uint8, device=device)
-        self._lane, self._bring = lane, bring
+        self._stream, self._bring = stream, bring
         self._layers: list[int | None] = [None] * count  # what lies in each slot, or comes into it
         self._tickets: list[Handle | None] = [None] * count
-        self._released: list[Event] = [lane.mark()] * count
+        self._released: list[Event] = [stream.record_event()] * count
         self._in_use: set[int] = set()  # layers between take and release
 
     def prefetch(self, layers: Iterable[int]) -> list[int]:
@@ -59,7 +59,7 @@ class Slots:
     def release(self, layer: int) -> None:
         """The slot may be filled again once the compute has done what it was asked so far."""
         self._in_use.remove(layer)
-        self._released[self._layers.index(layer)] = self._lane.mark()
+        self._released[self._layers.index(layer)] = self._stream.record_event()
 
     def _free_slot(self, wanted: list[int]) -> int | None:
         for slot, layer in enumerate(self._layers):
@@ -70,6 +70,6 @@ class Slots:
     def _fill(self, slot: int, layer: int) -> None:
         buffer = self._buffers[slot]
         self._layers[slot] = layer
-        self._tickets[slot] = self._lane.run(
+        self._tickets[slot] = self._stream.run(
             lambda: self._bring(layer, buffer), self._released[slot]
         )

@@ -93,19 +93,19 @@ class Placement:
     # What a layer leaves for backward: recompute (its input) | keep | offload (everything, on the
     # device or the host), or a list by layer, such as (recompute*60, offload*20)
     activations: str | tuple[str, ...] = "recompute"
-    boundaries: str = "device"  # the inputs of layers until their backward: device | host
+    layer_inputs: str = "device"  # the inputs of layers until their backward: device | host
     embedding: str = "device"  # the table: device | host
     # the output projection: resident (on the device) | streamed (in host memory, brought for each
     # use) | nf4 (on the device in 4 bits, as quant says; NF4 where quant=none)
-    head: str = "resident"
+    lm_head: str = "device"
     # Tokens of a micro-batch that pass a layer's MLP at once: a multiple of MASK_TOKENS | all
     mlp_tile_tokens: int | str = 4096
 
     def __post_init__(self) -> None:
         for key, allowed in (
-            ("boundaries", ("device", "host")),
+            ("layer_inputs", ("device", "host")),
             ("embedding", ("device", "host")),
-            ("head", ("resident", "streamed", "nf4")),
+            ("lm_head", ("device", "host", "quantized")),
         ):
             value = getattr(self, key)
             if value not in allowed:
@@ -118,9 +118,9 @@ class Placement:
         if not self.activations:
             raise UserError(f"activations is empty: {', '.join(POLICIES)}, or a list by layer")
         used = {policy for policy, _ in self._runs()}
-        if self.boundaries == "host" and "recompute" not in used:
+        if self.layer_inputs == "host" and "recompute" not in used:
             raise UserError(
-                f"boundaries=host: activations={self._written()} leaves none; layers with "
+                f"layer_inputs=host: activations={self._written()} leaves none; layers with "
                 "activations=recompute do"
             )
 

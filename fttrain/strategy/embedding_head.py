@@ -30,7 +30,7 @@ def reserve_ends(context: BuildContext, has_embedding: bool, has_head: bool) -> 
     Raises UserError for a head that cannot be quantised, also where another rank has it.
     """
     ledger, placement = context.ledger, context.spec.placement
-    quantised = placement.head == "nf4"
+    quantised = placement.lm_head == "quantized"
     if quantised:
         _check_blocks(context)
     if placement.embedding == "host":
@@ -38,29 +38,29 @@ def reserve_ends(context: BuildContext, has_embedding: bool, has_head: bool) -> 
     elif has_embedding:
         ledger.reserve(MemoryPart.EMBEDDING, context.table_bytes)
     one_table = context.architecture.tied and _in_one_place(placement)
-    if placement.head == "streamed" and not one_table:
+    if placement.lm_head == "host" and not one_table:
         ledger.reserve(MemoryPart.HOST_HEAD, context.table_bytes)
     if has_head:
         _reserve_head(context, one_table and has_embedding)
     if context.group.device.type == "cpu":  # a table is read where it stays
         loading = quantised and has_head
     else:
-        loading = placement.embedding == "device" or placement.head != "streamed"
+        loading = placement.embedding == "device" or placement.lm_head != "host"
     if loading:
         ledger.reserve(MemoryPart.TABLE_STAGING, context.table_bytes)
 
 
 def _reserve_head(context: BuildContext, is_embedding: bool) -> None:
-    """What this rank's head takes on the device. ``is_embedding``: its table is booked as such."""
-    ledger, form = context.ledger, context.spec.placement.head
+    """What this rank's head takes on the device. ``is_embedding``: its table is reserved as such."""
+    ledger, form = context.ledger, context.spec.placement.lm_head
     (vocabulary, _), tokens = _shape(context), context.spec.size.micro_batch_tokens
-    factor = QuantizedHead.chunk_factor if form == "nf4" else ResidentHead.chunk_factor
+    factor = QuantizedHead.chunk_factor if form == "quantized" else ResidentHead.chunk_factor
     rows, projecting_bytes = chunk_rows(vocabulary, context.dtype, tokens, factor), 0
-    if form == "nf4":
+    if form == "quantized":
         tiles = _quantised_format(context)
         ledger.reserve(MemoryPart.QUANTIZED_HEAD, tiles.layout.size_bytes)
         projecting_bytes = tile_bytes(tiles, rows)
-    elif form == "streamed":
+    elif form == "host":
         ledger.reserve(MemoryPart.STREAMED_HEAD, context.table_bytes)
     elif not is_embedding:
         ledger.reserve(MemoryPart.HEAD, context.table_bytes)
@@ -83,7 +83,7 @@ def load_ends(
     elif has_embedding:
         embedding = _load_table(context, base, EMBEDDING).to(device)
     table = embedding if base.tied and _in_one_place(placement) else None
-    if table is None and placement.head == "streamed":
+    if table is None and placement.lm_head == "host":
         table = _load_shared_table(context, base, HEAD, MemoryPart.HOST_HEAD)
     projection = _projection(context, base, table) if has_head else None
     return embedding if has_embedding else None, projection
@@ -91,17 +91,17 @@ def load_ends(
 
 def _projection(context: BuildContext, base: FrozenBase, table: Tensor | None) -> Projection:
     """This rank's. ``table``: the head's, where it is there already."""
-    form, device = context.spec.placement.head, context.group.device
-    if form == "nf4":
+    form, device = context.spec.placement.lm_head, context.group.device
+    if form == "quantized":
         return QuantizedHead(_load_table(context, base, HEAD), _quantised_format(context), device)
     if table is None:
         table = _load_table(context, base, HEAD).to(device)
-    return StreamedHead(table, device) if form == "streamed" else ResidentHead(table)
+    return StreamedHead(table, device) if form == "host" else ResidentHead(table)
 
 
 def _in_one_place(placement: Placement) -> bool:
     """Whether embedding and head can be one table."""
-    return (placement.embedding, placement.head) in (("device", "resident"), ("host", "streamed"))
+    return (placement.embedding, placement.lm_head) in (("device", "device"), ("host", "host"))
 
 
 def _load_table(context: BuildContext, base: FrozenBase, name: str) -> Tensor:
@@ -144,8 +144,8 @@ def _check_blocks(context: BuildContext) -> None:
     hidden, blocksize = context.architecture.hidden, _head_quant(context).blocksize
     if hidden % blocksize:
         raise UserError(
-            f"head=nf4: rows of {hidden} values are not a multiple of quant.blocksize={blocksize}; "
-            "a smaller block size, head=resident or head=streamed helps"
+            f"lm_head=quantized: rows of {hidden} values are not a multiple of quant.blocksize={blocksize}; "
+            "a smaller block size, lm_head=device or lm_head=host helps"
         )
 
 

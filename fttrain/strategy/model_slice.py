@@ -28,7 +28,7 @@ from fttrain.strategy.embedding_head import load_ends, reserve_ends
 from fttrain.strategy.spec import BuildContext
 from fttrain.util.units import round_up
 
-# What the books call each part.
+# What the ledger call each part.
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _reserve_saved(context: BuildContext, model_slice: ModelSlice, micro_batches
             MemoryPart.OFFLOADED_ACTIVATIONS,
             micro_batches * used.count("offload") * activation_bytes(context),
         )
-    if "recompute" in used and context.spec.placement.boundaries == "host":
+    if "recompute" in used and context.spec.placement.layer_inputs == "host":
         shape = _layer_inputs_shape(context, model_slice, micro_batches)
         ledger.reserve(MemoryPart.LAYER_INPUTS, layer_input_bytes(shape, context.dtype))
 
@@ -78,7 +78,7 @@ def dequantised_bytes(context: BuildContext) -> int:
 def saved_bytes(context: BuildContext, policy: str) -> int:
     """What a layer with ``policy`` keeps on the device for one micro-batch's backward."""
     if policy == "recompute":
-        if context.spec.placement.boundaries == "host":
+        if context.spec.placement.layer_inputs == "host":
             return 0
         tokens = context.spec.size.micro_batch_tokens
         return tokens * context.architecture.hidden * context.dtype.itemsize
@@ -124,12 +124,12 @@ def build_policies(context: BuildContext, model_slice: ModelSlice, micro_batches
             context.ledger.allocate(MemoryPart.OFFLOADED_ACTIVATIONS), places, device
         )
         made["offload"] = Offload(host)
-    boundaries: LayerInputs = DeviceLayerInputs()
-    if "recompute" in used and context.spec.placement.boundaries == "host":
+    inputs: LayerInputs = DeviceLayerInputs()
+    if "recompute" in used and context.spec.placement.layer_inputs == "host":
         shape = _layer_inputs_shape(context, model_slice, micro_batches)
         buffer = context.ledger.allocate(MemoryPart.LAYER_INPUTS)
-        boundaries = HostLayerInputs(buffer, shape, context.dtype, device)
-    made["recompute"] = Recompute(boundaries)
+        inputs = HostLayerInputs(buffer, shape, context.dtype, device)
+    made["recompute"] = Recompute(inputs)
     return [made[policy] for policy in used]
 
 

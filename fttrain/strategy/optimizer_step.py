@@ -91,7 +91,7 @@ class HostUpdate:
     ) -> None:
         self._layers, self._optimizer = layers, optimizer
         self._thread = device_thread(device, "optimizer")
-        self._lane = copy_stream(device)
+        self._stream = copy_stream(device)
         self._under_way: list[_Arriving] = []
         self._busy_s = self._wait_s = 0.0
         self._bytes = sum(layer.flat.nbytes + layer.copy_bytes for layer in layers)
@@ -120,7 +120,7 @@ class HostUpdate:
         started = time.perf_counter()
         update_layer(layer, place, self._optimizer, factor, lr)
         self._busy_s += time.perf_counter() - started
-        return self._lane.run(layer.send)
+        return self._stream.run(layer.send)
 
     def _waited(self, seconds: float) -> None:
         self._wait_s += seconds

@@ -42,7 +42,7 @@ def build(
 
 
 def fixed_bytes(context: BuildContext) -> int:
-    """What this stage takes on its device whatever its layers are: all that is booked for none."""
+    """What this stage takes on its device whatever its layers are: all that is reserved for none."""
     machine = context.group.intra_node
     books = replace(context, ledger=MemoryLedger(context.group))
     none = ModelSlice(range(0), machine.rank == 0, machine.rank == machine.world_size - 1)

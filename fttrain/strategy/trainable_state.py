@@ -138,7 +138,10 @@ def _one_group(context: BuildContext) -> bool:
     """A layer's gradient is complete as its first backward ends, also where micro-batches are
     divided and there are more of them.
     """
-    return (context.spec.schedule.kind, context.spec.schedule.group) == ("grouped", "all")
+    return (context.spec.schedule.kind, context.spec.schedule.micro_batch_group) == (
+        "grouped",
+        "all",
+    )
 
 
 def _by_layer(buffer: Tensor, dtype: torch.dtype, layers: int) -> list[Tensor]:

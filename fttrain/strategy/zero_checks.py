@@ -52,7 +52,9 @@ def check_zero(lora: LoraConfig, optim: OptimConfig, schedule: ScheduleConfig) -
         raise UserError(
             f"optim.{key}={shown(getattr(optim, key))} with strategy={DEEPSPEED}: {instead[key]}"
         )
-    _check_default(schedule, "schedule.", {"kind": "it has its own order", "group": "likewise"})
+    _check_default(
+        schedule, "schedule.", {"kind": "it has its own order", "micro_batch_group": "likewise"}
+    )
 
 
 def check_placement(placement: Any, quant: QuantConfig) -> None:
@@ -67,9 +69,9 @@ def check_placement(placement: Any, quant: QuantConfig) -> None:
         placement,
         "",
         {
-            "boundaries": "what layers leave for backward stays on the device",
+            "layer_inputs": "what layers leave for backward stays on the device",
             "embedding": lies,
-            "head": lies,
+            "lm_head": lies,
             "mlp_tile_tokens": "an MLP runs whole",
         },
     )

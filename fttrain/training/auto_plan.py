@@ -170,7 +170,7 @@ def _applied(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
         schedule=schema.build(ScheduleConfig, settings["schedule"], "schedule"),
         loop=replace(config.loop, **settings["loop"]),
         activations=kept,
-        boundaries=settings["boundaries"],
+        layer_inputs=settings["layer_inputs"],
     )
 
 

@@ -156,7 +156,7 @@ def _identity(run: TrainSession) -> dict[str, Any]:
         "lora.target_modules": _as_json(config.lora.target_modules),
         "frozen base": run.base_digest,
         "lora.use_dora": config.lora.use_dora,
-        "head in 4 bits": config.placement.head == "nf4",
+        "head in 4 bits": config.placement.lm_head == "quantized",
     }
 
 

@@ -125,7 +125,7 @@ def advice(config: RunConfig, waiting: float) -> list[str]:
         helps.append("data.packing=true")
     if config.activations == "recompute":
         offload = "" if name == DEEPSPEED else " or offload"
-        there = " with boundaries=device" if config.boundaries == "host" else ""
+        there = " with layer_inputs=device" if config.layer_inputs == "host" else ""
         helps.append(f"activations=keep{offload}{there} if memory allows (no second forward)")
     if config.loop.epochs > 1:
         helps.append(f"fewer passes than loop.epochs={config.loop.epochs:g}")

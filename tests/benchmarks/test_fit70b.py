@@ -218,7 +218,7 @@ def test_all_ranks_end_alike_where_one_runs_out_of_memory(module: Module) -> Non
 def test_what_is_too_small_while_building_is_told_apart(
     module: Module, size_bytes: int, outcome: str
 ) -> None:
-    """Memory that really runs out, beside a machine that the books say is too small."""
+    """Memory that really runs out, beside a machine that the ledger say is too small."""
     fit_rank = module("harness.fit_rank")
 
     def build() -> None:

@@ -37,7 +37,7 @@ def test_what_is_asked_for_is_chosen(module: Module) -> None:
 
 
 def trained(benchmarks: str) -> dict[str, Any]:
-    """The steps of all sides on this rank, one after the other, and what their lanes copied."""
+    """The steps of all sides on this rank, one after the other, and what their side streams copied."""
     sys.path.insert(0, benchmarks)
     sides, steps, link = (
         importlib.import_module(f"harness.{name}") for name in ("fit_sides", "fit_steps", "link")
@@ -62,13 +62,13 @@ def test_levers_train_the_same_model_and_move_what_they_should() -> None:
         losses = {name: [step["loss"] for step in side["steps"]] for name, side in found.items()}
         usual = losses["shard"]
         for name, own in losses.items():
-            near = 0.01 if "head=nf4" in name else 1e-4
+            near = 0.01 if "lm_head=quantized" in name else 1e-4
             assert own == pytest.approx(usual, rel=near), name
-            assert (own == pytest.approx(usual, rel=1e-6)) != ("head=nf4" in name), name
+            assert (own == pytest.approx(usual, rel=1e-6)) != ("lm_head=quantized" in name), name
         for name, side in found.items():
             step = side["steps"][-1]
             assert bool(step["activation_bytes"]) == ("activations=offload" in name), name
             came_bytes = sum(s["h2d_bytes"] + s["activation_bytes"] for s in side["steps"])
             assert side["carried_bytes"] >= came_bytes, name  # and what left, and what is not told
-        no_head = found["shard head=nf4"]["steps"][-1]["h2d_bytes"]
+        no_head = found["shard lm_head=quantized"]["steps"][-1]["h2d_bytes"]
         assert no_head == 0 < found["shard"]["steps"][-1]["h2d_bytes"]

@@ -1,4 +1,4 @@
-"""A paced link: copies take no less than their time there, whichever lane makes them."""
+"""A paced link: copies take no less than their time there, whichever side stream makes them."""
 
 import importlib
 import re
@@ -25,12 +25,12 @@ def test_two_lanes_share_the_link(module: Module) -> None:
     sources = [torch.arange(MIB // 4, dtype=torch.int32) + number for number in range(4)]
     copies = [torch.zeros_like(source) for source in sources]
     with module("harness.link").paced(SETTINGS) as ways:
-        lanes = [side_stream.copy_stream(torch.device("cpu")) for _ in range(2)]
+        streams = [side_stream.copy_stream(torch.device("cpu")) for _ in range(2)]
         began = time.perf_counter()
         for number, (into, source) in enumerate(zip(copies, sources, strict=True)):
-            lanes[number % 2].run(partial(side_stream.copy, into, source))
+            streams[number % 2].run(partial(side_stream.copy, into, source))
         asked_s = time.perf_counter() - began
-        for own in lanes:
+        for own in streams:
             own.synchronize()
         taken_s = time.perf_counter() - began
     needed_s = 4 * MIB / (RATE * 1e9)
@@ -43,7 +43,7 @@ def test_two_lanes_share_the_link(module: Module) -> None:
 
 def test_everyone_who_copies_is_paced_and_only_inside(module: Module) -> None:
     link = module("harness.link")
-    pattern = re.compile(r"from fttrain\.store\.lane import .*\bcopy\b")
+    pattern = re.compile(r"from fttrain\.store\.side_stream import .*\bcopy\b")
     files = [
         file.relative_to(ROOT).with_suffix("")
         for file in sorted((ROOT / "fttrain").rglob("*.py"))
@@ -74,11 +74,11 @@ def test_the_card_copies_at_the_rate_that_is_asked_for(module: Module, to_card: 
     back = torch.zeros_like(on_host).pin_memory()
     into, source = (on_card, on_host) if to_card else (back, on_card)
     with link.paced(settings):
-        lanes = [side_stream.copy_stream(card) for _ in range(2)]
+        streams = [side_stream.copy_stream(card) for _ in range(2)]
         torch.cuda.synchronize()
         began = time.perf_counter()
         for number in range(4):
-            lanes[number % 2].run(partial(side_stream.copy, into, source))
+            streams[number % 2].run(partial(side_stream.copy, into, source))
         asked_s = time.perf_counter() - began
         torch.cuda.synchronize()
         taken_s = time.perf_counter() - began

@@ -84,8 +84,8 @@ def test_a_learning_rate_that_yaml_reads_as_a_string() -> None:
 
 
 def test_values_of_mixed_types() -> None:
-    assert compose(["schedule.group=2"]).schedule.group == 2
-    assert compose(["schedule.group=all"]).schedule.group == "all"
+    assert compose(["schedule.micro_batch_group=2"]).schedule.micro_batch_group == 2
+    assert compose(["schedule.micro_batch_group=all"]).schedule.micro_batch_group == "all"
     assert compose(["lora.target_modules=[q_proj,v_proj]"]).lora.target_modules == (
         "q_proj",
         "v_proj",
@@ -157,9 +157,9 @@ WRONG = {
     "data.seq_len=0": "data.seq_len=0",
     "data.holdout=1": "data.holdout=1",
     "loop.micro_batch_size=0": "loop.micro_batch_size=0",
-    "schedule.group=two": "schedule.group=two",
-    "strategy=pipeline schedule.group=2": "schedule.group=2: one_f_one_b passes micro-batches one",
-    "schedule.group=8": "schedule.group=8: more than loop.gradient_accumulation_steps=4",
+    "schedule.micro_batch_group=two": "schedule.micro_batch_group=two",
+    "strategy=pipeline schedule.micro_batch_group=2": "schedule.micro_batch_group=2: one_f_one_b passes micro-batches one",
+    "schedule.micro_batch_group=8": "schedule.micro_batch_group=8: more than loop.gradient_accumulation_steps=4",
     "launch.processes=0": "launch.processes=0",
     "activations=all": "activations=all: recompute, keep, offload, or a list of them by layer",
     "activations=[keep,drop*2]": "activations=[keep,drop*2]: recompute, keep, offload, or a list",
@@ -185,7 +185,7 @@ WRONG = {
     "strategy.name=pipeline": "strategy=pipeline with schedule=grouped: they do not go together",
     "strategy.resident_layers=4": "strategy.resident_layers and strategy.slots belong to",
     "strategy.slots=3": "strategy.resident_layers and strategy.slots belong to strategy=stream",
-    "boundaries=disk": "boundaries=disk: device or host",
+    "layer_inputs=disk": "layer_inputs=disk: device or host",
     "embedding=disk": "embedding=disk: device or host",
     "head=host": "head=host: resident, streamed or nf4",
     "mlp_tile_tokens=100": "mlp_tile_tokens=100: all, or a multiple of 1024 tokens such as 4096",

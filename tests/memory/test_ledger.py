@@ -12,6 +12,7 @@ from ranks import run_ranks
 
 import fttrain.memory.ledger
 from fttrain.memory.ledger import MemoryLedger
+from fttrain.memory.parts import MemoryPart
 from fttrain.memory.pinned import HostBuffer
 from fttrain.util.errors import UserError
 from fttrain.util.units import GIB
@@ -22,13 +23,13 @@ SIZE = 1000
 def test_what_does_not_fit_is_refused_with_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fttrain.memory.ledger, "available_host_bytes", lambda: 3 * GIB)
     ledger = MemoryLedger(tiny_strategy.this_group())
-    ledger.book("frozen layers", 2 * GIB, shared=True)
-    ledger.book("boundaries", GIB)
+    ledger.reserve(MemoryPart.HOST_LAYERS, 2 * GIB)
+    ledger.reserve(MemoryPart.LAYER_INPUTS, GIB)
     ledger.check()  # to the byte
-    ledger.book("head", 1)
+    ledger.reserve(MemoryPart.HEAD, 1)
     expected = (
-        r"3\.00 GiB are needed \(frozen layers 2\.00 GiB, boundaries 1\.00 GiB, head 0\.00 GiB\), "
-        r"3\.00 GiB are available; a smaller schedule\.group, data"
+        r"3\.00 GiB are needed \(frozen layers in host memory 2\.00 GiB, layer inputs 1\.00 GiB, head 0\.00 GiB\), "
+        r"3\.00 GiB are available; a smaller schedule\.micro_batch_group, data"
     )
     with pytest.raises(UserError, match=expected):
         ledger.check()
@@ -38,24 +39,27 @@ def test_what_is_booked_anew_counts_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(fttrain.memory.ledger, "available_host_bytes", lambda: 3 * GIB)
     ledger = MemoryLedger(tiny_strategy.this_group())
     for _ in range(4):
-        ledger.book("boundaries", GIB)
+        ledger.reserve(MemoryPart.LAYER_INPUTS, GIB)
     ledger.check()
 
 
 def test_more_than_this_machine_has_is_refused() -> None:
     ledger = MemoryLedger(tiny_strategy.this_group())
-    ledger.book("boundaries", 1 << 60)
-    with pytest.raises(UserError, match=r"boundaries 1073741824\.00 GiB"):
+    ledger.reserve(MemoryPart.LAYER_INPUTS, 1 << 60)
+    with pytest.raises(UserError, match=r"layer inputs 1073741824\.00 GiB"):
         ledger.check()
-    with pytest.raises(UserError, match=r"boundaries: the system refused"):
-        ledger.allocate("boundaries")
+    with pytest.raises(UserError, match=r"layer inputs: the system refused"):
+        ledger.allocate(MemoryPart.LAYER_INPUTS)
 
 
 def test_buffers_are_zero_and_apart() -> None:
     ledger = MemoryLedger(tiny_strategy.this_group())
-    ledger.book("a", SIZE)
-    ledger.book("b", SIZE, shared=True)
-    a, b = ledger.allocate("a"), ledger.allocate("b")
+    ledger.reserve(MemoryPart.LAYER_INPUTS, SIZE)
+    ledger.reserve(MemoryPart.HOST_LAYERS, SIZE)
+    a, b = (
+        ledger.allocate(MemoryPart.LAYER_INPUTS),
+        ledger.allocate(MemoryPart.HOST_LAYERS),
+    )
     for buffer in (a, b):
         assert (buffer.dtype, len(buffer)) == (torch.uint8, SIZE)
         assert not buffer.any()
@@ -67,16 +71,19 @@ def on_rank() -> dict[str, Any]:
     """Buffers of two ranks that need different amounts, and what a check says of too much."""
     group = tiny_strategy.this_group()
     ledger = MemoryLedger(group)
-    ledger.book("shared", SIZE, shared=True)
-    ledger.book("own", SIZE * (1 + group.rank))
+    ledger.reserve(MemoryPart.HOST_LAYERS, SIZE)
+    ledger.reserve(MemoryPart.LAYER_INPUTS, SIZE * (1 + group.rank))
     ledger.check()
-    shared, own = ledger.allocate("shared"), ledger.allocate("own")
+    shared, own = (
+        ledger.allocate(MemoryPart.HOST_LAYERS),
+        ledger.allocate(MemoryPart.LAYER_INPUTS),
+    )
     shared[group.rank] = own[:] = 1 + group.rank
     group.barrier()
     available = 3 * GIB + group.rank * GIB
     fttrain.memory.ledger.available_host_bytes = lambda: available
-    ledger.book("shared", GIB, shared=True)
-    ledger.book("own", (1 + group.rank) * GIB)
+    ledger.reserve(MemoryPart.HOST_LAYERS, GIB)
+    ledger.reserve(MemoryPart.LAYER_INPUTS, (1 + group.rank) * GIB)
     try:
         ledger.check()
     except UserError as error:
@@ -89,7 +96,10 @@ def test_ranks_of_a_machine_share_what_is_shared() -> None:
         assert found["shared"].tolist() == [1, 2] + [0] * (SIZE - 2)
         assert found["own"].tolist() == [1 + rank] * (SIZE * (1 + rank))
         # Shared once, own twice as different; the least that any rank sees available.
-        assert "4.00 GiB are needed (shared 1.00 GiB in all, own" in found["error"]
+        assert (
+            "4.00 GiB are needed (frozen layers in host memory 1.00 GiB in all, layer inputs"
+            in found["error"]
+        )
         assert "on each of 2 ranks), 3.00 GiB are available" in found["error"]
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from tiny_rig import RECIPE, ROOMY, A, chosen, rig
 
-from fttrain.memory.report import WORKSPACE
+from fttrain.memory.parts import MemoryPart
 from fttrain.plan import memory
 from fttrain.plan.choose import candidates, judge, room_bytes
 from fttrain.plan.table import NOT_AT_ONCE, parts_table, table
@@ -118,9 +118,9 @@ def test_booked_parts_that_never_meet_are_said_to(size_bytes: int, at_once: bool
     on = rig(ROOMY)
     verdict = judge(RECIPE, A, on)
     (rank,) = verdict.memory
-    other = replace(rank, device={**rank.device, WORKSPACE: size_bytes})
+    other = replace(rank, device={**rank.device, MemoryPart.WORKSPACE: size_bytes})
     shown = printed(parts_table(replace(verdict, memory=(other,)), on))
-    assert (WORKSPACE in shown, NOT_AT_ONCE in shown) == (at_once, not at_once)
+    assert (MemoryPart.WORKSPACE.label in shown, NOT_AT_ONCE in shown) == (at_once, not at_once)
 
 
 def unequal(needed_bytes: int) -> RigProfile:

@@ -7,7 +7,7 @@ import tiny
 import tiny_strategy
 from tiny_rig import RECIPE, ROOMY, A, chosen, rig
 
-from fttrain.memory.report import WORKSPACE
+from fttrain.memory.parts import MemoryPart
 from fttrain.model.decoder import Architecture
 from fttrain.plan import confirm, memory
 from fttrain.plan.choose import judge
@@ -21,7 +21,13 @@ def taken(spec: StrategySpec, wrong_by: int = 0) -> list[RankMemory]:
     booked = [memory.reserved_memory(rank) for rank in memory.reserve_ranks(spec, A, "cuda", ROOMS)]
     found = memory.with_workspace(booked, spec, A, "cuda")
     return [
-        replace(rank, device={**rank.device, WORKSPACE: rank.device[WORKSPACE] + wrong_by})
+        replace(
+            rank,
+            device={
+                **rank.device,
+                MemoryPart.WORKSPACE: rank.device[MemoryPart.WORKSPACE] + wrong_by,
+            },
+        )
         for rank in found
     ]
 
@@ -46,7 +52,7 @@ def test_wrong_lines_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = memory.beyond_reserved(
         memory.reserve_ranks(best.spec, A, "cpu", [ROOMY])[0].context, "cuda"
     )
-    assert best.memory[0].device[WORKSPACE] == whole
+    assert best.memory[0].device[MemoryPart.WORKSPACE] == whole
 
 
 def test_a_winner_that_does_not_fit_after_all_is_passed_over(

@@ -13,7 +13,7 @@ from ranks import run_ranks
 from torch import Tensor
 from transformers import LlamaConfig
 
-from fttrain.memory.report import WORKSPACE
+from fttrain.memory.parts import MemoryPart, Location
 from fttrain.model.attention_op import cuda_backward_bytes
 from fttrain.model.decoder import Architecture
 from fttrain.optim.config import OptimConfig
@@ -21,9 +21,7 @@ from fttrain.plan import memory
 from fttrain.plan.fake import NoBase, full_batch
 from fttrain.plan.live_bytes import LiveBytes
 from fttrain.strategy.builder import StrategyBuilder
-from fttrain.strategy.embedding_head import LOADING
 from fttrain.strategy.spec import StepSize, StrategySpec
-from fttrain.strategy.trainable_state import MOMENTS
 
 LAYERS, ACCUMULATION, RANKS = 6, 3, 2
 SHAPE = {"num_hidden_layers": LAYERS, "hidden_size": 128}
@@ -40,15 +38,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "group": 1,
         "activations": "keep",
         "dtype": "bfloat16",
-        "head": "nf4",
+        "lm_head": "quantized",
     },
     "host": {
         "strategy": "stream",
         "group": 1,
         "offload": True,
-        "boundaries": "host",
+        "layer_inputs": "host",
         "embedding": "host",
-        "head": "streamed",
+        "lm_head": "host",
     },
     "pipeline": {"strategy": "pipeline"},
 }
@@ -102,8 +100,10 @@ def measured_bytes(names: list[str]) -> dict[str, int]:
                 strategy.train_step(batches, step, 1e-3, lambda loss, norm: True)
             strategy.update.settle()
         # Neither is allocated where live bytes are counted: moments are made on a thread.
-        apart = ("device", LOADING, MOMENTS)
-        on_host = [b for b in strategy.bookings if b.place not in apart and b.what not in apart]
+        apart = (MemoryPart.TABLE_STAGING, MemoryPart.OPTIMIZER_MOMENTS)
+        on_host = [
+            r for r in strategy.reservations if r.location is not Location.DEVICE and r.part not in apart
+        ]
         found[name] = live.peak - sum(booking.size_bytes for booking in on_host)
     return found
 
@@ -163,7 +163,7 @@ def llama_70b() -> Architecture:
 
 def test_a_70b_models_parts_are_those_of_the_design() -> None:
     own = replace(
-        tiny_strategy.variant("shard", dtype="bfloat16", boundaries="host", head="streamed"),
+        tiny_strategy.variant("shard", dtype="bfloat16", layer_inputs="host", lm_head="host"),
         size=StepSize(1, 2048, 8),
         lora=replace(tiny_strategy.RECIPE.lora, r=16, lora_dropout=0.0),
         optim=OptimConfig(offload=True),
@@ -172,13 +172,13 @@ def test_a_70b_models_parts_are_those_of_the_design() -> None:
     assert memory.layer_bytes(own, a) == pytest.approx(441.4e6, rel=1e-3)
     ranks = [memory.reserved_memory(rank) for rank in memory.reserve_ranks(own, a, "cuda", ROOMY)]
     for rank in ranks:
-        assert rank.device["frozen layers"] == pytest.approx(80 * 441.4e6 / 2, rel=1e-3)
-        assert rank.device["embedding"] == pytest.approx(2.1e9, rel=1e-2)
-        assert rank.shared["head"] == rank.device["head while it is used"]
-        assert rank.host["boundaries"] == pytest.approx(8 * 80 * 33.6e6, rel=1e-2)
+        assert rank.device[MemoryPart.FROZEN_LAYERS] == pytest.approx(80 * 441.4e6 / 2, rel=1e-3)
+        assert rank.device[MemoryPart.EMBEDDING] == pytest.approx(2.1e9, rel=1e-2)
+        assert rank.shared[MemoryPart.HOST_HEAD] == rank.device[MemoryPart.STREAMED_HEAD]
+        assert rank.host[MemoryPart.LAYER_INPUTS] == pytest.approx(8 * 80 * 33.6e6, rel=1e-2)
         assert rank.host["adapter masters"] == pytest.approx(4 * 207e6, rel=1e-2)
     own_bytes = sum(sum(rank.host.values()) for rank in ranks)
-    assert memory.host_bytes(ranks, "cuda") == own_bytes + ranks[0].shared["head"]
+    assert memory.host_bytes(ranks, "cuda") == own_bytes + ranks[0].shared[MemoryPart.HOST_HEAD]
 
 
 def test_cards_with_unequal_room_get_unequal_stages() -> None:
@@ -203,7 +203,7 @@ def test_nothing_fake_is_left_behind() -> None:
         for rank in memory.reserve_ranks(own, frozen.architecture, "cpu", ROOMY)
     ]
     taken = memory.with_workspace(booked, own, frozen.architecture, "cpu")
-    assert all(rank.device[WORKSPACE] != 0 for rank in taken)
+    assert all(rank.device[MemoryPart.WORKSPACE] != 0 for rank in taken)
     assert not torch.distributed.is_initialized()
     strategy = tiny_strategy.build(own, frozen)
     assert tiny_strategy.apply(strategy, 0).loss > 0

@@ -9,11 +9,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from fttrain.cli import main
-from fttrain.memory.report import WORKSPACE
+from fttrain.memory.report import MemoryPart.WORKSPACE
 from fttrain.plan import shapes
 from fttrain.plan.reference_claims import CARD, CLAIMS, HIGH, LOW, RIGHT, Claim, judge
 from fttrain.plan.sizes import (
-    CONTEXT,
+    MemoryPart.CONTEXT,
     METHODS,
     PLACES,
     SizeEstimate,
@@ -23,9 +23,9 @@ from fttrain.plan.sizes import (
     estimate_sizes,
 )
 from fttrain.plan.sizes_table import show
-from fttrain.store.loading import LAYERS
+from fttrain.store.loading import MemoryPart.FROZEN_LAYERS
 from fttrain.strategy import embedding_head, trainable_state
-from fttrain.strategy.model_slice import SAVED, WEIGHTS
+from fttrain.strategy.model_slice import MemoryPart.ACTIVATIONS, WEIGHTS
 from fttrain.util.units import GIB
 
 KNOWN = {  # billions of parameters, as model cards have them
@@ -60,19 +60,19 @@ def test_a_70b_model_on_one_card_is_the_sum_of_its_known_parts() -> None:
     adapter_values = 207e6  # r=16 on all linears
     table_bytes = 128256 * 8192 * 2
     expected = {
-        LAYERS: 80 * 441.4e6,
-        embedding_head.EMBEDDING: table_bytes,
-        embedding_head.HEAD: table_bytes,
-        trainable_state.ADAPTERS: adapter_values
+        MemoryPart.FROZEN_LAYERS: 80 * 441.4e6,
+        MemoryPart.EMBEDDING: table_bytes,
+        MemoryPart.HEAD: table_bytes,
+        MemoryPart.ADAPTERS: adapter_values
         * (2 + 4 + 4 + 8),  # copy, master, gradient, moments
-        SAVED: 80 * 2048 * 8192 * 2,
-        WEIGHTS: 2 * 28672 * 8192 * 2,  # gate and up in bf16
-        CONTEXT: context_bytes(),
+        MemoryPart.ACTIVATIONS: 80 * 2048 * 8192 * 2,
+        MemoryPart.DEQUANTIZED_WEIGHTS: 2 * 28672 * 8192 * 2,  # gate and up in bf16
+        MemoryPart.CONTEXT: context_bytes(),
     }
     for part, size_bytes in expected.items():
         assert found.card[part] == pytest.approx(size_bytes, rel=5e-3), part
     rest = {part: size for part, size in found.card.items() if part not in expected}
-    assert rest.keys() == {embedding_head.LOGITS, WORKSPACE}
+    assert rest.keys() == {MemoryPart.LOGITS, MemoryPart.WORKSPACE}
     assert 0 < sum(rest.values()) < 0.02 * found.card_bytes
     assert context_bytes() > 0.5e9
 
@@ -80,7 +80,7 @@ def test_a_70b_model_on_one_card_is_the_sum_of_its_known_parts() -> None:
 def test_full_fine_tuning_is_bytes_of_a_parameter_and_a_step() -> None:
     count = shapes.parameters(shapes.architecture(SMALL))
     lora = estimate_size(SizeQuestion(SMALL, "LoRA"))
-    base = (LAYERS, embedding_head.EMBEDDING, embedding_head.HEAD, trainable_state.ADAPTERS)
+    base = (MemoryPart.FROZEN_LAYERS, MemoryPart.EMBEDDING, MemoryPart.HEAD, MemoryPart.ADAPTERS)
     step_bytes = lora.card_bytes - sum(lora.card[part] for part in base)
     whole = estimate_size(SizeQuestion(SMALL, "full"))
     assert whole.card_bytes == 16 * count + step_bytes
@@ -109,14 +109,14 @@ def test_more_parameters_and_wider_ones_take_more_and_fewer_places_less() -> Non
         assert sizes == sorted(sizes)
         assert len(set(sizes)) == len(sizes)
     # What is not on the card is on the host: the frozen layers.
-    assert found[replace(qlora, place="least")].host_bytes > found[qlora].card[LAYERS]
+    assert found[replace(qlora, place="least")].host_bytes > found[qlora].card[MemoryPart.FROZEN_LAYERS]
 
 
 def claim(value: float, unit: str = "GB", **more: bool | str) -> Claim:
     return Claim("someone", "somewhere", SizeQuestion(SMALL, "QLoRA"), value, unit, **more)  # type: ignore[arg-type]
 
 
-NEED = SizeEstimate({LAYERS: 9 * 10**9, CONTEXT: 10**9}, 0)
+NEED = SizeEstimate({MemoryPart.FROZEN_LAYERS: 9 * 10**9, MemoryPart.CONTEXT: 10**9}, 0)
 
 
 def test_a_claim_is_judged_by_what_is_needed() -> None:
@@ -142,7 +142,7 @@ def test_every_claim_can_be_asked_and_says_where_it_is_from() -> None:
         assert asked.method in METHODS, own
         assert asked.place in PLACES, own
         assert own.source.startswith("https://") or "without a source" in own.source, own
-        assert judge(own, SizeEstimate({LAYERS: round(2 * own.size_bytes)}, 0)).word == LOW, own
+        assert judge(own, SizeEstimate({MemoryPart.FROZEN_LAYERS: round(2 * own.size_bytes)}, 0)).word == LOW, own
 
 
 def test_the_tables_say_what_was_asked_for() -> None:

@@ -23,17 +23,17 @@ def test_what_can_move_to_the_host_moves_there_first() -> None:
 
 
 def test_levers_add_up_until_it_fits() -> None:
-    placement = replace(RECIPE.placement, boundaries="host", embedding="host")
+    placement = replace(RECIPE.placement, layer_inputs="host", embedding="host")
     optim = replace(RECIPE.optim, offload=True)
     short = rig(taken_bytes(replace(RECIPE, optim=optim, placement=placement)))
     said = what_fits(judge(RECIPE, A, short), A, short)
-    assert said == "it fits with optim.offload=true boundaries=host embedding=host"
+    assert said == "it fits with optim.offload=true layer_inputs=host embedding=host"
 
 
 def test_a_layer_that_keeps_everything_leaves_no_boundary_to_move() -> None:
     kept = replace(RECIPE, placement=replace(RECIPE.placement, activations="keep"))
     short = rig(1000)
-    assert "boundaries" not in what_fits(judge(kept, A, short), A, short)
+    assert "layer_inputs" not in what_fits(judge(kept, A, short), A, short)
 
 
 def test_where_nothing_smaller_helps_a_larger_rig_is_named() -> None:
@@ -43,7 +43,7 @@ def test_where_nothing_smaller_helps_a_larger_rig_is_named() -> None:
 
 def test_shorter_rows_hold_fewer_documents() -> None:
     """What flash attention takes for each of them on a card is most of what a step takes."""
-    placement = replace(RECIPE.placement, boundaries="host", embedding="host", head="streamed")
+    placement = replace(RECIPE.placement, layer_inputs="host", embedding="host", lm_head="host")
     long = replace(RECIPE, optim=replace(RECIPE.optim, offload=True), placement=placement)
     long, short = (
         replace(long, size=StepSize(1, seq_len, 1, row_documents=documents))

@@ -233,7 +233,9 @@ def test_recompute_holds_the_boundary_only() -> None:
 def test_settings() -> None:
     assert [ScheduleConfig(g).size(4) for g in ("all", 1, 3, 9)] == [4, 1, 3, 4]
     for group in ("some", 0, -1):
-        with pytest.raises(UserError, match=f"schedule.group={group}: all, or a whole number"):
+        with pytest.raises(
+            UserError, match=f"schedule.micro_batch_group={group}: all, or a whole number"
+        ):
             ScheduleConfig(group)
     with pytest.raises(UserError, match=r"schedule.kind=zero_bubble: grouped or one_f_one_b"):
         ScheduleConfig(kind="zero_bubble")

@@ -15,9 +15,9 @@ PASSES, SIZE = 7, 50
 PLACE_BYTES = 4096
 
 
-def offloading(places: int = PASSES, *lanes: SideStream) -> HostActivations:
+def offloading(places: int = PASSES, *streams: SideStream) -> HostActivations:
     buffer = torch.zeros(places * PLACE_BYTES, dtype=torch.uint8)
-    return HostActivations(buffer, places, torch.device("cpu"), *lanes)
+    return HostActivations(buffer, places, torch.device("cpu"), *streams)
 
 
 def layer(x: Tensor) -> Tensor:
@@ -89,8 +89,8 @@ def test_places_that_were_forgotten_and_divided_are_whole_again() -> None:
     """Passes that failed, that left and that come back are forgotten; then there are halves of the
     places, two times as many, and backward reads what forward left.
     """
-    lanes = tiny_store.CountingLane(1e-3), tiny_store.CountingLane(1e-2)
-    host = offloading(PASSES, *lanes)
+    streams = tiny_store.CountingLane(1e-3), tiny_store.CountingLane(1e-2)
+    host = offloading(PASSES, *streams)
     for attempt in range(4):
         taken = []
         for _ in range(PASSES - 1):
@@ -103,8 +103,8 @@ def test_places_that_were_forgotten_and_divided_are_whole_again() -> None:
             for kept in taken:
                 host.bring(kept)
         host.discard()
-        assert all(lane.ended == lane.started for lane in lanes)  # no copy is under way
-    assert all(lane.started for lane in lanes)
+        assert all(stream.ended == stream.started for stream in streams)  # no copy is under way
+    assert all(stream.started for stream in streams)
     host.resize(2)
     order = list(range(PASSES))[::-1]
     for found, expected in zip(grads(order, host), grads(order, None), strict=True):

@@ -67,16 +67,16 @@ def test_places_that_were_forgotten_and_divided_are_whole_again() -> None:
     rows = 8
     shape = (3, rows, WIDTH)
     buffer = torch.zeros(layer_input_bytes(shape, torch.float32), dtype=torch.uint8)
-    lanes = tiny_store.CountingLane(), tiny_store.CountingLane()
-    kept = HostLayerInputs(buffer, shape, torch.float32, tiny_store.CPU, *lanes)
+    streams = tiny_store.CountingLane(), tiny_store.CountingLane()
+    kept = HostLayerInputs(buffer, shape, torch.float32, tiny_store.CPU, *streams)
     for attempt in range(4):
         for number in range(3):
             handle = kept.save(torch.full((rows, WIDTH), float(number)))
         if attempt % 2:
             kept.prefetch(handle)
         kept.discard()
-        assert all(lane.ended == lane.started for lane in lanes)
-    assert all(lane.started for lane in lanes)
+        assert all(stream.ended == stream.started for stream in streams)
+    assert all(stream.started for stream in streams)
     kept.divide(2)
     given = [torch.randn(rows // 2, WIDTH) for _ in range(6)]
     handles = [kept.save(boundary) for boundary in given]

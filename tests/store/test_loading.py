@@ -11,7 +11,7 @@ from stream_races import Race
 from torch import Tensor
 
 from fttrain.memory.ledger import MemoryLedger
-from fttrain.store.loading import book_layers, to_device
+from fttrain.store.loading import reserve_layers, to_device
 from fttrain.store.side_stream import CudaSideStream
 
 
@@ -20,7 +20,7 @@ def test_parts_of_layers_arrive_in_order_with_progress() -> None:
     told = []
     size = frozen.frozen_format.layout.size_bytes // 4
     ledger = MemoryLedger(tiny_strategy.this_group())
-    book_layers(ledger, 2, size)
+    reserve_layers(ledger, 2, size)
     found = to_device(
         frozen, (3, 1), size, ledger, lambda *done: told.append(done), offset_bytes=size
     )
@@ -45,7 +45,7 @@ class Numbered:
 def filling_races() -> list[Race]:
     with simulated_streams() as simulation:
         staging = simulation.in_host_memory(torch.zeros(2 * 8, dtype=torch.uint8), "staging")
-        ledger: Any = SimpleNamespace(device=Card("cpu"), allocate=lambda what: staging)
+        ledger: Any = SimpleNamespace(device=Card("cpu"), allocate=lambda part: staging)
         found = to_device(Numbered(), range(5), 8, ledger, lambda *_: None)  # type: ignore[arg-type]
         assert [flat.tolist() for flat in found] == [[layer] * 8 for layer in range(5)]
     return simulation.races

@@ -1,4 +1,4 @@
-"""Lanes on the CPU: order, what waits for what, and errors that are not lost."""
+"""Side streams on the CPU: order, what waits for what, and errors that are not lost."""
 
 import threading
 from collections.abc import Callable
@@ -42,27 +42,27 @@ def noting(log: list[str], name: str) -> Callable[[], Handle]:
 
 
 def test_a_thread_works_beside_the_caller_in_the_order_given() -> None:
-    gate, log, lane = threading.Event(), list[int](), ThreadSideStream()
-    first = lane.run(lambda: log.append(1) if gate.wait(30) else None)
-    lane.run(lambda: log.append(2))
+    gate, log, stream = threading.Event(), list[int](), ThreadSideStream()
+    first = stream.run(lambda: log.append(1) if gate.wait(30) else None)
+    stream.run(lambda: log.append(2))
     assert log == []  # ``run`` has come back without them
     gate.set()
     first.wait()
-    lane.synchronize()
+    stream.synchronize()
     assert log == [1, 2]
 
 
 def test_a_thread_finishes_a_piece_of_work_before_the_next() -> None:
-    log, lane = list[str](), ThreadSideStream()
+    log, stream = list[str](), ThreadSideStream()
     for name in ("a", "b"):
-        lane.run(noting(log, name))
-    lane.synchronize()
+        stream.run(noting(log, name))
+    stream.synchronize()
     assert log == ["a started", "a waited for", "b started", "b waited for"]
 
 
 def test_collectives_start_at_once_and_are_waited_for_once() -> None:
-    log, lane = list[str](), CollectiveSideStream()
-    a, b = (lane.run(noting(log, name)) for name in ("a", "b"))
+    log, stream = list[str](), CollectiveSideStream()
+    a, b = (stream.run(noting(log, name)) for name in ("a", "b"))
     assert log == ["a started", "b started"]
     b.wait()
     b.wait()
@@ -72,10 +72,10 @@ def test_collectives_start_at_once_and_are_waited_for_once() -> None:
 
 def test_synchronize_waits_for_all_and_not_the_last_alone() -> None:
     """Collectives of a CPU end in any order."""
-    log, lane = list[str](), CollectiveSideStream()
+    log, stream = list[str](), CollectiveSideStream()
     for name in ("a", "b", "c"):
-        lane.run(noting(log, name))
-    lane.synchronize()
+        stream.run(noting(log, name))
+    stream.synchronize()
     assert [entry for entry in log if "waited" in entry] == [f"{n} waited for" for n in "abc"]
 
 
@@ -87,20 +87,20 @@ def test_an_error_is_raised_where_the_work_is_waited_for(make: type[HostSideStre
 
         return SimpleNamespace(wait=wait)
 
-    lane, log = make(), list[str]()
-    failing = lane.run(fail)
-    lane.run(noting(log, "next")).wait()
+    stream, log = make(), list[str]()
+    failing = stream.run(fail)
+    stream.run(noting(log, "next")).wait()
     assert log == ["next started", "next waited for"]
     for _ in range(2):
         with pytest.raises(OSError, match="link down"):
             failing.wait()
     with pytest.raises(OSError, match="link down"):
-        lane.synchronize()
+        stream.synchronize()
 
 
 def test_an_error_of_a_thread_is_raised_in_the_caller() -> None:
-    lane = ThreadSideStream()
-    ticket = lane.run(lambda: copy(torch.zeros(3), torch.zeros(4)))
+    stream = ThreadSideStream()
+    ticket = stream.run(lambda: copy(torch.zeros(3), torch.zeros(4)))
     with pytest.raises(RuntimeError, match="size of tensor"):
         ticket.wait()
 
@@ -110,14 +110,14 @@ def test_time_in_wait_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "fttrain.store.side_stream.time", SimpleNamespace(perf_counter=lambda: next(clock))
     )
-    lane = CollectiveSideStream()
-    a, b = (lane.run(lambda: HandleGroup(())) for _ in range(2))
+    stream = CollectiveSideStream()
+    a, b = (stream.run(lambda: HandleGroup(())) for _ in range(2))
     a.wait()
     a.wait()
-    assert lane.take_wait_s() == 2.5
-    assert lane.take_wait_s() == 0
+    assert stream.take_wait_s() == 2.5
+    assert stream.take_wait_s() == 0
     b.wait()
-    assert lane.take_wait_s() == 0.25
+    assert stream.take_wait_s() == 0.25
 
 
 def test_lanes_of_the_cpu() -> None:

@@ -18,7 +18,7 @@ class Marked(ThreadSideStream):
         super().__init__()
         self.marks, self.after = 0, list[Any]()
 
-    def mark(self) -> int:
+    def record_event(self) -> int:
         self.marks += 1
         return self.marks
 
@@ -32,8 +32,8 @@ class Brought:
 
     def __init__(self, count: int) -> None:
         self.log: list[int] = []
-        self.lane = Marked()
-        self.slots = Slots(count, 4, tiny_store.CPU, self.lane, self.bring)
+        self.stream = Marked()
+        self.slots = Slots(count, 4, tiny_store.CPU, self.stream, self.bring)
 
     def bring(self, layer: int, slot: Tensor) -> None:
         self.log.append(layer)
@@ -51,7 +51,7 @@ def test_the_first_ones_needed_are_brought_in_their_order() -> None:
     brought = Brought(2)
     assert brought.slots.prefetch([3, 1, 0, 2]) == [3, 1]
     assert brought.slots.prefetch([3, 1, 0, 2]) == []  # on their way
-    brought.lane.synchronize()
+    brought.stream.synchronize()
     assert brought.log == [3, 1]
 
 
@@ -65,11 +65,11 @@ def test_a_slot_in_use_is_not_filled() -> None:
     assert held.tolist() == [0] * 4
     brought.slots.release(1)
     assert brought.slots.prefetch([2, 3]) == [2]
-    brought.lane.synchronize()
+    brought.stream.synchronize()
     assert held.tolist() == [0] * 4
     brought.slots.release(0)
     assert brought.slots.prefetch([2, 3]) == [3]
-    brought.lane.synchronize()
+    brought.stream.synchronize()
     assert held.tolist() == [3] * 4  # its slot, and not the one that 2 waits in
 
 
@@ -77,14 +77,14 @@ def test_a_slot_is_filled_after_its_own_release() -> None:
     """What work is ordered after is the mark that the release of that slot left, no other."""
     brought = Brought(2)
     brought.slots.prefetch([0, 1])
-    start, lane = brought.lane.marks, brought.lane
+    start, stream = brought.stream.marks, brought.stream
     brought.slots.acquire(0)
     brought.slots.acquire(1)
     brought.slots.release(1)  # mark start + 1
     brought.slots.release(0)  # mark start + 2
     brought.slots.prefetch([0, 2])
     brought.slots.prefetch([2, 3])
-    assert lane.after == [start, start, start + 1, start + 2]
+    assert stream.after == [start, start, start + 1, start + 2]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -1,4 +1,4 @@
-"""What is refused before anything is booked."""
+"""What is refused before anything is reserved."""
 
 from typing import Any
 

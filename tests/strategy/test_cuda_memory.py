@@ -26,7 +26,7 @@ SEGMENT_BYTES, BLOCK_BYTES = (
     20 * MIB,
     5 * MIB // 4,
 )  # asked of the driver for tensors of 1 to 10 MiB
-ON_HOST = {"embedding": "host", "head": "streamed", "boundaries": "host", "offload": True}
+ON_HOST = {"embedding": "host", "lm_head": "host", "layer_inputs": "host", "offload": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "replicate": {},
     "kept": {"activations": "keep", "group": 1},

@@ -16,6 +16,7 @@ from torch import Tensor
 from fttrain.distributed.process_group import process_group
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.memory.ledger import MemoryLedger
+from fttrain.memory.parts import MemoryPart
 from fttrain.memory.pinned import HostBuffer
 from fttrain.rig.config import RigConfig
 from fttrain.rig.device_setup import set_up_rank
@@ -23,7 +24,7 @@ from fttrain.store.host import HostStore
 from fttrain.store.sharded import ShardedStore
 
 pytestmark = pytest.mark.cuda
-ON_HOST = {"embedding": "host", "head": "streamed", "boundaries": "host", "offload": True}
+ON_HOST = {"embedding": "host", "lm_head": "host", "layer_inputs": "host", "offload": True}
 MIXED = ("recompute*2", "offload", "keep", "offload")
 VARIANTS: dict[str, dict[str, Any]] = {
     "shard": {"strategy": "shard"},
@@ -37,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pipeline": {"strategy": "pipeline", **ON_HOST},
     "optimizer in parts": {"shard": True},
     "optimizer in parts, on the host": {"strategy": "stream", "shard": True, **ON_HOST},
-    "head in 4 bits": {"strategy": "stream", "embedding": "host", "head": "nf4"},
+    "head in 4 bits": {"strategy": "stream", "embedding": "host", "lm_head": "quantized"},
     "MLP in tiles": {"mlp_tile_tokens": 1024},
 }
 TWO_CARDS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
@@ -81,7 +82,9 @@ def of_two(backend: str, names: list[str]) -> dict[str, tuple[list[float], dict[
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_strategy_trains_as_replicate_does(name: str) -> None:
     settings = VARIANTS[name]
-    same_model = {"head": "nf4"} if settings.get("head") == "nf4" else {}  # it is another one
+    same_model = (
+        {"lm_head": "quantized"} if settings.get("head") == "nf4" else {}
+    )  # it is another one
     expected_losses, expected = outcome(**same_model)
     losses, adapters = outcome(**settings)
     # Flash attention's backward adds in any order, so bits may differ.
@@ -141,8 +144,8 @@ def test_no_slot_is_overwritten_while_the_device_lags_behind(kind: str) -> None:
     group, flats = on_gpu(), tiny_store.flats(LAYERS)
     if kind == "host":
         ledger = MemoryLedger(group)
-        ledger.book("layers", LAYERS * tiny_store.LAYER_BYTES)
-        on_host = ledger.allocate("layers").view(LAYERS, -1)
+        ledger.reserve(MemoryPart.OFFLOADED_ACTIVATIONS, LAYERS * tiny_store.LAYER_BYTES)
+        on_host = ledger.allocate(MemoryPart.OFFLOADED_ACTIVATIONS).view(LAYERS, -1)
         on_host.copy_(torch.stack(flats))
         layers = dict(enumerate(on_host))
         store: Any = HostStore(LAYERS, {}, layers, tiny_store.FORMAT, group.device)
@@ -163,8 +166,8 @@ def test_no_slot_is_overwritten_while_the_device_lags_behind(kind: str) -> None:
 
 def test_memory_that_cannot_be_page_locked_is_told_and_harms_no_kernel() -> None:
     ledger = MemoryLedger(on_gpu())
-    ledger.book("a", 1 << 20)
-    buffer = ledger.allocate("a")
+    ledger.reserve(MemoryPart.LAYER_INPUTS, 1 << 20)
+    buffer = ledger.allocate(MemoryPart.LAYER_INPUTS)
     with pytest.warns(UserWarning, match=r"a: 0\.00 GiB could not be page-locked"):
         HostBuffer(-1, 1 << 20).page_lock(buffer, "a", speak=False)  # for the second time
     assert float(torch.ones(3, device="cuda").add_(1).sum()) == 6
@@ -172,6 +175,6 @@ def test_memory_that_cannot_be_page_locked_is_told_and_harms_no_kernel() -> None
 
 def test_memory_is_given_back_unlocked() -> None:
     ledger = MemoryLedger(on_gpu())
-    ledger.book("a", 1 << 20)
+    ledger.reserve(MemoryPart.LAYER_INPUTS, 1 << 20)
     for _ in range(50):  # where it stayed registered a second one at its address would be refused
-        assert ledger.allocate("a").is_pinned()
+        assert ledger.allocate(MemoryPart.LAYER_INPUTS).is_pinned()

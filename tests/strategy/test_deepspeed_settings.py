@@ -188,13 +188,19 @@ def test_contradictions_have_both_names(tmp_path: Path) -> None:
         ({"optim": OptimConfig(kind="adamw8bit")}, "optim.kind=adamw8bit .* write optim=adamw"),
         ({"optim": OptimConfig(offload=True)}, "optim.offload=true .* strategy.zero.offload_opt"),
         ({"optim": OptimConfig(shard=True)}, "optim.shard=true .* ZeRO divides the optimizer's"),
-        ({"schedule": ScheduleConfig(1)}, "schedule.group=1 belongs to native strategies"),
+        (
+            {"schedule": ScheduleConfig(1)},
+            "schedule.micro_batch_group=1 belongs to native strategies",
+        ),
         ({"schedule": ScheduleConfig(kind="one_f_one_b")}, "schedule.kind=one_f_one_b belongs to"),
         ({"placement": Placement("offload")}, "activations=offload .* recompute or keep"),
         ({"placement": Placement(("recompute*5",))}, "recompute or keep, for all layers"),
-        ({"placement": Placement(boundaries="host")}, "boundaries=host belongs to native"),
+        ({"placement": Placement(layer_inputs="host")}, "layer_inputs=host belongs to native"),
         ({"placement": Placement(embedding="host")}, "embedding=host belongs to native"),
-        ({"placement": Placement(head="nf4")}, "head=nf4 belongs to native strategies"),
+        (
+            {"placement": Placement(lm_head="quantized")},
+            "lm_head=quantized belongs to native strategies",
+        ),
         ({"placement": Placement(mlp_tile_tokens="all")}, "mlp_tile_tokens=all belongs to native"),
     ],
 )

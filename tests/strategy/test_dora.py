@@ -13,12 +13,12 @@ from fttrain.quant.frozen_layer import FrozenLayer
 from fttrain.strategy.spec import StrategySpec
 
 STEPS = 3
-HOST = {"offload": True, "embedding": "host", "head": "streamed"}
+HOST = {"offload": True, "embedding": "host", "lm_head": "host"}
 CASES: dict[str, dict[str, Any]] = {
     "replicate": {},
     "keep": {"activations": "keep", "group": 1},
     "offload": {"activations": "offload", "group": 1, **HOST},
-    "shard": {"strategy": "shard", "boundaries": "host"},
+    "shard": {"strategy": "shard", "layer_inputs": "host"},
     "stream": {"strategy": "stream", **HOST},
     "pipeline": {"strategy": "pipeline"},
     "in parts": {"shard": True},

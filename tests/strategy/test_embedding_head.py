@@ -12,6 +12,7 @@ from ranks import run_ranks
 
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.memory.ledger import MemoryLedger
+from fttrain.memory.parts import MemoryPart, Location
 from fttrain.model.projection import QuantizedHead, ResidentHead
 from fttrain.quant.config import QuantConfig
 from fttrain.strategy.config import Placement
@@ -20,7 +21,7 @@ from fttrain.strategy.spec import BuildContext, StrategySpec
 
 TABLE_BYTES, CODES_BYTES = 4 * 300 * 64, 215040  # as test_pipeline: what 4 bits take
 EVERYWHERE = list(
-    itertools.product(("llama", "llama_tied"), ("device", "host"), ("resident", "streamed", "nf4"))
+    itertools.product(("llama", "llama_tied"), ("device", "host"), ("device", "host", "quantized"))
 )
 
 
@@ -31,36 +32,37 @@ def context(spec: StrategySpec, model: str = "llama", device: str = "cpu") -> Bu
 
 @pytest.mark.parametrize(("model", "embedding", "head"), EVERYWHERE)
 def test_tables_are_booked_once_and_where_they_lie(model: str, embedding: str, head: str) -> None:
-    built = context(tiny_strategy.variant(embedding=embedding, head=head), model)
+    built = context(tiny_strategy.variant(embedding=embedding, lm_head=head), model)
     reserve_ends(built, has_embedding=True, has_head=True)
-    booked = {b.what: (b.size_bytes, b.place) for b in built.ledger.bookings}
+    booked = {r.part: r.size_bytes for r in built.ledger.reservations}
     tied = model == "llama_tied"
-    one_table = tied and (embedding, head) in (("device", "resident"), ("host", "streamed"))
-    assert booked.pop("logits")[0] >= 300 * 128 * 8  # of 66 tokens, a multiple of 64
-    expected = {"embedding": (TABLE_BYTES, "shared" if embedding == "host" else "device")}
-    if head == "nf4":
-        expected["head in 4 bits"] = (CODES_BYTES, "device")
-        expected["a table being loaded"] = (TABLE_BYTES, "host")
+    one_table = tied and (embedding, head) in (("device", "device"), ("host", "host"))
+    assert booked.pop(MemoryPart.LOGITS) >= 300 * 128 * 8  # of 66 tokens, a multiple of 64
+    on_host = embedding == "host"
+    expected = {MemoryPart.HOST_EMBEDDING if on_host else MemoryPart.EMBEDDING: TABLE_BYTES}
+    if head == "quantized":
+        expected[MemoryPart.QUANTIZED_HEAD] = CODES_BYTES
+        expected[MemoryPart.TABLE_STAGING] = TABLE_BYTES
     elif not one_table:
-        expected["head"] = (TABLE_BYTES, "shared" if head == "streamed" else "device")
-    if head == "streamed":
-        expected["head while it is used"] = (TABLE_BYTES, "device")
+        expected[MemoryPart.HOST_HEAD if head == "host" else MemoryPart.HEAD] = TABLE_BYTES
+    if head == "host":
+        expected[MemoryPart.STREAMED_HEAD] = TABLE_BYTES
     assert booked == expected
     table, projection = load_ends(built, tiny_strategy.base(model), True, True)
-    assert isinstance(projection, QuantizedHead if head == "nf4" else ResidentHead)
+    assert isinstance(projection, QuantizedHead if head == "quantized" else ResidentHead)
     if isinstance(projection, ResidentHead):
         assert (projection.weight is table) == one_table
 
 
 @pytest.mark.parametrize(
     ("embedding", "head", "loads"),
-    [("host", "streamed", False), ("host", "nf4", True), ("device", "streamed", True)],
+    [("host", "host", False), ("host", "quantized", True), ("device", "host", True)],
 )
 def test_a_card_is_filled_through_one_booked_table(embedding: str, head: str, loads: bool) -> None:
-    built = context(tiny_strategy.variant(embedding=embedding, head=head), device="cuda")
+    built = context(tiny_strategy.variant(embedding=embedding, lm_head=head), device="cuda")
     reserve_ends(built, has_embedding=True, has_head=True)
-    on_host = {b.what: b.size_bytes for b in built.ledger.bookings if b.place == "host"}
-    assert on_host == ({"a table being loaded": TABLE_BYTES} if loads else {})
+    on_host = {r.part: r.size_bytes for r in built.ledger.reservations if r.location is Location.HOST}
+    assert on_host == ({MemoryPart.TABLE_STAGING: TABLE_BYTES} if loads else {})
 
 
 @pytest.mark.parametrize(
@@ -73,13 +75,13 @@ def test_a_card_is_filled_through_one_booked_table(embedding: str, head: str, lo
 def test_a_head_in_4_bits_is_quantised_as_the_layers(
     quant: QuantConfig, expected: QuantConfig
 ) -> None:
-    spec = replace(tiny_strategy.RECIPE, quant=quant, placement=Placement(head="nf4"))
+    spec = replace(tiny_strategy.RECIPE, quant=quant, placement=Placement(lm_head="quantized"))
     _, projection = load_ends(context(spec), tiny_strategy.base(), True, True)
     assert isinstance(projection, QuantizedHead)
     assert projection.quant == expected
 
 
-CASES: dict[str, dict[str, Any]] = {  # all with head=nf4
+CASES: dict[str, dict[str, Any]] = {  # all with lm_head=quantized
     "replicate": {},
     "shard": {"strategy": "shard", "embedding": "host"},
     "stream": {"strategy": "stream", "group": 1, "embedding": "host"},
@@ -90,7 +92,7 @@ MODELS = (("llama", "bfloat16"), ("llama_tied", "float32"))
 
 def outcome(model: str, dtype: str, settings: dict[str, Any]) -> dict[str, Any]:
     """All that is compared, on this rank."""
-    spec = tiny_strategy.variant(dtype=dtype, head="nf4", **settings)
+    spec = tiny_strategy.variant(dtype=dtype, lm_head="quantized", **settings)
     strategy = tiny_strategy.build(spec, tiny_strategy.base(model, dtype))
     stats, gradients = tiny_strategy.measure(strategy, 0)
     return {
@@ -128,7 +130,7 @@ def test_a_head_in_4_bits_changes_what_is_learnt_by_what_4_bits_lose() -> None:
         tiny_strategy.measure(
             tiny_strategy.build(tiny_strategy.variant(head=head), tiny_strategy.base()), 0
         )
-        for head in ("nf4", "resident")
+        for head in ("quantized", "device")
     )
     assert four_bits[0].loss == pytest.approx(whole[0].loss, rel=0.02)
     assert four_bits[0].loss != whole[0].loss

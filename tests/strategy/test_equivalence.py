@@ -2,7 +2,7 @@
 
 On as many ranks a strategy of the data-parallel kind differs from replicate in nothing that is
 computed, nor in the order of a sum; a pipeline computes what one rank would. Other rank counts sum
-in another order. Run are: every strategy with every G, rank count and place of the boundaries, and
+in another order. Run are: every strategy with every G, rank count and place of the layer_inputs, and
 of all other settings every pair of two of them.
 """
 
@@ -37,7 +37,7 @@ MIXED = ("recompute*2", "offload", "keep", "offload")  # by layer
 FACTORS: dict[str, tuple[Any, ...]] = {
     "world_size": (2, 4, 1),
     "store": tuple(STORES),
-    "ends": tuple(itertools.product(("device", "host"), ("resident", "streamed"))),
+    "ends": tuple(itertools.product(("device", "host"), ("device", "host"))),
     "group": ("all", 1, 2),
     "saving": (
         ("recompute", "device"),
@@ -58,9 +58,9 @@ class Case:
 
     world_size: int = 1
     store: str = "replicate"
-    ends: tuple[str, str] = ("device", "resident")  # embedding, head
+    ends: tuple[str, str] = ("device", "device")  # embedding, head
     group: int | str = "all"
-    saving: tuple[Any, str] = ("recompute", "device")  # activations, boundaries
+    saving: tuple[Any, str] = ("recompute", "device")  # activations, layer_inputs
     offload: bool = False
     model: str = "llama"
     dtype: str = "float32"
@@ -84,7 +84,7 @@ class Case:
         strategy = dict(STORES[self.store])
         if self.store == "stream, by rank":
             strategy["resident_layers"] = strategy["resident_layers"][: self.world_size]
-        (embedding, head), (activations, boundaries) = self.ends, self.saving
+        (embedding, head), (activations, layer_inputs) = self.ends, self.saving
         return tiny_strategy.variant(
             **strategy,
             group=self.group,
@@ -93,7 +93,7 @@ class Case:
             embedding=embedding,
             head=head,
             activations=activations,
-            boundaries=boundaries,
+            layer_inputs=layer_inputs,
         )
 
 
@@ -110,7 +110,7 @@ def cases() -> list[Case]:
     everything = [Case(*values) for values in itertools.product(*FACTORS.values())]
     candidates = [(case, case.pairs | {case.cell}) for case in everything if case.legal]
     # A shared embedding that is also the head, on two stages: three settings that meet.
-    chosen = [Case(2, "pipeline", ("host", "streamed"), model="llama_tied")]
+    chosen = [Case(2, "pipeline", ("host", "host"), model="llama_tied")]
     missing = set().union(*(wanted for _, wanted in candidates)) - chosen[0].pairs
     while missing:
         case, covered = max(candidates, key=lambda candidate: len(candidate[1] & missing))

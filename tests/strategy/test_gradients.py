@@ -52,7 +52,7 @@ def steps(where: str) -> Found:
 
 
 def both() -> tuple[Found, Found]:
-    """On late lanes: nothing may depend on when a copy happens to be made."""
+    """On late side streams: nothing may depend on when a copy happens to be made."""
     tiny_store.delay_lanes(seed=tiny_strategy.this_group().rank)
     return steps("device"), steps("host")
 

@@ -26,7 +26,7 @@ SEQ_LEN, ROWS, ROWS_PER_STEP = 40, 24, 8
 ROOM = {0: 128, 2: 64}  # step -> tokens for which there is memory from then on: 2 rows, 1 row
 STEPS = 3
 MIXED = ("recompute*2", "offload", "keep", "offload")  # by layer
-HOST = {"boundaries": "host", "embedding": "host", "head": "streamed", "offload": True}
+HOST = {"layer_inputs": "host", "embedding": "host", "lm_head": "host", "offload": True}
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Case:
 CASES = [
     Case({}, "embed", (0,)),
     Case({"activations": "keep", "group": 1}, "backward"),
-    Case({"strategy": "shard", "boundaries": "host"}, "recompute", (0, 1)),
+    Case({"strategy": "shard", "layer_inputs": "host"}, "recompute", (0, 1)),
     Case({"strategy": "shard", "activations": "offload"}, "forward"),
     Case({"strategy": "stream", "activations": MIXED, "group": 2, **HOST}, "backward", (0,)),
     Case({"strategy": "stream", "resident_layers": 2, **HOST}, "head"),
     Case({"strategy": "stream", "shard": True, **HOST}, "backward"),
-    Case({"strategy": "pipeline", "boundaries": "host"}, "forward", (0,), layer=1),
+    Case({"strategy": "pipeline", "layer_inputs": "host"}, "forward", (0,), layer=1),
     Case({"strategy": "pipeline", "activations": "keep"}, "head"),
     Case({"strategy": "pipeline", "activations": MIXED, **HOST}, "backward", layer=4),
     Case({"strategy": "pipeline", "activations": "offload"}, "receive", (0,)),

@@ -26,7 +26,7 @@ from fttrain.util.errors import UserError
 RANKS, HERE = 4, 2
 STEPS = 2
 PROMPTS = [ids for ids, _ in tiny.documents((5, 1, 9))]
-HOST = {"embedding": "host", "head": "streamed"}
+HOST = {"embedding": "host", "lm_head": "host"}
 STORES: dict[str, dict[str, Any]] = {
     "replicate": {},
     "replicate, whole ends on the host": HOST,

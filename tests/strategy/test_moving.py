@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-HOST = {"offload": True, "boundaries": "host", "embedding": "host", "head": "streamed"}
+HOST = {"offload": True, "layer_inputs": "host", "embedding": "host", "lm_head": "host"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "replicate": {},
     "shard": {"strategy": "shard", "group": 2},

@@ -13,11 +13,10 @@ import tiny
 import tiny_strategy
 from ranks import run_ranks
 
-from fttrain.strategy import trainable_state
 from fttrain.strategy.spec import StrategySpec
 
 STEPS = 3
-HOST = {"offload": True, "boundaries": "host", "embedding": "host", "head": "streamed"}
+HOST = {"offload": True, "layer_inputs": "host", "embedding": "host", "lm_head": "host"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def train(case: Case, shard: bool, start: dict[str, dict[str, Any]] | None = Non
         strategy.load_adapter_state(tiny_strategy.copied(start["adapter"]))
         strategy.load_optimizer_state(tiny_strategy.copied(start["optimizer"]))
     steps = [tiny_strategy.apply(strategy, step) for step in range(STEPS)]
-    booked = {b.what: b.size_bytes for b in strategy.bookings}
+    booked = {r.part.name: r.size_bytes for r in strategy.reservations}
     return {
         **states(strategy),
         "figures": [(stats.loss, stats.grad_norm, stats.updated) for stats in steps],
@@ -119,11 +118,7 @@ def test_a_rank_has_its_part_alone(case: Case, world_size: int) -> None:
         assert moves == others
         assert whole["gathered"] == [0] * STEPS
         assert parts["sync_bytes"] == [4 * world_size * sum(parts["values"])] * STEPS
-        shared = (
-            (trainable_state.MASTERS, trainable_state.MOMENTS)
-            if case.offload
-            else (trainable_state.ADAPTERS,)
-        )
+        shared = ("ADAPTER_MASTERS", "OPTIMIZER_MOMENTS") if case.offload else ("ADAPTERS",)
         for part in shared:
             assert parts["booked"][part] < whole["booked"][part]
 

@@ -68,14 +68,14 @@ def quantised_bytes(form: FrozenFormat) -> int:
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 80000, 10**6])
-@pytest.mark.parametrize("form", ["resident", "streamed", "nf4"])
+@pytest.mark.parametrize("form", ["device", "host", "quantized"])
 def test_the_last_stage_has_the_head_and_a_chunk_of_logits(
     form: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head_module, "CHUNK_BYTES", chunk_bytes)
     table: Projection = ResidentHead(torch.zeros(300, 64))
     head_bytes, beside = TABLE_BYTES, 0
-    if form == "nf4":
+    if form == "quantized":
         tiles = tiled_format(300, 64, QuantConfig(), torch.float32)
         table = QuantizedHead(torch.zeros(300, 64), tiles, tiny.CPU)
         head_bytes = quantised_bytes(tiles)
@@ -83,14 +83,14 @@ def test_the_last_stage_has_the_head_and_a_chunk_of_logits(
     head.loss(torch.zeros(66, 64), torch.tensor([3] * 66), torch.arange(66))
     assert head._scratch is not None
     chunk = sum(tensor.nbytes for tensor in head._scratch)
-    if form == "nf4":  # the one tile, its scales, the gradient and what is added to it
+    if form == "quantized":  # the one tile, its scales, the gradient and what is added to it
         beside = TABLE_BYTES + 4 * 300 + 2 * 4 * 64 * len(head._scratch[0])
     assert fixed(STAGES - 1, head=form) - fixed(1) == head_bytes + chunk + beside
 
 
 def test_a_head_that_cannot_be_quantised_is_refused_on_every_rank() -> None:
-    message = "head=nf4: rows of 96 values are not a multiple of quant.blocksize=64; a smaller bl"
+    message = "lm_head=quantized: rows of 96 values are not a multiple of quant.blocksize=64; a smaller bl"
     for stage in range(STAGES):
         with pytest.raises(UserError, match=message):
-            fixed(stage, tiny.PLAIN, hidden=96, head="nf4")
-    assert fixed(0, replace(tiny.PLAIN, blocksize=32), hidden=96, head="nf4")
+            fixed(stage, tiny.PLAIN, hidden=96, lm_head="quantized")
+    assert fixed(0, replace(tiny.PLAIN, blocksize=32), hidden=96, lm_head="quantized")

@@ -46,7 +46,7 @@ def test_a_pipeline_has_nothing_to_shard() -> None:
         ({"activations": ("keep*0",)}, r"activations=\[keep\*0\]: recompute, keep, offload"),
         ({"activations": ("keep*x",)}, r"activations=\[keep\*x\]: recompute, keep, offload"),
         ({"activations": "keep*2"}, r"activations=keep\*2: recompute, keep, offload"),
-        ({"boundaries": "disk"}, "boundaries=disk: device or host"),
+        ({"layer_inputs": "disk"}, "layer_inputs=disk: device or host"),
         ({"embedding": "streamed"}, "embedding=streamed: device or host"),
         ({"head": "host"}, "head=host: resident, streamed or nf4"),
         ({"mlp_tile_tokens": 1000}, "mlp_tile_tokens=1000: all, or a multiple of 1024 tokens"),
@@ -54,12 +54,12 @@ def test_a_pipeline_has_nothing_to_shard() -> None:
         ({"mlp_tile_tokens": -1024}, "mlp_tile_tokens=-1024: all, or a multiple of 1024 tokens"),
         ({"mlp_tile_tokens": "some"}, "mlp_tile_tokens=some: all, or a multiple of 1024 tokens"),
         (
-            {"boundaries": "host", "activations": "keep"},
-            "boundaries=host: activations=keep leaves none; layers with activations=recompute do",
+            {"layer_inputs": "host", "activations": "keep"},
+            "layer_inputs=host: activations=keep leaves none; layers with activations=recompute do",
         ),
         (
-            {"boundaries": "host", "activations": ("keep*4", "offload")},
-            r"boundaries=host: activations=\[keep\*4,offload\] leaves none",
+            {"layer_inputs": "host", "activations": ("keep*4", "offload")},
+            r"layer_inputs=host: activations=\[keep\*4,offload\] leaves none",
         ),
     ],
 )

@@ -45,18 +45,18 @@ class Rash(CudaSideStream):
 Break = Callable[[pytest.MonkeyPatch], None]
 
 
-def given(owner: Any, **lanes: type[CudaSideStream]) -> Break:
-    """``owner`` has these ``lanes``."""
+def given(owner: Any, **streams: type[CudaSideStream]) -> Break:
+    """``owner`` has these ``streams``."""
     make = owner.__init__
 
     def broken(self: Any, *args: Any) -> None:
-        make(self, *args, **{name: kind(tiny.CPU, timed=True) for name, kind in lanes.items()})
+        make(self, *args, **{name: kind(tiny.CPU, timed=True) for name, kind in streams.items()})
 
     return lambda patch: patch.setattr(owner, "__init__", broken)
 
 
 def makes(module: Any, kind: type[CudaSideStream]) -> Break:
-    """All lanes that ``module`` makes for copies are of that kind."""
+    """All side streams that ``module`` makes for copies are of that kind."""
     return lambda patch: patch.setattr(module, "copy_lane", lambda *_, **__: kind(tiny.CPU, True))
 
 
@@ -90,7 +90,7 @@ class Fault:
 
 
 FAULTS = {
-    "a lane's tickets": Fault(
+    "a side stream's handles": Fault(
         SHARD,
         does(side_stream._StreamHandle, "wait"),
         [
@@ -103,7 +103,7 @@ FAULTS = {
     ),
     "layers gathered at once": Fault(
         SHARD,
-        given(ShardedStore, lane=Rash),
+        given(ShardedStore, stream=Rash),
         [
             (
                 SLOT,
@@ -114,12 +114,12 @@ FAULTS = {
     ),
     "layers copied": Fault(
         STREAM,
-        given(HostStore, lane=Deaf),
+        given(HostStore, stream=Deaf),
         [(SLOT, "copy_ in HostStore._copy writes *", "dequantize_4bit * reads it on compute")],
     ),
     "layers copied at once": Fault(
         STREAM,
-        given(HostStore, lane=Rash),
+        given(HostStore, stream=Rash),
         [(SLOT, "dequantize_4bit * reads it on compute", "copy_ in HostStore._copy writes *")],
     ),
     "slots released": Fault(
@@ -127,33 +127,33 @@ FAULTS = {
         does(Slots, "release", lambda self, layer: self._in_use.remove(layer)),
         [(SLOT, "dequantize_4bit * reads it on compute", "copy_ in HostStore._copy writes *")],
     ),
-    "boundaries out": Fault(
+    "layer inputs out": Fault(
         ON_HOST,
         given(HostLayerInputs, out=Deaf),
         [
             (BOUNDARY, "copy_ * reads *", FREED),
-            ("boundaries", "copy_ * writes *", "copy_ in HostLayerInputs.prefetch reads *"),
+            ("layer inputs", "copy_ * writes *", "copy_ in HostLayerInputs.prefetch reads *"),
         ],
     ),
-    "boundaries out at once": Fault(
+    "layer inputs out at once": Fault(
         ON_HOST,
         given(HostLayerInputs, out=Rash),
         [(BOUNDARY, "add in Layer.__call__ writes it on compute", "copy_ * reads *")],
     ),
-    "boundaries back": Fault(
+    "layer inputs back": Fault(
         ON_HOST,
         given(HostLayerInputs, back=Deaf),
         [
             (BOUNDARY_BACK, "copy_ * writes *", "_to_copy in rms_norm reads it on compute"),
-            ("boundaries", "copy_ * reads *", "copy_ in HostLayerInputs.save writes *"),
+            ("layer inputs", "copy_ * reads *", "copy_ in HostLayerInputs.save writes *"),
         ],
     ),
-    "boundaries back at once": Fault(
+    "layer inputs back at once": Fault(
         ON_HOST,
         given(HostLayerInputs, back=Rash),
         [
             (BOUNDARY_BACK, "empty in * writes it on compute", "copy_ * writes *"),
-            ("boundaries", "copy_ in HostLayerInputs.save writes *", "copy_ * reads *"),
+            ("layer inputs", "copy_ in HostLayerInputs.save writes *", "copy_ * reads *"),
         ],
     ),
     "activations out": Fault(
@@ -266,7 +266,7 @@ FAULTS = {
         does(simulated_streams.Stream, "wait_stream"),
         [(GRADIENT, "add_ in * writes it on compute", "mul_ in * reads *")],
     ),
-    "gathers on their lane": Fault(
+    "gathers on their side stream": Fault(
         SHARD,
         does(side_stream, "_finish", lambda work: work()),
         [(SLOT, "copy_ in *.all_gather writes *", "* reads it on compute")],

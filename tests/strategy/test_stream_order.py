@@ -39,12 +39,14 @@ def test_nothing_races(name: str) -> None:
     assert races(VARIANTS[name], evaluated=True) == []
 
 
-@pytest.mark.parametrize("settings", [{"boundaries": "host"}, {"activations": "offload"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"layer_inputs": "host"}, {"activations": "offload"}], ids=str
+)
 def test_nothing_races_on_the_last_stage(settings: Settings) -> None:
     assert races({"strategy": "pipeline", "offload": True, **settings}, rank=1) == []
 
 
-@pytest.mark.parametrize("settings", [OFFLOAD, {**STREAM, "boundaries": "host"}], ids=str)
+@pytest.mark.parametrize("settings", [OFFLOAD, {**STREAM, "layer_inputs": "host"}], ids=str)
 def test_a_step_that_ran_out_of_memory_leaves_no_copy_under_way(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ SHAPE = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-EVERYTHING_MOVES = {"boundaries": "host", "head": "streamed", "offload": True}
+EVERYTHING_MOVES = {"layer_inputs": "host", "lm_head": "host", "offload": True}
 MIXED = ("offload*2", "recompute", "offload")  # activations by layer
 RECIPES = {
     "replicate": tiny_strategy.variant(),

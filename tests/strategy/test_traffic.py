@@ -27,15 +27,15 @@ class Case:
 
 CASES = [
     Case("replicate"),
-    Case("replicate", head="streamed"),
+    Case("replicate", lm_head="host"),
     Case("shard", 5),
     Case("stream", 5),
     Case("stream", 3, resident_layers=2),
     Case("stream", 4, 3, resident_layers=1),
     Case("stream", 2, resident_layers=3),
     Case("stream", 1, 3, resident_layers=4),
-    Case("stream", 0, resident_layers="all", head="streamed"),
-    Case("stream", 3, resident_layers=(2, 2), head="streamed"),
+    Case("stream", 0, resident_layers="all", lm_head="host"),
+    Case("stream", 3, resident_layers=(2, 2), lm_head="host"),
 ]
 SPLITS = [(1, "all"), (3, "all"), (3, 1), (3, 2)]  # accumulation, G
 
@@ -58,7 +58,7 @@ def on_rank() -> tuple[dict[Any, list[StepStats]], dict[str, list[StepStats]]]:
     grouped = {(case, split): steps(case, split) for case in CASES for split in SPLITS}
     pipelines = {}
     for dtype in ("float32", "bfloat16"):
-        spec = tiny_strategy.variant("pipeline", dtype=dtype, head="streamed")
+        spec = tiny_strategy.variant("pipeline", dtype=dtype, lm_head="host")
         strategy = tiny_strategy.build(spec, tiny_strategy.base(dtype=dtype))
         # What an evaluation or an answer moves belongs to no step.
         if dtype == "float32":
@@ -88,7 +88,7 @@ def test_layers_are_brought_once_a_pass(case: Case, split: tuple[int, int | str]
             brought = 2 * groups * max(0, case.moving - case.slots)
             brought += min(case.moving, case.slots) * (number == 0)
             moved = of_a_layer * brought
-            head = TABLE_BYTES * groups * (case.head == "streamed")
+            head = TABLE_BYTES * groups * (case.head == "host")
             gathered = moved if case.strategy == "shard" else 0
             assert stats.traffic.gather_bytes == gathered
             assert stats.traffic.h2d_bytes == moved - gathered + head

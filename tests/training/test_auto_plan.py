@@ -81,7 +81,7 @@ def test_train_dry_run_and_evaluate_take_the_same_activations(
     assert main(argv) == 0
     assert said[0] in capsys.readouterr().out
     assert settings_of(output)["activations"] == "keep"
-    assert "strategy=replicate schedule.group=all activations=keep" in said[0]
+    assert "strategy=replicate schedule.micro_batch_group=all activations=keep" in said[0]
     before = json.loads((output / "evaluation.json").read_text())
     again = ["evaluate", f"output={output}", "activations=auto", rig]
     assert main(again) == 0
@@ -138,9 +138,9 @@ def test_without_a_profile_that_says_something_there_is_no_plan(
 
 def test_a_plan_of_what_is_left_open_starts_from_the_defaults() -> None:
     """So `fttrain plan strategy=auto` plans as `fttrain plan` does."""
-    left_open = compose(["strategy=auto", "activations=auto", "boundaries=host"])
+    left_open = compose(["strategy=auto", "activations=auto", "layer_inputs=host"])
     assert left_open.left_open == ("strategy", "activations")
-    assert strategy_spec(left_open) == strategy_spec(compose(["boundaries=host"]))
+    assert strategy_spec(left_open) == strategy_spec(compose(["layer_inputs=host"]))
     assert strategy_spec(compose(["strategy=pipeline", "activations=auto"])) == strategy_spec(
         compose(["strategy=pipeline"])
     )

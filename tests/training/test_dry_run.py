@@ -145,7 +145,7 @@ def test_what_helps_depends_on_the_run() -> None:
         ),
         pytest.param(["strategy=deepspeed"], marks=pytest.mark.deepspeed),
         ["strategy=pipeline", "schedule=one_f_one_b"],
-        ["strategy=shard", "boundaries=host"],
+        ["strategy=shard", "layer_inputs=host"],
     ],
 )
 def test_what_helps_is_allowed(settings: list[str], waiting: float) -> None:

@@ -264,7 +264,7 @@ def test_a_second_run_into_the_same_folder_is_refused(
         ("loop.micro_batch_size=3", "rows per step was 4 when it was saved and is 6 now"),
         ("data.seq_len=80", "data fingerprint was"),
         ("lora.use_dora=true", "lora.use_dora was False when it was saved and is True now"),
-        ("head=nf4", "head in 4 bits was False when it was saved and is True now"),
+        ("lm_head=quantized", "head in 4 bits was False when it was saved and is True now"),
         ("lora.r=5", "lora.r was 4 when it was saved and is 5 now"),
         ("lora.lora_alpha=5", "lora.lora_alpha was 32.0 when it was saved and is 5.0 now"),
         ("lora.lora_dropout=0.5", "lora.lora_dropout was 0.1 when it was saved and is 0.5 now"),

@@ -13,7 +13,7 @@ from fttrain.cli import main
 from fttrain.data.loader import Loader
 
 STEPS, STOPPED = 5, 2
-HOST = "strategy=stream boundaries=host embedding=host head=streamed optim.offload=true"
+HOST = "strategy=stream layer_inputs=host embedding=host lm_head=host optim.offload=true"
 PLACES = {
     "recompute": "activations=recompute",
     "keep": "activations=keep",

@@ -19,8 +19,8 @@ STEPS = 6
 SETTINGS = {
     "replicate": [],
     "shard": [],
-    "stream": ["strategy.resident_layers=1", "boundaries=host", "optim.offload=true"],
-    "pipeline": ["embedding=host", "head=streamed"],
+    "stream": ["strategy.resident_layers=1", "layer_inputs=host", "optim.offload=true"],
+    "pipeline": ["embedding=host", "lm_head=host"],
 }
 
 
