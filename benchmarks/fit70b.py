@@ -15,8 +15,8 @@ that ran out of time it has the steps that were made. --total-s is for all of it
 time for is ``not run``.
 
 ``--tflops`` leaves the compute a share of the multiprocessors, ``--link-gb-s`` paces the copies of
-side streams between host and card, each way: what offloading gives depends on how fast these are. Both are
-measured before the first run, without the limits and under them.
+side streams between host and card, each way: what offloading gives depends on how fast these are.
+Both are measured before the first run, without the limits and under them.
 
 Two ranks may share one GPU. NCCL then takes them only as if on two hosts and over sockets: seconds
 waited and tokens/s mean nothing for a rig (the table says so), memory does. --backend gloo does

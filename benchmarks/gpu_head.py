@@ -93,7 +93,9 @@ def measured(
 def inputs(
     vocabulary: int, width: int, tokens: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ResidentHead (V, C), norm's weight (C,) and hidden states (T, C) in bf16, targets int64 (T,)."""
+    """ResidentHead (V, C), norm's weight (C,) and hidden states (T, C) in bf16, targets int64
+    (T,).
+    """
     random = torch.Generator(device).manual_seed(0)
 
     def values(*size: int) -> Tensor:

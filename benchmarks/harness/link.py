@@ -1,7 +1,7 @@
 """A slower link between host and card: every copy of a side stream takes as long as it would there.
 
-Each way is paced for itself, and all side streams that copy that way share it: one copy after the other,
-in the order in which they are asked for. On the CPU there is one way, from host to host.
+Each way is paced for itself, and all side streams that copy that way share it: one copy after the
+other, in the order in which they are asked for. On the CPU there is one way, from host to host.
 """
 
 import sys
@@ -50,8 +50,8 @@ class HostWay:
 
 
 class CardWay:
-    """On CUDA: a kernel that only waits follows each copy on its side stream's stream. The host never
-    waits.
+    """On CUDA: a kernel that only waits follows each copy on its side stream's stream. The host
+    never waits.
     """
 
     def __init__(self, rate: float, own_rate: float, cycles_per_s: float, copy: Copy) -> None:
@@ -78,9 +78,9 @@ class CardWay:
 
 @contextmanager
 def paced(settings: dict[str, Any] | None) -> Iterator[dict[str, Way]]:
-    """Inside the block the copies of all side streams take their time: ``gb_s`` of ``settings`` each way,
-    for the ways that ``own_gb_s`` has the rates of; ``cycles_per_s``: of a waiting kernel. None: as
-    they are. The ways, by name.
+    """Inside the block the copies of all side streams take their time: ``gb_s`` of ``settings``
+    each way, for the ways that ``own_gb_s`` has the rates of; ``cycles_per_s``: of a waiting
+    kernel. None: as they are. The ways, by name.
     """
     if settings is None:
         yield {}

@@ -100,7 +100,8 @@ class RunConfig:
         group, steps = self.schedule.micro_batch_group, self.loop.gradient_accumulation_steps
         if isinstance(group, int) and group > steps:
             raise UserError(
-                f"schedule.micro_batch_group={group}: more than loop.gradient_accumulation_steps={steps}; "
+                f"schedule.micro_batch_group={group}: more than "
+                f"loop.gradient_accumulation_steps={steps}; "
                 f"write {steps} or all"
             )
         if self.loop.eval_every and not self.data.holdout:

@@ -78,8 +78,8 @@ def present(cards: Sequence[Card]) -> Finding:
 
 
 def pcie(cards: Sequence[Card]) -> Finding:
-    """Side streams in use against what card and slot can do. The generation is no sign: a card that rests
-    turns it down.
+    """Side streams in use against what card and slot can do. The generation is no sign: a card that
+    rests turns it down.
     """
     known = [(i, c) for i, c in enumerate(cards) if c.pcie_width and c.pcie_width_most]
     if not known:

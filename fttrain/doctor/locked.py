@@ -27,7 +27,8 @@ def locked_memory(device: torch.device) -> Finding:
         return warning(
             str(said[0].message),
             "Linux itself instead of WSL2, a container that lets the driver lock pages; "
-            "strategy=shard or pipeline, embedding=device and layer_inputs=device need little of it",
+            "strategy=shard or pipeline, embedding=device and layer_inputs=device need little of "
+            "it",
         )
     there = torch.empty(LOCKED_BYTES, dtype=torch.uint8, device=device)
     seconds = median_s(lambda: there.copy_(buffer, non_blocking=True), device)

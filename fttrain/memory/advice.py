@@ -1,4 +1,6 @@
-"""The error of a rank that ran out of memory: its largest parts, and the settings that free most."""
+"""The error of a rank that ran out of memory: its largest parts, and the settings that free
+most.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +18,9 @@ from fttrain.util.errors import UserError, first_line
 def explain_out_of_memory(
     reservations: Sequence[Reservation], rank: int, device: torch.device
 ) -> Iterator[None]:
-    """Raises UserError, with the largest parts and what frees most, where memory runs out inside."""
+    """Raises UserError, with the largest parts and what frees most, where memory runs out
+    inside.
+    """
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one

@@ -16,7 +16,7 @@ from torch import Tensor
 from fttrain.distributed.rank_group import RankGroup, local_world_size
 from fttrain.memory.device import free_device_bytes
 from fttrain.memory.host import available_host_bytes
-from fttrain.memory.parts import MemoryPart, Location
+from fttrain.memory.parts import Location, MemoryPart
 from fttrain.memory.pinned import map_private, map_shared
 from fttrain.util.units import gib
 
@@ -106,8 +106,10 @@ class MemoryLedger:
         where = f"machine {self._group.inter_node.rank}: " if node is not self._group else ""
         return (
             f"{where}host memory: {gib(needed)} are needed ({parts}), {gib(available)} are "
-            "available; a smaller schedule.micro_batch_group, data.seq_len or loop.micro_batch_size, "
-            "layer_inputs=device, activations=recompute, strategy.resident_layers nearer to all, or "
+            "available; a smaller schedule.micro_batch_group, data.seq_len or "
+            "loop.micro_batch_size, "
+            "layer_inputs=device, activations=recompute, strategy.resident_layers nearer to all, "
+            "or "
             "closing other programs helps"
         )
 
@@ -115,7 +117,9 @@ class MemoryLedger:
         ranks = self._group.intra_node.world_size
         if ranks == 1:
             return ""
-        return " in all" if reservation.location is Location.SHARED else f" on each of {ranks} ranks"
+        return (
+            " in all" if reservation.location is Location.SHARED else f" on each of {ranks} ranks"
+        )
 
     def allocate(self, part: MemoryPart) -> Tensor:
         """The host buffer that was reserved for ``part``: uint8 (size_bytes,), zero; page-locked on

@@ -12,8 +12,8 @@ class Location(Enum):
 
 
 class MemoryPart(Enum):
-    """A part: its label in everything that people read, its location, and the settings that shrink it
-    ("" where nothing does).
+    """A part: its label in everything that people read, its location, and the settings that shrink
+    it ("" where nothing does).
     """
 
     # The frozen base
@@ -50,7 +50,11 @@ class MemoryPart(Enum):
     GRADIENT_BUFFERS = ("gradient double buffer", Location.DEVICE, "")
     ADAPTER_MASTERS = ("adapter masters", Location.HOST, "a smaller lora.r")
     ADAPTER_GRADIENTS = ("adapter gradients", Location.HOST, "a smaller lora.r")
-    ADAPTER_COPIES = ("adapter copies on their way to the device", Location.HOST, "a smaller lora.r")
+    ADAPTER_COPIES = (
+        "adapter copies on their way to the device",
+        Location.HOST,
+        "a smaller lora.r",
+    )
     OPTIMIZER_MOMENTS = ("optimizer moments", Location.HOST, "optim=adamw8bit")
     # What a step leaves for backward
     ACTIVATIONS = (

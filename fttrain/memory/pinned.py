@@ -25,8 +25,8 @@ TELL_BYTES = 4 * GIB  # page-locking that much takes seconds: say what is going 
 
 
 class HostBuffer(mmap.mmap):
-    """HostBuffer that is no longer page-locked before the system takes it back: what comes to lie at
-    its addresses later would pass for page-locked and be copied from where it is not.
+    """HostBuffer that is no longer page-locked before the system takes it back: what comes to lie
+    at its addresses later would pass for page-locked and be copied from where it is not.
     """
 
     _address = 0  # where it is page-locked
@@ -71,8 +71,8 @@ def map_private(label: str, size_bytes: int) -> HostBuffer:
 
 
 def map_shared(group: RankGroup, label: str, size_bytes: int) -> HostBuffer:
-    """Zeroed memory that all ranks of this rank's machine share: a memfd of the first of them, which
-    the others open. Every rank of ``group`` calls it.
+    """Zeroed memory that all ranks of this rank's machine share: a memfd of the first of them,
+    which the others open. Every rank of ``group`` calls it.
 
     Raises UserError, on every rank, where the system refuses it.
     """

@@ -7,7 +7,7 @@ import torch
 
 from fttrain.memory.host import peak_host_bytes
 from fttrain.memory.ledger import Reservation
-from fttrain.memory.parts import MemoryPart, Location
+from fttrain.memory.parts import Location, MemoryPart
 from fttrain.memory.sampling import peak_device_bytes
 from fttrain.util.units import GIB
 

@@ -124,8 +124,8 @@ class Peak:
 
 def run(context: BuildContext, kind: str) -> Peak:
     """Build ``context``'s strategy on fake tensors, update it once, so that the optimizer has its
-    state, and step it. ``context`` speaks of the CPU, which stands in for a card of ``kind``; its pool
-    is replaced.
+    state, and step it. ``context`` speaks of the CPU, which stands in for a card of ``kind``; its
+    pool is replaced.
     """
     dynamic_code(CPU)  # bitsandbytes makes it with real tensors and keeps it
     group = context.group

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fttrain.memory.parts import MemoryPart, Location
+from fttrain.memory.parts import Location, MemoryPart
 from fttrain.model.decoder import Architecture
 from fttrain.plan import fake
 from fttrain.plan.fake import AsksOthers, PlannedGroup, PlannedLedger
@@ -158,8 +158,8 @@ class _Lines:
 
 @dataclass(frozen=True)
 class Workspaces:
-    """What a rank's step takes beyond its books: less than nothing where parts that are reserved are
-    not there at the same time.
+    """What a rank's step takes beyond its books: less than nothing where parts that are reserved
+    are not there at the same time.
     """
 
     by_policy: tuple[tuple[_Lines, ...], ...]  # of each, the first, a middle and the last rank

@@ -71,7 +71,7 @@ def judge(claim: Claim, need: SizeEstimate) -> ClaimVerdict:
             HIGH, _joined(f"{difference} more than all parts", claim.if_high), needed
         )
     largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
-    told = ", ".join(f"{part} {claim.shown(size_bytes)}" for part, size_bytes in largest)
+    told = ", ".join(f"{part.label} {claim.shown(size_bytes)}" for part, size_bytes in largest)
     return ClaimVerdict(
         LOW, _joined(f"{difference} short; it takes {told} ...", claim.if_low), needed
     )

@@ -64,7 +64,8 @@ def sizes_table(models: Sequence[str], claims: Sequence[Claim], needs: Needs) ->
         title_justify="left",
         caption=(
             "one card: all on it, layers recomputed. two, each: strategy=shard (pipeline takes "
-            "about two layers less); least: one card, strategy=stream; both with layer_inputs=host, "
+            "about two layers less); least: one card, strategy=stream; both with "
+            "layer_inputs=host, "
             "embedding=host, lm_head=host and optim.offload=true. Full fine-tuning is not done "
             "here: by formula, "
             f"{' or '.join(str(sum(each.values())) for each in FULL.values())} bytes a parameter "

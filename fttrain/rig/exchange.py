@@ -151,7 +151,7 @@ def _send_recv(size_bytes: int, group: RankGroup) -> Exchange:
 
 
 def _through_host(own: Tensor, received: Tensor, to: int, source: int) -> Handle:
-    """As ``StageLink`` does where the backend sends no CUDA tensors."""
+    """The way of ``PipelineP2P`` where the backend sends no CUDA tensors."""
     leaving, arriving = (torch.empty(own.shape, dtype=own.dtype, pin_memory=True) for _ in range(2))
     arriving_work = torch_dist.irecv(arriving, source)
     leaving.copy_(own)

@@ -22,11 +22,13 @@ class ScheduleConfig:
             isinstance(self.micro_batch_group, str) or self.micro_batch_group < 1
         ):
             raise UserError(
-                f"schedule.micro_batch_group={self.micro_batch_group}: all, or a whole number of 1 or more"
+                f"schedule.micro_batch_group={self.micro_batch_group}: all, or a whole number of "
+                "1 or more"
             )
         if self.kind != "grouped" and self.micro_batch_group != "all":
             raise UserError(
-                f"schedule.micro_batch_group={self.micro_batch_group}: {self.kind} passes micro-batches one by one and has "
+                f"schedule.micro_batch_group={self.micro_batch_group}: {self.kind} passes "
+                "micro-batches one by one and has "
                 "no groups; leave it out, or choose a strategy with schedule=grouped"
             )
 

@@ -40,8 +40,8 @@ class PipelineP2P:
         self._first = group.rank - group.intra_node.rank  # rank of the first stage, among all ranks
         over_nccl = group.world_size > 1 and torch_dist.get_backend() == "nccl"
         self._staged = group.device.type == "cuda" and not over_nccl
-        # (the lower stage of two neighbours, NEXT or PREV) -> what carries that, where it is not what
-        # carries everything between the ranks of the machine
+        # (the lower stage of two neighbours, NEXT or PREV) -> what carries that, where it is not
+        # what carries everything between the ranks of the machine
         self._ways: dict[tuple[int, int], Any] = _ways(group) if over_nccl else {}
         self._sender = device_thread(group.device, "stage-link") if self._staged else None
         # Handle and tensor of each send that may be under way

@@ -20,8 +20,8 @@ class Traffic:
     """What this rank moved so that its layers could run, and how long the compute stood still for
     it, since the last ``take_traffic``.
 
-    Not in it: what ``layer_inputs=host``, ``embedding=host`` and ``optim.offload`` move between host
-    and device, nor gradients that are summed over ranks.
+    Not in it: what ``layer_inputs=host``, ``embedding=host`` and ``optim.offload`` move between
+    host and device, nor gradients that are summed over ranks.
     """
 
     gather_bytes: int = 0  # parts of frozen layers, received from other ranks

@@ -41,8 +41,8 @@ class LayerInputs(Protocol):
         ...
 
     def resize(self, pieces: int) -> None:
-        """LayerInputs have 1 / ``pieces`` of the rows from here on, and there are as many times more
-        of them. Nothing is kept now.
+        """LayerInputs have 1 / ``pieces`` of the rows from here on, and there are as many times
+        more of them. Nothing is kept now.
         """
         ...
 

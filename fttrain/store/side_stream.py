@@ -1,8 +1,8 @@
 """Side streams: work that runs beside the compute, in order, without the host waiting for it.
 
-A side stream is a side stream on CUDA. On the CPU it is a thread for copies, or the collective library's
-own threads for collectives. ``run`` starts work, ``Ticket.wait`` orders what the compute does next
-after it, ``record_event`` names a moment in the compute that work can be ordered after.
+A side stream is a side stream on CUDA. On the CPU it is a thread for copies, or the collective
+library's own threads for collectives. ``run`` starts work, ``Handle.wait`` orders what the compute
+does next after it, ``record_event`` names a moment in the compute that work can be ordered after.
 """
 
 import time

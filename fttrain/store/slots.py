@@ -21,7 +21,9 @@ Bring = Callable[[int, Tensor], Handle | None]  # (layer, slot uint8 (layer_byte
 
 
 class Slots:
-    """``bring(layer, slot)`` fills a slot; it is called on the side stream, in the order of need."""
+    """``bring(layer, slot)`` fills a slot; it is called on the side stream, in the order of
+    need.
+    """
 
     def __init__(
         self, count: int, layer_bytes: int, device: torch.device, stream: SideStream, bring: Bring

@@ -50,7 +50,8 @@ def balance(
             raise UserError(
                 f"strategy=pipeline: stage {stage} would need {gib(needed)} for {count} of "
                 f"{layers} layers, {gib(max(0, free_bytes[stage]))} are free there; "
-                "embedding=host, lm_head=quantized, layer_inputs=host, optim.offload=true or strategy=stream "
+                "embedding=host, lm_head=quantized, layer_inputs=host, optim.offload=true or "
+                "strategy=stream "
                 "help"
             )
     ends = [sum(counts[: stage + 1]) for stage in range(stages)]

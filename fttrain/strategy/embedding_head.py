@@ -51,7 +51,9 @@ def reserve_ends(context: BuildContext, has_embedding: bool, has_head: bool) -> 
 
 
 def _reserve_head(context: BuildContext, is_embedding: bool) -> None:
-    """What this rank's head takes on the device. ``is_embedding``: its table is reserved as such."""
+    """What this rank's head takes on the device. ``is_embedding``: its table is reserved as
+    such.
+    """
     ledger, form = context.ledger, context.spec.placement.lm_head
     (vocabulary, _), tokens = _shape(context), context.spec.size.micro_batch_tokens
     factor = QuantizedHead.chunk_factor if form == "quantized" else ResidentHead.chunk_factor
@@ -144,7 +146,8 @@ def _check_blocks(context: BuildContext) -> None:
     hidden, blocksize = context.architecture.hidden, _head_quant(context).blocksize
     if hidden % blocksize:
         raise UserError(
-            f"lm_head=quantized: rows of {hidden} values are not a multiple of quant.blocksize={blocksize}; "
+            f"lm_head=quantized: rows of {hidden} values are not a multiple of "
+            f"quant.blocksize={blocksize}; "
             "a smaller block size, lm_head=device or lm_head=host helps"
         )
 

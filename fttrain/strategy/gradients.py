@@ -4,8 +4,8 @@ Resident: one flat fp32 tensor a layer, on the device. Passing: two device tenso
 in turn; a layer's gradient leaves for its place as soon as its backward ends, double-buffered, and
 comes back where another group of micro-batches adds to it. The place is host memory
 (``optim.offload``), or on the device a rank's part of the sum (``optim.shard``). Each direction has
-a side stream of its own: a gradient on its way in does not queue behind the sum that one on its way out
-waits for.
+a side stream of its own: a gradient on its way in does not queue behind the sum that one on its way
+out waits for.
 """
 
 from functools import partial

@@ -1,7 +1,7 @@
 """The parts that strategies share: layers and ends, and what is kept for backward.
 
-First ``reserve_slice`` says what they need of device and host; once all has been compared with what there
-is, the frozen base is opened and the parts are made.
+First ``reserve_slice`` says what they need of device and host; once all has been compared with what
+there is, the frozen base is opened and the parts are made.
 """
 
 import math

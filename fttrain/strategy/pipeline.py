@@ -42,7 +42,9 @@ def build(
 
 
 def fixed_bytes(context: BuildContext) -> int:
-    """What this stage takes on its device whatever its layers are: all that is reserved for none."""
+    """What this stage takes on its device whatever its layers are: all that is reserved for
+    none.
+    """
     machine = context.group.intra_node
     books = replace(context, ledger=MemoryLedger(context.group))
     none = ModelSlice(range(0), machine.rank == 0, machine.rank == machine.world_size - 1)
@@ -64,9 +66,10 @@ def _slices(context: BuildContext) -> list[ModelSlice]:
     layers = context.architecture.layers
     policies = context.spec.placement.policies(layers)
     # Of a layer of the mean: which ones a stage gets is not known yet.
-    saved_bytes = -(-sum(saved_bytes(context, policy) for policy in policies) // layers)
+    of_layers = sum(saved_bytes(context, policy) for policy in policies)
+    mean_bytes = -(-of_layers // layers)
     own = [
-        context.layer_bytes + trainable_state.adapter_bytes(context) + _kept(context) * saved_bytes,
+        context.layer_bytes + trainable_state.adapter_bytes(context) + _kept(context) * mean_bytes,
         fixed_bytes(context),
         context.ledger.free_device_bytes,
     ]

@@ -2,8 +2,8 @@
 
 memory.json   {"step", "ranks": [[{"part", "device_bytes", "host_bytes"}, ...], ...]}, by rank
 memory.jsonl  a line now and then: {"step", "ranks": [{name: bytes}, ...]}, by rank; the names are
-              those of ``fttrain.memory.sampling.sample``, of a run on CPUs without the device's; of GPUs
-              "cards": [{name: figure}, ...] beside them, named as in ``fttrain.rig.telemetry``
+              those of ``fttrain.memory.sampling.sample``, of a run on CPUs without the device's; of
+              GPUs "cards": [{name: figure}, ...] beside them, named as in ``fttrain.rig.telemetry``
 """
 
 import json

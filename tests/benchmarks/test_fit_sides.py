@@ -37,7 +37,9 @@ def test_what_is_asked_for_is_chosen(module: Module) -> None:
 
 
 def trained(benchmarks: str) -> dict[str, Any]:
-    """The steps of all sides on this rank, one after the other, and what their side streams copied."""
+    """The steps of all sides on this rank, one after the other, and what their side streams
+    copied.
+    """
     sys.path.insert(0, benchmarks)
     sides, steps, link = (
         importlib.import_module(f"harness.{name}") for name in ("fit_sides", "fit_steps", "link")

@@ -1,4 +1,5 @@
-"""Saves snapshots in forked children and kills them; run by test_resume.py in a process of its own.
+"""Saves snapshots in forked children and kills them; run by test_snapshot.py in a process of its
+own.
 
 killer.py moments FOLDER COUNT   SIGKILL at random moments of an endless series of saves
 killer.py lines FOLDER CASE      SIGKILL before every line of one save that may write

@@ -263,8 +263,8 @@ FULL_DISK = """
 import os, resource, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_resume import UserError, assert_equal, snapshot
-from test_resume import find_snapshot, load_snapshot, save_snapshot
+from test_snapshot import UserError, assert_equal, snapshot
+from test_snapshot import find_snapshot, load_snapshot, save_snapshot
 from fttrain.util import atomic_files
 folder = Path(sys.argv[1])
 save_snapshot(folder, snapshot(1, size=8))
@@ -321,8 +321,8 @@ def test_one_folder_one_run(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     program = (
         "import sys, time\n"
-        "from fttrain.checkpoint.output_lock import claim_output\n"
-        "claim = claim_output(sys.argv[1], 'auto')\n"
+        "from fttrain.checkpoint.output_lock import lock_output\n"
+        "lock = lock_output(sys.argv[1], 'auto')\n"
         "print('mine', flush=True)\n"
         "time.sleep(60)\n"
     )

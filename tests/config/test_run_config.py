@@ -17,7 +17,7 @@ from fttrain.util import schema
 from fttrain.util.errors import UserError
 from fttrain.util.paths import conf_folder
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NEEDS = {  # options that ask for a path of the user's
     ("model", "local"): ["model.path=/models/mine"],
     ("data", "file"): ["data.path=examples.jsonl"],
@@ -158,8 +158,10 @@ WRONG = {
     "data.holdout=1": "data.holdout=1",
     "loop.micro_batch_size=0": "loop.micro_batch_size=0",
     "schedule.micro_batch_group=two": "schedule.micro_batch_group=two",
-    "strategy=pipeline schedule.micro_batch_group=2": "schedule.micro_batch_group=2: one_f_one_b passes micro-batches one",
-    "schedule.micro_batch_group=8": "schedule.micro_batch_group=8: more than loop.gradient_accumulation_steps=4",
+    "strategy=pipeline schedule.micro_batch_group=2": "schedule.micro_batch_group=2: one_f_one_b "
+    "passes micro-batches one",
+    "schedule.micro_batch_group=8": "schedule.micro_batch_group=8: more than "
+    "loop.gradient_accumulation_steps=4",
     "launch.processes=0": "launch.processes=0",
     "activations=all": "activations=all: recompute, keep, offload, or a list of them by layer",
     "activations=[keep,drop*2]": "activations=[keep,drop*2]: recompute, keep, offload, or a list",
@@ -187,7 +189,7 @@ WRONG = {
     "strategy.slots=3": "strategy.resident_layers and strategy.slots belong to strategy=stream",
     "layer_inputs=disk": "layer_inputs=disk: device or host",
     "embedding=disk": "embedding=disk: device or host",
-    "head=host": "head=host: resident, streamed or nf4",
+    "lm_head=disk": "lm_head=disk: device, host or quantized",
     "mlp_tile_tokens=100": "mlp_tile_tokens=100: all, or a multiple of 1024 tokens such as 4096",
     "kernels=triton": "kernels=triton: auto, torch or liger",
     "mlp_tile_tokens=half": "mlp_tile_tokens=half: all, or a multiple of 1024",

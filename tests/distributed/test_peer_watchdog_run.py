@@ -34,7 +34,7 @@ sys.exit(cli.main([]))
 """
 LAUNCHER = """
 import os, sys
-from fttrain import launch
+from fttrain.launcher import launch
 port = str(launch.free_port())
 fixed = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 fixed[launch.PARENT_PID] = str(os.getpid())

@@ -44,7 +44,7 @@ sys.exit(128 + got[0])
 # A launcher of two such ranks.
 LAUNCHER = """
 import os, sys
-from fttrain import launch
+from fttrain.launcher import launch
 launch.REPEAT_S = float(sys.argv[3])
 environment = {**os.environ, launch.PARENT_PID: str(os.getpid())}
 command = [sys.executable, *sys.argv[1:3], *sys.argv[4:]]

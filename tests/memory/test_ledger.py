@@ -28,7 +28,8 @@ def test_what_does_not_fit_is_refused_with_figures(monkeypatch: pytest.MonkeyPat
     ledger.check()  # to the byte
     ledger.reserve(MemoryPart.HEAD, 1)
     expected = (
-        r"3\.00 GiB are needed \(frozen layers in host memory 2\.00 GiB, layer inputs 1\.00 GiB, head 0\.00 GiB\), "
+        r"3\.00 GiB are needed \(frozen layers in host memory 2\.00 GiB, layer inputs 1\.00 GiB, "
+        r"head 0\.00 GiB\), "
         r"3\.00 GiB are available; a smaller schedule\.micro_batch_group, data"
     )
     with pytest.raises(UserError, match=expected):

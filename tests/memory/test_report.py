@@ -81,5 +81,8 @@ def test_a_cpu_without_memory_is_explained_and_other_errors_are_not() -> None:
     message = "rank 0 ran out of memory on cpu"
     with pytest.raises(UserError, match=message), explain_out_of_memory(RESERVATIONS, 0, tiny.CPU):
         torch.empty(1 << 60, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="shapes"), explain_out_of_memory(RESERVATIONS, 0, tiny.CPU):
+    with (
+        pytest.raises(RuntimeError, match="shapes"),
+        explain_out_of_memory(RESERVATIONS, 0, tiny.CPU),
+    ):
         raise RuntimeError("shapes")

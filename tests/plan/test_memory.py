@@ -13,7 +13,7 @@ from ranks import run_ranks
 from torch import Tensor
 from transformers import LlamaConfig
 
-from fttrain.memory.parts import MemoryPart, Location
+from fttrain.memory.parts import Location, MemoryPart
 from fttrain.model.attention_op import cuda_backward_bytes
 from fttrain.model.decoder import Architecture
 from fttrain.optim.config import OptimConfig
@@ -102,7 +102,9 @@ def measured_bytes(names: list[str]) -> dict[str, int]:
         # Neither is allocated where live bytes are counted: moments are made on a thread.
         apart = (MemoryPart.TABLE_STAGING, MemoryPart.OPTIMIZER_MOMENTS)
         on_host = [
-            r for r in strategy.reservations if r.location is not Location.DEVICE and r.part not in apart
+            r
+            for r in strategy.reservations
+            if r.location is not Location.DEVICE and r.part not in apart
         ]
         found[name] = live.peak - sum(booking.size_bytes for booking in on_host)
     return found

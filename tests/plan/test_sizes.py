@@ -9,11 +9,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from fttrain.cli import main
-from fttrain.memory.report import MemoryPart.WORKSPACE
+from fttrain.memory.parts import MemoryPart
 from fttrain.plan import shapes
 from fttrain.plan.reference_claims import CARD, CLAIMS, HIGH, LOW, RIGHT, Claim, judge
 from fttrain.plan.sizes import (
-    MemoryPart.CONTEXT,
     METHODS,
     PLACES,
     SizeEstimate,
@@ -23,9 +22,6 @@ from fttrain.plan.sizes import (
     estimate_sizes,
 )
 from fttrain.plan.sizes_table import show
-from fttrain.store.loading import MemoryPart.FROZEN_LAYERS
-from fttrain.strategy import embedding_head, trainable_state
-from fttrain.strategy.model_slice import MemoryPart.ACTIVATIONS, WEIGHTS
 from fttrain.util.units import GIB
 
 KNOWN = {  # billions of parameters, as model cards have them
@@ -63,8 +59,7 @@ def test_a_70b_model_on_one_card_is_the_sum_of_its_known_parts() -> None:
         MemoryPart.FROZEN_LAYERS: 80 * 441.4e6,
         MemoryPart.EMBEDDING: table_bytes,
         MemoryPart.HEAD: table_bytes,
-        MemoryPart.ADAPTERS: adapter_values
-        * (2 + 4 + 4 + 8),  # copy, master, gradient, moments
+        MemoryPart.ADAPTERS: adapter_values * (2 + 4 + 4 + 8),  # copy, master, gradient, moments
         MemoryPart.ACTIVATIONS: 80 * 2048 * 8192 * 2,
         MemoryPart.DEQUANTIZED_WEIGHTS: 2 * 28672 * 8192 * 2,  # gate and up in bf16
         MemoryPart.CONTEXT: context_bytes(),
@@ -109,7 +104,10 @@ def test_more_parameters_and_wider_ones_take_more_and_fewer_places_less() -> Non
         assert sizes == sorted(sizes)
         assert len(set(sizes)) == len(sizes)
     # What is not on the card is on the host: the frozen layers.
-    assert found[replace(qlora, place="least")].host_bytes > found[qlora].card[MemoryPart.FROZEN_LAYERS]
+    assert (
+        found[replace(qlora, place="least")].host_bytes
+        > found[qlora].card[MemoryPart.FROZEN_LAYERS]
+    )
 
 
 def claim(value: float, unit: str = "GB", **more: bool | str) -> Claim:
@@ -142,7 +140,10 @@ def test_every_claim_can_be_asked_and_says_where_it_is_from() -> None:
         assert asked.method in METHODS, own
         assert asked.place in PLACES, own
         assert own.source.startswith("https://") or "without a source" in own.source, own
-        assert judge(own, SizeEstimate({MemoryPart.FROZEN_LAYERS: round(2 * own.size_bytes)}, 0)).word == LOW, own
+        assert (
+            judge(own, SizeEstimate({MemoryPart.FROZEN_LAYERS: round(2 * own.size_bytes)}, 0)).word
+            == LOW
+        ), own
 
 
 def test_the_tables_say_what_was_asked_for() -> None:

@@ -12,7 +12,7 @@ from ranks import run_ranks
 
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.memory.ledger import MemoryLedger
-from fttrain.memory.parts import MemoryPart, Location
+from fttrain.memory.parts import Location, MemoryPart
 from fttrain.model.projection import QuantizedHead, ResidentHead
 from fttrain.quant.config import QuantConfig
 from fttrain.strategy.config import Placement
@@ -61,7 +61,9 @@ def test_tables_are_booked_once_and_where_they_lie(model: str, embedding: str, h
 def test_a_card_is_filled_through_one_booked_table(embedding: str, head: str, loads: bool) -> None:
     built = context(tiny_strategy.variant(embedding=embedding, lm_head=head), device="cuda")
     reserve_ends(built, has_embedding=True, has_head=True)
-    on_host = {r.part: r.size_bytes for r in built.ledger.reservations if r.location is Location.HOST}
+    on_host = {
+        r.part: r.size_bytes for r in built.ledger.reservations if r.location is Location.HOST
+    }
     assert on_host == ({MemoryPart.TABLE_STAGING: TABLE_BYTES} if loads else {})
 
 
@@ -128,7 +130,7 @@ def test_a_head_in_4_bits_changes_what_is_learnt_by_what_4_bits_lose() -> None:
     """Its gradients are near those of the whole head, and not the same."""
     four_bits, whole = (
         tiny_strategy.measure(
-            tiny_strategy.build(tiny_strategy.variant(head=head), tiny_strategy.base()), 0
+            tiny_strategy.build(tiny_strategy.variant(lm_head=head), tiny_strategy.base()), 0
         )
         for head in ("quantized", "device")
     )

@@ -2,8 +2,8 @@
 
 On as many ranks a strategy of the data-parallel kind differs from replicate in nothing that is
 computed, nor in the order of a sum; a pipeline computes what one rank would. Other rank counts sum
-in another order. Run are: every strategy with every G, rank count and place of the layer_inputs, and
-of all other settings every pair of two of them.
+in another order. Run are: every strategy with every G, rank count and place of the layer_inputs,
+and of all other settings every pair of two of them.
 """
 
 import functools
@@ -91,7 +91,7 @@ class Case:
             offload=self.offload,
             dtype=self.dtype,
             embedding=embedding,
-            head=head,
+            lm_head=head,
             activations=activations,
             layer_inputs=layer_inputs,
         )

@@ -85,7 +85,7 @@ def test_the_last_stage_has_the_head_and_a_chunk_of_logits(
     chunk = sum(tensor.nbytes for tensor in head._scratch)
     if form == "quantized":  # the one tile, its scales, the gradient and what is added to it
         beside = TABLE_BYTES + 4 * 300 + 2 * 4 * 64 * len(head._scratch[0])
-    assert fixed(STAGES - 1, head=form) - fixed(1) == head_bytes + chunk + beside
+    assert fixed(STAGES - 1, lm_head=form) - fixed(1) == head_bytes + chunk + beside
 
 
 def test_a_head_that_cannot_be_quantised_is_refused_on_every_rank() -> None:

@@ -48,7 +48,7 @@ def test_a_pipeline_has_nothing_to_shard() -> None:
         ({"activations": "keep*2"}, r"activations=keep\*2: recompute, keep, offload"),
         ({"layer_inputs": "disk"}, "layer_inputs=disk: device or host"),
         ({"embedding": "streamed"}, "embedding=streamed: device or host"),
-        ({"head": "host"}, "head=host: resident, streamed or nf4"),
+        ({"lm_head": "disk"}, "lm_head=disk: device, host or quantized"),
         ({"mlp_tile_tokens": 1000}, "mlp_tile_tokens=1000: all, or a multiple of 1024 tokens"),
         ({"mlp_tile_tokens": 0}, "mlp_tile_tokens=0: all, or a multiple of 1024 tokens"),
         ({"mlp_tile_tokens": -1024}, "mlp_tile_tokens=-1024: all, or a multiple of 1024 tokens"),

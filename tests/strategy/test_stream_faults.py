@@ -57,7 +57,7 @@ def given(owner: Any, **streams: type[CudaSideStream]) -> Break:
 
 def makes(module: Any, kind: type[CudaSideStream]) -> Break:
     """All side streams that ``module`` makes for copies are of that kind."""
-    return lambda patch: patch.setattr(module, "copy_lane", lambda *_, **__: kind(tiny.CPU, True))
+    return lambda patch: patch.setattr(module, "copy_stream", lambda *_, **__: kind(tiny.CPU, True))
 
 
 def does(owner: Any, name: str, instead: Callable[..., Any] = lambda *_: None) -> Break:
@@ -72,7 +72,7 @@ GRADIENT = "float32 (4096,) of ResidentGradients.__init__"
 COPIES = "bfloat16 (4096,) of LayerAdapters.__init__"
 BOUNDARY = "bfloat16 (64, 64) of Layer.__call__"
 BOUNDARY_BACK = "bfloat16 (64, 64) of HostLayerInputs.prefetch"
-GATE_UP = "bfloat16 (64, 256) of _Through.forward*"
+GATE_UP = "bfloat16 (64, 256) of _ApplyLinears.forward*"
 ACTIVATIONS_BACK = "uint8 (*) of HostActivations.bring"
 HEAD = "bfloat16 (300, 64) of StreamedTable.brought"
 FREED = "it is freed on compute"

@@ -22,7 +22,7 @@ class Case:
     moving: int = 0
     slots: int = 2
     resident_layers: Any = 0
-    head: str = "resident"
+    lm_head: str = "device"
 
 
 CASES = [
@@ -47,7 +47,7 @@ def steps(case: Case, split: tuple[int, int | str]) -> list[StepStats]:
         group,
         resident_layers=case.resident_layers,
         slots=case.slots,
-        head=case.head,
+        lm_head=case.lm_head,
     )
     strategy = tiny_strategy.build(spec, tiny_strategy.base())
     batches = tiny_strategy.micro_batches(strategy)[:accumulation]
@@ -88,7 +88,7 @@ def test_layers_are_brought_once_a_pass(case: Case, split: tuple[int, int | str]
             brought = 2 * groups * max(0, case.moving - case.slots)
             brought += min(case.moving, case.slots) * (number == 0)
             moved = of_a_layer * brought
-            head = TABLE_BYTES * groups * (case.head == "host")
+            head = TABLE_BYTES * groups * (case.lm_head == "host")
             gathered = moved if case.strategy == "shard" else 0
             assert stats.traffic.gather_bytes == gathered
             assert stats.traffic.h2d_bytes == moved - gathered + head

@@ -18,7 +18,8 @@ WRONG = {
     "optim.lr=1e-4,fast": "trial optim.lr=fast: optim.lr='fast': a number is wanted",
     "optim.lr=1e-4,,2": "optim.lr=1e-4,,2: cannot be read",
     "optim.lr_schedule=linear,cosin": "trial optim.lr_schedule=cosin: optim.lr_schedule=cosin: con",
-    "schedule.micro_batch_group=2,8": "trial schedule.micro_batch_group=8: schedule.micro_batch_group=8: more than",
+    "schedule.micro_batch_group=2,8": "trial schedule.micro_batch_group=8: "
+    "schedule.micro_batch_group=8: more than",
     "lora=default,dorra": "lora=dorra: no such option; did you mean dora?",
     "lora=glob(zz*)": "lora=glob(zz*): there are only default, dora, none, rslora",
     "optim.lr=glob(*)": "optim.lr=glob(*): glob is of groups",

@@ -114,7 +114,7 @@ def test_a_restored_guard_decides_the_same_for_ever_after() -> None:
 SAVING = """
 import sys, time
 from pathlib import Path
-from fttrain.training.spike_guard import StopSignals
+from fttrain.training.stop_signals import StopSignals
 folder = Path(sys.argv[1])
 with StopSignals() as stop:
     print("training", flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from fttrain.cli import main
 from fttrain.sweep import child, trial, watch
 
-QUICK = (sys.executable, str(Path(__file__).with_name("sweep") / "quick_train.py"))
+QUICK = (sys.executable, str(Path(__file__).parents[1] / "sweep" / "quick_train.py"))
 WAIT_S = 120
 BASE = ("train", "-m", "model=smollm2_135m", "loop.max_steps=4")
 
