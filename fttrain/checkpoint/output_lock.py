@@ -1,4 +1,4 @@
-"""One folder, one run: who may write into ``output=``."""
+"""The lock on a run's folder: one run at a time writes into ``output=``."""
 
 import os
 from pathlib import Path
@@ -12,13 +12,8 @@ from fttrain.util.locks import try_lock
 
 LOCK = ".lock"
 PATIENCE_S = 0.3  # a sweep's trials look for a moment whether the lock is held
-TRACES = (
-    "metrics.jsonl",
-    "checkpoints",
-    "adapter",
-    "model",
-    "evaluation.json",
-)  # what only a run leaves
+# Files and folders that only a run leaves
+TRACES = ("metrics.jsonl", "checkpoints", "adapter", "model", "evaluation.json")
 
 
 class OutputLock:
@@ -28,7 +23,7 @@ class OutputLock:
         self._lock = lock
 
     def release(self) -> None:
-        """Lets another run have the folder."""
+        """Let another run have the folder."""
         self._lock.release()
 
     def __enter__(self) -> Self:
@@ -44,8 +39,8 @@ class OutputLock:
 
 
 def lock_output(folder: Path | str, resume: str) -> OutputLock:
-    """Makes the run's folder and takes it for this run; call it on one rank before anything is
-    written there.
+    """Make the run's folder and lock it for this run; one rank calls it, before anything is written
+    there.
 
     Args:
         folder: the run's folder.

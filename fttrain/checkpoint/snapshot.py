@@ -8,9 +8,10 @@
             state.json                   step, scalars (data position ...), settings, base model
             manifest.json                sizes and SHA-256 of the above, written last
         .part_step_00000200/         a save under way, or one that was killed: never looked at
-        .left_step_00000300/         of a course that the run has left, see course.py: likewise
+        .left_step_00000300/         of a lineage that the run has left, see lineage.py: likewise
 
-There is no pointer to the latest: the newest folder that verifies is the latest.
+There is no pointer to the latest: the newest folder that verifies is the latest. Which snapshot a
+run resumes from is decided in discovery.py.
 """
 
 import dataclasses
@@ -36,7 +37,6 @@ from fttrain.util.tensor_files import tensor_bytes, write_tensors
 FORM = {"format": "fttrain-snapshot", "version": 1}
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 FOLDER = re.compile(r"step_(?P<step>\d{8,})(?P<aside>\.replaced)?")
-WORDS = ("auto", "none")  # what ``resume`` may be beside the path of a snapshot
 PART, LEFT = ".part_", ".left_"
 
 Warn = Callable[[str], None]
@@ -44,10 +44,10 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that a run must know to go on as if it had never stopped."""
+    """The state from which a run goes on as if it had never stopped."""
 
     step: int  # optimizer steps done
-    adapter: dict[str, Tensor]  # fp32 masters under our names, see adapter.py, or all weights
+    adapter: dict[str, Tensor]  # fp32 masters under our names (adapter_peft.py), or all weights
     optimizer: dict[str, Tensor]  # any names, shapes and dtypes
     scalars: dict[str, Any] = field(
         default_factory=dict
@@ -60,26 +60,27 @@ class Snapshot:
     revision: str | None = None  # of the base on its hub
 
 
-def _to_stderr(text: str) -> None:
+def to_stderr(text: str) -> None:
+    """Print a warning."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def save_snapshot(
-    checkpoints: Path | str, snapshot: Snapshot, keep_last: int = 2, warn: Warn = _to_stderr
+    checkpoints: Path | str, snapshot: Snapshot, keep_last: int = 2, warn: Warn = to_stderr
 ) -> Path:
-    """Saves ``snapshot`` and drops old ones; call it on one rank.
+    """Save ``snapshot`` and delete old ones; one rank calls it.
 
     When it returns, the snapshot is on the disk, has been read back and verified. Killed at any
-    moment it leaves the earlier snapshots as they were. Snapshots of later steps belong to a course
-    that this run has left (it was resumed from an earlier step) and go, too.
+    moment it leaves the earlier snapshots as they were. Snapshots of later steps are of a lineage
+    that this run has left (it was resumed from an earlier step) and are deleted, too.
 
     Returns:
         the folder of the snapshot.
 
     Raises:
         UserError: no room on the disk (with the bytes needed and free), a tensor that is not
-            finite, or a disk that gives back something else than what was written. Nothing
-            half-written stays; older snapshots do.
+            finite, or a disk that reads back other bytes than were written. Nothing half-written
+            stays; older snapshots do.
     """
     checkpoints = Path(checkpoints)
     name = f"step_{snapshot.step:08d}"
@@ -93,9 +94,8 @@ def save_snapshot(
             atomic_files.make_folder(checkpoints)
             part.mkdir()
             _write(part, snapshot)
-            if (
-                final.exists()
-            ):  # a rename cannot replace a folder; the old one stays findable meanwhile
+            # A rename cannot replace a folder; the old one can be found in the meantime.
+            if final.exists():
                 aside = final.with_name(f"{name}.replaced")
                 shutil.rmtree(aside, ignore_errors=True)
                 final.rename(aside)
@@ -115,77 +115,40 @@ def save_snapshot(
     return final
 
 
-def find_snapshot(checkpoints: Path | str, resume: str, warn: Warn = _to_stderr) -> Path | None:
-    """The verified snapshot that ``resume`` (auto, none or a path) asks for, or None to start
-    afresh.
-
-    Raises:
-        UserError: the path is no whole snapshot, or with auto there are snapshots and none is
-            whole.
-    """
-    if resume == "none":
-        return None
-    if resume != "auto":
-        path = Path(resume)
-        reason = fault(path, FORM)
-        if reason is not None:
-            inside = [
-                found.name
-                for folder in (path, path / "checkpoints")
-                for found in _newest_first(folder)
-            ]
-            hint = f"; it holds {', '.join(inside)}: give one of these" if inside else ""
-            raise UserError(f"resume={resume}: not a whole checkpoint: {reason}{hint}")
-        return path
-    found = _newest_first(Path(checkpoints))
-    for path in found:
-        reason = fault(path, FORM)
-        if reason is None:
-            return path
-        warn(f"checkpoint {path} is refused: {reason}")
-    if found:
-        raise UserError(
-            f"{checkpoints}: none of the {len(found)} checkpoints is whole; to start afresh "
-            "give another output="
-        )
-    return None
-
-
 def later_than(checkpoints: Path, step: int) -> list[Path]:
-    """Snapshots of later steps, whole or not."""
-    return [path for path in _newest_first(checkpoints) if _place(path)[0] > step]
+    """The folders of snapshots of later steps, whole or not."""
+    return [path for path in newest_first(checkpoints) if _step_and_standing(path)[0] > step]
 
 
 def step_of(path: Path) -> int:
-    """Optimizer steps done, of a whole snapshot."""
+    """The number of optimizer steps done, of a whole snapshot."""
     return int(json.loads((path / STATE).read_bytes())["step"])
 
 
 def scalars_of(path: Path) -> dict[str, Any]:
     """``Snapshot.scalars`` of a whole snapshot."""
-    found: dict[str, Any] = json.loads((path / STATE).read_bytes())["scalars"]
-    return found
+    scalars: dict[str, Any] = json.loads((path / STATE).read_bytes())["scalars"]
+    return scalars
 
 
 def load_snapshot(path: Path | str) -> Snapshot:
-    """Reads a snapshot, verified first. Tensors come back on the CPU, bit for bit as they were
-    saved.
+    """Read a snapshot, verified first. Its tensors are on the CPU, bit for bit as they were saved.
 
     Raises:
-        UserError: naming the file that is missing or damaged.
+        UserError: a file is missing or damaged, by name.
     """
     path = Path(path)
     reason = fault(path, FORM)
     if reason is not None:
         raise UserError(f"{path}: not a whole checkpoint: {reason}")
     state = json.loads((path / STATE).read_bytes())
-    whole = state["adapter_info"] is None
-    trained = load_weights(path) if whole else load_adapter(path)[0]
-    return put_together(state, trained, load_file(path / OPTIMIZER))
+    all_weights = state["adapter_info"] is None
+    trained = load_weights(path) if all_weights else load_adapter(path)[0]
+    return assemble(state, trained, load_file(path / OPTIMIZER))
 
 
 def state_of(snapshot: Snapshot) -> dict[str, Any]:
-    """All but the tensors, as JSON has it."""
+    """Everything but the tensors, as JSON values."""
     info = snapshot.adapter_info
     return {
         "step": snapshot.step,
@@ -196,10 +159,10 @@ def state_of(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def put_together(
+def assemble(
     state: dict[str, Any], adapter: dict[str, Tensor], optimizer: dict[str, Tensor]
 ) -> Snapshot:
-    """A snapshot of its ``state_of`` and tensors."""
+    """The snapshot with this ``state_of`` and these tensors."""
     return Snapshot(
         step=state["step"],
         adapter=adapter,
@@ -220,7 +183,7 @@ def _info(stored: dict[str, Any] | None) -> AdapterInfo | None:
 
 
 def _write(part: Path, snapshot: Snapshot) -> None:
-    """All files of a snapshot, each synced, the manifest last."""
+    """Write all files of a snapshot, each synced, the manifest last."""
     info = snapshot.adapter_info
     if info is None:
         save_weights(part, snapshot.adapter)
@@ -231,34 +194,34 @@ def _write(part: Path, snapshot: Snapshot) -> None:
     seal_folder(part, FORM, step=snapshot.step)
 
 
-def _newest_first(checkpoints: Path) -> list[Path]:
-    """Snapshot folders, whole or not; one that was set aside comes after its replacement."""
+def newest_first(checkpoints: Path) -> list[Path]:
+    """The folders of snapshots, whole or not; one that was set aside comes after its
+    replacement.
+    """
     folders = [path for path in checkpoints.glob("step_*") if path.is_dir()]
-    found = [path for path in folders if FOLDER.fullmatch(path.name)]
-    return sorted(found, key=_place, reverse=True)
+    snapshots = [path for path in folders if FOLDER.fullmatch(path.name)]
+    return sorted(snapshots, key=_step_and_standing, reverse=True)
 
 
-def _place(path: Path) -> tuple[int, bool]:
-    """Step of a snapshot's folder, and whether it is in its place, not set aside."""
+def _step_and_standing(path: Path) -> tuple[int, bool]:
+    """The step of a snapshot's folder, and whether the folder stands and was not set aside."""
     match = FOLDER.fullmatch(path.name)
     assert match is not None
     return int(match["step"]), match["aside"] is None
 
 
 def _rotate(checkpoints: Path, step: int, keep_last: int, warn: Warn) -> None:
-    """Keeps the snapshot of ``step``, just verified, and ``keep_last`` - 1 whole ones before it."""
-    kept, old = 1, list(checkpoints.glob(f"{LEFT}*"))
-    for path in _newest_first(checkpoints):
-        at, in_place = _place(path)
-        if at == step and in_place:
+    """Delete all snapshots but that of ``step``, just verified, and ``keep_last`` - 1 whole ones
+    before it.
+    """
+    retained, old = 1, list(checkpoints.glob(f"{LEFT}*"))
+    for path in newest_first(checkpoints):
+        at, standing = _step_and_standing(path)
+        if at == step and standing:
             continue
-        if (
-            at < step
-            and in_place
-            and kept < keep_last
-            and fault(path, FORM, contents=False) is None
-        ):
-            kept += 1
+        older = at < step and standing and retained < keep_last
+        if older and fault(path, FORM, contents=False) is None:
+            retained += 1
         else:
             old.append(path)
     for path in old:
@@ -271,6 +234,6 @@ def _rotate(checkpoints: Path, step: int, keep_last: int, warn: Warn) -> None:
 
 
 def _sweep(checkpoints: Path) -> None:
-    """Deletes what killed saves and deletions left; only the owner of the run's folder may."""
+    """Delete the remains of killed saves and deletions; only the owner of the run's folder may."""
     for path in checkpoints.glob(f"{PART}*"):
         shutil.rmtree(path, ignore_errors=True)

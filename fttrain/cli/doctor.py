@@ -1,14 +1,14 @@
 """``fttrain doctor [--json]``: is this machine fit for the run that the settings describe?"""
 
 import json
-from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
 from fttrain.config.run_config import RunConfig
-from fttrain.doctor.checks import Wanted, all_checks, examine, summary
+from fttrain.doctor.checks import examine, summary
 from fttrain.doctor.finding import FAILURE, OK, WARNING, Finding
+from fttrain.training.diagnosis import checks_of
 
 STYLES = {OK: "green", WARNING: "yellow", FAILURE: "bold red"}
 
@@ -18,15 +18,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
 
     Exit code 0, or 1 where a check failed; warnings are none.
     """
-    wanted = Wanted(
-        config.model,
-        config.quant,
-        config.lora,
-        config.frozen.cache_dir,
-        Path(config.output),
-        config.checkpoint.keep_last,
-    )
-    checks = all_checks(config.rig, wanted)
+    checks = checks_of(config)
     as_json = "--json" in argv
     out, progress = Console(highlight=False), Console(stderr=True)
     width = max(len(name) for name, _ in checks)

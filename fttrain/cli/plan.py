@@ -3,11 +3,9 @@ anything is loaded.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from fttrain.config.run_config import RunConfig
-from fttrain.launcher import launch
 
 WIDE = 150  # columns
 
@@ -23,58 +21,32 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
 
     if "--table" in argv:
         return _sizes(argv)
-    from fttrain.frozen.hub import SHAPES
-    from fttrain.frozen.source import check_length, load_config, resolve
-    from fttrain.model.decoder import Architecture
-    from fttrain.plan.choose import candidates, choose
-    from fttrain.plan.cost import disk, run_steps, training_rows
-    from fttrain.plan.rigs import find_rig
     from fttrain.plan.suggestions import what_fits
-    from fttrain.plan.table import as_json, notes, parts_table, summary, table
-    from fttrain.strategy.zero_config import DEEPSPEED
+    from fttrain.plan.table import notes, parts_table, summary, table
     from fttrain.track import counting
-    from fttrain.training.session import strategy_spec
+    from fttrain.training.planning import plan_run
     from fttrain.util.atomic_files import write_json
     from fttrain.util.errors import UserError
 
-    if config.strategy.name == DEEPSPEED:
-        raise UserError(
-            f"plan: strategy={DEEPSPEED}: what DeepSpeed takes is not reckoned; "
-            "`fttrain train dry_run=20` measures it"
-        )
-    ranks = launch.ranks_wanted(config.launch)
-    rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks)
-    model = load_config(resolve(config.model, SHAPES))
-    check_length(config.data.seq_len, model)
-    own, architecture, loop = strategy_spec(config), Architecture(model), config.loop
-    rows_per_step = loop.micro_batch_size * loop.gradient_accumulation_steps * len(rig.cards)
-    rows = training_rows(config.model, config.data)
-    count = documents = None
-    if rows is not None:
-        count, documents = len(rows), int(rows.row_documents.max(initial=1))
-        share = rows.target_share
-        own = replace(own, size=replace(own.size, target_share=share, row_documents=documents))
-    steps = run_steps(loop.max_steps, loop.epochs, count, rows_per_step)
-    stored = disk(own, architecture, config.checkpoint.keep_last)
-    wanted = list(candidates(own, len(rig.cards)))
-    verdicts = choose(wanted, architecture, rig, counting("planning"))
+    plan = plan_run(config, counting("planning"))
+    rig, steps = plan.rig, plan.steps
     console = Console()
     if not console.is_terminal:  # a file has room for the table
         console = Console(width=WIDE)
-    console.print(table(verdicts, rig, steps))
-    for line in notes(rig, stored, steps, documents):
+    console.print(table(plan.candidates, rig, steps))
+    for line in notes(rig, plan.disk, steps, plan.documents):
         console.print(line, highlight=False)
-    shown = next((verdict for verdict in verdicts if verdict.memory), None)
+    shown = next((candidate for candidate in plan.candidates if candidate.memory), None)
     if shown is not None:
         console.print(parts_table(shown, rig))
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "plan.json", as_json(verdicts, rig, config.model.name, stored, steps))
-    best = verdicts[0]
+    write_json(output / "plan.json", plan.to_json())
+    best = plan.candidates[0]
     if not best.fits:
         raise UserError(
             f"{config.model.name} does not fit {rig.name}; nearest is {best.settings}: "
-            f"{best.reason}; {what_fits(best, architecture, rig)}"
+            f"{best.reason}; {what_fits(best, plan.architecture, rig)}"
         )
     console.print(summary(best, rig, steps), highlight=False)
     return 0

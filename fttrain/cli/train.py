@@ -18,4 +18,4 @@ def run(config: RunConfig, argv: list[str]) -> int:
         return dry_run(config)
     from fttrain.training.train import train
 
-    return train(config)
+    return train(config).exit_code

@@ -68,6 +68,17 @@ def wanted(config: LaunchConfig) -> bool:
     return not is_rank() and (config.file is not None or (config.processes or 1) > 1)
 
 
+def require_ranks(config: LaunchConfig) -> None:
+    """Raise UserError where the settings ask for ranks that nobody has started, as in a script that
+    calls the Python functions itself.
+    """
+    if wanted(config):
+        raise UserError(
+            f"launch={config.name}: this process is one rank and starts no others; leave launch= "
+            "out, or start the script with torchrun or accelerate launch"
+        )
+
+
 def ranks_wanted(config: LaunchConfig) -> int | None:
     """On this machine, as the launcher has it, or would start them; None where nobody says a
     number.

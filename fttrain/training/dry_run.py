@@ -8,12 +8,10 @@ as well.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from fttrain.config.run_config import RunConfig
-from fttrain.data.dataset import Dataset
 from fttrain.data.excerpt import Excerpt
 from fttrain.distributed.process_group import process_group
 from fttrain.memory.host import peak_host_bytes
@@ -25,9 +23,10 @@ from fttrain.strategy.protocol import StepStats
 from fttrain.strategy.zero_config import DEEPSPEED
 from fttrain.track import Trackers, progress
 from fttrain.training.auto_plan import resolve_auto
+from fttrain.training.inputs import prepare_inputs
 from fttrain.training.monitor import memory_uses, show_fullest
-from fttrain.training.session import TrainSession, build
-from fttrain.training.train import prepare_inputs, take_step
+from fttrain.training.session import TrainSession, build_session
+from fttrain.training.train import take_step
 from fttrain.util.units import duration, gib
 
 LONG_RUN_S, LONG_EPOCH_S = 12 * 3600.0, 6 * 3600.0  # from here on it warns
@@ -65,12 +64,11 @@ def dry_run(config: RunConfig) -> int:
     """
     device = set_up_rank(config.rig)
     config, _ = resolve_auto(config)
-    source, tokenizer, dataset = prepare_inputs(config)
-    excerpt = Excerpt(dataset.train, config.dry_run, config.loop.seed)
+    inputs = prepare_inputs(config)
+    excerpt = Excerpt(inputs.dataset.train, config.dry_run, config.loop.seed)
     with process_group(device, config.rig.backend) as group:
-        run = build(config, group, Path(config.output), source, tokenizer, dataset, excerpt)
-        trial = _take_examples(run, excerpt)
-        _tell(run, trial, dataset)
+        session = build_session(config, group, inputs, excerpt)
+        _report(session, _take_examples(session, excerpt))
     return 0
 
 
@@ -138,34 +136,36 @@ def advice(config: RunConfig, waiting: float) -> list[str]:
     return helps
 
 
-def _take_examples(run: TrainSession, excerpt: Excerpt) -> DryRunResult:
+def _take_examples(session: TrainSession, excerpt: Excerpt) -> DryRunResult:
     """All steps of the excerpt, once the first one has warmed up. Every rank calls it."""
-    steps = run.loader.steps_per_epoch
-    run.say(f"dry run: {excerpt.documents} examples in {steps} step(s), after one to warm up")
-    trackers = Trackers([progress(steps + 1)] if run.group.is_main else [])
+    steps = session.loader.steps_per_epoch
+    session.say(f"dry run: {excerpt.documents} examples in {steps} step(s), after one to warm up")
+    trackers = Trackers([progress(steps + 1)] if session.group.is_main else [])
     try:
         # Kernels are loaded and buffers made in the first step, which says nothing of the others.
-        stats, took_s = _step(run)
+        stats, took_s = _step(session)
         trackers.log(1, _figures(stats, took_s))
-        run.loader.position = run.step = 0
+        session.loader.position = session.step = 0
         tokens, all_s, wait_s = 0, 0.0, 0.0
         for step in range(steps):
-            stats, took_s = _step(run)
+            stats, took_s = _step(session)
             trackers.log(step + 2, _figures(stats, took_s))
             tokens, all_s = tokens + stats.tokens, all_s + took_s
             wait_s += stats.traffic.wait_s
     finally:
         trackers.finish()
-    return DryRunResult(excerpt.documents, tokens, all_s, run.group.maximum(wait_s) / all_s)
+    return DryRunResult(excerpt.documents, tokens, all_s, session.group.maximum(wait_s) / all_s)
 
 
-def _step(run: TrainSession) -> tuple[StepStats, float]:
+def _step(session: TrainSession) -> tuple[StepStats, float]:
     """A step and its seconds, with all that it left to the device."""
     began = time.perf_counter()
-    stats, _ = take_step(run, learning_rate(run.config.optim, run.step, run.total_steps))
-    if run.group.device.type == "cuda":
-        torch.cuda.synchronize(run.group.device)
-    run.step += 1
+    stats, _ = take_step(
+        session, learning_rate(session.config.optim, session.step, session.total_steps)
+    )
+    if session.group.device.type == "cuda":
+        torch.cuda.synchronize(session.group.device)
+    session.step += 1
     return stats, time.perf_counter() - began
 
 
@@ -173,43 +173,48 @@ def _figures(stats: StepStats, took_s: float) -> dict[str, float]:
     return {"loss": stats.loss, "tokens_per_s": stats.tokens / took_s}
 
 
-def _tell(run: TrainSession, trial: DryRunResult, dataset: Dataset) -> None:
+def _report(session: TrainSession, trial: DryRunResult) -> None:
     """Every rank calls it; rank 0 speaks."""
-    peaks = run.group.gather([float(peak_device_bytes(run.group.device)), float(peak_host_bytes())])
+    peaks = session.group.gather(
+        [float(peak_device_bytes(session.group.device)), float(peak_host_bytes())]
+    )
     device_bytes, host_bytes = map(max, zip(*peaks, strict=True))
-    uses = memory_uses(run)
-    loop = run.config.loop
-    steps_per_epoch = -(-len(dataset.train) // run.loader.rows_per_step)
+    uses = memory_uses(session)
+    loop, dataset = session.config.loop, session.inputs.dataset
+    steps_per_epoch = -(-len(dataset.train) // session.loader.rows_per_step)
     steps = loop.total_steps(steps_per_epoch)
     epochs = steps / steps_per_epoch
     found = estimate(trial, dataset.train.tokens, epochs)
-    run.say(
+    session.say(
         f"{trial.examples:,} examples, {trial.tokens:,} tokens in {trial.seconds:.1f} s: "
         f"{trial.examples / trial.seconds:,.2f} samples/s, {trial.tokens_per_s:,.0f} tokens/s"
     )
     on_card = f"{gib(device_bytes)} on the card, " if device_bytes else ""
-    run.say(f"peaks, of the rank with the most: {on_card}{gib(host_bytes)} of host memory")
-    show_fullest(run, uses, "the dry run")
-    run.say(
+    session.say(f"peaks, of the rank with the most: {on_card}{gib(host_bytes)} of host memory")
+    show_fullest(session, uses, "the dry run")
+    session.say(
         f"estimate: {found.run_s / 3600:.2f} hours ({duration(found.run_s)}) for {steps:,} steps, "
         f"{epochs:.2f} epochs of {dataset.train.tokens:,} tokens; {found.epoch_s / 3600:.2f} hours "
         "an epoch; held-out losses, answers and saves come on top"
     )
     rows = trial.examples / max(1, len(dataset.train.document_tokens)) * len(dataset.train)
-    if rows < run.loader.rows_per_step <= len(dataset.train):
-        enough = run.loader.rows_per_step * trial.examples / rows
-        run.say(
-            f"warning: {trial.examples} examples do not fill one step of {run.loader.rows_per_step}"
-            f" rows, so the rates are rough; dry_run={-(-int(2 * enough) // 10) * 10} fills two"
+    if rows < session.loader.rows_per_step <= len(dataset.train):
+        two_steps = 2 * session.loader.rows_per_step * trial.examples / rows
+        session.say(
+            f"warning: {trial.examples} examples do not fill one step of "
+            f"{session.loader.rows_per_step} rows, so the rates are rough; "
+            f"dry_run={-(-int(two_steps) // 10) * 10} fills two"
         )
     hours = found.run_s / 3600
-    for line in warnings(found, advice(run.config, trial.waiting), rents(_cards(run), hours)):
-        run.say(line)
-    run.say("nothing was saved; data and frozen base stay in their caches")
+    for line in warnings(
+        found, advice(session.config, trial.waiting), rents(_cards(session), hours)
+    ):
+        session.say(line)
+    session.say("nothing was saved; data and frozen base stay in their caches")
 
 
-def _cards(run: TrainSession) -> list[str]:
+def _cards(session: TrainSession) -> list[str]:
     """Names of the ranks' cards, of which all are taken to be rank 0's; none on a CPU."""
-    if run.group.device.type != "cuda":
+    if session.group.device.type != "cuda":
         return []
-    return [torch.cuda.get_device_name(run.group.device)] * run.group.world_size
+    return [torch.cuda.get_device_name(session.group.device)] * session.group.world_size

@@ -1,4 +1,4 @@
-"""What a run leaves behind: an adapter, or with lora=none a whole model."""
+"""The result of a run: an adapter, or with lora=none a whole model."""
 
 from pathlib import Path
 
@@ -6,34 +6,69 @@ import torch
 from torch import Tensor
 
 from fttrain.checkpoint.adapter_peft import load_adapter, save_adapter
+from fttrain.checkpoint.discovery import AUTO, find_snapshot
 from fttrain.checkpoint.full_model import load_weights, save_model
-from fttrain.checkpoint.snapshot import find_snapshot
+from fttrain.checkpoint.snapshot import load_snapshot
 from fttrain.config.run_config import RunConfig
-from fttrain.frozen.source import Source, load_config
+from fttrain.frozen.source import Source, load_config, load_tokenizer, resolve
+from fttrain.training.checkpointing import CHECKPOINTS, lock_on_main
 from fttrain.training.session import TrainSession, adapter_info
 from fttrain.util.errors import UserError
 
 ADAPTER, MODEL = "adapter", "model"  # folders in the run's output
 
 
-def export_result(run: TrainSession, source: Source) -> str:
-    """Writes what has trained, and says how to use it; on rank 0. Every rank calls it."""
-    state, config = run.strategy.adapter_state(), run.config
-    if not run.group.is_main:
-        return ""
+def export(config: RunConfig, folder: Path | str | None = None) -> Path:
+    """Write the adapter (or the model, with lora=none) of the newest whole snapshot of the run in
+    ``config.output``, and return its folder. One process calls it; nothing is loaded on a device.
+
+    ``folder``: where to; None: adapter/ or model/ in the run's folder, as the end of a run leaves
+    it. What is there is replaced. Raises UserError where the run has no whole snapshot, another
+    process writes into its folder, or the disk is full.
+    """
+    output = Path(config.output)
+    target = _result_folder(config) if folder is None else Path(folder)
+    if not output.is_dir():
+        raise UserError(f"output={output}: no run is there")
+    with lock_on_main(config.output, AUTO):
+        path = find_snapshot(output / CHECKPOINTS, AUTO)
+        if path is None:
+            raise UserError(f"output={output}: no checkpoint is there yet")
+        snapshot = load_snapshot(path)
+        if snapshot.adapter_info is None:
+            _save_model(target, config, snapshot.adapter, resolve(config.model))
+        else:
+            base, revision = snapshot.base_model, snapshot.revision
+            save_adapter(target, snapshot.adapter, snapshot.adapter_info, base, revision)
+    return target
+
+
+def export_result(session: TrainSession) -> Path:
+    """Write the session's adapter (or model) into the run's folder, on rank 0, and return its
+    folder. Every rank calls it.
+    """
+    config, source = session.config, session.inputs.source
+    state, folder = session.strategy.adapter_state(), _result_folder(config)
+    if not session.group.is_main:
+        return folder
     info = adapter_info(config)
     if info is None:
-        folder, dtype = run.output / MODEL, getattr(torch, config.model.dtype)
-        save_model(folder, state, load_config(source), run.tokenizer, source, dtype)
+        _save_model(folder, config, state, source, session.inputs.tokenizer)
+    else:
+        save_adapter(folder, state, info, source.name, config.model.revision)
+    return folder
+
+
+def usage(session: TrainSession, folder: Path) -> str:
+    """The code that loads the exported ``folder`` with plain PEFT or transformers."""
+    if not session.config.lora.r:
         return (
             f"model: {folder}\nload it with plain transformers:\n"
             f"  model = AutoModelForCausalLM.from_pretrained({str(folder)!r})"
         )
-    folder = run.output / ADAPTER
-    save_adapter(folder, state, info, run.base_model, config.model.revision)
     arguments = ", ".join(
         repr(value) if i == 0 else f"{key}={value!r}"
-        for i, (key, value) in enumerate(source.pretrained_arguments.items())
+        for i, (key, value) in enumerate(session.inputs.source.pretrained_arguments.items())
     )
     return (
         f"adapter: {folder}\nload it with plain PEFT:\n"
@@ -43,21 +78,36 @@ def export_result(run: TrainSession, source: Source) -> str:
 
 
 def find_trained(config: RunConfig) -> dict[str, Tensor]:
-    """What the run in ``config.output`` has trained, fp32 by name: the finished result, or that of
-    the newest whole checkpoint of a run that still goes on. Raises UserError where there is none.
+    """The trained tensors of the run in ``config.output``, fp32 by name: those of the finished
+    result, or of the newest whole snapshot of a run that still goes on.
+
+    Raises UserError where there is neither.
     """
-    output = Path(config.output)
-    what = ADAPTER if config.lora.r else MODEL
-    folder = output / what
+    folder = _result_folder(config)
     if not folder.is_dir():
-        found = find_snapshot(output / "checkpoints", "auto")
-        if found is None:
+        output = Path(config.output)
+        path = find_snapshot(output / CHECKPOINTS, AUTO)
+        if path is None:
+            article = "an" if folder.name == ADAPTER else "a"
             raise UserError(
-                f"output={output}: neither {_article(what)} nor a checkpoint is there yet"
+                f"output={output}: neither {article} {folder.name} nor a checkpoint is there yet"
             )
-        folder = found
+        folder = path
     return load_adapter(folder)[0] if config.lora.r else load_weights(folder)
 
 
-def _article(what: str) -> str:
-    return f"an {what}" if what == ADAPTER else f"a {what}"
+def _result_folder(config: RunConfig) -> Path:
+    return Path(config.output) / (ADAPTER if config.lora.r else MODEL)
+
+
+def _save_model(
+    folder: Path,
+    config: RunConfig,
+    weights: dict[str, Tensor],
+    source: Source,
+    tokenizer: object = None,
+) -> None:
+    """``tokenizer``: loaded where it is None."""
+    tokenizer = tokenizer or load_tokenizer(config.model)[0]
+    dtype = getattr(torch, config.model.dtype)
+    save_model(folder, weights, load_config(source), tokenizer, source, dtype)

@@ -1,16 +1,14 @@
-"""One run: everything its parts share, how it is put together, described, and divided."""
+"""A run put together: its parts, how they are built, described, and split into micro-batches."""
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fttrain.checkpoint.adapter_peft import AdapterInfo
 from fttrain.config.run_config import RunConfig
 from fttrain.data.dataset import Dataset
 from fttrain.data.loader import Loader, PackedRows
 from fttrain.distributed.rank_group import RankGroup
-from fttrain.frozen.source import Source
 from fttrain.model import liger
 from fttrain.model.attention_op import kernel_name
 from fttrain.schedule.config import ScheduleConfig
@@ -21,36 +19,41 @@ from fttrain.strategy.spec import StepSize, StrategySpec
 from fttrain.strategy.zero_config import DEEPSPEED
 from fttrain.track import counting
 from fttrain.training.evaluation import Evaluation, HoldOut
+from fttrain.training.inputs import RunInputs
 from fttrain.training.spike_guard import SpikeGuard
 
 
 @dataclass
 class TrainSession:
-    """What the parts of one run share."""
+    """The parts of one run, for everything that works on it: training, evaluation, dry run."""
 
-    config: RunConfig
+    config: RunConfig  # nothing is left open
     group: RankGroup
-    output: Path
+    inputs: RunInputs
     strategy: Strategy
-    tokenizer: Any
-    dataset: Dataset
     loader: Loader
     holdout: HoldOut
     guard: SpikeGuard
     total_steps: int
-    base_model: str
-    base_digest: str  # of the frozen base's bytes
+    base_digest: str  # SHA-256 of the frozen base
     step: int = 0  # optimizer steps done
-    figures: Evaluation = dataclasses.field(default_factory=Evaluation)
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+
+    @property
+    def output(self) -> Path:
+        """The folder of the run."""
+        return Path(self.config.output)
 
     def say(self, text: str) -> None:
-        """Rank 0 tells the user."""
+        """Print ``text`` on rank 0."""
         if self.group.is_main:
             print(text, flush=True)
 
 
 def strategy_spec(config: RunConfig) -> StrategySpec:
-    """What a strategy is built from; what is still to be chosen starts from ``replicate``."""
+    """The settings that a strategy is built from. A strategy that is left open (``auto``) reads as
+    ``replicate``.
+    """
     loop, strategy, schedule = config.loop, config.strategy, config.schedule
     if strategy.name == AUTO:
         strategy, schedule = StrategyConfig(), ScheduleConfig()
@@ -70,51 +73,44 @@ def strategy_spec(config: RunConfig) -> StrategySpec:
     )
 
 
-def build(
-    config: RunConfig,
-    group: RankGroup,
-    output: Path,
-    source: Source,
-    tokenizer: Any,
-    dataset: Dataset,
-    rows: PackedRows | None = None,
+def build_session(
+    config: RunConfig, group: RankGroup, inputs: RunInputs, rows: PackedRows | None = None
 ) -> TrainSession:
-    """Load the frozen base and make everything a run needs, at its start.
+    """Load the frozen base and put a run together, at its first step. Every rank calls it.
 
-    ``config``: nothing is left open. ``rows``: to train on; None: the data set's.
+    ``config``: nothing is left open. ``rows``: to train on, the data set's own by default. Raises
+    UserError, on every rank, where nodes differ in settings or data; and where ``build_strategy``
+    does.
     """
     assert not config.left_open
-    _check_alike(config, group, dataset)
+    _check_nodes_agree(config, group, inputs.dataset)
     show = counting if group.intra_node.is_main else silent
-    strategy, cache = build_strategy(strategy_spec(config), source, group, show)
+    strategy, cache = build_strategy(strategy_spec(config), inputs.source, group, show)
     loop = config.loop
-    place, places = strategy.data_parallel
+    replica, replicas = strategy.data_parallel
     loader = Loader(
-        dataset.train if rows is None else rows,
+        inputs.dataset.train if rows is None else rows,
         loop.micro_batch_size,
-        loop.gradient_accumulation_steps * group.world_size // places,
-        place,
-        places,
+        loop.gradient_accumulation_steps * group.world_size // replicas,
+        replica,
+        replicas,
         loop.seed,
     )
     return TrainSession(
         config,
         group,
-        output,
+        inputs,
         strategy,
-        tokenizer,
-        dataset,
         loader,
-        HoldOut(dataset.holdout, loop.micro_batch_size, loop.halve_on_oom),
+        HoldOut(inputs.dataset.holdout, loop.micro_batch_size, loop.halve_on_oom),
         SpikeGuard(loop.spike_policy, loop.spike_rise),
         loop.total_steps(loader.steps_per_epoch),
-        source.name,
         cache.digest,
     )
 
 
-def _check_alike(config: RunConfig, group: RankGroup, dataset: Dataset) -> None:
-    """Raises UserError, on every rank, where machines would take different steps."""
+def _check_nodes_agree(config: RunConfig, group: RankGroup, dataset: Dataset) -> None:
+    """Raise UserError, on every rank, where nodes would take different steps."""
     settings = {
         f"{section}.{key}": str(value)
         for section in ("strategy", "optim", "schedule", "loop", "quant", "lora", "placement")
@@ -130,64 +126,68 @@ def _check_alike(config: RunConfig, group: RankGroup, dataset: Dataset) -> None:
     group.raise_where_nodes_differ(fingerprint, "the same data and tokenizer on every machine help")
 
 
-def describe(run: TrainSession) -> None:
-    """What is about to happen, in a few lines."""
-    config = run.config
-    for line in run.dataset.report.lines():
+def describe(session: TrainSession) -> None:
+    """Print the data report, the settings that matter most and the size of the run; on rank 0."""
+    config, group = session.config, session.group
+    for line in session.inputs.dataset.report.lines():
         print(line)
     print(
         f"{config.model.name}, quant={config.quant.kind}, lora.r={config.lora.r}, "
         f"strategy={config.strategy.name} on "
-        f"{run.group.world_size} rank(s) of {run.group.device.type}{_machines(run.group)}, "
-        f"{_kernels(config, run.group)}\n"
-        f"{run.total_steps} steps of {run.loader.rows_per_step} rows of up to "
-        f"{config.data.seq_len} tokens -> {run.output}",
+        f"{group.world_size} rank(s) of {group.device.type}{_nodes(group)}, "
+        f"{_kernels(config, group)}\n"
+        f"{session.total_steps} steps of {session.loader.rows_per_step} rows of up to "
+        f"{config.data.seq_len} tokens -> {session.output}",
         flush=True,
     )
 
 
 def _kernels(config: RunConfig, group: RankGroup) -> str:
-    """Those that really run; DeepSpeed's layers have transformers' own, but for attention."""
+    """The kernels that really run. DeepSpeed's layers have transformers' own, except for
+    attention.
+    """
     attention = kernel_name(group.device)
     if group.device.type == "cpu" or config.strategy.name == DEEPSPEED:
         return attention
     return f"{attention}; norms, rotary embedding and SwiGLU by {liger.name()}"
 
 
-def _machines(group: RankGroup) -> str:
-    machines = group.inter_node.world_size
-    return f" on {machines} machines" if machines > 1 else ""
+def _nodes(group: RankGroup) -> str:
+    nodes = group.inter_node.world_size
+    return f" on {nodes} machines" if nodes > 1 else ""
 
 
-def halve(run: TrainSession, error: OutOfMemory) -> None:
-    """Smaller micro-batches, and as many more of them in a step. Every rank calls it.
+def halve(session: TrainSession, error: OutOfMemory) -> None:
+    """Halve the micro-batches and double their number in a step. Every rank calls it.
 
-    Raises ``error`` where they have one row, or the settings say so.
+    Raises ``error`` where a micro-batch has one row, or where the settings forbid it.
     """
-    divide(run, error.pieces(run.loader.micro_batch_size, run.config.loop.halve_on_oom))
-    run.say(
-        f"warning: step {run.step + 1}: {error.what}; it is taken again, and the run goes on, with "
-        f"{split(run)} (put them into the configuration to start with them)"
+    divide(session, error.pieces(session.loader.micro_batch_size, session.config.loop.halve_on_oom))
+    session.say(
+        f"warning: step {session.step + 1}: {error.what}; it is taken again, and the run goes on, "
+        f"with {split(session)} (put them into the configuration to start with them)"
     )
 
 
-def divide(run: TrainSession, pieces: int) -> None:
-    """Micro-batches with 1 / ``pieces`` of the rows from here on, as many times more in a step."""
-    run.loader.divide(pieces)
-    run.holdout.micro_batch_size = min(run.holdout.micro_batch_size, run.loader.micro_batch_size)
-    run.loader.position = run.step  # the rows of a step that was not taken come again
-    run.strategy.resize(pieces)
+def divide(session: TrainSession, pieces: int) -> None:
+    """Give micro-batches 1 / ``pieces`` of their rows, and a step ``pieces`` times as many."""
+    session.loader.divide(pieces)
+    session.holdout.micro_batch_size = min(
+        session.holdout.micro_batch_size, session.loader.micro_batch_size
+    )
+    session.loader.position = session.step  # the rows of a step that was not taken come again
+    session.strategy.resize(pieces)
 
 
-def split(run: TrainSession) -> str:
-    """The settings that make micro-batches what they are now."""
-    loop, size = run.config.loop, run.loader.micro_batch_size
+def split(session: TrainSession) -> str:
+    """The settings that describe the micro-batches as they are now."""
+    loop, size = session.config.loop, session.loader.micro_batch_size
     steps = loop.gradient_accumulation_steps * loop.micro_batch_size // size
     return f"loop.micro_batch_size={size} loop.gradient_accumulation_steps={steps}"
 
 
 def adapter_info(config: RunConfig) -> AdapterInfo | None:
-    """What, beside the tensors, makes the adapter; None where all weights train."""
+    """The adapter's settings, which its files state; None where all weights train."""
     lora = config.lora
     if not lora.r:
         return None

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from fttrain.checkpoint.adapter_peft import AdapterInfo
-from fttrain.checkpoint.snapshot import FORM, Snapshot, find_snapshot, load_snapshot, save_snapshot
+from fttrain.checkpoint.discovery import find_snapshot
+from fttrain.checkpoint.snapshot import FORM, Snapshot, load_snapshot, save_snapshot
 from fttrain.util.manifest import fault
 
 NAME = "model.layers.0.mlp.up_proj"

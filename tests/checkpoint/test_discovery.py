@@ -123,7 +123,7 @@ def attempts(folder: Path) -> list[int | None]:
         on_machine(place, lambda: branch_off(own, 3))
     wanted(again=True)
     on_machine(1, lambda: save_snapshot(own, snapshot(4, 1)))
-    on_machine(0, lambda: [note.unlink() for note in own.glob(".course_*")])  # it came anew
+    on_machine(0, lambda: [note.unlink() for note in own.glob(".branch_*")])  # it came anew
     wanted(again=True)
     return found
 

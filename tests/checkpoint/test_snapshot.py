@@ -13,8 +13,9 @@ import torch
 
 from fttrain.checkpoint.adapter_peft import AdapterInfo, load_adapter
 from fttrain.checkpoint.config import CheckpointConfig
+from fttrain.checkpoint.discovery import find_snapshot
 from fttrain.checkpoint.output_lock import lock_output
-from fttrain.checkpoint.snapshot import FORM, Snapshot, find_snapshot, load_snapshot, save_snapshot
+from fttrain.checkpoint.snapshot import FORM, Snapshot, load_snapshot, save_snapshot
 from fttrain.util.errors import UserError
 
 KILLER = Path(__file__).with_name("killer.py")

@@ -8,6 +8,7 @@ import tiny
 import tiny_strategy
 import torch
 
+from fttrain.config.run_config import compose, to_yaml
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.decoder import Architecture
 from fttrain.plan import memory, trial
@@ -69,8 +70,12 @@ def test_what_a_card_holds_beside_tensors_is_something_and_not_much() -> None:
     assert 0 < found.allocator_bytes < 1 << 30
 
 
-def test_a_trial_that_fails_leaves_the_card_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    command = python("fttrain.cli.trial_rank", "model=local", "model.path=/nowhere")
+def test_a_trial_that_fails_leaves_the_card_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tmp_path / "config.yaml"
+    settings.write_text(to_yaml(compose(["model=local", "model.path=/nowhere"])))
+    command = python("fttrain.training.trial_rank", str(settings))
     assert calibrate(RIG, RECIPE, A, ALONE, command) == RIG
     said = capsys.readouterr().err
     assert "rank 0: no real steps could be timed: " in said

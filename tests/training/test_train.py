@@ -35,7 +35,7 @@ from fttrain.track import read_metrics
 from fttrain.track.memory import read_samples
 from fttrain.track.results import held_out
 from fttrain.track.wandb import end_service
-from fttrain.training import train
+from fttrain.training import monitor
 
 STEPS = 24
 
@@ -161,7 +161,7 @@ def test_a_card_that_throttles_is_told_once_and_written_down(
 ) -> None:
     """As the driver would say it of a card that nobody here has."""
     hot = {"throttle_reasons": 64.0, "temperature_c": 97.0}
-    monkeypatch.setattr(train, "gather_samples", lambda group: [hot])
+    monkeypatch.setattr(monitor, "gather_samples", lambda group: [hot])
     assert run(folder, tmp_path / "run", "loop.max_steps=4", "track.memory_every=1") == 0
     told = re.findall(r"warning: step (\d+): the card of rank 0 (.*)", capsys.readouterr().out)
     assert told == [("1", "throttles (97 °C): it is far too hot")]

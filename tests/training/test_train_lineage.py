@@ -101,7 +101,7 @@ def test_one_that_crashed_before_it_had_read_it_begins_there(
 ) -> None:
     """Nothing is set aside yet, so the newest is of the course that it was to leave."""
     with monkeypatch.context() as patch:
-        patch.setattr(train, "build", crash)
+        patch.setattr(train, "build_session", crash)
         with pytest.raises(Crash):
             attempts.start(0)
     assert snapshots(output) == list(SAVED)

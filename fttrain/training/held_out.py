@@ -1,0 +1,47 @@
+"""Measurements of a session's model on its held-out rows, taken into ``session.evaluation``.
+
+Every rank calls these functions.
+"""
+
+from typing import Any
+
+from fttrain.data.samples import HoldoutSample, holdout_samples
+from fttrain.training.evaluation import SampleAnswer, answer
+from fttrain.training.session import TrainSession
+
+
+def measure_base(session: TrainSession) -> None:
+    """Measure the base: the adapter must still be without effect."""
+    evaluation, samples = session.evaluation, _samples(session)
+    evaluation.base = session.holdout.loss(session.strategy, session.say)
+    answers = answer(session.strategy, samples, session.inputs.tokenizer, session.say)
+    evaluation.samples = [
+        SampleAnswer(sample.prompt, sample.reference, before)
+        for sample, before in zip(samples, answers, strict=True)
+    ]
+
+
+def measure_tuned(session: TrainSession) -> None:
+    """Measure the model as it is now, and add its answers to those of ``measure_base``."""
+    evaluation = session.evaluation
+    evaluation.tuned = session.holdout.loss(session.strategy, session.say)
+    answers = answer(session.strategy, _samples(session), session.inputs.tokenizer, session.say)
+    for sample, after in zip(evaluation.samples, answers, strict=False):
+        sample.after = after
+
+
+def add_to_history(session: TrainSession, figures: dict[str, Any] | None) -> None:
+    """Add the held-out loss in ``figures`` to the history, at the session's step."""
+    assert figures is not None
+    session.evaluation.history.append({"step": session.step, "nll": figures["nll"]})
+
+
+def write_evaluation(session: TrainSession) -> None:
+    """Replace evaluation.json; on rank 0."""
+    if session.group.is_main:
+        session.evaluation.write(session.output)
+
+
+def _samples(session: TrainSession) -> list[HoldoutSample]:
+    config, inputs = session.config, session.inputs
+    return holdout_samples(config.data, inputs.dataset, inputs.tokenizer, config.loop.samples)
