@@ -1,1 +1,1 @@
-"""Ranks: how they find each other, talk, and notice that one of them is gone."""
+"""Ranks: rendezvous, process group, collectives, and the watch over ranks and nodes."""

@@ -1,11 +1,10 @@
-"""What machines tell each other beside the collectives of their ranks: that they are still there,
-and how work went that each of them does alone.
+"""The heartbeat of nodes: a node that is gone ends the others, and nodes report work done alone.
 
-The first rank of a machine speaks for it, over a connection of its own to the store where the ranks
-met. A rank that dies breaks its connections, and the others' collectives end with an error. A
-machine that loses its power or its network breaks nothing: they would wait for half an hour. So
-each machine writes a number there, another one every few seconds; one whose number stays the same
-for too long is gone, and so is the one with the store, for whoever no longer gets an answer.
+The first rank of a node speaks for it, over a connection of its own to the store of the rendezvous.
+A rank that dies breaks its connections, and the others' collectives end with an error. A node that
+loses its power or its network breaks no connection: the others would wait for half an hour. So each
+node writes a number to the store, another one every few seconds. A node whose number stays the same
+for too long is gone; so is the node with the store, once the store no longer answers.
 """
 
 import contextlib
@@ -22,108 +21,116 @@ from fttrain.distributed.rendezvous import launcher_store
 from fttrain.util.errors import UserError
 
 BEAT_S = 5.0
-SILENCE_S = 60.0  # a link that is out for less goes unnoticed, as TCP sends again
+SILENCE_S = 60.0  # TCP repairs shorter interruptions of a link
 
-_DONE, _PROBLEM = "d", "p"  # first letter of what a machine says of its work; the problem follows
-_LEFT = "left"
+_DONE, _PROBLEM = "d", "p"  # first letter of a report about work; the problem follows
+_FINISHED = "finished"  # in place of the number
 
 
 class NodeHeartbeat:
-    """This machine's view of the others; made by its first rank alone."""
+    """The heartbeat of this node, and its watch over the others; on the node's first rank alone."""
 
     def __init__(
         self,
         store: Any,
-        own: int,
+        node: int,
         names: Sequence[str],
-        end: Callable[[UserError], None],
+        abort: Callable[[UserError], None],
     ) -> None:
-        """``own``: the number of this machine; ``names``: of all, by number. ``end`` ends this rank
-        with an error where no exception can reach it.
+        """``node``: the number of this node; ``names``: host names of all nodes, by number;
+        ``abort`` ends this rank's process with an error: no exception can reach it in a collective.
         """
         self.names = names
-        self._store, self._own, self._end = store, own, end
-        self._others = [number for number in range(len(names)) if number != own]
-        self._works = itertools.count()
-        self._heard_s = dict.fromkeys(self._others, time.monotonic())
-        self._left: set[int] = set()
-        self._over = threading.Event()
-        # Two: one that waits for an answer that never comes cannot tell the time.
-        for work in (self._beat, self._watch):
-            threading.Thread(target=work, name="watch machines", daemon=True).start()
+        self._store, self._node, self._abort = store, node, abort
+        self._others = [number for number in range(len(names)) if number != node]
+        self._work_ids = itertools.count()
+        self._beat_at_s = dict.fromkeys(self._others, time.monotonic())
+        self._finished: set[int] = set()
+        self._closed = threading.Event()
+        # Two threads: the one that waits for an answer of the store cannot watch the time.
+        for loop in (self._beat, self._watch):
+            threading.Thread(target=loop, name="watch nodes", daemon=True).start()
 
-    def say(self, work: int, problem: str) -> None:
-        """This machine has done ``work``, or has a ``problem`` with it."""
-        self._store.set(_key(work, self._own), _PROBLEM + problem if problem else _DONE)
+    def report_work(self, work_id: int, problem: str) -> None:
+        """Report that this node has done the work ``work_id``, or has a ``problem`` with it."""
+        self._store.set(_work_key(work_id, self._node), _PROBLEM + problem if problem else _DONE)
 
-    def next_work(self) -> int:
-        """A number for what every machine does next."""
-        return next(self._works)
+    def next_work_id(self) -> int:
+        """The number of the next work that every node does, the same on each."""
+        return next(self._work_ids)
 
-    def heard(self, work: int) -> tuple[str, list[str]]:
-        """The problem that another machine has with ``work``, and who has not done it yet."""
+    def poll_work(self, work_id: int) -> tuple[str, list[str]]:
+        """The problem that another node has with the work ``work_id`` ("" for none), and the names
+        of the nodes that have not done it yet. Returns at once.
+        """
         missing = []
         for number in self._others:
-            key = _key(work, number)
+            key = _work_key(work_id, number)
             if not self._store.check([key]):
                 missing.append(self.name(number))
                 continue
-            said = self._store.get(key).decode()
-            if said[:1] == _PROBLEM:
-                return f"{self.name(number)}: {said[1:]}", []
+            report = self._store.get(key).decode()
+            if report[:1] == _PROBLEM:
+                return f"{self.name(number)}: {report[1:]}", []
         return "", missing
 
     def name(self, number: int) -> str:
+        """A node as messages call it."""
         return f"machine {number} ({self.names[number]})"
 
     def close(self) -> None:
-        """This machine's ranks are done."""
-        self._over.set()
+        """Stop the heartbeat: this node's ranks are done, and its silence is no failure."""
+        self._closed.set()
         with contextlib.suppress(RuntimeError):  # the store may have gone first
-            self._store.set(_beat_key(self._own), _LEFT)
+            self._store.set(_beat_key(self._node), _FINISHED)
 
     def _beat(self) -> None:
-        """A thread. Where the store is gone, nobody is heard of any more."""
-        seen: dict[int, bytes] = {}
+        """Write this node's number and read the others', in a thread. It ends where the store is
+        gone; every other node then counts as silent.
+        """
+        beats: dict[int, bytes] = {}
         with contextlib.suppress(RuntimeError):
             for beat in itertools.count():
-                self._store.set(_beat_key(self._own), str(beat))
+                self._store.set(_beat_key(self._node), str(beat))
                 for number in self._others:
                     key = _beat_key(number)
-                    said = self._store.get(key) if self._store.check([key]) else b""
-                    if said == _LEFT.encode():
-                        self._left.add(number)
-                    elif said != seen.get(number):
-                        seen[number], self._heard_s[number] = said, time.monotonic()
-                if self._over.wait(BEAT_S):
+                    last = self._store.get(key) if self._store.check([key]) else b""
+                    if last == _FINISHED.encode():
+                        self._finished.add(number)
+                    elif last != beats.get(number):
+                        beats[number], self._beat_at_s[number] = last, time.monotonic()
+                if self._closed.wait(BEAT_S):
                     return
 
     def _watch(self) -> None:
-        """Another thread."""
-        while not self._over.wait(min(1.0, BEAT_S)):
+        """End this rank once a node was silent for too long, in another thread."""
+        while not self._closed.wait(min(1.0, BEAT_S)):
             now = time.monotonic()
             silent = [
                 self.name(number)
                 for number in self._others
-                if number not in self._left and now - self._heard_s[number] > SILENCE_S
+                if number not in self._finished and now - self._beat_at_s[number] > SILENCE_S
             ]
             if silent:
                 have = "has" if len(silent) == 1 else "have"
                 not_heard = f"{have} not been heard of for {SILENCE_S:.0f} s"
-                self._end(lost(f"{' and '.join(silent)} {not_heard}"))
+                self._abort(lost(f"{' and '.join(silent)} {not_heard}"))
                 return
 
 
 def start_heartbeat(
-    session: str, own: int, names: Sequence[str], end: Callable[[UserError], None]
+    session: str, node: int, names: Sequence[str], abort: Callable[[UserError], None]
 ) -> NodeHeartbeat:
-    """``session``: names this meeting of the ranks; a store may outlive several."""
+    """The heartbeat of this node, started. ``session``: name of this process group, for a store may
+    outlive several; the others: as ``NodeHeartbeat`` takes them.
+    """
     stores: Any = torch_dist
-    return NodeHeartbeat(stores.PrefixStore(f"board/{session}", launcher_store()), own, names, end)
+    store = stores.PrefixStore(f"heartbeat/{session}", launcher_store())
+    return NodeHeartbeat(store, node, names, abort)
 
 
 def lost(what: str) -> UserError:
-    """The end of a run whose machines have lost each other."""
+    """The error of a run whose nodes have lost each other, as ``what`` says."""
     return UserError(
         f"{what}, so this machine stops too; checkpoints are whole, and the same command goes on "
         "from the newest once all machines are there again",
@@ -132,20 +139,20 @@ def lost(what: str) -> UserError:
 
 
 def lost_connection(error: BaseException) -> UserError | None:
-    """What ``error`` says where it is that of a transport."""
+    """The error for the user where ``error`` is one of a transport; None where it is not."""
     text = " ".join(str(error).split())
     transport = isinstance(error, torch_dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in text
     )
     if not transport:
         return None
-    _, _, said = text.rpartition("] ") if text.startswith("[") else ("", "", text)
-    return lost(f"the connection to another rank broke ({said[:200]})")
+    _, _, message = text.rpartition("] ") if text.startswith("[") else ("", "", text)
+    return lost(f"the connection to another rank broke ({message[:200]})")
 
 
-def _key(work: int, machine: int) -> str:
-    return f"work/{work}/{machine}"
+def _work_key(work_id: int, node: int) -> str:
+    return f"work/{work_id}/{node}"
 
 
-def _beat_key(machine: int) -> str:
-    return f"beat/{machine}"
+def _beat_key(node: int) -> str:
+    return f"beat/{node}"

@@ -1,11 +1,11 @@
-"""The process group: who this rank is, and the few things ranks say to each other.
+"""Groups of ranks, and the small messages that ranks exchange.
 
-On several machines ranks are numbered machine by machine, as many on each, and every rank is in two
-more groups:
+On several nodes ranks are numbered node by node, as many on each, and every rank is in two more
+groups:
 
-    ranks        0 1 | 2 3      of two machines
-    intra_node   0 1 | 2 3      those of its machine
-    inter_node   0 2 , 1 3      those with its local rank on every machine
+    ranks        0 1 | 2 3      of two nodes
+    intra_node   0 1 | 2 3      the ranks of one node
+    inter_node   0 2 , 1 3      the ranks with one local rank, of every node
 
 ``world_size == 1`` needs no process group and runs the same code.
 """
@@ -29,36 +29,36 @@ POLL_S = 1.0
 
 @dataclass(frozen=True)
 class RankGroup:
-    """Ranks that work together: this rank's place among them, and its device."""
+    """Ranks that work together: this rank among them, and its device."""
 
     rank: int  # among these
     world_size: int  # how many they are
-    local_rank: int  # on its machine
+    local_rank: int  # on its node
     device: torch.device
     process_group: torch_dist.ProcessGroup | None = None  # None: torch's group of all ranks
-    intra: "RankGroup | None" = None  # of all ranks on several machines: see ``intra_node``
+    intra: "RankGroup | None" = None  # of all ranks on several nodes: see ``intra_node``
     inter: "RankGroup | None" = None  # likewise, see ``inter_node``
-    heartbeat: NodeHeartbeat | None = None  # of the first rank of one of several machines
+    heartbeat: NodeHeartbeat | None = None  # on the first rank of each of several nodes
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes files and talks to the user."""
+        """Whether this is rank 0, which writes files and talks to the user."""
         return self.rank == 0
 
     @property
     def intra_node(self) -> "RankGroup":
-        """The ranks of this machine."""
+        """The ranks of this node."""
         return self.intra or self
 
     @property
     def inter_node(self) -> "RankGroup":
-        """The ranks with this one's place on each machine; ``rank`` is the number of the machine
-        and ``world_size`` says how many there are.
+        """The ranks with this one's local rank on each node; ``rank`` is the number of the node and
+        ``world_size`` the number of nodes.
         """
         return self.inter or RankGroup(0, 1, self.local_rank, self.device)
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks, in place."""
+        """Sum ``tensor`` over all ranks, in place, and return it."""
         if self.world_size > 1:
             torch_dist.all_reduce(tensor, group=self.process_group)
         return tensor
@@ -88,19 +88,21 @@ class RankGroup:
         return int(self.all_reduce_(torch.tensor(value, device=self.device)).item())
 
     def gather(self, values: list[float]) -> list[list[float]]:
-        """``values`` of every rank, by rank; as many of them everywhere."""
+        """The ``values`` of every rank, by rank; as many of them on each."""
         table = torch.zeros(self.world_size, len(values), dtype=torch.float64, device=self.device)
         table[self.rank] = torch.tensor(values, dtype=torch.float64)
-        found: list[list[float]] = self.all_reduce_(table).tolist()
-        return found
+        rows: list[list[float]] = self.all_reduce_(table).tolist()
+        return rows
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """``tensor`` of rank ``source``, on every rank, on the host; as large everywhere."""
+        """The ``tensor`` of rank ``source``, on every rank, on the host; ``tensor`` has the same
+        shape and dtype on each.
+        """
         if self.world_size == 1:
             return tensor
-        there = tensor.to(self.device)
-        self._broadcast_(there, source)
-        return there.cpu()
+        on_device = tensor.to(self.device)
+        self._broadcast_(on_device, source)
+        return on_device.cpu()
 
     def broadcast_str(self, text: str, source: int = 0) -> str:
         """The ``text`` of rank ``source``, on every rank."""
@@ -109,7 +111,7 @@ class RankGroup:
         length = torch.tensor(len(text.encode()), device=self.device)
         self._broadcast_(length, source)
         if not (size_bytes := int(length.item())):
-            return ""  # no backend is asked to send nothing
+            return ""  # backends need not accept an empty tensor
         content = torch.zeros(size_bytes, dtype=torch.uint8, device=self.device)
         if self.rank == source:
             content.copy_(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
@@ -119,68 +121,69 @@ class RankGroup:
     def broadcast_tensors(
         self, tensors: Mapping[str, Tensor], source: int = 0
     ) -> Iterator[tuple[str, Tensor]]:
-        """``tensors`` of rank ``source``, one after the other, on every rank, on the host; those
-        of the others do not matter. Every rank goes through all of them.
+        """The ``tensors`` of rank ``source``, one after the other, on every rank, on the host;
+        ``tensors`` of the other ranks are ignored. Every rank must exhaust the iterator.
         """
         described = [
             (name, list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             for name, tensor in tensors.items()
         ]
-        mine = self.rank == source
+        is_source = self.rank == source
         for name, shape, dtype in json.loads(self.broadcast_str(json.dumps(described), source)):
-            tensor = tensors[name] if mine else torch.empty(shape, dtype=getattr(torch, dtype))
+            tensor = tensors[name] if is_source else torch.empty(shape, dtype=getattr(torch, dtype))
             yield name, self.broadcast(tensor.contiguous(), source)
 
     def raise_everywhere(self, problem: str) -> None:
-        """Raises UserError on every rank where any has a ``problem``: that of the first of them."""
+        """Raise UserError on every rank if any has a ``problem``: that of the first of them."""
         if not self.any(bool(problem)):
             return
         problems = [self.broadcast_str(problem, rank) for rank in range(self.world_size)]
-        raise UserError(next(found for found in problems if found))
+        raise UserError(next(text for text in problems if text))
 
     @contextmanager
     def node_local_work(self, what: str) -> Iterator[None]:
-        """Around ``what`` each machine does alone, for hours maybe: who is done waits for the
-        others outside of any collective. Every rank enters it; the ranks of a machine end it alike.
+        """Enclose work that each node does alone, maybe for hours: a node that is done waits for
+        the others outside any collective, so no timeout of one applies.
 
-        Raises, on every rank, the UserError of a machine.
+        Every rank enters the block, and the ranks of a node leave it alike. ``what``: the work, for
+        the message to the user. Raises, on every rank, the UserError of a node.
         """
         heartbeat = self.heartbeat
         try:
             yield
         except UserError as error:
             if heartbeat is not None:
-                heartbeat.say(heartbeat.next_work(), str(error))
+                heartbeat.report_work(heartbeat.next_work_id(), str(error))
             raise
         if self.inter_node.world_size == 1:
             return
-        work = 0
+        work_id = 0
         if heartbeat is not None:
-            work = heartbeat.next_work()
-            heartbeat.say(work, "")
-        told = False
+            work_id = heartbeat.next_work_id()
+            heartbeat.report_work(work_id, "")
+        announced = False
         while True:
-            problem, missing = heartbeat.heard(work) if heartbeat is not None else ("", [])
+            problem, missing = heartbeat.poll_work(work_id) if heartbeat is not None else ("", [])
             problem = self.intra_node.broadcast_str(problem)
             if problem:
                 raise UserError(problem)
             if not self.intra_node.any(bool(missing)):
                 return
-            if self.is_main and not told:
+            if self.is_main and not announced:
                 print(f"{what}: waiting for {' and '.join(missing)}", flush=True)
-                told = True
+                announced = True
             time.sleep(POLL_S)
 
     def raise_where_nodes_differ(self, what: Mapping[str, str], remedy: str) -> None:
-        """Raises UserError, on every rank, where machines differ in ``what`` (name -> value); the
-        ranks of one machine have read the same files.
+        """Raise UserError, on every rank, where nodes differ in ``what`` (name -> value). The ranks
+        of one node have read the same files, so one of them speaks for all.
         """
         if self.inter_node.world_size == 1:
             return
-        own = json.dumps([os.uname().nodename, dict(what)])
-        found = [json.loads(text) for text in self.from_each_node(own)]
-        first_name, first = found[0]
-        for number, (name, values) in enumerate(found):
+        text = json.dumps([os.uname().nodename, dict(what)])
+        nodes = [json.loads(reply) for reply in self.from_each_node(text)]
+        first_name, first = nodes[0]
+        for number, (name, values) in enumerate(nodes):
             for key in (key for key in first if values.get(key) != first[key]):
                 raise UserError(
                     f"{key} is {first[key]} on machine 0 ({first_name}) and {values.get(key)} on "
@@ -188,12 +191,12 @@ class RankGroup:
                 )
 
     def from_each_node(self, text: str) -> list[str]:
-        """``text`` of the first rank of each machine."""
+        """The ``text`` of the first rank of each node, by node."""
         step = self.intra_node.world_size
         return [self.broadcast_str(text, rank) for rank in range(0, self.world_size, step)]
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         self.any(False)
 
     def _broadcast_(self, tensor: Tensor, source: int) -> None:
@@ -201,7 +204,7 @@ class RankGroup:
 
 
 def rank_from_environment() -> tuple[int, int, int]:
-    """(rank, world_size, local_rank) as the launcher set them; (0, 1, 0) without one."""
+    """The (rank, world_size, local_rank) that the launcher has set; (0, 1, 0) without one."""
     variables = os.environ
     return (
         int(variables.get("RANK", 0)),
@@ -211,5 +214,5 @@ def rank_from_environment() -> tuple[int, int, int]:
 
 
 def local_world_size() -> int:
-    """Ranks on this machine, as the launcher says; all there are where it does not."""
+    """The number of ranks on this node, as the launcher says; all ranks where it does not."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))

@@ -1,12 +1,12 @@
-"""Where ranks meet whose launcher may start them again.
+"""The rendezvous of ranks whose launcher may start them again.
 
-torchrun's agents keep one store for all attempts of a run, with all that earlier ones left in it:
+torchrun's agents keep one store for all attempts of a run, with the keys of earlier attempts in it:
 ranks would connect to addresses of ranks that are gone. So the ranks of an attempt agree on a name
-for it and leave everything under that name. Agents start an attempt only once the one before has
-ended everywhere, so who answers is of this one.
+for it and write all keys under that name. Agents start an attempt only once the one before has
+ended everywhere, so every answer is of this attempt.
 
-    rank r   hello/r = TOKEN              (what an earlier r left is overwritten)
-    rank 0   answer/TOKEN = NAME          for every hello that is new to it
+    rank r   hello/r = TOKEN              (overwrites that of an earlier attempt)
+    rank 0   answer/TOKEN = NAME          for every hello it has not seen
     rank r   here/NAME/r                  once it has its answer; rank 0 waits for all of these
 """
 
@@ -28,8 +28,8 @@ def agent_store_is_kept() -> bool:
 
 
 def launcher_store() -> Any:
-    """A connection to the store where the ranks meet, which is there already."""
-    stores: Any = torch_dist  # it does not say that it exports them
+    """A connection to the launcher's store, which exists already."""
+    stores: Any = torch_dist  # its type stubs lack them
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return stores.TCPStore(
         address, port, is_master=False, timeout=STORE_TIMEOUT, wait_for_workers=False
@@ -37,8 +37,9 @@ def launcher_store() -> Any:
 
 
 def attempt_store(rank: int, world_size: int) -> Any:
-    """A part of the launcher's store that nobody has used before, the same for all ranks. Returns
-    once all of them have it; one that still prepares its data is waited for.
+    """A part of the launcher's store that no earlier attempt has used, the same for all ranks.
+
+    Returns once all ranks have it, however long one of them still prepares its data.
     """
     stores: Any = torch_dist
     store = stores.PrefixStore("fttrain", launcher_store())
@@ -47,6 +48,7 @@ def attempt_store(rank: int, world_size: int) -> Any:
 
 
 def _name_for_all(store: Any, world_size: int) -> str:
+    """Name the attempt on rank 0, and wait until every rank has the name."""
     name, seen = secrets.token_hex(8), dict.fromkeys(range(1, world_size), b"")
     missing = set(seen)
     while missing:
@@ -61,6 +63,7 @@ def _name_for_all(store: Any, world_size: int) -> str:
 
 
 def _answer(store: Any, rank: int) -> str:
+    """The attempt's name, on the other ranks."""
     token = secrets.token_hex(8)
     store.set(_hello(rank), token)
     while not store.check([_answered(token)]):

@@ -59,7 +59,7 @@ def test_machines_that_are_there_end_nobody(boards: tuple[list[Any], Start]) -> 
 def test_a_machine_that_falls_silent_ends_the_others(boards: tuple[list[Any], Start]) -> None:
     _, start = boards
     made = [start(number) for number in range(3)]
-    made[1][0]._over.set()  # its power is gone: it says nothing any more, not even that it leaves
+    made[1][0]._closed.set()  # its power is gone: it says nothing any more, not even that it leaves
     for number in (0, 2):
         reason = made[number][1].get(timeout=WAIT_S)
         assert str(reason).startswith("machine 1 (bert) has not been heard of for 1 s, so this")
@@ -79,15 +79,18 @@ def test_without_the_store_nobody_is_heard_of(boards: tuple[list[Any], Start]) -
 def test_work_is_over_when_all_have_done_it_or_one_cannot(boards: tuple[list[Any], Start]) -> None:
     _, start = boards
     made = [start(number)[0] for number in range(3)]
-    first, second = [board.next_work() for board in made], [board.next_work() for board in made]
+    first, second = (
+        [board.next_work_id() for board in made],
+        [board.next_work_id() for board in made],
+    )
     assert (first, second) == ([0] * 3, [1] * 3)
     for number in (0, 1):
-        made[number].say(0, "")
-    wait_until(lambda: made[0].heard(0) == ("", ["machine 2 (carl)"]))
-    made[2].say(0, "")
-    wait_until(lambda: [board.heard(0) for board in made] == [("", [])] * 3)
-    made[2].say(1, "the disk is full")
-    wait_until(lambda: made[0].heard(1) == ("machine 2 (carl): the disk is full", []))
+        made[number].report_work(0, "")
+    wait_until(lambda: made[0].poll_work(0) == ("", ["machine 2 (carl)"]))
+    made[2].report_work(0, "")
+    wait_until(lambda: [board.poll_work(0) for board in made] == [("", [])] * 3)
+    made[2].report_work(1, "the disk is full")
+    wait_until(lambda: made[0].poll_work(1) == ("machine 2 (carl): the disk is full", []))
 
 
 def wait_until(true: Callable[[], bool]) -> None:

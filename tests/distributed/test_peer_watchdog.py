@@ -261,13 +261,13 @@ def test_an_error_of_one_rank_is_the_error_of_all(
 
 
 def test_a_long_message_is_cut() -> None:
-    mark = peer_watchdog.LivenessLock()
-    _, pid, descriptor = mark.address.rsplit(" ", 2)
+    lock = peer_watchdog.LivenessLock()
+    _, pid, descriptor = lock.address.rsplit(" ", 2)
     peer = peer_watchdog.Peer(1, pid, descriptor)
     assert peer.failure() is None
-    mark.failed(256, "ä" * 5000)
+    lock.mark_failed(256, "ä" * 5000)
     failure = peer.failure()
     assert failure is not None
     assert (failure.exit_code, str(failure)) == (1, f"rank 1: {'ä' * 1000}")
-    mark.left()
+    lock.mark_finished()
     assert peer.failure() is None
