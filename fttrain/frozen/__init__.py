@@ -1,1 +1,1 @@
-"""The frozen base: where its weights come from, how they are quantised and kept on disk."""
+"""The frozen base: its source, its quantisation, and its cache on disk."""

@@ -1,8 +1,8 @@
-"""Makes the frozen cache: what is missing is quantised and written, file by file, by all ranks.
+"""The build of the frozen cache: missing files are quantised and written, one by one, by all ranks.
 
 A file counts once its record lies beside it (written after the file is durable), the cache once its
 manifest is there. So a build that is killed is continued by the next one, and never taken for
-whole. Host memory of a rank: as ``frozen`` says of a layer, or the embedding.
+complete. Host memory of a rank: that of a layer, as quantize_layer.py states it, or the embedding.
 """
 
 import contextlib
@@ -47,16 +47,16 @@ def open_or_build(
     progress: Progress,
     verify: bool = False,
 ) -> FrozenCache:
-    """The cache of ``base``, whole; what is missing of it is made, on each machine by its ranks.
-    Every rank calls it.
+    """The complete cache of ``base``; missing files are built, on each node by its ranks. Every
+    rank calls it.
 
     ``cache_dir``: as ``frozen.cache_dir``. ``progress`` counts files. ``verify``: compare every
-    file with its SHA-256 first; damaged ones are made again. Raises UserError, on all ranks, for a
-    checkpoint that cannot be used, a disk that is too small, a cache of another base, and machines
+    file with its SHA-256 first; damaged ones are built again. Raises UserError, on all ranks, for a
+    checkpoint that cannot be used, a disk that is too small, a cache of another base, and nodes
     whose caches differ.
     """
     with group.node_local_work("frozen base"):
-        cache = _of_machine(base, cache_dir, group.intra_node, progress, verify)
+        cache = _open_on_node(base, cache_dir, group.intra_node, progress, verify)
     group.raise_where_nodes_differ(
         {"frozen base": cache.digest},
         "it was made of another checkpoint, or by cards whose kernels round otherwise; the same "
@@ -66,27 +66,27 @@ def open_or_build(
     return cache
 
 
-def _of_machine(
+def _open_on_node(
     base: FrozenSpec, cache_dir: str | None, group: RankGroup, progress: Progress, verify: bool
 ) -> FrozenCache:
-    """``group``: the ranks of this machine. A folder that machines share is made by the one that
-    has its lock; the others find it whole.
+    """The complete cache on this node, whose ranks are ``group``. A folder that nodes share is
+    built by the node that holds its lock; the others find it complete.
     """
-    folder, whole, problem = base.folder(cache_dir), True, ""
+    folder, complete, problem = base.folder(cache_dir), True, ""
     if group.is_main:
         try:
-            whole = _is_whole(folder, base.meaning)
+            complete = _is_complete(folder, base.identity)
         except UserError as error:
             problem = str(error)
     group.raise_everywhere(problem)
-    if verify or not group.all(whole):
+    if verify or not group.all(complete):
         with build_lock(folder, group):
             _Build(base, folder, group).run(progress, verify)
-    return FrozenCache(folder, read_records(folder, base.meaning))
+    return FrozenCache(folder, read_records(folder, base.identity))
 
 
 class _Build:
-    """One rank's part in completing a cache."""
+    """The work of one rank on a cache that is not complete, or is to be verified."""
 
     def __init__(self, base: FrozenSpec, folder: Path, group: RankGroup) -> None:
         self._base, self._folder, self._group = base, folder, group
@@ -97,29 +97,30 @@ class _Build:
             self._hub = HubFiles(source.hub_id, source.commit, folder / ".downloads")
 
     def run(self, progress: Progress, verify: bool) -> None:
+        """Build the missing files and seal the cache. Every rank of the node calls it."""
         damaged = self._damaged() if verify else set()
         names = self._names()
         missing = [name for name in names if name in damaged or not self._has(name)]
         if missing:
-            self._make_all(missing, progress)
-        self._main_does(lambda: self._seal(names))
+            self._build_all(missing, progress)
+        self._run_on_main(lambda: self._seal(names))
 
-    def _make_all(self, missing: list[str], progress: Progress) -> None:
-        self._main_does(lambda: self._check_room(missing))
+    def _build_all(self, missing: list[str], progress: Progress) -> None:
+        self._run_on_main(lambda: self._check_room(missing))
         reader, ranks = self._open(), self._group.world_size
         for begin in range(0, len(missing), ranks):
-            own = missing[begin + self._group.rank :][:1]
-            self._group.raise_everywhere(_problem(partial(self._make, reader, own)))
+            names = missing[begin + self._group.rank :][:1]
+            self._group.raise_everywhere(_problem(partial(self._build, reader, names)))
             progress(min(begin + ranks, len(missing)), len(missing))
             if self._group.is_main:
                 self._drop_files(reader, missing[begin + ranks :])
 
-    def _main_does(self, work: Callable[[], None]) -> None:
-        """Rank 0 works, the others wait and share its UserError."""
+    def _run_on_main(self, work: Callable[[], None]) -> None:
+        """Do ``work`` on rank 0; the others wait, and raise its UserError as well."""
         self._group.raise_everywhere(_problem(work) if self._group.is_main else "")
 
     def _open(self) -> Reader:
-        """The checkpoint; of a hub id without an index this is where the weights come in."""
+        """The checkpoint, opened. The weights of a hub id without an index are downloaded here."""
         problem, fetch = "", None if self._hub is None else self._hub.fetch
         try:
             reader = open_checkpoint(self._base.source, self._base.architecture.config, fetch)
@@ -130,7 +131,7 @@ class _Build:
         return reader
 
     def _names(self) -> list[str]:
-        """All files, in the order in which checkpoints have them."""
+        """The names of all files, in the order in which checkpoints have them."""
         layers = [layer_name(layer) for layer in range(self._base.architecture.layers)]
         head = [] if self._base.architecture.tied else ["head"]
         return ["embedding", *layers, "final_norm", *head]
@@ -141,30 +142,32 @@ class _Build:
         return False
 
     def _record(self, name: str) -> FileRecord:
-        """One that lies beside the file is newer than the manifest: the file was made again.
+        """The record of a file. A record beside the file is newer than the manifest: the file was
+        built again.
 
-        Raises ValueError where there is none that is whole.
+        Raises ValueError where there is none, or a damaged one.
         """
-        form = {**FORM, **self._base.meaning}
+        form = {**FORM, **self._base.identity}
         with contextlib.suppress(ValueError):
             return FileRecord.read(read_sealed(self._folder / f"{name}.json", form)["file"])
-        return read_records(self._folder, self._base.meaning)[name]
+        return read_records(self._folder, self._base.identity)[name]
 
     def _damaged(self) -> set[str]:
-        """Files whose SHA-256 is not their record's, or which the disk does not deliver; each rank
-        reads a part of them.
+        """The names of the files whose SHA-256 is not their record's, or which cannot be read. Each
+        rank reads a part of them; all return the same.
         """
-        mine: list[str] = []
+        local: list[str] = []
         files = sorted(self._folder.glob("*.bin"))
         for file in files[self._group.rank :: self._group.world_size]:
             with contextlib.suppress(ValueError, KeyError):  # one without a record is missing
                 if _sha256(file) != self._record(file.stem).sha256:
-                    mine.append(file.stem)
+                    local.append(file.stem)
         ranks = range(self._group.world_size)
-        found = [json.loads(self._group.broadcast_str(json.dumps(mine), rank)) for rank in ranks]
-        return {name for names in found for name in names}
+        lists = [json.loads(self._group.broadcast_str(json.dumps(local), rank)) for rank in ranks]
+        return {name for names in lists for name in names}
 
     def _check_room(self, missing: list[str]) -> None:
+        """Raise UserError where the disk has no room for the missing files."""
         needed = sum(self._size_bytes(name) for name in missing)
         if self._hub is not None:
             # The layers of a round are neighbours: they lie in one file more than there are ranks.
@@ -180,8 +183,8 @@ class _Build:
         rows = 1 if name == "final_norm" else architecture.config.vocab_size
         return rows * architecture.hidden * frozen_format.dtype.itemsize
 
-    def _make(self, reader: Reader, names: list[str]) -> None:
-        """This rank's file of a round, if any."""
+    def _build(self, reader: Reader, names: list[str]) -> None:
+        """Build this rank's file of a round; ``names`` is empty where it has none."""
         try:
             for name in names:
                 self._write(name, self._content(reader, name))
@@ -189,7 +192,7 @@ class _Build:
             reader.rest()
 
     def _content(self, reader: Reader, name: str) -> Tensor:
-        """uint8 (n,) in host memory."""
+        """The bytes of a file: uint8 (n,) in host memory."""
         architecture, frozen_format = self._base.architecture, self._base.frozen_format
         if not name.startswith("layer_"):
             end = load_end(reader, architecture, name).to(frozen_format.dtype)
@@ -211,17 +214,18 @@ class _Build:
             self._write_sealed(f"{name}.json", {"file": asdict(record)})
 
     def _write_sealed(self, name: str, body: dict[str, Any]) -> None:
-        """At once: a whole manifest is never given up for a part of one."""
-        meant = {**FORM, **self._base.meaning, **body}
-        atomic_files.replace(self._folder / name, lambda path: write_sealed(path, meant))
+        """Write a manifest or a record in one step: it replaces an earlier one only when complete."""
+        content = {**FORM, **self._base.identity, **body}
+        atomic_files.replace(self._folder / name, lambda path: write_sealed(path, content))
 
     def _drop_files(self, reader: Reader, still_missing: list[str]) -> None:
-        """Downloads that no file waits for any more."""
+        """Delete the downloads that no missing file needs any more."""
         if self._hub is not None and isinstance(reader, SafetensorsReader):
             wanted = [reader.files(_prefix(name)) for name in still_missing]
             self._hub.keep_only(set().union(*wanted))
 
     def _seal(self, names: list[str]) -> None:
+        """Write the manifest, and delete records and downloads."""
         records = {name: asdict(self._record(name)) for name in names}
         with atomic_files.room_for(self._folder, 0, f"frozen cache {self._folder}", HELP):
             self._write_sealed(MANIFEST, {"files": records})
@@ -233,12 +237,12 @@ class _Build:
 
 
 def _prefix(name: str) -> str:
-    """What the names of the tensors of a cache file begin with."""
+    """The beginning of the names of a cache file's tensors."""
     return ENDS.get(name) or f"model.layers.{int(name.removeprefix('layer_'))}."
 
 
 def _problem(work: Callable[[], None]) -> str:
-    """The UserError that ended ``work``, or nothing."""
+    """The text of the UserError that ended ``work``; "" without one."""
     try:
         work()
     except UserError as error:
@@ -247,17 +251,19 @@ def _problem(work: Callable[[], None]) -> str:
 
 
 def _sha256(file: Path) -> str:
-    """As hex; of a file that cannot be read, something that no record has."""
+    """The SHA-256 as hex; of a file that cannot be read, a text that no record has."""
     try:
         return atomic_files.sha256(file)
     except OSError as error:
         return str(error)
 
 
-def _is_whole(folder: Path, meaning: Mapping[str, Any]) -> bool:
-    """All files are there, as large as they were written. Raises UserError: of another base."""
+def _is_complete(folder: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether all files are there, as large as they were written. Raises UserError where the cache
+    is of another base.
+    """
     try:
-        records = read_records(folder, meaning)
+        records = read_records(folder, identity)
     except ValueError:
         return False
     return all(has_size(folder, name, record) for name, record in records.items())

@@ -17,8 +17,11 @@ POLL_S = 1.0
 
 @contextmanager
 def build_lock(folder: Path, group: RankGroup) -> Iterator[None]:
-    """No other run makes this cache meanwhile. Ranks wait in small steps: another run may take
-    hours.
+    """Hold the lock of the cache in ``folder``, so that no other run builds it. Every rank of
+    ``group`` enters the block.
+
+    Ranks poll for the lock: another run may hold it for hours, longer than a collective may wait.
+    Raises UserError, on every rank, where the folder cannot be written.
     """
     problem = ""
     lock: FileLock | None = None
@@ -30,11 +33,11 @@ def build_lock(folder: Path, group: RankGroup) -> Iterator[None]:
         except OSError as error:
             problem = f"frozen cache {folder}: cannot be made ({error.strerror}): {HELP}"
     group.raise_everywhere(problem)
-    told = False
+    announced = False
     while group.any(group.is_main and lock is None):
-        if group.is_main and not told:
+        if group.is_main and not announced:
             print(f"waiting for another process that is making {folder}", flush=True)
-            told = True
+            announced = True
         time.sleep(POLL_S)
         if group.is_main:
             lock = try_lock(path)

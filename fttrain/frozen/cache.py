@@ -4,9 +4,9 @@
                                       layer_000.bin ...     a layer's flat buffer, byte for byte
                                       embedding.bin  final_norm.bin  head.bin (unless tied)
 
-The manifest says what the bytes depend on (source, quantisation, dtype, layout), and each file's
-size, SHA-256 and checksum. Opening compares what they depend on and the sizes; the checksums are
-compared where the bytes are used, the SHA-256 by ``fttrain quantize``.
+The manifest holds the identity of the base (source, quantisation, dtype, layout: everything that
+the bytes depend on), and each file's size, SHA-256 and checksum. Opening compares identity and
+sizes; the checksums are compared where the bytes are used, the SHA-256 by ``fttrain quantize``.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from fttrain.util.manifest import MANIFEST, read_sealed
 
 FORM = {"format": "fttrain-frozen-base", "version": 2}
 HELP = "free some space, or set frozen.cache_dir to a folder with room that you may write to"
-READ_BYTES = 1 << 30  # Linux reads 2 GiB at most at once
+READ_BYTES = 1 << 30  # of one read: Linux allows 2 GiB
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file of the cache holds."""
+    """The size and the digests of a file of the cache."""
 
     size_bytes: int
     sha256: str
@@ -44,23 +44,24 @@ class FileRecord:
 
 
 def layer_name(layer: int) -> str:
-    """The name that a layer's file goes by."""
+    """The name of a layer's file."""
     return f"layer_{layer:03d}"
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """Where the bytes of ``name`` lie."""
+    """The file with the bytes of ``name``."""
     return folder / f"{name}.bin"
 
 
-def read_records(folder: Path, meaning: Mapping[str, Any]) -> dict[str, FileRecord]:
-    """The manifest of ``folder``: name -> record. ``meaning``: what its bytes should depend on.
+def read_records(folder: Path, identity: Mapping[str, Any]) -> dict[str, FileRecord]:
+    """The records in the manifest of ``folder``, by name. ``identity``: of the base that the cache
+    should be of.
 
-    Raises ValueError where it is missing or damaged (the text says which), UserError where it
-    speaks of another base.
+    Raises ValueError where the manifest is missing or damaged (the text says which), UserError
+    where the cache is of another base.
     """
     body = read_sealed(folder / MANIFEST, FORM)
-    others = [key for key, value in meaning.items() if body.get(key) != value]
+    others = [key for key, value in identity.items() if body.get(key) != value]
     if others:
         raise UserError(
             f"{folder / MANIFEST}: of another frozen base than the one that this run wants (other "
@@ -78,7 +79,7 @@ def has_size(folder: Path, name: str, record: FileRecord) -> bool:
 
 
 class FrozenCache:
-    """A whole cache: the ``FrozenBase`` of a run."""
+    """A complete cache: the ``FrozenBase`` of a run."""
 
     def __init__(self, folder: Path, records: dict[str, FileRecord]) -> None:
         self.folder = folder
@@ -95,17 +96,17 @@ class FrozenCache:
 
     @property
     def size_bytes(self) -> int:
-        """Of all files."""
+        """The bytes of all files."""
         return sum(record.size_bytes for record in self._records.values())
 
     @property
     def digest(self) -> str:
-        """A name for these very bytes."""
+        """A digest of all bytes of the base."""
         digests = {name: record.sha256 for name, record in sorted(self._records.items())}
         return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:32]
 
     def checksum(self, layer: int) -> int:
-        """The manifest's, of the whole layer."""
+        """The checksum of the whole layer, from the manifest."""
         return self._records[layer_name(layer)].checksum
 
     def path(self, layer: int) -> Path:
@@ -142,9 +143,9 @@ def _read(path: Path, into: Tensor, offset_bytes: int) -> None:
     try:
         with open(path, "rb", buffering=0) as file:
             while view:
-                got = os.preadv(file.fileno(), [view[:READ_BYTES]], offset_bytes)
-                if not got:
+                read_bytes = os.preadv(file.fileno(), [view[:READ_BYTES]], offset_bytes)
+                if not read_bytes:
                     raise UserError(f"{path}: it ends too early; `fttrain quantize` makes it again")
-                view, offset_bytes = view[got:], offset_bytes + got
+                view, offset_bytes = view[read_bytes:], offset_bytes + read_bytes
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error

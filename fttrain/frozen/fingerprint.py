@@ -1,5 +1,5 @@
-"""What a checkpoint is, said without reading its weights: two that differ are never taken for one
-another.
+"""The fingerprint of a checkpoint, taken without reading its weights: two checkpoints that differ
+have different ones.
 """
 
 import hashlib
@@ -11,12 +11,12 @@ from fttrain.frozen.source import Source
 from fttrain.util.errors import UserError
 
 GGUF_HEAD_BYTES = 1 << 20  # the start of a GGUF file: its metadata
-MOST_HEADER_BYTES = 100_000_000  # safetensors refuses a longer one
+MAX_HEADER_BYTES = 100_000_000  # safetensors refuses a longer one
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
-    """A hub id is its commit. A file is its name, size, time of change and header; a folder is
-    what is true of its config.json, its safetensors files and their index.
+    """The values that identify a checkpoint: of a hub id its commit; of a file its name, size, time
+    of change and header; of a folder those of config.json, the safetensors files and their index.
 
     Raises UserError for a file that cannot be read.
     """
@@ -47,8 +47,8 @@ def _state(file: Path) -> dict[str, Any]:
 
 
 def _head(stream: BinaryIO, suffix: str) -> bytes:
-    """The start of a GGUF file; of a safetensors file 8 bytes with the length of its header, and
-    the header; of other files all.
+    """The start of a GGUF file; the first 8 bytes (the header's length) and the header of a
+    safetensors file; all bytes of other files.
     """
     if suffix == ".gguf":
         return stream.read(GGUF_HEAD_BYTES)
@@ -56,4 +56,4 @@ def _head(stream: BinaryIO, suffix: str) -> bytes:
         return stream.read()
     start = stream.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-    return start + stream.read(min(length, MOST_HEADER_BYTES))
+    return start + stream.read(min(length, MAX_HEADER_BYTES))

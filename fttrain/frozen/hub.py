@@ -1,8 +1,8 @@
-"""Weight files of a repository on the hub, here only for as long as they are needed.
+"""Weight files of a repository on the hub, on the disk only for as long as they are needed.
 
-A file is downloaded when its first tensor is asked for, compared with the SHA-256 that the hub
-names, and deleted once nothing more is wanted of it: a 70B model passes through a disk that could
-not hold it.
+A file is downloaded when its first tensor is read, compared with the SHA-256 that the hub states,
+and deleted after its last tensor was read: a 70B model passes through a disk that could not hold
+it.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from fttrain.util.errors import UserError, first_line
 from fttrain.util.locks import locked
 
 CONFIGURATION = ("*.json", "*.model", "*.jinja", "*.txt")  # everything but the weights
-SHAPES = ("config.json",)  # what a plan needs
+SHAPES = ("config.json",)  # enough for a plan
 
 
 def configuration(
@@ -28,7 +28,8 @@ def configuration(
     """A folder with the configuration and the tokenizer of a repository, or those of its files that
     match ``patterns``, named by its commit.
 
-    From the hub's own cache where the hub cannot be reached. Raises UserError where neither has it.
+    They come from the hub's own cache where the hub cannot be reached. Raises UserError where
+    neither has them.
     """
     from huggingface_hub import snapshot_download
 
@@ -37,15 +38,15 @@ def configuration(
 
 
 class HubFiles:
-    """Files of one commit, fetched into ``folder``. All ranks of a machine share the folder."""
+    """Files of one commit, fetched into ``folder``. All ranks of a node share the folder."""
 
     def __init__(self, repository: str, commit: str, folder: Path) -> None:
         self._repository, self._commit, self._folder = repository, commit, folder
 
     def fetch(self, name: str) -> Path:
-        """The file, whole and verified; an interrupted download goes on where it stopped.
+        """Download a file and verify it; an interrupted download goes on where it stopped.
 
-        Raises UserError where the hub does not deliver it, or delivers other bytes than it says,
+        Raises UserError where the hub does not deliver it, or delivers other bytes than it states,
         and where ``folder`` cannot be written.
         """
         path = self._folder / name
@@ -58,9 +59,9 @@ class HubFiles:
         return path
 
     def needed_bytes(self, names: set[str], count: int) -> int:
-        """What the ``count`` largest of the files ``names`` take that are not here yet.
+        """The bytes of the ``count`` largest of the files ``names`` that are not downloaded yet.
 
-        Raises UserError where the hub does not say it.
+        Raises UserError where the hub does not state them.
         """
         from huggingface_hub import HfApi
 
@@ -73,10 +74,10 @@ class HubFiles:
         return sum(sorted(sizes)[-count:])
 
     def keep_only(self, names: set[str]) -> None:
-        """Delete what was fetched and is not among ``names``."""
+        """Delete the downloaded files that are not among ``names``."""
         for path in self._folder.glob("*"):
             if path.is_file() and not path.name.startswith(".") and path.name not in names:
-                with contextlib.suppress(OSError):  # what stays costs room, nothing else
+                with contextlib.suppress(OSError):  # a file that stays costs room, nothing else
                     path.unlink()
 
     def clear(self) -> None:
@@ -86,11 +87,11 @@ class HubFiles:
     def _download(self, name: str) -> Path:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-        place: dict[str, Any] = {"filename": name, "revision": self._commit}
+        location: dict[str, Any] = {"filename": name, "revision": self._commit}
         incoming = self._folder / ".incoming"
-        arrived = Path(hf_hub_download(self._repository, **place, local_dir=incoming))
-        expected = get_hf_file_metadata(hf_hub_url(self._repository, **place)).etag or ""
-        # Of a small file the etag is git's own hash; every weight file has its SHA-256 there.
+        arrived = Path(hf_hub_download(self._repository, **location, local_dir=incoming))
+        expected = get_hf_file_metadata(hf_hub_url(self._repository, **location)).etag or ""
+        # The etag of a small file is git's own hash; that of every weight file is its SHA-256.
         if len(expected) == 64 and sha256(arrived) != expected:
             arrived.unlink()
             raise UserError(
@@ -102,7 +103,7 @@ class HubFiles:
 
 @contextmanager
 def _errors_of(what: str) -> Iterator[None]:
-    """The hub's client raises a dozen kinds; to the user they are one."""
+    """Turn every error of the hub's client, which has a dozen kinds, into a UserError."""
     try:
         yield
     except UserError:

@@ -1,7 +1,8 @@
-"""Checkpoint -> frozen base: one layer at a time, quantised into its flat buffer.
+"""The way from a checkpoint to the frozen base: one layer at a time, quantised into its flat
+buffer.
 
-Host memory while loading: the layer as it is stored (pages of its file, which the system may take
-back), one of its tensors in the compute dtype, the layer in 4 bits, and about 64 MiB.
+Host memory while loading: the layer as it is stored (pages of its file, which the system may
+reclaim), one of its tensors in the compute dtype, the layer in 4 bits, and about 64 MiB.
 """
 
 import json
@@ -18,7 +19,7 @@ from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.quant.scheme import NESTED_BLOCKSIZE, QuantisedWeight, dynamic_code, quantise
 from fttrain.util.errors import UserError
 
-ENDS = {  # what is frozen outside the layers -> its tensor in the checkpoint
+ENDS = {  # frozen tensor outside the layers -> its name in the checkpoint
     "embedding": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
     "head": "lm_head.weight",
@@ -26,13 +27,13 @@ ENDS = {  # what is frozen outside the layers -> its tensor in the checkpoint
 
 
 def load_end(reader: Reader, architecture: Architecture, end: str) -> Tensor:
-    """``embedding`` (V, C), ``final_norm`` (C,) or ``head`` (V, C), as it is stored."""
+    """The ``embedding`` (V, C), ``final_norm`` (C,) or ``head`` (V, C), as it is stored."""
     name, shape = ENDS[end], (architecture.config.vocab_size, architecture.hidden)
     return _checked(reader.tensor(name), name, shape[1:] if end == "final_norm" else shape)
 
 
 def check_head(reader: Reader, architecture: Architecture, checkpoint: str) -> None:
-    """Refuse a checkpoint that lacks the head which its configuration speaks of."""
+    """Raise UserError for a checkpoint without the head that its configuration announces."""
     if not architecture.tied and not reader.has(ENDS["head"]):
         raise UserError(
             f"{checkpoint}: tensor {ENDS['head']} is missing, and config.json says that it is not "
@@ -74,7 +75,7 @@ def load_layer(
 
 
 def check_quantisation(stored: dict[str, Any] | None, quant: QuantConfig) -> None:
-    """Refuse settings that differ from what an already quantised checkpoint holds.
+    """Raise UserError for settings that differ from those of an already quantised checkpoint.
 
     ``stored`` is the checkpoint's ``quantization_config``.
     """
@@ -112,7 +113,7 @@ def _quantised(
 def _prequantised(
     reader: Reader, name: str, shape: tuple[int, int], quant: QuantConfig, device: torch.device
 ) -> QuantisedWeight:
-    """A weight that bitsandbytes quantised earlier: its bytes are taken as they are."""
+    """The bytes, as they are, of a weight that bitsandbytes has quantised before."""
     state = _quant_state(reader, f"{name}.quant_state.bitsandbytes__{quant.kind}", quant)
     if state["shape"] != shape:
         raise UserError(f"{name}: shape {state['shape']} in the checkpoint, {shape} expected")
@@ -136,8 +137,8 @@ def _prequantised(
     nested_scales = -(-scales // NESTED_BLOCKSIZE)
     nested = _stored(reader, f"{name}.nested_absmax", nested_scales, torch.float32)
     code = _stored(reader, f"{name}.nested_quant_map", 256, torch.float32)
-    own = torch.equal(code, dynamic_code(code.device))
-    if not own or state["nested_blocksize"] != NESTED_BLOCKSIZE:
+    is_dynamic = torch.equal(code, dynamic_code(code.device))
+    if not is_dynamic or state["nested_blocksize"] != NESTED_BLOCKSIZE:
         raise UserError(
             f"{name}: its scales are quantised with a code or block size other than bitsandbytes' "
             "own"
@@ -147,7 +148,7 @@ def _prequantised(
 
 
 def _quant_state(reader: Reader, name: str, quant: QuantConfig) -> dict[str, Any]:
-    """What bitsandbytes says of a weight that it quantised: JSON, as the bytes of a tensor."""
+    """The settings that bitsandbytes stores with a weight: JSON, as the bytes of a tensor."""
     try:
         stored = json.loads(bytes(reader.tensor(name).tolist()))
         state = {"shape": tuple(stored["shape"]), "blocksize": stored["blocksize"]}

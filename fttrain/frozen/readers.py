@@ -1,4 +1,4 @@
-"""One tensor at a time out of a checkpoint, by its transformers name: safetensors and GGUF."""
+"""Readers of checkpoints, one tensor at a time by its transformers name: safetensors and GGUF."""
 
 import json
 import mmap
@@ -20,7 +20,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Reader(Protocol):
-    """Reads the tensors of one checkpoint."""
+    """The reader of one checkpoint."""
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds a tensor of this transformers name."""
@@ -31,15 +31,17 @@ class Reader(Protocol):
         ...
 
     def rest(self) -> None:
-        """Let go of the memory that reading has mapped. Reading may go on."""
+        """Release the memory that reading has mapped. Reading may go on."""
         ...
 
 
 def open_checkpoint(
     source: Source, config: Any, fetch: Callable[[str], Path] | None = None
 ) -> Reader:
-    """``config`` is transformers' configuration of the same checkpoint; ``fetch`` brings a file of
-    it that the folder lacks.
+    """The reader of ``source``.
+
+    ``config``: transformers' configuration of the same checkpoint; ``fetch``: downloads a file that
+    the folder lacks, by name. Raises UserError for a checkpoint that cannot be read.
     """
     if source.gguf_file:
         return GgufReader(source.folder / source.gguf_file, config)
@@ -47,7 +49,7 @@ def open_checkpoint(
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Tensor -> name of the file that holds it, by the index of shards; empty where there is none.
+    """The index of shards: tensor -> name of its file; empty where there is none.
 
     Raises UserError for an index that cannot be read or leaves the folder.
     """
@@ -68,7 +70,7 @@ def read_index(folder: Path) -> dict[str, str]:
 class SafetensorsReader:
     """A folder with model.safetensors, or shards and their index.
 
-    Files are memory-mapped: nothing is read twice. ``fetch`` brings those that the folder lacks.
+    Files are memory-mapped: nothing is read twice. ``fetch`` downloads those that the folder lacks.
     """
 
     def __init__(self, folder: Path, fetch: Callable[[str], Path] | None = None) -> None:
@@ -124,7 +126,7 @@ class SafetensorsReader:
 
 
 class _TensorReader(gguf.GGUFReader):
-    """The library's reader without the vocabulary, whose 100,000 strings take it seconds."""
+    """The library's reader, without the vocabulary: its 100,000 strings take seconds to read."""
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         if raw_type != gguf.GGUFValueType.ARRAY:
@@ -145,7 +147,7 @@ class _TensorReader(gguf.GGUFReader):
 
 
 class GgufReader:
-    """A GGUF file of any quantisation; tensors come out dequantised, in fp32."""
+    """The reader of a GGUF file of any quantisation; its tensors are dequantised, in fp32."""
 
     # Files of these architectures interleave the halves of each q and k head; transformers keeps
     # them apart.
@@ -160,7 +162,7 @@ class GgufReader:
             raise UserError(f"{file}: not a whole GGUF file ({error})") from error
         self._mapped: Any = reader.data
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self._refuse_unsaid_rope_scaling()
+        self._refuse_unstated_rope_scaling()
         field = reader.get_field("general.architecture")
         architecture = field.contents() if field else "llama"
         by_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -168,9 +170,10 @@ class GgufReader:
             raise UserError(f"{file}: unknown GGUF architecture {architecture!r}")
         self._name_map = gguf.get_tensor_name_map(by_name[architecture], config.num_hidden_layers)
 
-    def _refuse_unsaid_rope_scaling(self) -> None:
-        """Llama 3.1 files scale their rotary frequencies by a tensor that transformers leaves out:
-        the model would run, and be slightly wrong at every position.
+    def _refuse_unstated_rope_scaling(self) -> None:
+        """Raise UserError for a file that scales its rotary frequencies by a tensor that
+        transformers leaves out, as Llama 3.1 does: the model would be slightly wrong at every
+        position.
         """
         rope = getattr(self._config, "rope_parameters", None) or {}
         if "rope_freqs.weight" in self._tensors and rope.get("rope_type", "default") == "default":
@@ -211,6 +214,6 @@ class GgufReader:
 
 
 def _separate_halves(weight: Tensor, heads: int) -> Tensor:
-    """(heads * D, ...), rows of a head as (D/2 pairs, 2) -> rows of a head as (2 halves, D/2)."""
+    """Reorder (heads * D, ...): a head's rows from (D/2 pairs, 2) to (2 halves, D/2)."""
     pairs = weight.view(heads, -1, 2, *weight.shape[1:])
     return pairs.transpose(1, 2).reshape(weight.shape)

@@ -1,5 +1,5 @@
-"""Where the frozen base comes from: a folder of safetensors, a GGUF file, a hub id, or a package
-that ships one.
+"""The source of the frozen base: a folder of safetensors, a GGUF file, a hub id, or a package that
+ships a GGUF file.
 """
 
 import hashlib
@@ -28,17 +28,17 @@ class Source:
 
     folder: Path
     gguf_file: str | None  # name inside ``folder``; None: safetensors
-    hub_id: str | None = None  # where the folder came from; it may lack the weights
+    hub_id: str | None = None  # origin of the folder, which then may lack the weights
     commit: str | None = None  # of ``hub_id``
 
     @property
     def name(self) -> str:
-        """What an adapter names as its base: the hub id, else the folder."""
+        """The base as an adapter names it: the hub id, else the folder."""
         return self.hub_id or str(self.folder)
 
     @property
     def pretrained_arguments(self) -> dict[str, Any]:
-        """What transformers' ``from_pretrained`` takes to load the same checkpoint."""
+        """The arguments with which transformers' ``from_pretrained`` loads the same checkpoint."""
         location: dict[str, Any] = {"pretrained_model_name_or_path": self.name}
         return (
             location
@@ -48,10 +48,10 @@ class Source:
 
 
 def resolve(config: ModelConfig, patterns: Sequence[str] = CONFIGURATION) -> Source:
-    """The checkpoint that ``model.path`` names. Of a hub id the files that match ``patterns`` are
-    downloaded: all but the weights.
+    """The checkpoint that ``model.path`` names. The files of a hub id that match ``patterns`` are
+    downloaded: all but the weights by default.
 
-    Raises UserError where nothing is found.
+    Raises UserError where there is none.
     """
     assert config.path is not None
     if config.path.startswith(PACKAGE_PREFIX):
@@ -92,8 +92,8 @@ def _described(source: Source) -> Source:
         return source
     file = source.folder / source.gguf_file
     state = file.stat()
-    meaning = f"{file} {state.st_size} {state.st_mtime_ns} {transformers.__version__}"
-    key = hashlib.sha256(meaning.encode()).hexdigest()[:32]
+    identity = f"{file} {state.st_size} {state.st_mtime_ns} {transformers.__version__}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:32]
 
     def write(folder: Path) -> None:
         _read(AutoConfig.from_pretrained, source, "configuration").save_pretrained(folder)
@@ -104,11 +104,11 @@ def _described(source: Source) -> Source:
 
 
 def _read(from_pretrained: Callable[..., Any], source: Source, what: str) -> Any:
-    """Loads with transformers, which is told to keep its advice to itself."""
+    """Load with transformers, whose warnings are switched off meanwhile."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        # Of a hub id this is what is here already.
+        # Without the hub id, so that only the downloaded folder is read
         return from_pretrained(**replace(source, hub_id=None, commit=None).pretrained_arguments)
     except Exception as error:  # a malformed file makes it raise a dozen kinds
         raise UserError(
@@ -119,7 +119,7 @@ def _read(from_pretrained: Callable[..., Any], source: Source, what: str) -> Any
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Refuse a tokenizer with more tokens than the base has embeddings for."""
+    """Raise UserError for a tokenizer with more tokens than the base has embeddings."""
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"model: the tokenizer has {len(tokenizer)} tokens, the frozen embedding "
@@ -130,7 +130,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
 
 
 def check_length(seq_len: int, config: PretrainedConfig) -> None:
-    """Refuse rows in which a document could have more tokens than the base knows positions."""
+    """Raise UserError for rows that are longer than the positions that the base knows."""
     limit = getattr(config, "max_position_embeddings", None) or seq_len
     if seq_len > limit:
         raise UserError(
@@ -165,7 +165,7 @@ def _in_folder(folder: Path) -> Source:
 
 
 def quantisation_of(source: Source) -> dict[str, Any] | None:
-    """``quantization_config`` of the checkpoint's config.json, None where it is not quantised.
+    """The ``quantization_config`` of the checkpoint's config.json; None where it is not quantised.
 
     Raises UserError for a config.json that cannot be read.
     """

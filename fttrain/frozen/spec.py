@@ -1,4 +1,4 @@
-"""Which frozen base a run wants: of which checkpoint, how quantised, and so where it lies."""
+"""The specification of a frozen base: its checkpoint, its quantisation, and so its folder."""
 
 import hashlib
 import json
@@ -18,31 +18,31 @@ from fttrain.util.cache_dir import cache_root
 
 @dataclass(frozen=True)
 class FrozenSpec:
-    """Which frozen base is wanted, of which checkpoint."""
+    """The checkpoint and the format of a frozen base."""
 
     source: Source
     architecture: Architecture
     frozen_format: FrozenFormat
 
     @cached_property
-    def meaning(self) -> dict[str, Any]:
-        """All that the bytes of its cache depend on, as JSON has it.
+    def identity(self) -> dict[str, Any]:
+        """Everything that the bytes of its cache depend on, as JSON values.
 
         Raises UserError for a file of the checkpoint that cannot be read.
         """
         quant = self.frozen_format.quant
-        meaning = {
+        identity = {
             "source": fingerprint(self.source),
             "quant": [quant.kind, quant.blocksize, quant.double_quant],
             "dtype": str(self.frozen_format.dtype),
             "layout": {k: asdict(slot) for k, slot in self.frozen_format.layout.slots.items()},
         }
-        plain: dict[str, Any] = json.loads(json.dumps(meaning, default=str))
+        plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
         return plain
 
     def folder(self, cache_dir: str | None) -> Path:
-        """Where its cache is: named by its meaning."""
-        key = hashlib.sha256(json.dumps({**FORM, **self.meaning}).encode()).hexdigest()[:16]
+        """The folder of its cache, named by its identity."""
+        key = hashlib.sha256(json.dumps({**FORM, **self.identity}).encode()).hexdigest()[:16]
         name = self.source.gguf_file or self.source.name.rpartition("/")[2]
         readable = re.sub(r"[^\w.-]+", "-", name.lower().removesuffix(".gguf"))[:60]
         kind = self.frozen_format.quant.kind
@@ -50,7 +50,7 @@ class FrozenSpec:
 
 
 def cache_bytes(shape: Architecture, frozen_format: FrozenFormat) -> int:
-    """Of the layers and tables in a frozen cache; the final norm, some KB, is not counted."""
+    """The bytes of a frozen cache: layers and tables, without the final norm (some KB)."""
     tables = 1 if shape.tied else 2  # embedding and head
     table_bytes = int(shape.config.vocab_size) * shape.hidden * frozen_format.dtype.itemsize
     return shape.layers * frozen_format.layout.size_bytes + tables * table_bytes
