@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format: what we save loads in plain PEFT, what PEFT saves loads here.
+"""LoRA adapters in PEFT's format, read and written. Plain PEFT loads the files as they are.
 
 Legend: r rank; in, out features of the linear that an adapter sits on.
 
@@ -46,7 +46,7 @@ INITS = (None, True, False, "gaussian", "orthogonal", "eva")  # these leave the 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What, beside the tensors, makes an adapter: PEFT's names and meanings."""
+    """The settings of an adapter beside its tensors, under PEFT's names and with their meanings."""
 
     r: int  # rank
     lora_alpha: float  # the update is scaled by lora_alpha / r (rsLoRA: / sqrt(r))
@@ -57,7 +57,7 @@ class AdapterInfo:
 
     @property
     def sides(self) -> set[str]:
-        """The tensors of each adapted linear: what follows ``lora_`` in their names."""
+        """The tensors of each adapted linear, by the part of their names after ``lora_``."""
         return {"A", "B", "magnitude_vector"} if self.use_dora else {"A", "B"}
 
 
@@ -68,14 +68,15 @@ def save_adapter(
     base_model: str,
     revision: str | None = None,
 ) -> None:
-    """Writes ``state`` to ``folder`` so that ``PeftModel.from_pretrained(base, folder)`` loads it.
+    """Write ``state`` to ``folder`` so that ``PeftModel.from_pretrained(base, folder)`` loads it.
 
     Args:
         folder: made when it is not there; an adapter in it is replaced.
         state: our names -> (r, in), (out, r) and (out,), any device, any float dtype; saved in that
             dtype.
-        lora: target_modules is written as the names that ``state`` really holds, for every version
-            of PEFT reads those.
+        lora: target_modules is written as the names that ``state`` really holds, which every
+        version
+            of PEFT reads.
         base_model: name or path that PEFT shows as the base.
         revision: of the base on its hub.
 
@@ -115,7 +116,7 @@ def save_adapter(
 
 
 def load_adapter(folder: Path | str) -> tuple[dict[str, Tensor], AdapterInfo]:
-    """Reads an adapter saved by this program or by PEFT.
+    """Read an adapter saved by this program or by PEFT.
 
     Returns:
         fp32 tensors on the CPU under our names, as ``save_adapter`` takes them, and the settings,
@@ -152,10 +153,10 @@ def load_adapter(folder: Path | str) -> tuple[dict[str, Tensor], AdapterInfo]:
 
 
 def check(state: Mapping[str, Tensor], info: AdapterInfo, where: str) -> list[str]:
-    """The sorted names of the linears that ``state`` adapts, after a look at every tensor.
+    """The sorted names of the linears that ``state`` adapts; every tensor is checked.
 
     Raises:
-        UserError: naming ``where`` and the first tensor that is wrong.
+        UserError: a tensor is wrong; the text has ``where`` and its name.
     """
     if not state:
         raise UserError(f"{where}: the adapter holds no tensors")
@@ -171,7 +172,7 @@ def check(state: Mapping[str, Tensor], info: AdapterInfo, where: str) -> list[st
         if problem:
             raise UserError(f"{where}: {name} {problem}")
         layers.setdefault(match["layer"], {}).setdefault(match["module"], set()).add(match["side"])
-    _check_whole(layers, info, where)
+    _check_complete(layers, info, where)
     every = {module for modules in layers.values() for module in modules}
     leaves = {module.rpartition(".")[2] for module in every}
     if not isinstance(info.target_modules, str):
@@ -183,8 +184,8 @@ def check(state: Mapping[str, Tensor], info: AdapterInfo, where: str) -> list[st
     return sorted(leaves)
 
 
-def _check_whole(layers: dict[str, dict[str, set[str]]], info: AdapterInfo, where: str) -> None:
-    """Raises UserError for a linear that lacks a tensor, and a layer that lacks a linear."""
+def _check_complete(layers: dict[str, dict[str, set[str]]], info: AdapterInfo, where: str) -> None:
+    """Raise UserError for a linear that lacks a tensor, or a layer that lacks a linear."""
     every = {module for modules in layers.values() for module in modules}
     for layer, modules in layers.items():
         for module, sides in modules.items():
@@ -201,11 +202,12 @@ def _check_whole(layers: dict[str, dict[str, set[str]]], info: AdapterInfo, wher
 
 
 def _key(name: str) -> str:
-    """Our name of a tensor -> PEFT's in the file."""
+    """PEFT's name in the file for our name of a tensor."""
     return f"{PREFIX}{name}" if name.endswith("vector") else f"{PREFIX}{name}.weight"
 
 
 def _problem(side: str, tensor: Tensor, r: int) -> str | None:
+    """The fault of a tensor; None without one."""
     if tensor.numel() == 0:
         return f"is empty, of shape {tuple(tensor.shape)}"
     shape = tuple(tensor.shape)
@@ -222,7 +224,9 @@ def _problem(side: str, tensor: Tensor, r: int) -> str | None:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, with every setting refused that would change what the adapter does."""
+    """The content of adapter_config.json. Raises UserError for a setting that would change what the
+    adapter does.
+    """
     path = folder / CONFIG
     try:
         config = json.loads(path.read_bytes())

@@ -7,7 +7,7 @@ from fttrain.util.errors import UserError
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the exact state of the run is saved and how many snapshots stay."""
+    """The interval of snapshots, and the number of them that stay."""
 
     every: int = 100  # optimizer steps between snapshots; 0: only at the end (and on a signal)
     keep_last: int = 2  # whole snapshots that stay; the newest always does

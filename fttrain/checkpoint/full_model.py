@@ -1,4 +1,4 @@
-"""Whole weights that have trained: in snapshots, and as a model that transformers loads."""
+"""All weights of a model, trained: in snapshots, and as a model that transformers loads."""
 
 import json
 import shutil
@@ -20,11 +20,11 @@ from fttrain.util.tensor_files import write_tensors
 
 WEIGHTS = "weights.safetensors"  # of a snapshot: fp32 masters under transformers' names
 SHARD_BYTES = 5 * 10**9  # as transformers divides a model
-GENERATION = "generation_config.json"  # which tokens end an answer, for one
+GENERATION = "generation_config.json"  # the tokens that end an answer, among others
 
 
 def check(weights: Mapping[str, Tensor], where: str) -> None:
-    """Raises UserError, naming ``where`` and the tensor, for one that is empty or not finite."""
+    """Raise UserError, with ``where`` and its name, for a tensor that is empty or not finite."""
     if not weights:
         raise UserError(f"{where}: there are no weights")
     for name, tensor in weights.items():
@@ -35,13 +35,13 @@ def check(weights: Mapping[str, Tensor], where: str) -> None:
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Writes fp32 masters into the folder of a snapshot. Raises UserError as ``check`` does."""
+    """Write fp32 masters into the folder of a snapshot. Raises UserError as ``check`` does."""
     check(weights, str(folder))
     write_tensors(folder / WEIGHTS, weights)
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """fp32 on the host: of a snapshot, or of a model as ``save_model`` leaves it.
+    """The weights of a snapshot, or of a model that ``save_model`` has written: fp32, on the host.
 
     Raises UserError for a file that cannot be read.
     """
@@ -63,14 +63,14 @@ def save_model(
     source: Source,
     dtype: torch.dtype,
 ) -> None:
-    """Writes a model that ``AutoModelForCausalLM.from_pretrained(folder)`` loads; one that is there
-    is replaced.
+    """Write a model that ``AutoModelForCausalLM.from_pretrained(folder)`` loads. An earlier one is
+    replaced.
 
     Args:
         weights: transformers' names -> tensors, any device; saved as ``dtype``, in shards.
         config: transformers' configuration of the model.
         tokenizer: transformers' own; saved beside it.
-        source: of the base, whose generation_config.json comes along.
+        source: of the base; its generation_config.json is copied.
 
     Raises:
         UserError: an empty or non-finite tensor, by name; or a disk that is full. Nothing
@@ -115,16 +115,16 @@ def _write_shards(
 
 
 def _shards(weights: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[list[str]]:
-    """Names of each file's tensors: as many as fit, and at least one."""
+    """The names of each file's tensors: as many as fit, at least one."""
     names: list[str] = []
     filled_bytes = 0
     for name, tensor in weights.items():
-        own_bytes = tensor.numel() * dtype.itemsize
-        if names and filled_bytes + own_bytes > SHARD_BYTES:
+        size_bytes = tensor.numel() * dtype.itemsize
+        if names and filled_bytes + size_bytes > SHARD_BYTES:
             yield names
             names, filled_bytes = [], 0
         names.append(name)
-        filled_bytes += own_bytes
+        filled_bytes += size_bytes
     yield names
 
 
@@ -133,11 +133,11 @@ def _as(weights: Mapping[str, Tensor], names: list[str], dtype: torch.dtype) -> 
 
 
 def _configuration(config: Any, dtype: torch.dtype) -> Any:
-    """``config`` of a model that is not quantised, in ``dtype``."""
-    own = type(config).from_dict(config.to_dict())
-    own.dtype = dtype
-    if not getattr(own, "architectures", None):  # a GGUF file does not name it
-        own.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[own.model_type]]
-    if hasattr(own, "quantization_config"):
-        del own.quantization_config
-    return own
+    """A copy of ``config`` for a model in ``dtype`` that is not quantised."""
+    result = type(config).from_dict(config.to_dict())
+    result.dtype = dtype
+    if not getattr(result, "architectures", None):  # a GGUF file does not name it
+        result.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[result.model_type]]
+    if hasattr(result, "quantization_config"):
+        del result.quantization_config
+    return result

@@ -13,7 +13,7 @@ from fttrain.util import schema
 from fttrain.util.errors import UserError
 from fttrain.util.paths import conf_folder
 
-# Groups that say how settings are chosen; no settings of a run
+# Groups that choose settings and are no settings of a run themselves
 HOW_CHOSEN = ("experiment", "sweep")
 
 
@@ -24,8 +24,8 @@ def groups() -> dict[str, list[str]]:
 
 
 def option_of(group: str, option: str) -> str:
-    """The name by which Hydra finds ``option`` of ``group``, which for an experiment or a sweep may
-    be a file's path; UserError with the list and the nearest where there is none.
+    """The name by which Hydra finds ``option`` of ``group``; of an experiment or a sweep it may be
+    the path of a file. Raises UserError, with the options and the nearest, where there is none.
     """
     options = groups()[group]
     if option in options or (group == "experiment" and option == "null"):
@@ -41,12 +41,12 @@ def option_of(group: str, option: str) -> str:
 
 
 def is_path(option: str) -> bool:
-    """Whether an option is meant as a file."""
+    """Whether an option is the path of a file."""
     return option.endswith((".yaml", ".yml")) or "/" in option
 
 
 def _load_file(group: str, text: str) -> str:
-    """Gives Hydra the file as an option of ``group`` and returns its name there."""
+    """Register the file with Hydra as an option of ``group``, and return its name there."""
     content = read_option_file(group, text)
     path = Path(text).expanduser()
     name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
@@ -57,8 +57,8 @@ def _load_file(group: str, text: str) -> str:
 def read_option_file(group: str, text: str) -> dict[str, Any]:
     """The content of an option that is given as a file.
 
-    Raises UserError where it is no file, no YAML, no group of keys, or sets what is Hydra's and not
-    the search of a sweep.
+    Raises UserError where it is no file, no YAML or no group of keys, and for settings of Hydra
+    outside the search of a sweep.
     """
     path, what = Path(text).expanduser(), f"{group}={text}"
     try:
@@ -78,5 +78,5 @@ def read_option_file(group: str, text: str) -> dict[str, Any]:
 
 
 def one_line(error: Exception) -> str:
-    """What a library says, without its line breaks."""
+    """A library's error message, without its line breaks."""
     return " ".join(str(error).split())

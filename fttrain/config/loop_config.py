@@ -10,20 +10,20 @@ SPIKE_POLICIES = ("stop", "skip", "ignore")
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long to train, in which portions, and when to stop. Shapes of work, not of tensors."""
+    """The length of a run, the sizes of its steps, and its reaction to trouble."""
 
     max_steps: int | None = None  # optimizer steps at most; None: as many as ``epochs`` gives
     epochs: float = 1.0  # passes over the training rows; fractions are fine
     micro_batch_size: int = 4  # rows of one forward and backward on one rank
     gradient_accumulation_steps: int = 4  # micro-batches of one rank in one optimizer step
-    # memory that runs out in a step: True: halve the micro-batches and take it again | False: stop
+    # where memory runs out in a step: True: halve the micro-batches and take it again | False: stop
     halve_on_oom: bool = True
     seed: int = 42  # orders the rows and seeds dropout and the adapter's first weights
     eval_every: int = 0  # steps between held-out evaluations; 0: only before and after
     log_every: int = 1  # steps between lines of metrics
     samples: int = 3  # held-out prompts answered before and after training
-    z_loss: float = 0.0  # weight of each token's squared log-sum-exp in what is minimised
-    spike_policy: str = "stop"  # stop | skip | ignore: what a loss spike does
+    z_loss: float = 0.0  # weight of each token's squared log-sum-exp in the loss
+    spike_policy: str = "stop"  # after a loss spike: stop | skip | ignore
     spike_rise: float = 2.0  # nats over the running baseline that count as a spike
 
     def __post_init__(self) -> None:
@@ -52,6 +52,6 @@ class LoopConfig:
             )
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps of the whole run."""
+        """The number of optimizer steps of the whole run."""
         steps = max(1, round(self.epochs * steps_per_epoch))
         return min(steps, self.max_steps or steps)

@@ -48,7 +48,7 @@ from fttrain.util.redact import is_secret, redact
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run is told. A builder gets only its own part."""
+    """All settings of a run. A builder gets only its own part."""
 
     model: ModelConfig
     quant: QuantConfig
@@ -73,10 +73,10 @@ class RunConfig:
     resume: str  # auto (the newest whole snapshot in output) | none | path of a snapshot
     output: str  # folder of the run
     kernels: str = AUTO_KERNELS  # of norms, rotary and SwiGLU on a GPU: auto | torch | liger
-    dry_run: int = 0  # examples of a trial that leaves nothing behind; 0: the run itself
+    dry_run: int = 0  # examples of a trial that writes nothing; 0: the run itself
 
     def __post_init__(self) -> None:
-        placement = self.placement  # refuses what does not exist
+        placement = self.placement  # its own checks come first
         check_together(self.strategy, self.schedule, self.optim)
         check_kernels(self.kernels, self.strategy)
         check_trained(self.strategy, self.quant, self.lora, self.optim, self.schedule, placement)
@@ -111,38 +111,36 @@ class RunConfig:
 
     @property
     def placement(self) -> Placement:
-        """Where a step keeps what is not the frozen layers; what is still to be chosen starts from
-        recompute.
+        """The place of everything in a step but the frozen layers. Activations that are left open
+        (``auto``) read as ``recompute``.
         """
-        kept = "recompute" if self.activations == AUTO else self.activations
+        activations = "recompute" if self.activations == AUTO else self.activations
         return Placement(
-            kept, self.layer_inputs, self.embedding, self.lm_head, self.mlp_tile_tokens
+            activations, self.layer_inputs, self.embedding, self.lm_head, self.mlp_tile_tokens
         )
 
     @property
     def left_open(self) -> tuple[str, ...]:
-        """What the planner is to choose: strategy, activations, both or nothing."""
-        asked = {"strategy": self.strategy.name, "activations": self.activations}
-        return tuple(name for name, value in asked.items() if value == AUTO)
+        """The settings that the planner is to choose: strategy, activations, both or none."""
+        settings = {"strategy": self.strategy.name, "activations": self.activations}
+        return tuple(name for name, value in settings.items() if value == AUTO)
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration that ``overrides`` (``key=value`` or ``group=option``) make of ``conf/``.
+    """The configuration of ``conf/`` with ``overrides`` (``key=value`` or ``group=option``).
 
-    Raises UserError, in one line, for everything that is wrong with them.
+    Raises UserError, in one line, for anything that is wrong with them.
     """
     return checked(compose_values(overrides)[0])
 
 
 def checked(values: Mapping[str, Any]) -> RunConfig:
-    """The configuration that ``values`` make; UserError where one of them cannot be."""
+    """The configuration with these ``values``. Raises UserError for one that is wrong."""
     return schema.build(RunConfig, _expand_home(values))
 
 
 def compose_values(overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of a configuration before they are checked, and the option that each group of it
-    ended with.
-    """
+    """The values of a configuration before they are checked, and the option of each group."""
     options: dict[str, str] = {}  # group -> option; the last one counts, as for values
     settings: list[str] = []
     for text in overrides:
@@ -157,13 +155,15 @@ def compose_values(overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[
     try:
         with initialize_config_dir(config_dir=str(conf_folder()), version_base="1.3"):
             composed = hydra_compose("config", chosen + settings, return_hydra_config=True)
-        ended = composed.hydra.runtime.choices
-        choices = {group: str(ended[group]) for group in groups() if group not in HOW_CHOSEN}
+        hydra_choices = composed.hydra.runtime.choices
+        choices = {
+            group: str(hydra_choices[group]) for group in groups() if group not in HOW_CHOSEN
+        }
         values = {
             key: OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
             if OmegaConf.is_config(value)
             else value
-            # Resolved one by one: hydra's own node has values of a process that it starts.
+            # Resolved one by one: Hydra's own node has values that exist only in its jobs.
             for key, value in composed.items()
             if key not in (*HOW_CHOSEN, "hydra")
         }
@@ -175,7 +175,7 @@ def compose_values(overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
-    """``config`` as JSON and YAML know it, secrets redacted."""
+    """``config`` as JSON and YAML values, secrets redacted."""
     values: dict[str, Any] = _plain(dataclasses.asdict(config), "")
     return values
 
@@ -186,8 +186,8 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def split_override(text: str) -> tuple[str, str]:
-    """``key=value`` as its two halves; UserError for what is none, for a secret and for Hydra's own
-    settings.
+    """The two halves of ``key=value``. Raises UserError for any other text, for a secret and for
+    Hydra's own settings.
     """
     key, equals, value = text.partition("=")
     key = key.lstrip("+")  # Hydra's sign for a new key; here every key exists already
@@ -211,7 +211,7 @@ def split_override(text: str) -> tuple[str, str]:
 
 
 def _setting(key: str, value: str) -> str:
-    """``key=value`` in the form in which Hydra takes it; UserError for an unknown key or a value it
+    """``key=value`` in Hydra's form. Raises UserError for an unknown key or a value that Hydra
     cannot read.
     """
     if is_text(key) and value != "null" and "${" not in value and value[:1] not in ("'", '"'):
@@ -231,7 +231,7 @@ def _setting(key: str, value: str) -> str:
 
 
 def is_text(key: str) -> bool:
-    """Whether the setting ``key`` is text; UserError where there is no such key."""
+    """Whether the setting ``key`` is text. Raises UserError where there is no such key."""
     return schema.lookup(RunConfig, key.split(".")) in (str, str | None)
 
 

@@ -214,7 +214,7 @@ class _Build:
             self._write_sealed(f"{name}.json", {"file": asdict(record)})
 
     def _write_sealed(self, name: str, body: dict[str, Any]) -> None:
-        """Write a manifest or a record in one step: it replaces an earlier one only when complete."""
+        """Write a manifest or a record in one step."""
         content = {**FORM, **self._base.identity, **body}
         atomic_files.replace(self._folder / name, lambda path: write_sealed(path, content))
 

@@ -28,7 +28,7 @@ def read_files(file: str | None) -> tuple[dict[str, Any], dict[str, str]]:
         return {}, {}
     path = launch_folder() / file  # an absolute path stays itself
     if not path.is_file():
-        names = ", ".join(sorted(found.name for found in launch_folder().glob("*.yaml")))
+        names = ", ".join(sorted(known.name for known in launch_folder().glob("*.yaml")))
         raise UserError(
             f"launch.file={file}: no such file; there are {names}, or give an absolute path"
         )
@@ -40,16 +40,15 @@ def read_files(file: str | None) -> tuple[dict[str, Any], dict[str, str]]:
         raise UserError(f"{path}: an accelerate config file holds `key: value` lines")
     machines = integer(settings, "num_machines", 1)
     if machines != 1:
-        here = integer(settings, "num_processes", machines) // max(1, machines)
+        processes = integer(settings, "num_processes", machines) // max(1, machines)
         raise UserError(
             f"{path}: num_machines: launch= serves one machine; on each of {machines}: `accelerate "
             f"launch --config_file {path} --machine_rank N --main_process_ip FIRST -m fttrain "
-            f"train ...`, or `torchrun --nnodes {machines} --nproc-per-node {here} --max-restarts "
-            "3 --rdzv-backend c10d --rdzv-endpoint FIRST:29500 -m fttrain train ...`, where FIRST "
-            "is the first machine's address"
+            f"train ...`, or `torchrun --nnodes {machines} --nproc-per-node {processes} "
+            "--max-restarts 3 --rdzv-backend c10d --rdzv-endpoint FIRST:29500 -m fttrain train "
+            "...`, where FIRST is the first machine's address"
         )
-    known = (None, "NO", "MULTI_GPU", "MULTI_CPU", DEEPSPEED)
-    if settings.get("distributed_type") not in known:
+    if settings.get("distributed_type") not in (None, "NO", "MULTI_GPU", "MULTI_CPU", DEEPSPEED):
         kind = settings["distributed_type"]
         raise UserError(
             f"{path}: distributed_type: {kind}: write MULTI_GPU or 'NO' (strategy= shards), or "
@@ -61,22 +60,22 @@ def read_files(file: str | None) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _deepspeed_variables(path: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """What `accelerate launch` tells its ranks of a file of type DEEPSPEED."""
+    """The variables that `accelerate launch` sets for the ranks of a file of type DEEPSPEED."""
     if settings.get("distributed_type") != DEEPSPEED:
         return {}
     section = settings.get("deepspeed_config") or {}
     if not isinstance(section, dict):
         raise UserError(f"{path}: deepspeed_config: `key: value` lines are wanted")
-    told = {
+    variables = {
         variable: str(section[key]).lower() if isinstance(section[key], bool) else str(section[key])
         for key, variable in DEEPSPEED_VARIABLES.items()
         if section.get(key) is not None
     }
-    return {"ACCELERATE_USE_DEEPSPEED": "true", **told}
+    return {"ACCELERATE_USE_DEEPSPEED": "true", **variables}
 
 
 def integer(settings: dict[str, Any], key: str, default: int) -> int:
-    """The whole number under ``key``, or ``default``; UserError for anything else."""
+    """The whole number under ``key``, or ``default``. Raises UserError for anything else."""
     value = settings.get(key)
     if value is None:
         return default
@@ -86,8 +85,8 @@ def integer(settings: dict[str, Any], key: str, default: int) -> int:
 
 
 def read_env(path: Path) -> dict[str, str]:
-    """``NAME=value`` lines of a file that a shell can read as well; everything after `` #`` is a
-    comment.
+    """The variables of a file with ``NAME=value`` lines, which a shell can read as well; everything
+    after `` #`` is a comment. Raises UserError for any other line.
     """
     variables: dict[str, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):

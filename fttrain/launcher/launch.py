@@ -1,10 +1,10 @@
-"""Starts the ranks of a run on this machine, and sees to it that none outlives its launcher.
+"""The launcher: it starts the ranks of a run on this machine, and none of them outlives it.
 
 ``accelerate launch --config_file launch/NAME.yaml -m fttrain train ...`` and ``fttrain train
 launch=NAME ...`` read the same file and start the same ranks. The second needs nothing around it:
 this module is its launcher. Each rank is ``python -m fttrain train ...`` in a session of its own,
-so that Ctrl-C in a terminal reaches the launcher alone, which passes it on once. The ranks are
-given the time they need to save.
+so that Ctrl-C in a terminal reaches the launcher alone, which passes it on once. The ranks get the
+time that they need to save.
 """
 
 import ctypes
@@ -23,18 +23,17 @@ from typing import Any
 from fttrain.launcher.accelerate_yaml import integer, read_files
 from fttrain.util.errors import UserError
 
-PARENT_PID = "FTTRAIN_LAUNCHER_PID"  # environment variable: who started this rank, or this trial
+# environment variable: pid of the launcher of this rank, or of the sweep of this trial
+PARENT_PID = "FTTRAIN_LAUNCHER_PID"
 GRACE_S = 30.0  # after a rank died: from SIGTERM to SIGKILL for the others
-REPEAT_S = (
-    5.0  # signals that follow the first sooner than this are the same wish (an impatient finger)
-)
+REPEAT_S = 5.0  # signals within this time after the first count as the same request
 POLL_S = 0.05
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Who starts the ranks, and how many."""
+    """The launch file and the number of ranks."""
 
     name: str = "none"  # for the log
     # accelerate config file: a name in launch/ or an absolute path; null: this process is the run
@@ -47,8 +46,8 @@ class LaunchConfig:
 
 
 def is_owned() -> bool:
-    """Whether whoever started this process wants it to end with itself: a launcher its ranks, a
-    sweep its trials.
+    """Whether this process is to end with its parent: a rank with its launcher, a trial with its
+    sweep.
     """
     return is_rank() or PARENT_PID in os.environ
 
@@ -59,12 +58,14 @@ def is_rank() -> bool:
 
 
 def restarted() -> bool:
-    """Whether torchrun (or accelerate over it) has started this rank anew after a failure."""
+    """Whether torchrun (or accelerate over it) has restarted this rank after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def wanted(config: LaunchConfig) -> bool:
-    """Whether ``start`` has to be called, that is, whether this process is not itself a rank."""
+    """Whether ranks are to be started by ``start``: the settings ask for them, and this process is
+    not one itself.
+    """
     return not is_rank() and (config.file is not None or (config.processes or 1) > 1)
 
 
@@ -80,8 +81,8 @@ def require_ranks(config: LaunchConfig) -> None:
 
 
 def ranks_wanted(config: LaunchConfig) -> int | None:
-    """On this machine, as the launcher has it, or would start them; None where nobody says a
-    number.
+    """The number of ranks on this machine, as a launcher has started or would start them; None
+    where neither launcher nor settings state one.
 
     Raises UserError when the launch file cannot be used.
     """
@@ -91,7 +92,7 @@ def ranks_wanted(config: LaunchConfig) -> int | None:
 
 
 def start(config: LaunchConfig, argv: list[str]) -> int:
-    """Runs ``python -m fttrain argv`` on every rank and returns the exit code of the run.
+    """Run ``python -m fttrain argv`` on every rank, and return the exit code of the run.
 
     That is 0, the code of the first rank that failed, or 128 + the signal that stopped the run.
     Raises UserError when the launch file cannot be used.
@@ -104,7 +105,7 @@ def commands(config: LaunchConfig, argv: list[str]) -> list[tuple[list[str], dic
     settings, variables = read_files(config.file)
     processes = config.processes or integer(settings, "num_processes", 1)
     port = free_port(integer(settings, "main_process_port", 0))
-    environment = {**variables, **os.environ}  # what the user has set wins over the file
+    environment = {**variables, **os.environ}  # the user's variables win over the file's
     if settings.get("gpu_ids", "all") not in ("all", None):
         environment.setdefault("CUDA_VISIBLE_DEVICES", str(settings["gpu_ids"]))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -120,8 +121,8 @@ def commands(config: LaunchConfig, argv: list[str]) -> list[tuple[list[str], dic
 
 
 def supervise(commands: list[tuple[list[str], dict[str, str]]], grace_s: float = GRACE_S) -> int:
-    """Starts one rank per (command, environment), waits for all of them and returns the exit code
-    of the run.
+    """Start one rank per (command, environment), wait for all of them, and return the exit code of
+    the run. ``grace_s``: as ``GRACE_S``.
     """
     ranks: list[subprocess.Popen[bytes]] = []
     stops = Stops(lambda signum: _send(ranks, signum))
@@ -134,7 +135,8 @@ def supervise(commands: list[tuple[list[str], dict[str, str]]], grace_s: float =
                     )
                 )
                 if stops.signum is not None:
-                    _send([ranks[-1]], stops.signum)  # it came while the ranks were being started
+                    # the signal came while ranks were being started
+                    _send([ranks[-1]], stops.signum)
             failed = _wait(ranks, stops, grace_s)
         finally:
             _send(ranks, signal.SIGKILL)
@@ -148,19 +150,20 @@ def supervise(commands: list[tuple[list[str], dict[str, str]]], grace_s: float =
 
 
 class Stops:
-    """What the user asked for: the first signal is passed on, a later one repeats it, the third
+    """The user's requests to stop: the first signal is passed on, a later one repeats it, the third
     kills.
     """
 
     def __init__(self, send: Callable[[int], None]) -> None:
-        """``send`` passes a signal on."""
-        self.signum: int | None = None  # as passed on first
-        self.killed = False  # the user had no patience left
+        """``send``: passes a signal on to the ranks."""
+        self.signum: int | None = None  # the first that was passed on
+        self.killed = False  # whether a third signal came
         self._pass_on = send
         self._times = 0
         self._last_s = 0.0
 
     def receive(self, signum: int, _frame: FrameType | None) -> None:
+        """Take a signal, as its handler."""
         now = time.monotonic()
         if self._times and now - self._last_s < REPEAT_S:
             return
@@ -174,7 +177,9 @@ class Stops:
 
 @contextmanager
 def handlers(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """``handler`` takes the signals that mean stop, in the main thread."""
+    """Handle the signals that mean stop with ``handler``, for the length of the block. Only the
+    main thread may enter it.
+    """
     previous = {signum: signal.signal(signum, handler) for signum in _STOPS}
     try:
         yield
@@ -184,8 +189,8 @@ def handlers(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], stops: Stops, grace_s: float) -> int | None:
-    """Waits for all ranks. Once one fails the others are asked to stop, then killed. Returns the
-    first that failed.
+    """Wait for all ranks, and return the number of the first that failed. Once one fails the others
+    are asked to stop, then killed.
     """
     failed: int | None = None
     deadline = float("inf")
@@ -202,13 +207,14 @@ def _wait(ranks: list[subprocess.Popen[bytes]], stops: Stops, grace_s: float) ->
 
 
 def _first_failure(ranks: list[subprocess.Popen[bytes]], stops: Stops) -> int | None:
+    """The number of the rank that failed first; None where none has."""
     expected: set[int | None] = {None, 0}  # None: still running
     if stops.signum is not None:
         expected |= {128 + stops.signum, -stops.signum}
     if stops.killed:
         expected.add(-signal.SIGKILL)
     failed = [index for index, rank in enumerate(ranks) if rank.poll() not in expected]
-    # Several at one look: a rank that was killed is why the others have ended.
+    # Among several that ended since the last poll, a rank that was killed is why the others ended.
     return min(failed, key=lambda index: (ranks[index].returncode >= 0, index), default=None)
 
 
@@ -219,6 +225,9 @@ def _send(ranks: list[subprocess.Popen[bytes]], signum: int) -> None:
 
 
 def _exit_code(rank: int, returncode: int) -> int:
+    """The exit code of a run whose rank ended like this, after a line for the user if it was
+    killed.
+    """
     if returncode >= 0:
         return returncode
     print(f"fttrain: error: rank {rank} was {killed_by(-returncode)}", file=sys.stderr)
@@ -226,13 +235,13 @@ def _exit_code(rank: int, returncode: int) -> int:
 
 
 def killed_by(signum: int) -> str:
-    """The end of a process by a signal, in words."""
+    """A sentence part that names the signal that ended a process."""
     hint = " (out of host memory? `dmesg` tells)" if signum == signal.SIGKILL else ""
     return f"killed by {signal.Signals(signum).name}{hint}"
 
 
 def free_port(preferred: int = 0) -> int:
-    """``preferred`` if it is free on this machine, otherwise (and for 0) any free TCP port."""
+    """The TCP port ``preferred`` if it is free here, otherwise (and for 0) any free one."""
     for port in (preferred, 0):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -245,11 +254,10 @@ def free_port(preferred: int = 0) -> int:
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Asks the kernel to SIGKILL this process when its parent dies (Linux; elsewhere it does
-    nothing).
+    """Ask the kernel to SIGKILL this process when its parent dies; without effect outside Linux.
 
-    ``parent``: the pid of the launcher, if it is known; a launcher that is gone already ends this
-    process here.
+    ``parent``: the pid of the launcher, if it is known; a launcher that is already gone ends this
+    process at once.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -257,5 +265,5 @@ def die_with_parent(parent: int | None = None) -> None:
     pr_set_pdeathsig = 1  # from <linux/prctl.h>
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(pr_set_pdeathsig, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != parent:  # it died before the request was in place: no signal will come
+    if os.getppid() != parent:  # it died before the request: no signal will come
         os.kill(os.getpid(), signal.SIGKILL)

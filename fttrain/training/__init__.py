@@ -1,1 +1,1 @@
-"""A run from its start to its result."""
+"""Runs, from start to result, and the functions of the Python API."""

@@ -1,5 +1,5 @@
-"""The planner's part in a run: what is left open is chosen before anything is loaded, and what was
-predicted is kept in plan.json, beside what was measured.
+"""The planner's part in a run: it chooses the settings that are left open, before anything is
+loaded, and plan.json holds the prediction beside the measurement.
 """
 
 from dataclasses import replace
@@ -31,20 +31,19 @@ Plan = dict[str, Any]  # content of plan.json
 
 
 def resolve_auto(config: RunConfig) -> tuple[RunConfig, Plan | None]:
-    """``config`` with nothing left open, and on rank 0 the run's plan; None where no profile of
-    its rig is there. Of several machines each plans for its own ranks: what they exchange with the
-    others is in no plan.
+    """``config`` with nothing left open, and on rank 0 the run's plan; None without a profile of
+    its rig. Each of several nodes plans for its own ranks: traffic between nodes is in no plan.
 
-    Every rank calls it, before there is a process group: a plan makes one of its own, of ranks
-    that do not exist. Of the model at most config.json is downloaded. Raises UserError where
-    something is left open and there is no profile, it has another number of cards, or nothing fits.
+    Every rank calls it, before there is a process group: a plan makes one of its own, of ranks that
+    do not exist. Of the model at most config.json is downloaded. Raises UserError where something
+    is left open and there is no profile, it has another number of cards, or nothing fits.
     """
     rank, world_size, _ = rank_from_environment()
-    if config.strategy.name == DEEPSPEED:  # nobody can plan it
+    if config.strategy.name == DEEPSPEED:  # it has no plan
         return config, None
     ranks = local_world_size()
     if not config.left_open:
-        return config, _foretold(config, ranks) if rank == 0 else None
+        return config, _plan_of_given(config, ranks) if rank == 0 else None
     asked = " ".join(f"{name}=auto" for name in config.left_open)
     try:
         warn = to_stderr if rank == 0 else lambda text: None
@@ -57,34 +56,34 @@ def resolve_auto(config: RunConfig) -> tuple[RunConfig, Plan | None]:
             f"{ranks} rank(s) on a machine; as many ranks help, or `fttrain measure "
             f"launch.processes={ranks}`"
         )
-    question = _question(config, rig)
-    found = _answer(config, question)
-    check_fits(question, found)
+    request = _request(config, rig)
+    chosen = _choose(config, request)
+    check_fits(request, chosen)
     if rank == 0:
-        print(f"{asked}: {found.summary}", flush=True)
+        print(f"{asked}: {chosen.summary}", flush=True)
         if ranks != world_size:
             print(f"{asked}: the plan of one machine; links between machines are not in it")
-    return _applied(config, found.settings), found.plan
+    return _with_settings(config, chosen.settings), chosen.plan
 
 
 def with_target_share(config: RunConfig, plan: Plan | None, target_share: float) -> Plan | None:
-    """``plan``, made before the data was there and so as if all tokens were targets, with the time
-    of a step for data of whose tokens ``target_share`` is trained on.
+    """``plan`` with the time of a step for data with this ``target_share``, the share of its tokens
+    that are targets. Without data a plan assumes that all are.
     """
     if plan is None or not (predicted := track_plan.candidate(plan)["predicted"]):
         return plan
     ranks = local_world_size()
     rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks, lambda text: None)
-    question = _question(config, rig)
-    size = replace(question.spec.size, target_share=target_share)
-    time = reckoned(replace(question.spec, size=size), question.architecture, rig)
+    request = _request(config, rig)
+    size = replace(request.spec.size, target_share=target_share)
+    time = reckoned(replace(request.spec, size=size), request.architecture, rig)
     predicted |= {"step_s": time.seconds, "tokens_per_s": time.tokens_per_s}
     return plan
 
 
 def write_plan(output: Path, plan: Plan | None, step: int) -> None:
-    """Writes plan.json of a run that starts, or goes on, after ``step``. Without a ``plan`` that of
-    an earlier start goes: it may speak of other settings.
+    """Write plan.json of a run that starts, or goes on, after ``step``. Without a ``plan`` that of
+    an earlier start is deleted: it may be of other settings.
     """
     path, before = output / track_plan.FILE, track_plan.read_plan(output)
     if plan is not None:
@@ -96,7 +95,7 @@ def write_plan(output: Path, plan: Plan | None, step: int) -> None:
 
 
 def add_measured(output: Path) -> None:
-    """Writes what the run took beside what was predicted, if anything was."""
+    """Add the measured figures of the run to plan.json, if it has one."""
     plan = track_plan.read_plan(output)
     if plan is None:
         return
@@ -106,21 +105,23 @@ def add_measured(output: Path) -> None:
 
 
 def link_table(config: RunConfig, ranks: int) -> dict[str, Table]:
-    """What the links of the run's rig can do, under "links"; empty where its profile has none."""
+    """The table of the link rates of the run's rig, under "links"; empty where its profile has
+    none.
+    """
     try:
         rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks, lambda text: None)
     except UserError:
         return {}
     if not rig.links or len(rig.cards) != ranks:
         return {}
-    found = links_table(rig)
-    wrong = [[line, *("" for _ in rig.links)] for line in found.below.splitlines()]
-    return {"links": Table(["figure", *found.columns[1:]], [*found.rows, *wrong])}
+    report = links_table(rig)
+    wrong = [[line, *("" for _ in rig.links)] for line in report.below.splitlines()]
+    return {"links": Table(["figure", *report.columns[1:]], [*report.rows, *wrong])}
 
 
-def _foretold(config: RunConfig, ranks: int) -> Plan | None:
-    """The plan of settings that are all given; a warning where they do not fit: the stores' own
-    refusals are exact, so the run goes on.
+def _plan_of_given(config: RunConfig, ranks: int) -> Plan | None:
+    """The plan of settings of which none is left open. Where they do not fit there is a warning and
+    the run goes on: the stores' own refusals are exact.
     """
     cache_dir, profile = config.frozen.cache_dir, config.rig.profile
     if profile == MEASURED and kept_profile(cache_dir, ranks) is None:
@@ -129,25 +130,25 @@ def _foretold(config: RunConfig, ranks: int) -> Plan | None:
         rig = find_rig(profile, cache_dir, ranks)
         if len(rig.cards) != ranks:
             return None
-        found = _answer(config, _question(config, rig))
+        chosen = _choose(config, _request(config, rig))
     except UserError as error:
         print(f"warning: the run is not planned: {error}", flush=True)
         return None
-    if found.problem:
+    if chosen.problem:
         print(
-            f"warning: by its plan this run does not fit {rig.name}: {found.problem}; "
+            f"warning: by its plan this run does not fit {rig.name}: {chosen.problem}; "
             "`fttrain plan` with the same settings says what does",
             flush=True,
         )
-    return found.plan
+    return chosen.plan
 
 
-def _answer(config: RunConfig, question: PlanRequest) -> ChosenPlan:
-    show = counting if config.left_open else silent  # of many candidates, or of one
-    return choose_plan(question, config.frozen.cache_dir, show("planning"))
+def _choose(config: RunConfig, request: PlanRequest) -> ChosenPlan:
+    show = counting if config.left_open else silent  # many candidates, or one
+    return choose_plan(request, config.frozen.cache_dir, show("planning"))
 
 
-def _question(config: RunConfig, rig: RigProfile) -> PlanRequest:
+def _request(config: RunConfig, rig: RigProfile) -> PlanRequest:
     model = load_config(resolve(config.model, SHAPES))
     check_length(config.data.seq_len, model)
     return PlanRequest(
@@ -161,15 +162,15 @@ def _question(config: RunConfig, rig: RigProfile) -> PlanRequest:
     )
 
 
-def _applied(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
-    """``config`` with what was chosen, checked as if it had been written."""
-    kept = schema.convert(str | tuple[str, ...], settings["activations"], "activations")
+def _with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
+    """``config`` with the chosen ``settings``, checked as if a user had written them."""
+    activations = schema.convert(str | tuple[str, ...], settings["activations"], "activations")
     return replace(
         config,
         strategy=schema.build(StrategyConfig, settings["strategy"], "strategy"),
         schedule=schema.build(ScheduleConfig, settings["schedule"], "schedule"),
         loop=replace(config.loop, **settings["loop"]),
-        activations=kept,
+        activations=activations,
         layer_inputs=settings["layer_inputs"],
     )
 

@@ -1,8 +1,7 @@
-"""``fttrain train dry_run=N``: N examples through the whole path, to say what a run would take.
+"""The dry run, ``fttrain train dry_run=N``: N examples through the whole path, to estimate a run.
 
-Data, frozen base, strategy and steps are those of the run, and so are rank count and settings. Of
-the run's own folder nothing is read or written; what stays are the caches, which the run would make
-as well.
+Data, frozen base, strategy, steps, rank count and settings are those of the run. The run's folder
+is neither read nor written. The caches stay, as those of the run would.
 """
 
 import time
@@ -29,19 +28,19 @@ from fttrain.training.session import TrainSession, build_session
 from fttrain.training.train import take_step
 from fttrain.util.units import duration, gib
 
-LONG_RUN_S, LONG_EPOCH_S = 12 * 3600.0, 6 * 3600.0  # from here on it warns
-WAITING = 0.2  # of the time: from here on what the strategy moves is what to look at
+LONG_RUN_S, LONG_EPOCH_S = 12 * 3600.0, 6 * 3600.0  # longer ones get a warning
+WAITING = 0.2  # share of the time spent waiting, from which on another strategy is advised
 SMALL_R = 8
 
 
 @dataclass(frozen=True)
 class DryRunResult:
-    """What was measured, over all ranks, without the step that warms up."""
+    """The measurements of a dry run, over all ranks, without the step that warms up."""
 
     examples: int  # a text that was longer than data.seq_len counts as its pieces
     tokens: int
     seconds: float
-    waiting: float = 0.0  # share of the time that compute stood still for what is moved
+    waiting: float = 0.0  # share of the time that compute waited for transfers
 
     @property
     def tokens_per_s(self) -> float:
@@ -50,15 +49,15 @@ class DryRunResult:
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Seconds of the steps alone: held-out losses, answers and saves come on top."""
+    """The seconds of the steps alone, without held-out losses, answers and saves."""
 
     epoch_s: float
     run_s: float
 
 
 def dry_run(config: RunConfig) -> int:
-    """Take ``config.dry_run`` examples through the run that ``config`` describes, and say how long
-    all of it would take. Exit code 0.
+    """Take ``config.dry_run`` examples through the run that ``config`` describes, and print how
+    long all of it would take. Every rank calls it. Exit code 0.
 
     Raises UserError where the run would.
     """
@@ -73,18 +72,22 @@ def dry_run(config: RunConfig) -> int:
 
 
 def estimate(trial: DryRunResult, epoch_tokens: int, epochs: float) -> TimeEstimate:
-    """``epoch_tokens``: of one pass over the training rows; ``epochs``: passes of the run."""
+    """The time of a run with ``epoch_tokens`` tokens in a pass over the training rows, and
+    ``epochs`` passes.
+    """
     epoch_s = epoch_tokens / trial.tokens_per_s
     return TimeEstimate(epoch_s, epochs * epoch_s)
 
 
-def warnings(found: TimeEstimate, helps: Sequence[str], rents: Sequence[str] = ()) -> list[str]:
-    """What takes long, ``helps`` and what renting would cost; nothing where nothing does."""
+def warnings(times: TimeEstimate, helps: Sequence[str], rents: Sequence[str] = ()) -> list[str]:
+    """The warnings about a run that takes long, with advice (``helps``) and the costs of renting
+    (``rents``); none where nothing takes long.
+    """
     too_long = [
         f"{what} takes {took_s / 3600:.1f} hours, more than {limit_s / 3600:.0f}"
         for what, took_s, limit_s in (
-            ("the run", found.run_s, LONG_RUN_S),
-            ("an epoch", found.epoch_s, LONG_EPOCH_S),
+            ("the run", times.run_s, LONG_RUN_S),
+            ("an epoch", times.epoch_s, LONG_EPOCH_S),
         )
         if took_s > limit_s
     ]
@@ -94,21 +97,21 @@ def warnings(found: TimeEstimate, helps: Sequence[str], rents: Sequence[str] = (
 
 
 def rents(cards: Sequence[str], hours: float) -> list[str]:
-    """What renting would cost, a line each. ``cards``: names of those that the run has, for
-    ``hours``; without one, as on a CPU, what pairs of cards cost an hour.
+    """The costs of renting, a line each: of the run's ``cards``, by name, for ``hours``; without
+    cards, as on a CPU, the costs of pairs of cards an hour.
     """
-    found = [reference_price(name) for name in cards]
-    prices = [price for price, _ in found if price is not None]
+    references_of_cards = [reference_price(name) for name in cards]
+    prices = [price for price, _ in references_of_cards if price is not None]
     if cards and len(prices) == len(cards):
         return [
             f"renting {len(cards)} x {cards[0]} for {hours:.1f} hours: ${sum(prices) * hours:,.2f} "
-            f"({found[0][1]})"
+            f"({references_of_cards[0][1]})"
         ]
     return [*references(), "how long the run takes on them: `fttrain plan rig.profile=2x4090`"]
 
 
 def advice(config: RunConfig, waiting: float) -> list[str]:
-    """What would make this run shorter, the surest first. ``waiting``: as in ``DryRunResult``."""
+    """Advice that makes this run shorter, the surest first. ``waiting``: as in ``DryRunResult``."""
     helps = []
     name, adapters = config.strategy.name, config.lora.r > 0
     if waiting > WAITING:
@@ -137,12 +140,12 @@ def advice(config: RunConfig, waiting: float) -> list[str]:
 
 
 def _take_examples(session: TrainSession, excerpt: Excerpt) -> DryRunResult:
-    """All steps of the excerpt, once the first one has warmed up. Every rank calls it."""
+    """Take all steps of the excerpt, after one that warms up. Every rank calls it."""
     steps = session.loader.steps_per_epoch
     session.say(f"dry run: {excerpt.documents} examples in {steps} step(s), after one to warm up")
     trackers = Trackers([progress(steps + 1)] if session.group.is_main else [])
     try:
-        # Kernels are loaded and buffers made in the first step, which says nothing of the others.
+        # The first step loads kernels and makes buffers: its time is not that of the others.
         stats, took_s = _step(session)
         trackers.log(1, _figures(stats, took_s))
         session.loader.position = session.step = 0
@@ -158,15 +161,15 @@ def _take_examples(session: TrainSession, excerpt: Excerpt) -> DryRunResult:
 
 
 def _step(session: TrainSession) -> tuple[StepStats, float]:
-    """A step and its seconds, with all that it left to the device."""
-    began = time.perf_counter()
+    """Take a step; its figures and its seconds, until the device is done with it."""
+    start_s = time.perf_counter()
     stats, _ = take_step(
         session, learning_rate(session.config.optim, session.step, session.total_steps)
     )
     if session.group.device.type == "cuda":
         torch.cuda.synchronize(session.group.device)
     session.step += 1
-    return stats, time.perf_counter() - began
+    return stats, time.perf_counter() - start_s
 
 
 def _figures(stats: StepStats, took_s: float) -> dict[str, float]:
@@ -174,7 +177,7 @@ def _figures(stats: StepStats, took_s: float) -> dict[str, float]:
 
 
 def _report(session: TrainSession, trial: DryRunResult) -> None:
-    """Every rank calls it; rank 0 speaks."""
+    """Print rates, peaks, the estimate and advice. Every rank calls it."""
     peaks = session.group.gather(
         [float(peak_device_bytes(session.group.device)), float(peak_host_bytes())]
     )
@@ -184,7 +187,7 @@ def _report(session: TrainSession, trial: DryRunResult) -> None:
     steps_per_epoch = -(-len(dataset.train) // session.loader.rows_per_step)
     steps = loop.total_steps(steps_per_epoch)
     epochs = steps / steps_per_epoch
-    found = estimate(trial, dataset.train.tokens, epochs)
+    times = estimate(trial, dataset.train.tokens, epochs)
     session.say(
         f"{trial.examples:,} examples, {trial.tokens:,} tokens in {trial.seconds:.1f} s: "
         f"{trial.examples / trial.seconds:,.2f} samples/s, {trial.tokens_per_s:,.0f} tokens/s"
@@ -193,8 +196,8 @@ def _report(session: TrainSession, trial: DryRunResult) -> None:
     session.say(f"peaks, of the rank with the most: {on_card}{gib(host_bytes)} of host memory")
     show_fullest(session, uses, "the dry run")
     session.say(
-        f"estimate: {found.run_s / 3600:.2f} hours ({duration(found.run_s)}) for {steps:,} steps, "
-        f"{epochs:.2f} epochs of {dataset.train.tokens:,} tokens; {found.epoch_s / 3600:.2f} hours "
+        f"estimate: {times.run_s / 3600:.2f} hours ({duration(times.run_s)}) for {steps:,} steps, "
+        f"{epochs:.2f} epochs of {dataset.train.tokens:,} tokens; {times.epoch_s / 3600:.2f} hours "
         "an epoch; held-out losses, answers and saves come on top"
     )
     rows = trial.examples / max(1, len(dataset.train.document_tokens)) * len(dataset.train)
@@ -205,16 +208,16 @@ def _report(session: TrainSession, trial: DryRunResult) -> None:
             f"{session.loader.rows_per_step} rows, so the rates are rough; "
             f"dry_run={-(-int(two_steps) // 10) * 10} fills two"
         )
-    hours = found.run_s / 3600
+    hours = times.run_s / 3600
     for line in warnings(
-        found, advice(session.config, trial.waiting), rents(_cards(session), hours)
+        times, advice(session.config, trial.waiting), rents(_cards(session), hours)
     ):
         session.say(line)
     session.say("nothing was saved; data and frozen base stay in their caches")
 
 
 def _cards(session: TrainSession) -> list[str]:
-    """Names of the ranks' cards, of which all are taken to be rank 0's; none on a CPU."""
+    """The names of the ranks' cards, assumed to be like rank 0's; none on a CPU."""
     if session.group.device.type != "cuda":
         return []
     return [torch.cuda.get_device_name(session.group.device)] * session.group.world_size

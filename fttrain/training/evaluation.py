@@ -1,4 +1,4 @@
-"""Held-out loss and answers, before and after: what ``evaluation.json`` holds."""
+"""Held-out loss and answers, before and after training: the content of ``evaluation.json``."""
 
 import json
 import math
@@ -15,12 +15,12 @@ from fttrain.util.atomic_files import write_text
 from fttrain.util.units import duration
 
 FILE = "evaluation.json"
-ANSWER_TOKENS = 64  # of a sample answer
+ANSWER_TOKENS = 64  # at most in a sample answer
 
 
 @dataclass
 class SampleAnswer:
-    """One held-out prompt, what the data says and what the model said before and after training."""
+    """A held-out prompt, the reference of the data, and the model's answers before and after."""
 
     prompt: str
     reference: str
@@ -30,7 +30,7 @@ class SampleAnswer:
 
 @dataclass
 class Evaluation:
-    """Held-out figures of a run, as far as it has come."""
+    """The held-out figures of a run so far."""
 
     base: dict[str, Any] | None = None  # {"nll": nats per token, "tokens": n}
     tuned: dict[str, Any] | None = None
@@ -40,7 +40,7 @@ class Evaluation:
 
     @classmethod
     def read(cls, folder: Path) -> "Evaluation":
-        """What an earlier part of the run found; empty where there is nothing that can be read."""
+        """The figures in evaluation.json; empty where there is no file that can be read."""
         try:
             values = json.loads((folder / FILE).read_text())
             samples = [SampleAnswer(**sample) for sample in values.pop("samples", [])]
@@ -49,8 +49,8 @@ class Evaluation:
             return cls()
 
     def go_back(self, step: int) -> None:
-        """Forgets what was found of the model after a later step than ``step``, and of an end: the
-        run goes on from here.
+        """Drop the figures of later steps than ``step``, and those of the end of the run, which
+        goes on from ``step``.
         """
         self.tuned = None
         self.history = [entry for entry in self.history if entry["step"] <= step]
@@ -58,11 +58,11 @@ class Evaluation:
             sample.after = ""
 
     def write(self, folder: Path) -> None:
-        """Replaces the file in one step."""
+        """Replace evaluation.json in one step."""
         write_text(folder / FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     def summary(self) -> str:
-        """Answers before and after, and the verdict."""
+        """The answers before and after, and the verdict."""
         answers = [
             f"question: {sample.prompt}\n  before: {sample.before}\n  after:  {sample.after}\n"
             for sample in self.samples
@@ -70,30 +70,31 @@ class Evaluation:
         return "\n".join([*answers, self.verdict()])
 
     def verdict(self) -> str:
-        """One line: both losses, the fall and what it is worth."""
+        """A line with both losses, the fall, and whether it is large."""
         if self.base is None or self.tuned is None:
             return "held-out loss: not measured (nothing is held out, or the run has not ended)"
         return verdict(_number(self.base["nll"]), _number(self.tuned["nll"]))
 
 
 def _number(nll: float | None) -> float:
-    """NaN and infinity are written as null, for they are not JSON."""
+    """The loss as a number. None, as NaN and infinity are written in JSON, is NaN."""
     return math.nan if nll is None else nll
 
 
 @dataclass
 class HoldOut:
-    """The held-out rows, and in which micro-batches they pass."""
+    """The held-out rows, and the size of the micro-batches that they pass in."""
 
     rows: PackedRows
-    micro_batch_size: int  # smaller from the time on that memory ran out
-    halve: bool  # whether it may become so
+    micro_batch_size: int  # rows; smaller once memory has run out
+    halve: bool  # whether it may become smaller
 
     def loss(self, strategy: Strategy, say: Callable[[str], None]) -> dict[str, Any]:
-        """In nats per target token over all ranks. Every rank calls it. ``say`` tells the user
-        where memory ran out, and the rows are measured again with smaller micro-batches.
+        """Measure the loss on all rows: {"nll": nats per target token, "tokens": targets}. Every
+        rank calls it and gets the same.
 
-        Raises OutOfMemory where they cannot be smaller.
+        Where memory runs out the rows are measured again with smaller micro-batches, after a line
+        to ``say``. Raises OutOfMemory where micro-batches cannot be smaller.
         """
         while True:
             size = self.micro_batch_size
@@ -118,11 +119,11 @@ def answer(
     tokenizer: Any,
     say: Callable[[str], None],
 ) -> list[str]:
-    """Greedy answers to all prompts in one batch. Every rank calls it. ``say`` tells the user
-    first how long it may take.
+    """Greedy answers to all prompts, in one batch. Every rank calls it. ``say`` gets an estimate of
+    the time first.
 
-    Each token is a pass over all layers, so where they have to be moved the time of a pass is what
-    counts; the one that was just measured, of held-out rows, is more than that of a few tokens.
+    Each token is a pass over all layers. The estimate takes the time of the last pass, that of
+    held-out rows, which is longer than a pass of a few tokens.
     """
     if not samples:
         return []
@@ -137,7 +138,7 @@ def answer(
 
 
 def stop_tokens(tokenizer: Any) -> set[int]:
-    """Tokens that end an answer: end of text, and the usual ends of a turn that exist."""
+    """The tokens that end an answer: end of text, and the usual ends of a turn that exist."""
     names = ("<|im_end|>", "<|eot_id|>", "<|end_of_turn|>")
     vocabulary = tokenizer.get_vocab()
     ends = {vocabulary[name] for name in names if name in vocabulary}

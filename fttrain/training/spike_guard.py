@@ -1,4 +1,4 @@
-"""A guard against loss spikes: judges each step before its update."""
+"""The guard against loss spikes, which judges each step before its update."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class StepVerdict:
-    """What the guard says about one step, before its update is applied."""
+    """The guard's judgement of a step, before its update is applied."""
 
     action: Literal["ok", "skip", "stop"]
     message: str = ""  # one line for the user; empty when there is nothing to say
@@ -18,13 +18,13 @@ WARMUP_STEPS = 5  # accepted losses before a rise is judged
 SMOOTHING = 0.1  # weight of the newest loss in the running mean: it remembers about 10 steps
 WINDOW = 12  # losses looked at for oscillation
 SWINGS = 6  # turns within the window that count as oscillation
-MAX_SKIPPED = 10  # skipped steps in a row after which skipping plainly does not help
+MAX_SKIPPED = 10  # steps in a row; more of them would not help either
 ADVICE = "lower optim.lr (a third is a good next try), or train with quant=fp4"
 
 
 @dataclass
 class SpikeGuard:
-    """Watches the loss of each optimizer step (nats per token, the same value on every rank).
+    """The watch over the loss of each optimizer step (nats per token, the same on every rank).
 
     A step is abnormal when its loss or gradient norm is not finite, when the loss lies ``rise``
     nats over the running mean of the accepted losses, when that mean itself has climbed ``rise``
@@ -42,7 +42,7 @@ class SpikeGuard:
     abnormal: int = 0  # abnormal steps in a row
 
     def observe(self, loss: float, grad_norm: float | None = None) -> StepVerdict:
-        """Judges one step; call it once a step, after the reduction and before the update."""
+        """Judge a step. Call it once a step, after the reduction and before the update."""
         reason = self._judge(loss, grad_norm)
         if reason is None:
             self.abnormal = 0
@@ -66,7 +66,7 @@ class SpikeGuard:
         )
 
     def _judge(self, loss: float, grad_norm: float | None) -> str | None:
-        """Why this step is abnormal, or None."""
+        """The reason why this step is abnormal; None where it is not."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if grad_norm is not None and not math.isfinite(grad_norm):
@@ -93,16 +93,16 @@ class SpikeGuard:
             self.lowest = min(self.lowest, self.mean)
 
     def _swings(self) -> int:
-        """Turns in ``recent`` with a move of half of ``rise`` or more both before and after."""
-        moves = [after - before for before, after in itertools.pairwise(self.recent)]
+        """Turns in ``recent`` with moves of at least half of ``rise`` on both sides."""
+        moves = [later - earlier for earlier, later in itertools.pairwise(self.recent)]
         big = self.rise / 2
         return sum(
-            one * two < 0 and abs(one) >= big and abs(two) >= big
-            for one, two in itertools.pairwise(moves)
+            before * after < 0 and abs(before) >= big and abs(after) >= big
+            for before, after in itertools.pairwise(moves)
         )
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs, as JSON values (finite numbers, lists)."""
+        """The state that a resumed run needs, as JSON values (finite numbers, lists)."""
         lowest = self.lowest if math.isfinite(self.lowest) else None
         return {
             "accepted": self.accepted,
@@ -113,7 +113,7 @@ class SpikeGuard:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes what ``state`` gave; policy and rise stay those of the new configuration."""
+        """Restore a ``state``; policy and rise stay those of the new configuration."""
         self.accepted, self.mean, self.abnormal = (
             state["accepted"],
             state["mean"],

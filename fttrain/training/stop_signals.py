@@ -1,4 +1,4 @@
-"""A polite stop: SIGINT and SIGTERM become a wish that the loop reads between steps."""
+"""The orderly stop: SIGINT and SIGTERM become a request that the loop reads between steps."""
 
 import contextlib
 import os
@@ -11,10 +11,10 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class StopSignals:
-    """Turns SIGINT and SIGTERM into a wish that the loop reads between steps.
+    """The handler of SIGINT and SIGTERM, as a request to stop that the loop reads between steps.
 
-    Nothing is ever interrupted: no exception is raised, so neither the first nor any later signal
-    can break a save. Enter it in the main thread. ``signum`` is the first signal received, or None.
+    No exception is raised, so neither the first nor any later signal can break a save. Only the
+    main thread may enter it. ``signum`` is the first signal received, or None.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class StopSignals:
 
     @property
     def requested(self) -> bool:
-        """True once a signal has come."""
+        """Whether a signal has come."""
         return self.signum is not None
 
     @property

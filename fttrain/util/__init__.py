@@ -1,1 +1,1 @@
-"""Errors, units, paths, locks, files: what every room may use."""
+"""Errors, units, paths, locks and files, for every room."""

@@ -1,6 +1,6 @@
 """Files that survive a kill, a power cut, a full disk: written, fsynced, hashed, then named.
 
-A launcher and a sweep use it, so torch is loaded only where tensors are written.
+A launcher and a sweep use this module: it loads no torch.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ SLACK_BYTES = 1 << 20  # headers, JSON files, blocks of folders
 
 
 def sync(path: Path) -> None:
-    """fsync of a file or a folder; a new name is only durable once its folder is synced, too."""
+    """fsync a file or a folder. A new name is only durable once its folder is synced, too."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -31,30 +31,34 @@ def sync(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes and syncs one file."""
+    """Write and sync one file."""
     path.write_bytes(data)
     sync(path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes and syncs one JSON file; NaN and infinity, which JSON lacks, raise ValueError."""
+    """Write and sync one JSON file; NaN and infinity, which JSON lacks, raise ValueError."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a text file at once. It survives a kill; ``replace`` survives a power cut, too."""
+    """Replace a text file in one step. A kill does no harm; with ``replace`` neither does a power
+    cut.
+    """
     part = path.with_name(f".{path.name}.part")
     part.write_text(text)
     os.replace(part, path)
 
 
 def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Gives ``path`` new content at once: readers see the old file or the new one, no part. It
-    survives a power cut.
+    """Give ``path`` new content in one step: readers see the old file or the new one, never a part,
+    even after a power cut.
+
+    ``write``: writes the content to the path that it is called with.
     """
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a killed save
-    part.mkdir()  # a folder: libraries leave files of their own beside what they write
+    part.mkdir()  # a folder, for libraries may write other files beside the one that they are told
     try:
         write(part / path.name)
         os.replace(part / path.name, path)
@@ -64,7 +68,7 @@ def replace(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """``mkdir -p`` whose every new name is durable."""
+    """Make a folder and its parents, each durable."""
     missing = [part for part in (folder, *folder.parents) if not part.exists()]
     for part in reversed(missing):
         part.mkdir(exist_ok=True)
@@ -73,7 +77,7 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def room_for(folder: Path, needed_bytes: int, what: str, help_: str = HELP) -> Iterator[None]:
-    """Refuses a write that cannot fit and explains one that fails. ``help_``: what the user can do.
+    """Refuse a write that cannot fit, and explain one that fails. ``help_``: advice to the user.
 
     Raises:
         UserError: less than ``needed_bytes`` free, or the system refused a write (full disk, quota,
@@ -91,7 +95,7 @@ def room_for(folder: Path, needed_bytes: int, what: str, help_: str = HELP) -> I
         yield
     except (OSError, SafetensorError) as error:
         if isinstance(error, SafetensorError) and "os error" not in str(error):
-            raise  # a fault of ours, not of the disk
+            raise  # a mistake in the program, not of the disk
         reason = re.sub(r"^.*I/O error: ", "", str(error))
         raise UserError(
             f"{what}: the system refused a write ({reason}); {needed:,} bytes needed, "
@@ -100,10 +104,10 @@ def room_for(folder: Path, needed_bytes: int, what: str, help_: str = HELP) -> I
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file as hex, in small pieces; from the disk itself where the system lets us."""
+    """The SHA-256 of a file as hex, read in small pieces, from the disk itself where the system
+    allows it.
+    """
     with path.open("rb") as file:
-        if hasattr(
-            os, "posix_fadvise"
-        ):  # drop clean cached pages, so that the platter is what we check
+        if hasattr(os, "posix_fadvise"):  # drop cached pages: the disk itself is to be checked
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""A folder made once, whoever asks first, and verified before each use."""
+"""Cache folders: built once by the first process that needs them, verified before each use."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 def find(root: Path, key: str, kind: str = "data") -> Path | None:
-    """The folder ``root/kind/key``, if it is there and whole."""
+    """The folder ``root/kind/key``; None where it is missing or damaged."""
     folder = root / kind / key
     return folder if fault(folder, FORM) is None else None
 
@@ -34,12 +34,11 @@ def load_or_build(
     kind: str = "data",
     setting: str = "data.cache_dir",
 ) -> Path:
-    """The folder ``root/kind/key``, whole; ``build(folder)`` fills it when it is missing or
-    damaged.
+    """The folder ``root/kind/key``; ``build(folder)`` fills it when it is missing or damaged.
 
-    Any number of processes may call this at once: one builds, the others wait. A build that dies
-    leaves nothing that is taken for whole. Raises UserError when the place cannot be written;
-    ``setting`` is what puts ``root`` elsewhere.
+    Any number of processes may call this at once: one builds, the others wait. The remains of a
+    build that died are never taken for the folder. Raises UserError where ``root`` cannot be
+    written; ``setting``: the setting that moves it.
     """
     folder = root / kind / key
     if fault(folder, FORM) is None:
@@ -47,11 +46,11 @@ def load_or_build(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f"{key}.lock")):
-            found = fault(folder, FORM)
-            if found is None:
+            problem = fault(folder, FORM)
+            if problem is None:
                 return folder
             if folder.exists():
-                _log.warning("%s: %s; it is made again", folder, found)
+                _log.warning("%s: %s; it is made again", folder, problem)
                 shutil.rmtree(folder)
             building = folder.with_name(f"{key}.building")
             shutil.rmtree(building, ignore_errors=True)  # of a build that died

@@ -1,4 +1,4 @@
-"""The one error a user sees: a clear line and a non-zero exit code, never a traceback."""
+"""The error for users: one clear line and a non-zero exit code, never a traceback."""
 
 
 class UserError(Exception):
@@ -14,6 +14,6 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The start of what a library's error says, as one line; its kind where it says nothing."""
+    """The start of a library's error message, as one line; the error's class where it is empty."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])

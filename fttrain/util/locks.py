@@ -8,8 +8,8 @@ from filelock import FileLock, Timeout
 
 
 def try_lock(path: Path, wait_s: float = 0.0) -> FileLock | None:
-    """The lock of the file ``path``, or None where another process still holds it after ``wait_s``
-    seconds. ``release()`` gives it back; the file stays.
+    """The lock of the file ``path``, held; None where another process still holds it after
+    ``wait_s`` seconds. ``release()`` frees it; the file stays.
 
     Raises OSError where the file cannot be made.
     """
@@ -23,7 +23,7 @@ def try_lock(path: Path, wait_s: float = 0.0) -> FileLock | None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Waits for the lock of the file ``path`` and holds it for the length of the block.
+    """Wait for the lock of the file ``path`` and hold it for the length of the block.
 
     Raises OSError where the file cannot be made.
     """

@@ -1,4 +1,4 @@
-"""Sealed manifests: a JSON file that shows a flipped bit in itself and in the files it lists."""
+"""Sealed manifests: JSON files that reveal a flipped bit in themselves and in the files listed."""
 
 import hashlib
 import json
@@ -13,9 +13,10 @@ MANIFEST = "manifest.json"
 
 
 def seal_folder(folder: Path, form: Mapping[str, Any], **entries: Any) -> None:
-    """Lists every file of ``folder`` with size and SHA-256, last of all; syncs the folder.
+    """Write the manifest of ``folder``, with every file's size and SHA-256, and sync the folder.
+    Call it when all files are written.
 
-    ``form``: format and version, which ``read_sealed`` compares; ``entries`` are kept beside them.
+    ``form``: format and version, which ``read_sealed`` compares; ``entries``: stored beside them.
     """
     names = sorted(path.name for path in folder.iterdir())
     files = {
@@ -27,7 +28,7 @@ def seal_folder(folder: Path, form: Mapping[str, Any], **entries: Any) -> None:
 
 
 def fault(folder: Path, form: Mapping[str, Any], contents: bool = True) -> str | None:
-    """What is wrong with a sealed folder (file and reason), or None when it is whole.
+    """The first fault of a sealed folder (file and reason); None when it is whole.
 
     ``contents=False`` compares names and sizes only, which costs nothing.
     """
@@ -50,16 +51,16 @@ def fault(folder: Path, form: Mapping[str, Any], contents: bool = True) -> str |
 
 
 def write_sealed(path: Path, body: Mapping[str, Any]) -> None:
-    """Writes and syncs ``body`` as JSON with the SHA-256 of itself: a flip anywhere shows."""
+    """Write and sync ``body`` as JSON with its own SHA-256, which reveals a flip anywhere."""
     atomic_files.write_bytes(path, _seal(body))
 
 
 def read_sealed(path: Path, form: Mapping[str, Any]) -> dict[str, Any]:
-    """The content that ``write_sealed`` wrote, whose entries ``form`` (format and version) are as
-    given.
+    """The content of a file that ``write_sealed`` has written. ``form``: the format and version
+    that it must have.
 
     Raises:
-        ValueError: not there, damaged, or of an unknown version; the text says which.
+        ValueError: the file is missing, damaged, or of an unknown version; the text says which.
     """
     try:
         data = path.read_bytes()
@@ -83,6 +84,6 @@ def read_sealed(path: Path, form: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seal(body: Mapping[str, Any]) -> bytes:
-    """``body`` in the one way it is written, with the SHA-256 of itself."""
+    """``body`` as the bytes of the file, with its own SHA-256."""
     digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return (json.dumps({**body, "sha256": digest}, indent=2) + "\n").encode()

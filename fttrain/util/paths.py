@@ -1,4 +1,4 @@
-"""Where the files lie that ship beside the code: ``conf/`` and ``launch/``."""
+"""The folders that ship beside the code: ``conf/`` and ``launch/``."""
 
 from pathlib import Path
 
@@ -18,7 +18,8 @@ def launch_folder() -> Path:
 
 
 def _find(name: str, witness: str) -> Path:
-    # A checkout keeps the folder beside the package, a wheel keeps it inside.
+    """The folder ``name`` with the file ``witness``."""
+    # A checkout has the folder beside the package, a wheel inside it.
     for folder in (_PACKAGE.parent / name, _PACKAGE / "_files" / name):
         if (folder / witness).is_file() and (folder.parent.name == "_files" or _is_checkout()):
             return folder
@@ -26,6 +27,5 @@ def _find(name: str, witness: str) -> Path:
 
 
 def _is_checkout() -> bool:
-    return (
-        _PACKAGE.parent / "pyproject.toml"
-    ).is_file()  # not some other project's conf/ in site-packages
+    # In site-packages, conf/ beside the package would be that of some other project.
+    return (_PACKAGE.parent / "pyproject.toml").is_file()

@@ -1,4 +1,4 @@
-"""Knows keys and tokens when it sees them, so that none reaches a file, a log or a tracker."""
+"""The redaction of keys and tokens, so that none reaches a file, a log or a tracker."""
 
 import os
 import re
@@ -17,7 +17,7 @@ _URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Whether a setting called ``name`` with this ``value`` gives something away."""
+    """Whether a setting called ``name`` with this ``value`` reveals a secret."""
     return bool(_NAME.search(name)) or redact(value, name) != value
 
 

@@ -1,4 +1,4 @@
-"""Builds a frozen dataclass from plain values, and says in one line what is wrong with them.
+"""The schema of settings: frozen dataclasses built from plain values, with an error of one line.
 
 Values come from YAML or a command line, so the rules are those that people expect there: ``1e-4``
 is a number even where YAML reads it as a string, ``1`` is fine for a fraction, a list becomes a
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from fttrain.util.errors import UserError
 
 T = TypeVar("T")
-_NO = object()  # "this value does not fit"
+_NO = object()  # stands for a value that does not fit
 
 
 def build(cls: type[T], values: Any, prefix: str = "") -> T:
@@ -25,8 +25,8 @@ def build(cls: type[T], values: Any, prefix: str = "") -> T:
     mappings.
 
     ``prefix`` is the dotted path of ``cls`` in the whole configuration. Raises UserError for an
-    unknown key (with the nearest one), a missing key, a value of the wrong type, and whatever
-    ``__post_init__`` of the dataclass refuses.
+    unknown key (with the nearest one), a missing key, a value of the wrong type, and where
+    ``__post_init__`` of the dataclass does.
     """
     if not isinstance(values, Mapping):
         keys, name = ", ".join(keys_of(cls)), prefix or "configuration"
@@ -52,7 +52,7 @@ def build(cls: type[T], values: Any, prefix: str = "") -> T:
 
 
 def convert(hint: Any, value: Any, name: str) -> Any:
-    """``value`` as the type ``hint``; UserError naming ``name``, the value and what is allowed."""
+    """``value`` as the type ``hint``. Raises UserError with ``name``, the value and the type."""
     result = _fit(hint, value)
     if result is _NO:
         shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
@@ -61,8 +61,8 @@ def convert(hint: Any, value: Any, name: str) -> Any:
 
 
 def lookup(cls: type, path: list[str]) -> Any:
-    """The type of the dotted ``path`` below the dataclass ``cls``; UserError with the nearest key
-    if there is none.
+    """The type of the dotted ``path`` below the dataclass ``cls``. Raises UserError, with the
+    nearest key, where there is none.
     """
     hint: Any = cls
     for depth, part in enumerate(path):
@@ -96,10 +96,10 @@ def unknown_key(name: str, cls: type, depth: int | None = None) -> UserError:
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The one of ``words`` that ``word`` was most likely meant to be."""
+    """The most similar of ``words``; None where none is similar."""
     lower = {candidate.lower(): candidate for candidate in words}
-    found = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
-    return lower[found[0]] if found else None
+    matches = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
+    return lower[matches[0]] if matches else None
 
 
 def keys_of(cls: type) -> list[str]:
@@ -131,6 +131,7 @@ def _join(prefix: str, key: str) -> str:
 
 
 def _fit(hint: Any, value: Any) -> Any:
+    """``value`` as the type ``hint``; ``_NO`` where it does not fit."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         fits = (_fit(argument, value) for argument in _exact_first(hint, value))
@@ -143,7 +144,7 @@ def _fit(hint: Any, value: Any) -> Any:
         return int(value)  # max_steps=1e3
     if hint is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value)  # output=2024
-    # bool is a subclass of int: only the very type fits
+    # bool is a subclass of int, so isinstance would not do
     return value if type(value) is hint else _NO
 
 
@@ -155,10 +156,10 @@ def _fit_float(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return _NO
     try:
-        number = float(value)  # a string too: PyYAML reads 1e-4 as one
+        number = float(value)  # strings as well: PyYAML reads 1e-4 as one
     except (ValueError, OverflowError):
         return _NO
-    return _NO if math.isnan(number) else number  # no setting means anything as NaN
+    return _NO if math.isnan(number) else number  # no setting may be NaN
 
 
 def _fit_tuple(arguments: tuple[Any, ...], value: Any) -> Any:
