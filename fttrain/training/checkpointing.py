@@ -34,6 +34,13 @@ def lock_on_main(output: str, resume: str) -> AbstractContextManager[object]:
     return lock_output(output, resume) if rank_from_environment()[0] == 0 else nullcontext()
 
 
+def lock_for_training(config: RunConfig) -> AbstractContextManager[object]:
+    """The lock of the run's folder as training takes it. A restarted run may go on in its folder
+    with any ``resume``, since ``snapshot_to_resume`` then takes its newest snapshot.
+    """
+    return lock_on_main(config.output, AUTO if restarted() else config.resume)
+
+
 def snapshot_of_session(session: TrainSession) -> tuple[str, Snapshot] | None:
     """The snapshot to resume from (``snapshot_to_resume``), with its path; None to start afresh.
     Every rank calls it.

@@ -21,6 +21,21 @@ def measure_base(session: TrainSession) -> None:
     ]
 
 
+def measure_base_once(session: TrainSession) -> None:
+    """Measure the base before the first step of a run, unless an earlier start has done so; its
+    loss begins the history.
+    """
+    group, evaluation = session.group, session.evaluation
+    # Rank 0 has read evaluation.json; other nodes may not see it.
+    unmeasured = group.any(group.is_main and evaluation.base is None)
+    if unmeasured and len(session.holdout.rows):
+        session.say("measuring the base on the held-out rows")
+        measure_base(session)
+        evaluation.history = []
+        add_to_history(session, evaluation.base)
+        write_evaluation(session)
+
+
 def measure_tuned(session: TrainSession) -> None:
     """Measure the model as it is now, and add its answers to those of ``measure_base``."""
     evaluation = session.evaluation

@@ -12,19 +12,19 @@ from typing import Any
 
 from fttrain.config.run_config import RunConfig, to_yaml
 from fttrain.distributed.process_group import process_group
-from fttrain.launcher.launch import require_ranks, restarted
+from fttrain.launcher.launch import require_ranks
 from fttrain.optim.lr_schedule import learning_rate
 from fttrain.rig.device_setup import set_up_rank
 from fttrain.strategy.protocol import OutOfMemory, StepStats
 from fttrain.track import Trackers
 from fttrain.track.report import write_report
 from fttrain.training.auto_plan import add_measured, resolve_auto, with_target_share, write_plan
-from fttrain.training.checkpointing import lock_on_main, resume, save, snapshot_of_session
+from fttrain.training.checkpointing import lock_for_training, resume, save, snapshot_of_session
 from fttrain.training.evaluation import Evaluation
 from fttrain.training.export import export_result, usage
 from fttrain.training.held_out import (
     add_to_history,
-    measure_base,
+    measure_base_once,
     measure_tuned,
     write_evaluation,
 )
@@ -63,10 +63,9 @@ def train(config: RunConfig) -> TrainResult:
     config, plan = resolve_auto(config)
     inputs = prepare_inputs(config)
     plan = with_target_share(config, plan, inputs.dataset.train.target_share)
-    # A rank that was started again goes on with the snapshots of its run, however that began.
-    lock = lock_on_main(config.output, "auto" if restarted() else config.resume)
+    lock, ranks = lock_for_training(config), process_group(device, config.rig.backend)
     # Ranks that still wait for each other have nothing to save: a signal ends them at once.
-    with lock, process_group(device, config.rig.backend) as group, StopSignals() as signals:
+    with lock, ranks as group, StopSignals() as signals:
         session = build_session(config, group, inputs)
         _start(session, plan)
         with session_trackers(session) as trackers:
@@ -91,14 +90,7 @@ def _start(session: TrainSession, plan: dict[str, Any] | None) -> None:
         write_plan(session.output, plan, snapshot[1].step if snapshot else 0)
         describe(session)
     session.evaluation = Evaluation.read(session.output)
-    # Rank 0 has the file; other nodes may not see it.
-    unmeasured = session.group.any(session.group.is_main and session.evaluation.base is None)
-    if unmeasured and len(session.holdout.rows):
-        session.say("measuring the base on the held-out rows")
-        measure_base(session)
-        session.evaluation.history = []
-        add_to_history(session, session.evaluation.base)
-        write_evaluation(session)
+    measure_base_once(session)
     if snapshot is not None:
         resume(session, *snapshot)
     session.evaluation.go_back(session.step)

@@ -1,4 +1,4 @@
-"""A course that is left: what is set aside, and who else is at it."""
+"""A lineage that is left: the snapshots that are set aside, also by several nodes."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ def names(checkpoints: Path) -> set[str]:
     return {path.name for path in checkpoints.iterdir() if path.is_dir()}
 
 
-def test_without_a_process_above_it_the_course_is_left_all_the_same(
+def test_without_a_process_above_it_the_lineage_is_left_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a container the launcher may be out of sight: its id is 0."""
@@ -63,7 +63,7 @@ def test_what_was_left_before_is_in_nobodys_way(tmp_path: Path) -> None:
     assert names(tmp_path) == {"step_00000001", f"{LEFT}step_00000002", "elsewhere"}
 
 
-def test_a_restart_takes_nothing_older_than_what_the_course_began_with(tmp_path: Path) -> None:
+def test_a_restart_takes_nothing_older_than_the_start_of_its_lineage(tmp_path: Path) -> None:
     """What it began with lies where nobody looks for the newest."""
     save(tmp_path, 1)
     begun = save(tmp_path / "kept", 3)

@@ -87,7 +87,7 @@ def test_a_restart_goes_on_from_there_and_then_from_what_it_has_saved(
         attempts.start(1, crash_at=EARLIER + 1)
     assert f"resuming after step 3 from {attempts.earlier}" in capsys.readouterr().out
     assert snapshots(output) == [2, 3, 4]
-    assert not list((output / "checkpoints").glob(".left_*")), "its own course has saved"
+    assert not list((output / "checkpoints").glob(".left_*")), "its own lineage has saved"
     assert attempts.start(2) == 0
     assert "resuming after step 4 from" in capsys.readouterr().out
     assert losses(output) == losses(whole)
@@ -99,7 +99,7 @@ def test_one_that_crashed_before_it_had_read_it_begins_there(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Nothing is set aside yet, so the newest is of the course that it was to leave."""
+    """Nothing is set aside yet, so the newest is of the lineage that it was to leave."""
     with monkeypatch.context() as patch:
         patch.setattr(train, "build_session", crash)
         with pytest.raises(Crash):
@@ -114,7 +114,7 @@ def crash(*_: object) -> None:
     raise Crash
 
 
-def test_what_an_earlier_launcher_began_is_not_its_course(
+def test_what_an_earlier_launcher_began_is_not_its_lineage(
     attempts: Attempts,
     output: Path,
     monkeypatch: pytest.MonkeyPatch,
