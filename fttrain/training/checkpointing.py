@@ -35,8 +35,8 @@ def lock_on_main(output: str, resume: str) -> AbstractContextManager[object]:
 
 
 def lock_for_training(config: RunConfig) -> AbstractContextManager[object]:
-    """The lock of the run's folder as training takes it. A restarted run may go on in its folder
-    with any ``resume``, since ``snapshot_to_resume`` then takes its newest snapshot.
+    """The lock of the run's folder as training takes it. A restarted run may always go on in its
+    folder, whatever ``resume`` says.
     """
     return lock_on_main(config.output, AUTO if restarted() else config.resume)
 

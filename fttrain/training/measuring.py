@@ -29,7 +29,7 @@ from fttrain.util.units import round_up
 
 @dataclass(frozen=True)
 class RigMeasurement:
-    """A measured profile, and what it was measured for."""
+    """A measured profile, with the model and the shapes that it was measured at."""
 
     profile: RigProfile
     path: Path  # of the profile in the cache folder, where plans look for it

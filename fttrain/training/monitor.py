@@ -1,4 +1,4 @@
-"""Everything that is sampled, logged and warned of beside the training loop: one call a step."""
+"""The monitor of a run: metrics, samples and warnings beside the training loop, one call a step."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from fttrain.util.atomic_files import write_json
 
 
 class Monitor:
-    """Logs the metrics of steps, samples memory, cards and links, and warns of what is wrong."""
+    """The log of a session's steps, the samples of memory, cards and links, and their warnings."""
 
     def __init__(self, session: TrainSession, trackers: Trackers) -> None:
         """``trackers``: those of rank 0; the other ranks' do nothing."""

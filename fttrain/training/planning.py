@@ -21,7 +21,7 @@ from fttrain.util.errors import UserError
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The judged candidates for a run, and what they were judged for."""
+    """The candidates for a run, with the model and the rig that they were judged for."""
 
     model: str
     rig: RigProfile
