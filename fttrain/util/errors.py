@@ -4,8 +4,8 @@
 class UserError(Exception):
     """A mistake or a condition the user can change.
 
-    The message is one line that names the key, the file and line, the rank or the tensor, and says
-    a remedy. ``exit_code`` becomes the exit code of the process.
+    The message is one line that names the key, the file and line, the rank or the tensor, and
+    states a remedy. ``exit_code`` becomes the exit code of the process.
     """
 
     def __init__(self, message: str, exit_code: int = 2) -> None:
