@@ -58,13 +58,14 @@ class Attention(nn.Module):
         head_dim: int,
         window: int = 0,
         qk_norm_eps: float | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         self.qkv, self.o, self.state = qkv, o, state
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.window = window  # 0: full causal attention
         self.qk_norm_eps = qk_norm_eps  # None: the family has no norm on q and k
-        self.scale = head_dim**-0.5
+        self.scale = head_dim**-0.5 if scale is None else scale  # of q k^T
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any

@@ -24,13 +24,6 @@ from fttrain.model.tiles import apply_linears
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat, GroupShape
 
-PROLOGUES = {  # group -> (prologue, its norm)
-    "qkv": ("rmsnorm", "input_layernorm.weight"),
-    "o": ("none", ""),
-    "gate_up": ("rmsnorm", "post_attention_layernorm.weight"),
-    "down": ("swiglu", ""),
-}
-
 
 class Architecture:
     """Shapes of a model, derived from transformers' config; the same for all layers."""
@@ -48,35 +41,24 @@ class Architecture:
         self.groups = self._groups()
 
     def _groups(self) -> tuple[GroupMembers, ...]:
-        q, kv, mlp = (
-            self.heads * self.head_dim,
-            self.kv_heads * self.head_dim,
-            self.config.intermediate_size,
-        )
         family, config = self.family, self.config
-        attention, dense = "self_attn", "mlp"
-        return (
-            GroupMembers(
-                GroupShape("qkv", self.hidden, (q, kv, kv), family.qkv_bias(config)),
-                (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
-            ),
-            GroupMembers(
-                GroupShape("o", q, (self.hidden,), family.o_bias(config)), (f"{attention}.o_proj",)
-            ),
-            GroupMembers(
-                GroupShape("gate_up", self.hidden, (mlp, mlp), family.mlp_bias(config)),
-                (f"{dense}.gate_proj", f"{dense}.up_proj"),
-            ),
-            GroupMembers(
-                GroupShape("down", mlp, (self.hidden,), family.mlp_bias(config)),
-                (f"{dense}.down_proj",),
-            ),
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        mlp = config.intermediate_size
+        shapes = {  # group -> its input width, its members' output widths, bias
+            "qkv": (self.hidden, (q, kv, kv), family.qkv_bias(config)),
+            "o": (q, (self.hidden,), family.o_bias(config)),
+            "gate_up": (self.hidden, (mlp, mlp), family.mlp_bias(config)),
+            "down": (mlp, (self.hidden,), family.mlp_bias(config)),
+        }
+        return tuple(
+            GroupMembers(GroupShape(name, *shapes[name]), facts.paths)
+            for name, facts in family.groups
         )
 
     def frozen_format(self, quant: QuantConfig, dtype: torch.dtype) -> FrozenFormat:
-        """How one layer's frozen tensors are laid out."""
+        """The layout of one layer's frozen tensors."""
         norms: dict[str, tuple[int, ...]] = {
-            norm: (self.hidden,) for _, norm in PROLOGUES.values() if norm
+            facts.norm: (self.hidden,) for _, facts in self.family.groups if facts.norm
         }
         if self.family.qk_norm:
             norms |= {f"self_attn.{name}_norm.weight": (self.head_dim,) for name in ("q", "k")}
@@ -112,14 +94,15 @@ class Layer:
         self.shell = self._build_shell(architecture, mlp_tile_tokens)
 
     def _build_shell(self, architecture: Architecture, mlp_tile_tokens: int) -> nn.Module:
-        family = architecture.family
+        family, facts = architecture.family, dict(architecture.family.groups)
         linears = {
             group.shape.name: LinearGroup(
                 group.shape,
                 self.index,
                 self.state,
                 self.adapters.groups.get(group.shape.name),
-                *PROLOGUES[group.shape.name],
+                facts[group.shape.name].prologue,
+                facts[group.shape.name].norm,
                 eps=architecture.eps,
                 unread=group.shape.name in family.unread_outputs,
             )
@@ -136,6 +119,7 @@ class Layer:
             architecture.head_dim,
             window=family.window(architecture.config, self.index),
             qk_norm_eps=architecture.eps if family.qk_norm else None,
+            scale=family.attention_scale(architecture.config),
         )
         shell.mlp = Mlp(linears["gate_up"], linears["down"], mlp_tile_tokens)
         # The norms are prologues of qkv and gate_up.
@@ -169,19 +153,21 @@ class Decoder:
         ``embedding`` (V, C) may be in host memory; ``adapters``: of each layer of this stage;
         ``z_loss``: as ``Head``; ``mlp_tile_tokens``: as ``Layer``.
         """
-        family = architecture.family
+        family, config = architecture.family, architecture.config
         self.device, self.dtype = final_norm.device, final_norm.dtype
         self.architecture = architecture
         self._embedding = (
-            None if embedding is None else Embedding(embedding, family.embedding_scale, self.device)
+            None
+            if embedding is None
+            else Embedding(embedding, family.embedding_scale(config), self.device)
         )
         self._head = (
             None
             if head is None
-            else Head(final_norm, head, architecture.eps, family.logit_scale, z_loss)
+            else Head(final_norm, head, architecture.eps, family.logit_scale(config), z_loss)
         )
         self.layers = [Layer(architecture, own, mlp_tile_tokens) for own in adapters]
-        self._rotary = family.rotary_class(architecture.config).to(self.device)
+        self._rotary = family.rotary_class(config).to(self.device)
         self._like = final_norm.new_empty(0)  # device and dtype that rotary embeddings come in
 
     @property

@@ -1,5 +1,6 @@
 """Every family against plain transformers + PEFT on dequantised weights."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from fttrain.model.config import LoraConfig
 from fttrain.model.families import FAMILIES, family_of
+from fttrain.model.families.family import GroupFacts, check_supported
 from fttrain.quant.config import QuantConfig
 from fttrain.util.errors import UserError
 
@@ -98,3 +100,22 @@ def test_other_architectures_are_refused_by_name(model_type: str) -> None:
 
     with pytest.raises(UserError, match=f"{model_type}.*not supported.*llama, mistral, qwen2"):
         family_of(AutoConfig.for_model(model_type))
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"norm_after_mlp": "post_feedforward_layernorm.weight"}, "a norm after the MLP"),
+        ({"norm_offset": 1.0}, r"norms that scale by 1 \+ w"),
+        ({"rotary": lambda config, layer: f"table {layer % 2}"}, "several rotary tables"),
+        ({"logit_soft_cap": lambda config: 30.0}, "a soft cap of logits"),
+        ({"groups": (("down", GroupFacts(("mlp.down_proj",), "geglu")),)}, "prologue geglu"),
+    ],
+)
+def test_facts_that_the_engine_does_not_compute_are_refused(
+    facts: dict[str, Any], message: str
+) -> None:
+    config = tiny.model("llama").config
+    check_supported(FAMILIES["llama"], config)
+    with pytest.raises(UserError, match=f"llama.* has {message}.*not supported"):
+        check_supported(replace(FAMILIES["llama"], **facts), config)

@@ -1,4 +1,4 @@
-"""Architectures, one page each: what the decoder must know that the config file does not say.
+"""Model families, one page each: all that the decoder must know and the config file does not say.
 
 A family joins the table only with a test that compares its logits and gradients with transformers'.
 """
@@ -6,7 +6,7 @@ A family joins the table only with a test that compares its logits and gradients
 from transformers import PretrainedConfig
 
 from fttrain.model.families import llama, mistral, qwen2, qwen3
-from fttrain.model.families.family import Family
+from fttrain.model.families.family import Family, check_supported
 from fttrain.util.errors import UserError
 
 FAMILIES: dict[str, Family] = {
@@ -18,11 +18,14 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a checkpoint.
 
-    Raises UserError for an architecture that is not in the table.
+    Raises UserError for an architecture that is not in the table, or that states what the engine
+    does not compute.
     """
-    if config.model_type not in FAMILIES:
+    family = FAMILIES.get(config.model_type)
+    if family is None:
         raise UserError(
             f"model: architecture {config.model_type!r} is not supported; there are "
             f"{', '.join(sorted(FAMILIES))}"
         )
-    return FAMILIES[config.model_type]
+    check_supported(family, config)
+    return family

@@ -1,7 +1,6 @@
 """Llama 2, 3, 3.1, 3.2, 3.3 and what shares their architecture (SmolLM2, Yi, TinyLlama).
 
-Full attention in every layer, no q/k norm. Both norms come before their block, so the output of
-down_proj only joins the residual: backward never reads it.
+Full attention in every layer, no q/k norm, both norms before their block.
 """
 
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -15,7 +14,4 @@ FAMILY = Family(
     qkv_bias=lambda config: config.attention_bias,
     o_bias=lambda config: config.attention_bias,
     mlp_bias=lambda config: config.mlp_bias,
-    window=lambda config, layer: 0,
-    qk_norm=False,
-    unread_outputs=("down",),
 )

@@ -11,10 +11,5 @@ FAMILY = Family(
     model_type="mistral",
     layer_class=MistralDecoderLayer,
     rotary_class=MistralRotaryEmbedding,
-    qkv_bias=lambda config: False,
-    o_bias=lambda config: False,
-    mlp_bias=lambda config: False,
     window=lambda config, layer: config.sliding_window or 0,
-    qk_norm=False,
-    unread_outputs=("down",),
 )

@@ -12,9 +12,5 @@ FAMILY = Family(
     layer_class=Qwen2DecoderLayer,
     rotary_class=Qwen2RotaryEmbedding,
     qkv_bias=lambda config: True,
-    o_bias=lambda config: False,
-    mlp_bias=lambda config: False,
     window=layer_type_window,
-    qk_norm=False,
-    unread_outputs=("down",),
 )

@@ -10,8 +10,6 @@ FAMILY = Family(
     rotary_class=Qwen3RotaryEmbedding,
     qkv_bias=lambda config: config.attention_bias,
     o_bias=lambda config: config.attention_bias,
-    mlp_bias=lambda config: False,
-    window=layer_type_window,
     qk_norm=True,
-    unread_outputs=("down",),
+    window=layer_type_window,
 )

@@ -152,7 +152,9 @@ def _load_ends(context: BuildContext, base: FrozenBase, model: Any) -> None:
     model.model.embed_tokens.weight = read("embedding", *shape)
     model.model.norm.weight = read("final_norm", architecture.hidden)
     head = model.model.embed_tokens.weight if base.tied else read("head", *shape)
-    model.lm_head = LossHead(head, architecture.family.logit_scale, context.spec.z_loss)
+    model.lm_head = LossHead(
+        head, architecture.family.logit_scale(architecture.config), context.spec.z_loss
+    )
 
 
 def _load_layer(context: BuildContext, base: FrozenBase, layer: nn.Module, index: int) -> None:
