@@ -1,0 +1,1 @@
+"""Objectives: the loss of a micro-batch as a function of its targets' log-probabilities."""
