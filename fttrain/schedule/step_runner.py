@@ -19,7 +19,6 @@ from fttrain.data.batch import MicroBatch
 from fttrain.memory.device import is_out_of_memory
 from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
-from fttrain.objective.metrics import no_sums
 from fttrain.schedule import layer_pass
 from fttrain.schedule.activations import Policies
 from fttrain.schedule.layer_pass import InFlightMicroBatch
@@ -39,7 +38,6 @@ class StepRunner:
         self.in_flight: list[InFlightMicroBatch] = []
         # fp64 (), over all targets so far
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=decoder.device)
-        self.metric_sums = no_sums(decoder.device)  # of an evaluation, fp64 (metrics,)
         self.ran_out = ""  # message of the first out-of-memory error; empty: none
 
     def start(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> None:
@@ -75,21 +73,19 @@ class StepRunner:
             for batch in self.in_flight[selection]:
                 micro_batch = batch.micro_batch
                 loss, batch.hidden = head.loss_and_gradient(
-                    batch.hidden, micro_batch.targets, micro_batch.trained, micro_batch.lengths
+                    batch.hidden, micro_batch.targets, micro_batch.trained
                 )
                 self.loss_sum += loss
 
     def head_only(self, selection: slice = slice(None)) -> None:
-        """Add the evaluation metrics of ``selection``, without a gradient."""
+        """Add the loss of ``selection``, without a gradient."""
         if not self.in_flight[selection]:
             return
         head = self._decoder.head
         with self.computing(), head.brought():
             for batch in self.in_flight[selection]:
                 micro_batch = batch.micro_batch
-                self.metric_sums += head.metric_sums(
-                    batch.hidden, micro_batch.targets, micro_batch.trained
-                )
+                self.loss_sum += head.loss(batch.hidden, micro_batch.targets, micro_batch.trained)
 
     def backward(self, layer: int, selection: slice = slice(None)) -> None:
         """Pass ``selection`` back through the bound ``layer``, between ``begin_layer`` and

@@ -17,7 +17,6 @@ from fttrain.memory.advice import explain_out_of_memory, out_of_memory_advice
 from fttrain.memory.ledger import Reservation
 from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
-from fttrain.objective.metrics import EvaluationSums
 from fttrain.optim.config import OptimConfig
 from fttrain.optim.optimizer import Optimizer
 from fttrain.schedule import generate, layer_pass
@@ -166,30 +165,28 @@ class NativeStrategy(ABC):
             )
         norms, sync = self._gradients.finish()
         try:
-            (loss,), targets, tokens = self._totals(
-                runner.loss_sum.view(1), micro_batches, runner.ran_out
-            )
+            totals = self._totals(runner.loss_sum, micro_batches, runner.ran_out)
         except OutOfMemory:
             self._take_traffic()  # the next attempt counts its own
             raise
         norms = self._of_all_layers(norms)
-        stats = self._ending.finish((loss, targets, tokens), norms, sync, lr, accept)
+        stats = self._ending.finish(totals, norms, sync, lr, accept)
         return replace(stats, traffic=self._take_traffic(), update=self.update.take_stats())
 
     def resize(self, pieces: int) -> None:
         for policy in dict.fromkeys(self._policies):
             policy.resize(pieces)
 
-    def evaluate(self, micro_batches: list[MicroBatch]) -> EvaluationSums:
+    def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
         started = time.perf_counter()
         with self._explained():
             runner, passes = self._forward(micro_batches)
         try:
-            sums, targets, _ = self._totals(runner.metric_sums, micro_batches, runner.ran_out)
+            loss, targets, _ = self._totals(runner.loss_sum, micro_batches, runner.ran_out)
         finally:
             self._take_traffic()  # it belongs to no step
         self.pass_s = (time.perf_counter() - started) / max(1, passes)
-        return EvaluationSums.of(sums, targets)
+        return loss, targets
 
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, stop: set[int]
@@ -204,8 +201,8 @@ class NativeStrategy(ABC):
         return explain_out_of_memory(self.reservations, self._group.rank, self._group.device)
 
     def _totals(
-        self, sums: Tensor, micro_batches: list[MicroBatch], said: str = ""
-    ) -> tuple[list[float], int, int]:
+        self, loss_sum: Tensor, micro_batches: list[MicroBatch], said: str = ""
+    ) -> tuple[float, int, int]:
         """``said``: by the allocator, where memory ran out on this rank."""
         counted = self._counted(micro_batches)
         targets = sum(batch.valid_tokens for batch in counted)
@@ -213,7 +210,7 @@ class NativeStrategy(ABC):
         group, told = self._group, None
         if said:
             told = out_of_memory_advice(self.reservations, group.rank, group.device, said)
-        return self._ending.totals(sums, targets, tokens, told)
+        return self._ending.totals(loss_sum, targets, tokens, told)
 
     def adapter_state(self) -> dict[str, Tensor]:
         self.update.settle()

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fttrain.data.batch import MicroBatch
 from fttrain.memory.ledger import Reservation
-from fttrain.objective.metrics import EvaluationSums
 from fttrain.store import Traffic
 from fttrain.strategy.grad_reduce import SyncStats
 from fttrain.strategy.optimizer_step import UpdateStats
@@ -78,8 +77,8 @@ class Strategy(Protocol):
         """
         ...
 
-    def evaluate(self, micro_batches: list[MicroBatch]) -> EvaluationSums:
-        """Metrics over the micro-batches of all ranks.
+    def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
+        """(loss sum in nats, target tokens) over the micro-batches of all ranks.
 
         Raises as ``train_step``.
         """

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from fttrain.distributed.rank_group import RankGroup
-from fttrain.optim.clip import clip_factor
 from fttrain.store.verify import VerifiedStore
 from fttrain.strategy.grad_reduce import SyncStats
 from fttrain.strategy.optimizer_step import Update
@@ -30,33 +29,31 @@ class StepFinalizer:
         """``first_layer``: of ``store``'s, among those of the whole model; ``files``: where each of
         those lies on disk.
         """
-        self._update, self._max_grad_norm, self._first_layer = update, max_grad_norm, first_layer
+        self._update, self._clip, self._first_layer = update, max_grad_norm, first_layer
         self._store, self._files, self._group = store, files, group
 
     def totals(
-        self, sums: Tensor, targets: int, tokens: int, advice: tuple[str, str] | None = None
-    ) -> tuple[list[float], int, int]:
-        """``sums`` fp64 (n,), target tokens and all tokens, each over all ranks.
+        self, loss_sum: Tensor, targets: int, tokens: int, ran_out: tuple[str, str] | None = None
+    ) -> tuple[float, int, int]:
+        """Loss sum, target tokens and all tokens over all ranks.
 
-        ``advice``: of ``out_of_memory_advice``, where memory ran out on this rank. Raises, on every
-        rank, UserError where a layer that was checked since the last call differs from the
-        manifest, and OutOfMemory where memory ran out on any.
+        ``ran_out``: what ``usage.ran_out`` tells where memory ran out on this rank. Raises, on
+        every rank, UserError where a layer that was checked since the last call is not what the
+        manifest says, and OutOfMemory where memory ran out on any.
         """
         ranks, rank = self._group.world_size, self._group.rank
         by_rank = torch.zeros(2, ranks, dtype=torch.float64)
-        by_rank[:, rank] = torch.tensor([self._first_damaged(), advice is not None])
-        counts = torch.tensor([targets, tokens], dtype=torch.float64)
-        local = torch.cat([counts, by_rank.flatten()]).to(sums.device)
-        totals: list[float] = self._group.all_reduce_(torch.cat([sums, local])).tolist()
-        reduced, totals = totals[: len(sums)], totals[len(sums) :]
-        all_targets, all_tokens, *flags = totals
-        self._refuse_damaged(flags[:ranks])
-        self._refuse_short(flags[ranks:], advice or ("", ""))
-        return reduced, int(all_targets), int(all_tokens)
+        by_rank[:, rank] = torch.tensor([self._first_damaged(), ran_out is not None])
+        own = torch.cat([torch.tensor([targets, tokens], dtype=torch.float64), by_rank.flatten()])
+        figures = torch.cat([loss_sum.view(1), own.to(loss_sum.device)])
+        loss, all_targets, all_tokens, *found = self._group.all_reduce_(figures).tolist()
+        self._refuse_damaged(found[:ranks])
+        self._refuse_short(found[ranks:], ran_out or ("", ""))
+        return loss, int(all_targets), int(all_tokens)
 
     def check(self) -> None:
         """After a pass without figures: only what ``totals`` raises."""
-        self.totals(torch.zeros(0, dtype=torch.float64, device=self._group.device), 0, 0)
+        self.totals(torch.zeros((), dtype=torch.float64, device=self._group.device), 0, 0)
 
     def finish(
         self,
@@ -78,7 +75,9 @@ class StepFinalizer:
         # is not finite would destroy the adapter, whatever the judge thinks of it.
         updated = targets > 0 and accept(loss * scale, norm) and math.isfinite(norm)
         if updated:
-            self._update.start(scale * clip_factor(norm, self._max_grad_norm), lr)
+            # as torch's clip_grad_norm_
+            clip = min(1.0, self._clip / (norm + 1e-6)) if self._clip else 1.0
+            self._update.start(scale * clip, lr)
         return StepStats(loss * scale, targets, tokens, norm, updated, sync)
 
     def _first_damaged(self) -> int:

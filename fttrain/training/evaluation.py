@@ -90,8 +90,8 @@ class HoldOut:
     halve: bool  # whether it may become smaller
 
     def loss(self, strategy: Strategy, say: Callable[[str], None]) -> dict[str, Any]:
-        """Measure all rows: {"nll": nats per target token, "tokens": targets}, and each other
-        metric per target. Every rank calls it and gets the same.
+        """Measure the loss on all rows: {"nll": nats per target token, "tokens": targets}. Every
+        rank calls it and gets the same.
 
         Where memory runs out the rows are measured again with smaller micro-batches, after a line
         to ``say``. Raises OutOfMemory where micro-batches cannot be smaller.
@@ -99,7 +99,7 @@ class HoldOut:
         while True:
             size = self.micro_batch_size
             try:
-                result = strategy.evaluate(
+                loss_sum, targets = strategy.evaluate(
                     evaluation_batches(self.rows, size, *strategy.data_parallel)
                 )
             except OutOfMemory as error:
@@ -109,9 +109,8 @@ class HoldOut:
                     f"micro-batches of {self.micro_batch_size} row(s)"
                 )
                 continue
-            means = {metric: result.mean(metric) for metric in result.sums}
-            finite = {m: mean if math.isfinite(mean) else None for m, mean in means.items()}
-            return {**finite, "tokens": result.targets}
+            nll = loss_sum / max(1, targets)
+            return {"nll": nll if math.isfinite(nll) else None, "tokens": targets}
 
 
 def answer(

@@ -106,7 +106,7 @@ def test_equals_full_logits(
     assert float(loss) == pytest.approx(float(expected_loss), rel=limit)
     assert float((grad.double() - expected_grad).norm() / expected_grad.norm()) < limit
     assert not grad[::3].any()
-    assert float(ours.metric_sums(hidden, targets, trained(targets))[0]) == pytest.approx(
+    assert float(ours.loss(hidden, targets, trained(targets))) == pytest.approx(
         float(loss), rel=1e-6
     )
     assert torch.equal(hidden, before)
@@ -212,7 +212,7 @@ def test_without_targets_nothing_is_lost_and_nothing_is_nan(tokens: int, form: s
     assert float(loss) == 0
     assert grad.shape == hidden.shape
     assert not grad.any()
-    assert float(ours.metric_sums(hidden, targets, trained(targets))[0]) == 0
+    assert float(ours.loss(hidden, targets, trained(targets))) == 0
 
 
 def test_a_hopeless_target_has_a_finite_loss_and_a_nan_shows() -> None:

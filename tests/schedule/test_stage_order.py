@@ -41,12 +41,12 @@ class NoLayers:
         return None
 
     def loss_and_gradient(
-        self, hidden: Tensor, targets: Tensor, trained: Tensor, lengths: tuple[int, ...]
+        self, hidden: Tensor, targets: Tensor, trained: Tensor
     ) -> tuple[Tensor, Tensor]:
         return torch.zeros(()), hidden
 
-    def metric_sums(self, hidden: Tensor, targets: Tensor, trained: Tensor) -> Tensor:
-        return torch.zeros(1)
+    def loss(self, hidden: Tensor, targets: Tensor, trained: Tensor) -> Tensor:
+        return torch.zeros(())
 
 
 Act = Callable[[StagePass, int, int], None]  # on (stage) of (stages)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fttrain.model.head import chunk_rows, logit_gradient_, target_log_probs_
-from fttrain.objective.metrics import metric_sums, nll, no_sums
+from fttrain.model.head import chunk_rows, cross_entropy_
 
 
 class LossHead(nn.Linear):
@@ -23,32 +22,12 @@ class LossHead(nn.Linear):
         self.logit_scale, self.z_loss = logit_scale, z_loss
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """``hidden`` (M, C) -> logits (M, V); with ``targets`` int64 (M,) their cross entropy, fp64
-        scalar, whose gradient is that of what is minimised; without gradients their metrics, fp64
-        (metrics,).
+        """``hidden`` (M, C) -> logits (M, V); with ``targets`` int64 (M,) their loss sum, fp64
+        scalar, whose gradient is that of what is minimised.
         """
         if targets is None:
             return super().forward(hidden) * self.logit_scale
-        if not torch.is_grad_enabled():
-            return self._metric_sums(hidden, targets)
         return _ChunkedLoss.apply(hidden, self.weight, targets, self.logit_scale, self.z_loss)
-
-    def _metric_sums(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        sums = no_sums(hidden.device)
-        size = chunk_rows(len(self.weight), hidden.dtype, len(hidden))
-        for x, some in zip(hidden.split(size), targets.split(size), strict=True):
-            logits = _logits(x, self.weight, self.logit_scale)
-            probabilities = torch.empty_like(logits, dtype=torch.float32)
-            sums += metric_sums(target_log_probs_(logits, probabilities, some))
-        return sums
-
-
-def _logits(x: Tensor, weight: Tensor, logit_scale: float) -> Tensor:
-    """(m, C), (V, C) -> (m, V)"""
-    logits = x @ weight.t()
-    if logit_scale != 1.0:
-        logits *= logit_scale
-    return logits
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -74,14 +53,11 @@ class _ChunkedLoss(torch.autograd.Function):
         size = chunk_rows(len(weight), hidden.dtype, len(hidden))
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
-            logits = _logits(hidden[rows], weight, logit_scale)
+            logits = hidden[rows] @ weight.t()
+            if logit_scale != 1.0:
+                logits *= logit_scale
             probabilities = torch.empty_like(logits, dtype=torch.float32)
-            log_probs = target_log_probs_(logits, probabilities, targets[rows])
-            total += nll(log_probs)
-            if want:
-                logit_gradient_(
-                    logits, probabilities, targets[rows], log_probs, z_loss, logit_scale
-                )
+            total += cross_entropy_(logits, probabilities, targets[rows], z_loss, logit_scale, want)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[rows])
             if grad_weight is not None:

@@ -17,7 +17,6 @@ from fttrain.data.batch import IGNORE, ROW_MULTIPLE, MicroBatch, collate
 from fttrain.memory.advice import explain_out_of_memory
 from fttrain.memory.ledger import Reservation
 from fttrain.model.linears import DropoutKey
-from fttrain.objective.metrics import EvaluationSums, no_sums
 from fttrain.store import FrozenBase, Traffic
 from fttrain.store.loading import Progress
 from fttrain.strategy.deepspeed import engine, model, state
@@ -103,17 +102,17 @@ class DeepSpeed:
     def resize(self, pieces: int) -> None:
         """Do nothing: the engine learns from each ``backward`` whether it is the step's last."""
 
-    def evaluate(self, micro_batches: list[MicroBatch]) -> EvaluationSums:
+    def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
         started = time.perf_counter()
-        total = no_sums(self._group.device)
-        counted = sum(batch.valid_tokens for batch in micro_batches)
+        total = torch.zeros(2, dtype=torch.float64, device=self._group.device)
         with self._explained(), torch.no_grad():
             for batch in micro_batches:
-                total += self._run(batch, training=False)
-        sums, targets = self._group.all_reduce_(total).tolist(), self._group.sum(counted)
+                total[0] += self._run(batch, training=False)
+                total[1] += batch.valid_tokens
+        loss, targets = self._group.all_reduce_(total).tolist()
         self.pass_s = (time.perf_counter() - started) / max(1, len(micro_batches))
         self._backend.take()
-        return EvaluationSums.of(sums, targets)
+        return loss, int(targets)
 
     @torch.no_grad()
     def generate(

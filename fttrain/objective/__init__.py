@@ -1,1 +1,0 @@
-"""Objectives: the loss of a micro-batch as a function of its targets' log-probabilities."""
