@@ -31,6 +31,7 @@ class MicroBatch:
     # int64 (M,): places of the tokens that have a target; known on the host, so that no device has
     # to be asked how many there are
     trained: Tensor
+    target_counts: tuple[int, ...]  # targets of each document, padding apart; they sum to M
 
     @property
     def valid_tokens(self) -> int:
@@ -80,7 +81,8 @@ def collate(documents: list[tuple[list[int], list[int]]], index: int) -> MicroBa
     documents = [document for document in documents if document[0]]
     lengths = tuple(len(ids) for ids, _ in documents)
     flat_ids = [token for ids, _ in documents for token in ids]
-    flat_targets = [label for _, labels in documents for label in (*labels[1:], IGNORE)]
+    shifted = [(*labels[1:], IGNORE) for _, labels in documents]
+    flat_targets = [target for document_targets in shifted for target in document_targets]
     targets = torch.tensor(flat_targets, dtype=torch.int64)
     positions = [torch.arange(length) for length in lengths]
     return MicroBatch(
@@ -90,4 +92,7 @@ def collate(documents: list[tuple[list[int], list[int]]], index: int) -> MicroBa
         lengths=lengths,
         index=index,
         trained=(targets != IGNORE).nonzero().squeeze(-1),
+        target_counts=tuple(
+            len(document_targets) - document_targets.count(IGNORE) for document_targets in shifted
+        ),
     )

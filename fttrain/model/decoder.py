@@ -21,6 +21,7 @@ from fttrain.model.linears import LayerState, LinearGroup
 from fttrain.model.lora import GroupMembers
 from fttrain.model.projection import Projection
 from fttrain.model.tiles import apply_linears
+from fttrain.objective.objective import Objective
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat, GroupShape
 
@@ -146,12 +147,13 @@ class Decoder:
         adapters: Iterable[LayerAdapters],
         *,
         z_loss: float = 0.0,
+        objective: Objective | None = None,
         mlp_tile_tokens: int = 0,
     ) -> None:
         """``final_norm`` (C,) lies on the device that computes, in the dtype that computes.
 
         ``embedding`` (V, C) may be in host memory; ``adapters``: of each layer of this stage;
-        ``z_loss``: as ``Head``; ``mlp_tile_tokens``: as ``Layer``.
+        ``z_loss`` and ``objective``: as ``Head``; ``mlp_tile_tokens``: as ``Layer``.
         """
         family, config = architecture.family, architecture.config
         self.device, self.dtype = final_norm.device, final_norm.dtype
@@ -164,7 +166,14 @@ class Decoder:
         self._head = (
             None
             if head is None
-            else Head(final_norm, head, architecture.eps, family.logit_scale(config), z_loss)
+            else Head(
+                final_norm,
+                head,
+                architecture.eps,
+                family.logit_scale(config),
+                z_loss,
+                objective,
+            )
         )
         self.layers = [Layer(architecture, own, mlp_tile_tokens) for own in adapters]
         self._rotary = family.rotary_class(config).to(self.device)

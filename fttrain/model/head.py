@@ -1,12 +1,14 @@
-"""The frozen ends of the model: token embedding, and final norm + head + cross entropy in chunks.
+"""The frozen ends of the model: token embedding, and final norm + head + loss in chunks.
 
 The head is frozen, so its backward is the gradient of the hidden states alone. It is taken at once,
 chunk by chunk of tokens: no more than one chunk of logits ever exists, and tokens without a target
 never reach the head.
 
-Legend: N tokens, M tokens that have a target, C hidden width, V vocabulary.
+Legend: N tokens, M tokens that have a target, m of them in a chunk, R rows of a chunk with padding,
+C hidden width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -16,6 +18,14 @@ from torch import Tensor
 from fttrain.data.batch import ROW_MULTIPLE, moved
 from fttrain.model.functions import rms_norm, rms_norm_backward
 from fttrain.model.projection import Projection
+from fttrain.model.token_loss import (
+    add_gradient,
+    logits_gradient_,
+    metric_sums,
+    target_log_probabilities,
+)
+from fttrain.objective.objective import Objective
+from fttrain.objective.supervised import Supervised
 from fttrain.store import Traffic
 from fttrain.util.units import round_up
 
@@ -46,7 +56,7 @@ class Embedding:
 
 
 class Head:
-    """Final norm and output projection."""
+    """Final norm and output projection, with the loss in them."""
 
     def __init__(
         self,
@@ -55,26 +65,29 @@ class Head:
         eps: float,
         logit_scale: float = 1.0,
         z_loss: float = 0.0,
+        objective: Objective | None = None,
     ) -> None:
+        """``objective``: the loss that is minimised; None: ``Supervised``."""
         self.norm = norm  # (C,)
         self.projection = projection
         self.eps = eps
         self.logit_scale = logit_scale
         # Weight of each token's squared log-sum-exp in what is minimised, which keeps logits from
-        # drifting (Chowdhery et al. 2022). Losses are given without it.
+        # drifting (Chowdhery et al. 2022). Losses are reported without it.
         self.z_loss = z_loss
-        # One chunk's logits (m, V) in the compute dtype and probabilities fp32 (m, V). They are the
-        # largest tensors of a step: making them anew each time pages in and scatters memory.
+        self.objective = objective or Supervised()
+        # One chunk's logits (R, V) in the compute dtype and probabilities fp32 (R, V). They are the
+        # largest tensors of a step: allocating them anew each time pages in and scatters memory.
         self._scratch: tuple[Tensor, Tensor] | None = None
 
     def brought(self) -> AbstractContextManager[None]:
         """Have the projection on the device, once for all micro-batches that use it together.
-        ``loss`` and ``logits`` are only called inside.
+        ``loss_and_gradient``, ``metric_sums`` and ``logits`` are only called inside.
         """
         return self.projection.brought()
 
     def take_traffic(self) -> Traffic:
-        """Of a streamed projection, since the last call."""
+        """Traffic of a streamed projection since the last call."""
         return self.projection.take_traffic()
 
     @torch.no_grad()
@@ -84,100 +97,84 @@ class Head:
         self.projection.project(rms_norm(hidden, self.norm, self.eps), logits)
         return logits * self.logit_scale
 
-    def loss(self, hidden: Tensor, targets: Tensor, trained: Tensor) -> Tensor:
-        """Sum of -log p(target) over the tokens that have one, fp64 scalar. ``hidden`` (N, C),
-        ``targets`` int64 (N,); ``trained`` int64 (M,): the places of those tokens.
-        """
-        return self._loss(hidden, targets, trained, want_gradient=False)[0]
-
+    @torch.no_grad()
     def loss_and_gradient(
-        self, hidden: Tensor, targets: Tensor, trained: Tensor
+        self, hidden: Tensor, targets: Tensor, trained: Tensor, target_counts: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor]:
-        """``loss``, and the gradient of what is minimised with respect to ``hidden`` (N, C)."""
-        return self._loss(hidden, targets, trained, want_gradient=True)
+        """Loss sum, fp64 (), and the gradient of what is minimised with respect to ``hidden``
+        (N, C).
+
+        ``targets`` int64 (N,); ``trained`` int64 (M,): the positions that have one;
+        ``target_counts``: how many of them each sequence has, read by objectives without a constant
+        coefficient alone.
+        """
+        grad = torch.zeros_like(hidden)  # (N, C)
+        chunks = _HeadChunks(self, hidden, targets, trained, grad)
+        return add_gradient(chunks, self.objective, target_counts, hidden.device), grad
 
     @torch.no_grad()
-    def _loss(
-        self, hidden: Tensor, targets: Tensor, trained: Tensor, want_gradient: bool
-    ) -> tuple[Tensor, Tensor]:
-        grad = torch.zeros_like(hidden) if want_gradient else hidden
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        form = self.projection
-        rows = chunk_rows(form.vocabulary, form.dtype, len(hidden), form.chunk_factor)
-        self._make_room(rows)
-        for tokens in trained.split(rows):
-            x = hidden[tokens]
-            normed = rms_norm(x, self.norm, self.eps)
-            loss, grad_normed = self._chunk(normed, targets[tokens], want_gradient)
-            total += loss
-            if grad_normed is not None:
-                grad[tokens] = rms_norm_backward(grad_normed, x, self.norm, self.eps)
-        return total, grad
+    def metric_sums(self, hidden: Tensor, targets: Tensor, trained: Tensor) -> Tensor:
+        """The sum of each of ``METRICS`` over the target tokens, fp64 (metrics,). Arguments as of
+        ``loss_and_gradient``.
+        """
+        return metric_sums(_HeadChunks(self, hidden, targets, trained, None), hidden.device)
 
-    def _chunk(
-        self, normed: Tensor, targets: Tensor, want_gradient: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """One chunk (m, C): sum of its losses, and the gradient of ``normed``."""
-        logits, probabilities = self._buffers(len(targets))
-        self.projection.project(_padded(normed, len(logits)), logits)
-        if self.logit_scale != 1.0:
-            logits *= self.logit_scale
-        loss = cross_entropy_(
-            logits, probabilities, targets, self.z_loss, self.logit_scale, want_gradient
-        )
-        if not want_gradient:
-            return loss, None
-        return loss, self.projection.project_back(logits)[: len(targets)]
-
-    def _buffers(self, rows: int) -> tuple[Tensor, Tensor]:
-        """The scratch tensors for ``rows`` tokens, rounded up."""
-        assert self._scratch is not None
+    def buffers(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Scratch of a chunk: logits (R, V) and fp32 probabilities (R, V); R is ``rows`` rounded up.
+        Their values are undefined.
+        """
         rows = round_up(rows, ROW_MULTIPLE)
+        if self._scratch is None or len(self._scratch[0]) < rows:
+            self._scratch = None  # freed before larger ones are allocated
+            shape, device = (rows, self.projection.vocabulary), self.norm.device
+            logits = torch.empty(shape, dtype=self.projection.dtype, device=device)
+            self._scratch = logits, torch.empty(shape, dtype=torch.float32, device=device)
         return self._scratch[0][:rows], self._scratch[1][:rows]
 
-    def _make_room(self, rows: int) -> None:
-        """Have scratch tensors of ``rows`` rows at least."""
-        if self._scratch is not None and len(self._scratch[0]) >= rows:
-            return
-        self._scratch = None  # gone before larger ones are made
-        shape, device = (rows, self.projection.vocabulary), self.norm.device
-        logits = torch.empty(shape, dtype=self.projection.dtype, device=device)
-        self._scratch = logits, torch.empty(shape, dtype=torch.float32, device=device)
 
+class _HeadChunks:
+    """``LogitChunks`` of one micro-batch, whose gradients are written into ``grad`` (N, C)."""
 
-def cross_entropy_(
-    logits: Tensor,
-    probabilities: Tensor,
-    targets: Tensor,
-    z_loss: float = 0.0,
-    logit_scale: float = 1.0,
-    want_gradient: bool = True,
-) -> Tensor:
-    """Sum of -log p(target) over ``targets`` int64 (m,), fp64 scalar.
+    def __init__(
+        self, head: Head, hidden: Tensor, targets: Tensor, trained: Tensor, grad: Tensor | None
+    ) -> None:
+        self._head, self._hidden, self._targets, self._grad = head, hidden, targets, grad
+        form = head.projection
+        rows = chunk_rows(form.vocabulary, form.dtype, len(hidden), form.chunk_factor)
+        head.buffers(rows)
+        self._positions = trained.split(rows) if len(trained) else ()
 
-    ``logits`` (rows, V), scaled already, in any dtype; rows after the m-th are padding. They become
-    the gradient of what is minimised (``Head``) with respect to what the projection gave; without
-    ``want_gradient`` they stay. ``probabilities`` fp32 (rows, V) is scratch.
-    """
-    pieces = logits.split(ROW_MULTIPLE), probabilities.split(ROW_MULTIPLE)
-    for some, into in zip(*pieces, strict=True):  # softmax copies all it is given to fp32
-        torch.softmax(some, dim=-1, dtype=torch.float32, out=into)
-    rows = torch.arange(len(targets), device=targets.device)
-    # A target less likely than fp32 can say counts as 87 nats; its gradient is exact anyway.
-    likelihood = probabilities[rows, targets].clamp_min_(torch.finfo(torch.float32).tiny)
-    log_likelihood = likelihood.log_()
-    loss = -log_likelihood.sum(dtype=torch.float64)
-    if not want_gradient:
-        return loss
-    if z_loss:
-        # A token's log-sum-exp is the logit less the log-probability of any word: the target's.
-        log_sum_exp = logits[rows, targets].float() - log_likelihood
-        probabilities[: len(targets)] *= (1 + 2 * z_loss * log_sum_exp)[:, None]
-    probabilities[rows, targets] -= 1
-    if logit_scale != 1.0:
-        probabilities *= logit_scale
-    logits.copy_(probabilities)
-    return loss
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def forward(self, chunk: int) -> Tensor:
+        head, self._chunk = self._head, self._positions[chunk]
+        self._x = self._hidden[self._chunk]  # (m, C)
+        logits, probabilities = head.buffers(len(self._chunk))
+        normed = rms_norm(self._x, head.norm, head.eps)  # (m, C)
+        head.projection.project(_padded(normed, len(logits)), logits)
+        if head.logit_scale != 1.0:
+            logits *= head.logit_scale
+        self._log_probabilities = target_log_probabilities(
+            logits, probabilities, self._targets[self._chunk]
+        )
+        return self._log_probabilities
+
+    def backward(self, coefficients: float | Tensor) -> None:
+        assert self._grad is not None
+        head, rows = self._head, len(self._chunk)
+        logits, probabilities = head.buffers(rows)
+        logits_gradient_(
+            logits,
+            probabilities,
+            self._targets[self._chunk],
+            self._log_probabilities,
+            coefficients,
+            head.z_loss,
+            head.logit_scale,
+        )
+        grad_normed = head.projection.project_back(logits)[:rows]  # (m, C)
+        self._grad[self._chunk] = rms_norm_backward(grad_normed, self._x, head.norm, head.eps)
 
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype, tokens: int, factor: int = 1) -> int:

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -169,9 +170,10 @@ def full_batch(size: StepSize, index: int, targets: int | None = None) -> MicroB
     shorter, longer = divmod(size.seq_len, size.row_documents)
     row = (shorter + 1,) * longer + (shorter,) * (size.row_documents - longer)
     lengths = row * size.micro_batch_size
-    return MicroBatch(
-        ids, ids.clone(), ids.clone(), lengths, index, torch.arange(min(tokens, targets or tokens))
-    )
+    trained = torch.arange(min(tokens, targets or tokens))
+    ends = [min(end, len(trained)) for end in accumulate(lengths, initial=0)]
+    target_counts = tuple(end - start for start, end in pairwise(ends))
+    return MicroBatch(ids, ids.clone(), ids.clone(), lengths, index, trained, target_counts)
 
 
 class _FakeBytes(LiveBytes):

@@ -49,8 +49,8 @@ def forward_backward(
 def evaluate(
     decoder: Decoder, store: Store, micro_batches: list[MicroBatch], group_size: int
 ) -> StepRunner:
-    """Forward alone. Return the runner, with the loss sum over all targets and whether memory ran
-    out.
+    """Forward alone. Return the runner, with the metrics' sums over all targets and whether memory
+    ran out.
     """
     runner = StepRunner(decoder, (), lambda micro_batch: None)
     for i in range(0, len(micro_batches), group_size):

@@ -19,6 +19,7 @@ from fttrain.data.batch import MicroBatch
 from fttrain.memory.device import is_out_of_memory
 from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
+from fttrain.objective.metrics import METRICS
 from fttrain.schedule import layer_pass
 from fttrain.schedule.activations import Policies
 from fttrain.schedule.layer_pass import InFlightMicroBatch
@@ -36,8 +37,9 @@ class StepRunner:
         self._decoder, self._policies, self._dropout = decoder, policies, dropout
         # Between forward and backward, oldest first; empty to the end once memory ran out
         self.in_flight: list[InFlightMicroBatch] = []
-        # fp64 (), over all targets so far
+        # Sums over all targets so far: fp64 () of a step, fp64 (metrics,) of an evaluation
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=decoder.device)
+        self.metric_sums = torch.zeros(len(METRICS), dtype=torch.float64, device=decoder.device)
         self.ran_out = ""  # message of the first out-of-memory error; empty: none
 
     def start(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> None:
@@ -73,19 +75,24 @@ class StepRunner:
             for batch in self.in_flight[selection]:
                 micro_batch = batch.micro_batch
                 loss, batch.hidden = head.loss_and_gradient(
-                    batch.hidden, micro_batch.targets, micro_batch.trained
+                    batch.hidden,
+                    micro_batch.targets,
+                    micro_batch.trained,
+                    micro_batch.target_counts,
                 )
                 self.loss_sum += loss
 
     def head_only(self, selection: slice = slice(None)) -> None:
-        """Add the loss of ``selection``, without a gradient."""
+        """Add the metrics of ``selection``, without a gradient."""
         if not self.in_flight[selection]:
             return
         head = self._decoder.head
         with self.computing(), head.brought():
             for batch in self.in_flight[selection]:
                 micro_batch = batch.micro_batch
-                self.loss_sum += head.loss(batch.hidden, micro_batch.targets, micro_batch.trained)
+                self.metric_sums += head.metric_sums(
+                    batch.hidden, micro_batch.targets, micro_batch.trained
+                )
 
     def backward(self, layer: int, selection: slice = slice(None)) -> None:
         """Pass ``selection`` back through the bound ``layer``, between ``begin_layer`` and

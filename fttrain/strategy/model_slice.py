@@ -156,6 +156,7 @@ def build_decoder(context: BuildContext, base: FrozenBase, model_slice: ModelSli
         head,
         trainable_state.adapters(context, model_slice.layers),
         z_loss=context.spec.z_loss,
+        objective=context.spec.objective,
         mlp_tile_tokens=context.spec.placement.tile_tokens,
     )
 

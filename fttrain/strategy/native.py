@@ -17,6 +17,7 @@ from fttrain.memory.advice import explain_out_of_memory, out_of_memory_advice
 from fttrain.memory.ledger import Reservation
 from fttrain.model.decoder import Decoder
 from fttrain.model.linears import DropoutKey
+from fttrain.objective.metrics import METRICS
 from fttrain.optim.config import OptimConfig
 from fttrain.optim.optimizer import Optimizer
 from fttrain.schedule import generate, layer_pass
@@ -43,9 +44,9 @@ from fttrain.strategy.model_slice import (
     verified_store,
 )
 from fttrain.strategy.optimizer_step import DeviceUpdate, HostUpdate, Update
-from fttrain.strategy.protocol import Judge, OutOfMemory, StepStats
+from fttrain.strategy.protocol import EvaluationSums, Judge, OutOfMemory, StepStats
 from fttrain.strategy.spec import BuildContext
-from fttrain.strategy.step_end import StepFinalizer
+from fttrain.strategy.step_end import StepFinalizer, Totals
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class NativeStrategy(ABC):
 
     @abstractmethod
     def _forward(self, micro_batches: list[MicroBatch]) -> tuple[StepRunner, int]:
-        """This rank's part of the loss sum, as far as memory suffices, and the passes over the
+        """This rank's part of the metrics' sums, as far as memory suffices, and the passes over the
         layers it took.
         """
 
@@ -165,7 +166,7 @@ class NativeStrategy(ABC):
             )
         norms, sync = self._gradients.finish()
         try:
-            totals = self._totals(runner.loss_sum, micro_batches, runner.ran_out)
+            totals = self._totals(runner.loss_sum.view(1), micro_batches, runner.ran_out)
         except OutOfMemory:
             self._take_traffic()  # the next attempt counts its own
             raise
@@ -177,16 +178,16 @@ class NativeStrategy(ABC):
         for policy in dict.fromkeys(self._policies):
             policy.resize(pieces)
 
-    def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
+    def evaluate(self, micro_batches: list[MicroBatch]) -> EvaluationSums:
         started = time.perf_counter()
         with self._explained():
             runner, passes = self._forward(micro_batches)
         try:
-            loss, targets, _ = self._totals(runner.loss_sum, micro_batches, runner.ran_out)
+            totals = self._totals(runner.metric_sums, micro_batches, runner.ran_out)
         finally:
             self._take_traffic()  # it belongs to no step
         self.pass_s = (time.perf_counter() - started) / max(1, passes)
-        return loss, targets
+        return EvaluationSums(totals.targets, dict(zip(METRICS, totals.sums, strict=True)))
 
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, stop: set[int]
@@ -200,9 +201,7 @@ class NativeStrategy(ABC):
     def _explained(self) -> AbstractContextManager[None]:
         return explain_out_of_memory(self.reservations, self._group.rank, self._group.device)
 
-    def _totals(
-        self, loss_sum: Tensor, micro_batches: list[MicroBatch], said: str = ""
-    ) -> tuple[float, int, int]:
+    def _totals(self, sums: Tensor, micro_batches: list[MicroBatch], said: str = "") -> Totals:
         """``said``: by the allocator, where memory ran out on this rank."""
         counted = self._counted(micro_batches)
         targets = sum(batch.valid_tokens for batch in counted)
@@ -210,7 +209,7 @@ class NativeStrategy(ABC):
         group, told = self._group, None
         if said:
             told = out_of_memory_advice(self.reservations, group.rank, group.device, said)
-        return self._ending.totals(loss_sum, targets, tokens, told)
+        return self._ending.totals(sums, targets, tokens, told)
 
     def adapter_state(self) -> dict[str, Tensor]:
         self.update.settle()

@@ -1,6 +1,6 @@
 """What a strategy is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,6 +27,18 @@ class StepStats:
     sync: SyncStats = field(default_factory=SyncStats)  # this rank's gradient traffic
     traffic: Traffic = field(default_factory=Traffic)  # what this rank's layers made it move
     update: UpdateStats = field(default_factory=UpdateStats)  # this rank's, of the step before
+
+
+@dataclass(frozen=True)
+class EvaluationSums:
+    """Sums over the target tokens of all ranks, the same on every rank."""
+
+    targets: int  # target tokens
+    metrics: Mapping[str, float]  # by name, as METRICS: nll in nats
+
+    def mean(self, metric: str) -> float:
+        """``metric`` per target token; 0 without targets."""
+        return self.metrics[metric] / max(1, self.targets)
 
 
 class OutOfMemory(UserError):
@@ -77,11 +89,8 @@ class Strategy(Protocol):
         """
         ...
 
-    def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
-        """(loss sum in nats, target tokens) over the micro-batches of all ranks.
-
-        Raises as ``train_step``.
-        """
+    def evaluate(self, micro_batches: list[MicroBatch]) -> EvaluationSums:
+        """Evaluate the micro-batches of all ranks. Raises as ``train_step``."""
         ...
 
     @property

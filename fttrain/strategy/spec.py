@@ -2,7 +2,7 @@
 built.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,6 +12,8 @@ from fttrain.frozen.config import FrozenConfig
 from fttrain.memory.ledger import MemoryLedger
 from fttrain.model.config import AUTO_KERNELS, LoraConfig
 from fttrain.model.decoder import Architecture
+from fttrain.objective.objective import Objective
+from fttrain.objective.supervised import Supervised
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat
@@ -59,6 +61,7 @@ class StrategySpec:
     seed: int
     z_loss: float = 0.0  # weight of the z-loss, as in ``Head``
     kernels: str = AUTO_KERNELS  # one of KERNELS
+    objective: Objective = field(default_factory=Supervised)  # the loss that is minimised
 
 
 @dataclass(frozen=True)

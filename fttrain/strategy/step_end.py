@@ -2,16 +2,26 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fttrain.distributed.rank_group import RankGroup
+from fttrain.optim.clip import clip_factor
 from fttrain.store.verify import VerifiedStore
 from fttrain.strategy.grad_reduce import SyncStats
 from fttrain.strategy.optimizer_step import Update
 from fttrain.strategy.protocol import Judge, OutOfMemory, StepStats
 from fttrain.util.errors import UserError
+
+
+class Totals(NamedTuple):
+    """Sums over all ranks, the same on every rank."""
+
+    sums: list[float]  # the loss of a step, or the metrics of an evaluation
+    targets: int  # target tokens
+    tokens: int  # all tokens
 
 
 class StepFinalizer:
@@ -29,13 +39,14 @@ class StepFinalizer:
         """``first_layer``: of ``store``'s, among those of the whole model; ``files``: where each of
         those lies on disk.
         """
-        self._update, self._clip, self._first_layer = update, max_grad_norm, first_layer
+        self._update, self._first_layer = update, first_layer
+        self._max_grad_norm = max_grad_norm  # 0: no clipping
         self._store, self._files, self._group = store, files, group
 
     def totals(
-        self, loss_sum: Tensor, targets: int, tokens: int, ran_out: tuple[str, str] | None = None
-    ) -> tuple[float, int, int]:
-        """Loss sum, target tokens and all tokens over all ranks.
+        self, sums: Tensor, targets: int, tokens: int, ran_out: tuple[str, str] | None = None
+    ) -> Totals:
+        """Sums over all ranks. ``sums`` fp64 (sums,) on the device.
 
         ``ran_out``: what ``usage.ran_out`` tells where memory ran out on this rank. Raises, on
         every rank, UserError where a layer that was checked since the last call is not what the
@@ -45,28 +56,29 @@ class StepFinalizer:
         by_rank = torch.zeros(2, ranks, dtype=torch.float64)
         by_rank[:, rank] = torch.tensor([self._first_damaged(), ran_out is not None])
         own = torch.cat([torch.tensor([targets, tokens], dtype=torch.float64), by_rank.flatten()])
-        figures = torch.cat([loss_sum.view(1), own.to(loss_sum.device)])
-        loss, all_targets, all_tokens, *found = self._group.all_reduce_(figures).tolist()
+        figures = torch.cat([sums, own.to(sums.device)])
+        values = self._group.all_reduce_(figures).tolist()
+        all_sums, (all_targets, all_tokens, *found) = values[: len(sums)], values[len(sums) :]
         self._refuse_damaged(found[:ranks])
         self._refuse_short(found[ranks:], ran_out or ("", ""))
-        return loss, int(all_targets), int(all_tokens)
+        return Totals(all_sums, int(all_targets), int(all_tokens))
 
     def check(self) -> None:
         """After a pass without figures: only what ``totals`` raises."""
-        self.totals(torch.zeros((), dtype=torch.float64, device=self._group.device), 0, 0)
+        self.totals(torch.zeros(1, dtype=torch.float64, device=self._group.device), 0, 0)
 
     def finish(
         self,
-        totals: tuple[float, int, int],
+        totals: Totals,
         norms: Tensor,
         sync: SyncStats,
         lr: float,
         accept: Judge,
     ) -> StepStats:
-        """Judge the step and update. ``norms`` fp32 (layers of the whole model,): of the summed
-        gradients.
+        """Judge the step and update. ``totals``: of the loss sum; ``norms`` fp32 (layers of the
+        whole model,): of the summed gradients.
         """
-        loss, targets, tokens = totals
+        ((loss,), targets, tokens) = totals
         scale = 1 / max(1, targets)
         # Rank 0's for all: cards of two models may differ in its last bit, and ranks that clip or
         # judge differently drift apart.
@@ -75,9 +87,7 @@ class StepFinalizer:
         # is not finite would destroy the adapter, whatever the judge thinks of it.
         updated = targets > 0 and accept(loss * scale, norm) and math.isfinite(norm)
         if updated:
-            # as torch's clip_grad_norm_
-            clip = min(1.0, self._clip / (norm + 1e-6)) if self._clip else 1.0
-            self._update.start(scale * clip, lr)
+            self._update.start(scale * clip_factor(norm, self._max_grad_norm), lr)
         return StepStats(loss * scale, targets, tokens, norm, updated, sync)
 
     def _first_damaged(self) -> int:

@@ -12,7 +12,7 @@ Points = list[tuple[int, float]]  # (step, value)
 
 
 @dataclass(frozen=True)
-class Objective:
+class SweepObjective:
     """One that a sweep can be told."""
 
     label: str  # with its unit
@@ -34,9 +34,9 @@ def _step_s(folder: Path) -> float | None:
 
 
 OBJECTIVES = {
-    "holdout_nll": Objective("held-out NLL, nats/token", _holdout_nll),
-    "train_loss": Objective("training loss, nats/token", _train_loss),
-    "step_s": Objective("seconds of a step", _step_s),
+    "holdout_nll": SweepObjective("held-out NLL, nats/token", _holdout_nll),
+    "train_loss": SweepObjective("training loss, nats/token", _train_loss),
+    "step_s": SweepObjective("seconds of a step", _step_s),
 }
 
 

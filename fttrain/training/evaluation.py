@@ -9,6 +9,7 @@ from typing import Any
 
 from fttrain.data.loader import PackedRows, evaluation_batches
 from fttrain.data.samples import HoldoutSample
+from fttrain.objective.metrics import METRICS
 from fttrain.strategy.protocol import OutOfMemory, Strategy
 from fttrain.track.report import verdict
 from fttrain.util.atomic_files import write_text
@@ -90,8 +91,8 @@ class HoldOut:
     halve: bool  # whether it may become smaller
 
     def loss(self, strategy: Strategy, say: Callable[[str], None]) -> dict[str, Any]:
-        """Measure the loss on all rows: {"nll": nats per target token, "tokens": targets}. Every
-        rank calls it and gets the same.
+        """Measure the metrics on all rows: {"nll": nats per target token, "tokens": targets}, and
+        the mean of any other metric under its name. Every rank calls it and gets the same.
 
         Where memory runs out the rows are measured again with smaller micro-batches, after a line
         to ``say``. Raises OutOfMemory where micro-batches cannot be smaller.
@@ -99,7 +100,7 @@ class HoldOut:
         while True:
             size = self.micro_batch_size
             try:
-                loss_sum, targets = strategy.evaluate(
+                sums = strategy.evaluate(
                     evaluation_batches(self.rows, size, *strategy.data_parallel)
                 )
             except OutOfMemory as error:
@@ -109,8 +110,9 @@ class HoldOut:
                     f"micro-batches of {self.micro_batch_size} row(s)"
                 )
                 continue
-            nll = loss_sum / max(1, targets)
-            return {"nll": nll if math.isfinite(nll) else None, "tokens": targets}
+            means = {metric: sums.mean(metric) for metric in METRICS}
+            figures = {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
+            return {**figures, "tokens": sums.targets}
 
 
 def answer(

@@ -6,6 +6,7 @@ Every rank calls these functions.
 from typing import Any
 
 from fttrain.data.samples import HoldoutSample, holdout_samples
+from fttrain.objective.metrics import METRICS
 from fttrain.training.evaluation import SampleAnswer, answer
 from fttrain.training.session import TrainSession
 
@@ -46,9 +47,10 @@ def measure_tuned(session: TrainSession) -> None:
 
 
 def add_to_history(session: TrainSession, figures: dict[str, Any] | None) -> None:
-    """Add the held-out loss in ``figures`` to the history, at the session's step."""
+    """Add the held-out metrics in ``figures`` to the history, at the session's step."""
     assert figures is not None
-    session.evaluation.history.append({"step": session.step, "nll": figures["nll"]})
+    metrics = {name: figures[name] for name in METRICS}
+    session.evaluation.history.append({"step": session.step, **metrics})
 
 
 def write_evaluation(session: TrainSession) -> None:

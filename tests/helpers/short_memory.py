@@ -43,7 +43,7 @@ def limit(patch: pytest.MonkeyPatch, place: str, tokens: int, layer: int = 0) ->
         "forward": (Mlp, "forward", forward),
         "recompute": (Mlp, "forward", recompute),
         "head": (Head, "loss_and_gradient", lambda head, hidden, *_: len(hidden)),
-        "loss": (Head, "loss", lambda head, hidden, *_: len(hidden)),  # of an evaluation
+        "loss": (Head, "metric_sums", lambda head, hidden, *_: len(hidden)),  # of an evaluation
         "backward": (LinearGroup, "backward", backward),
         "receive": (PipelineP2P, "receive", receive),
     }[place]

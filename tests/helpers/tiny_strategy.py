@@ -179,6 +179,12 @@ def apply(strategy: Any, step: int, accept: Judge = lambda loss, norm: True) -> 
     return stats
 
 
+def evaluated(strategy: Any) -> tuple[float, int]:
+    """An evaluation of the micro-batches of step 0: loss sum in nats, target tokens."""
+    sums = strategy.evaluate(micro_batches(strategy))
+    return sums.metrics["nll"], sums.targets
+
+
 def measure(strategy: Any, step: int) -> tuple[StepStats, dict[str, Tensor]]:
     """A step that is not applied: its figures and the gradient of the loss sum, of the layers that
     this rank has.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import pytest
+import tiny_objective
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -16,7 +17,14 @@ from fttrain.model import head as head_module
 from fttrain.model import projection
 from fttrain.model.functions import rms_norm
 from fttrain.model.head import Embedding, Head, chunk_bytes, chunk_rows
-from fttrain.model.projection import QuantizedHead, ResidentHead, tile_bytes, tiled_format
+from fttrain.model.projection import (
+    QuantizedHead,
+    ResidentHead,
+    StreamedHead,
+    tile_bytes,
+    tiled_format,
+)
+from fttrain.objective.objective import Objective
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat
 
@@ -106,7 +114,7 @@ def test_equals_full_logits(
     assert float(loss) == pytest.approx(float(expected_loss), rel=limit)
     assert float((grad.double() - expected_grad).norm() / expected_grad.norm()) < limit
     assert not grad[::3].any()
-    assert float(ours.loss(hidden, targets, trained(targets))) == pytest.approx(
+    assert float(ours.metric_sums(hidden, targets, trained(targets))) == pytest.approx(
         float(loss), rel=1e-6
     )
     assert torch.equal(hidden, before)
@@ -128,6 +136,95 @@ def test_z_loss_equals_full_logits_and_shows_in_the_gradient_alone(
     assert float((grad.double() - expected).norm() / expected.norm()) < limit
     assert float((grad - plain).norm() / plain.norm()) > 0.1
     assert loss == without
+
+
+COUNTS = (5, 0, 12, 10)  # targets of each sequence; one has none
+
+
+def plain_objective(
+    head: Head, table: Tensor, hidden: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss sum of the head's objective and gradient of what is minimised, in fp64 by autograd over
+    all logits at once.
+    """
+    x = hidden.detach().double().requires_grad_()
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * head.norm.double()
+    logits = (normed @ table.double().t() * head.logit_scale)[trained(targets)]
+    values = logits.log_softmax(-1).gather(1, targets[trained(targets), None])[:, 0]
+    counts = [count for count in COUNTS if count]
+    loss = tiny_objective.plain_loss(head.objective, values, counts)
+    (loss + head.z_loss * logits.logsumexp(-1).square().sum()).backward()
+    assert x.grad is not None
+    return loss.detach(), x.grad
+
+
+def head_of_form(form: str, dtype: torch.dtype, logit_scale: float) -> tuple[Head, Tensor]:
+    """A head with lm_head=``form``, and the table (V, C) that it computes with."""
+    if form == "host":
+        norm, weight = ends(dtype)
+        return Head(norm, StreamedHead(weight, torch.device("cpu")), EPS, logit_scale), weight
+    return head(dtype, logit_scale, "tiles" if form == "quantized" else "table")
+
+
+@pytest.mark.parametrize("form", ["device", "host", "quantized"])
+@pytest.mark.parametrize(
+    "objective", [tiny_objective.Sequences(), tiny_objective.Weighted()], ids=str
+)
+@pytest.mark.parametrize(
+    ("z_loss", "logit_scale"), [(0.0, 1.0), (0.1, 0.25)], ids=["plain", "z_loss"]
+)
+@pytest.mark.parametrize("chunk_bytes", [1, 10**8], ids=["chunks", "one chunk"])
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
+)
+def test_two_passes_equal_autograd_over_full_logits(
+    dtype: torch.dtype,
+    limit: float,
+    chunk_bytes: int,
+    z_loss: float,
+    logit_scale: float,
+    objective: Objective,
+    form: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(head_module, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(head_module, "ROW_MULTIPLE", 2)
+    (ours, table), (hidden, targets) = head_of_form(form, dtype, logit_scale), batch(dtype)
+    ours.objective, ours.z_loss = objective, z_loss
+    with ours.brought():
+        loss, grad = ours.loss_and_gradient(hidden, targets, trained(targets), COUNTS)
+    expected_loss, expected_grad = plain_objective(ours, table, hidden, targets)
+    assert float(loss) == pytest.approx(float(expected_loss), rel=limit)
+    assert float((grad.double() - expected_grad).norm() / expected_grad.norm()) < limit
+    assert not grad[::3].any()
+
+
+@pytest.mark.parametrize("form", ["device", "host", "quantized"])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_supervised_in_two_passes_is_supervised_in_one(
+    dtype: torch.dtype, z_loss: float, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(head_module, "ROW_MULTIPLE", 2)
+    (ours, _), (hidden, targets) = head_of_form(form, dtype, 0.5), batch(dtype)
+    ours.z_loss = z_loss
+    with ours.brought():
+        loss, grad = ours.loss_and_gradient(hidden, targets, trained(targets), COUNTS)
+        ours.objective = tiny_objective.TwoPasses()
+        again, grad_again = ours.loss_and_gradient(hidden, targets, trained(targets), COUNTS)
+    assert float(again) == pytest.approx(float(loss), rel=1e-12)
+    assert torch.equal(grad_again, grad)
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_an_objective_is_not_asked_about_no_targets(tokens: int) -> None:
+    hidden, targets = torch.randn(tokens, WIDTH), torch.full((tokens,), IGNORE)
+    ours, _ = head()
+    ours.objective = tiny_objective.Sequences()
+    loss, grad = ours.loss_and_gradient(hidden, targets, trained(targets), (0,))
+    assert float(loss) == 0
+    assert not grad.any()
 
 
 def test_never_more_than_a_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +309,7 @@ def test_without_targets_nothing_is_lost_and_nothing_is_nan(tokens: int, form: s
     assert float(loss) == 0
     assert grad.shape == hidden.shape
     assert not grad.any()
-    assert float(ours.loss(hidden, targets, trained(targets))) == 0
+    assert float(ours.metric_sums(hidden, targets, trained(targets))) == 0
 
 
 def test_a_hopeless_target_has_a_finite_loss_and_a_nan_shows() -> None:

@@ -41,12 +41,12 @@ class NoLayers:
         return None
 
     def loss_and_gradient(
-        self, hidden: Tensor, targets: Tensor, trained: Tensor
+        self, hidden: Tensor, targets: Tensor, trained: Tensor, target_counts: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         return torch.zeros(()), hidden
 
-    def loss(self, hidden: Tensor, targets: Tensor, trained: Tensor) -> Tensor:
-        return torch.zeros(())
+    def metric_sums(self, hidden: Tensor, targets: Tensor, trained: Tensor) -> Tensor:
+        return torch.zeros(1)
 
 
 Act = Callable[[StagePass, int, int], None]  # on (stage) of (stages)

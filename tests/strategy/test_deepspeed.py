@@ -236,11 +236,13 @@ def test_a_snapshot_goes_on_anywhere(tmp_path: Path) -> None:
     packed, parts, same = found["bytes"]
     assert packed == parts == 14, "stage 3 keeps 4-bit weights whole on each rank"
     assert same, "4-bit weights are not what they were before they were divided"
-    assert found["evaluated"] == pytest.approx(found["native evaluated"], rel=1e-5)
+    evaluated, native = found["evaluated"], found["native evaluated"]
+    assert evaluated.metrics == pytest.approx(native.metrics, rel=1e-5)
+    assert evaluated.targets == native.targets
     assert found["said"] == found["native said"]
     end = found["said"][0].index(found["said"][0][-1])
     assert found["stopped"][0] == found["said"][0][:end]
-    _check_plain_peft(tmp_path / "adapter", *found["evaluated"])
+    _check_plain_peft(tmp_path / "adapter", evaluated.metrics["nll"], evaluated.targets)
 
 
 def _check_plain_peft(adapter: Path, loss: float, targets: int) -> None:

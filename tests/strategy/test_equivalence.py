@@ -135,7 +135,7 @@ def outcome(case: Case) -> dict[str, Any]:
         return {
             "gradients": gradients,  # of the first step
             "figures": [(s.loss, s.grad_norm, s.targets, s.tokens, s.updated) for s in steps],
-            "evaluated": strategy.evaluate(tiny_strategy.micro_batches(strategy)),
+            "evaluated": tiny_strategy.evaluated(strategy),
             "answers": strategy.generate(PROMPTS, NEW_TOKENS, stop={2}),
             "adapters": tiny_strategy.adapters(strategy),
         }

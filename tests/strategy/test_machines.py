@@ -94,7 +94,7 @@ def outcome(case: Case) -> dict[str, Any]:
         "gradients": gradients,  # of the first step
         "figures": [(s.loss, s.grad_norm, s.targets, s.tokens, s.updated) for s in steps],
         "states": {key: tiny_strategy.copied(state) for key, state in states.items()},
-        "evaluated": strategy.evaluate(tiny_strategy.micro_batches(strategy)),
+        "evaluated": tiny_strategy.evaluated(strategy),
         "answers": strategy.generate(PROMPTS, 4, stop={2}),
         "gather_bytes": [s.traffic.gather_bytes for s in steps],
         "layers": [layer.index for layer in strategy.decoder.layers],

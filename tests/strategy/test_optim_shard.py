@@ -69,7 +69,7 @@ def train(case: Case, shard: bool, start: dict[str, dict[str, Any]] | None = Non
     return {
         **states(strategy),
         "figures": [(stats.loss, stats.grad_norm, stats.updated) for stats in steps],
-        "evaluated": strategy.evaluate(tiny_strategy.micro_batches(strategy)),
+        "evaluated": tiny_strategy.evaluated(strategy),
         "answers": strategy.generate([[3, 4, 5]], 4, set()),
         "values": [layer.adapters.flat.numel() for layer in strategy.decoder.layers],
         "gathered": [stats.update.optim_gather_bytes for stats in steps],

@@ -80,7 +80,7 @@ def test_the_last_stage_has_the_head_and_a_chunk_of_logits(
         table = QuantizedHead(torch.zeros(300, 64), tiles, tiny.CPU)
         head_bytes = quantised_bytes(tiles)
     head = Head(torch.ones(64), table, 1e-6)
-    head.loss(torch.zeros(66, 64), torch.tensor([3] * 66), torch.arange(66))
+    head.metric_sums(torch.zeros(66, 64), torch.tensor([3] * 66), torch.arange(66))
     assert head._scratch is not None
     chunk = sum(tensor.nbytes for tensor in head._scratch)
     if form == "quantized":  # the one tile, its scales, the gradient and what is added to it

@@ -138,8 +138,9 @@ def test_two_ranks_equal_one() -> None:
         assert_same_step(found["dropped"], one["dropped"])
         assert tiny.difference(found["trained"], one["trained"]) < 1e-4
         stats, _ = one["steps"][8, (8, 1)]
-        loss_sum, targets = found["evaluated"]
-        assert (loss_sum / targets, targets) == (pytest.approx(stats.loss, rel=1e-6), stats.targets)
+        sums = found["evaluated"]
+        assert sums.mean("nll") == pytest.approx(stats.loss, rel=1e-6)
+        assert sums.targets == stats.targets
         assert found["sync_bytes"] == 4 * found["parameters"]
     assert one["sync_bytes"] == 0
     first, second = (found["trained"] for found in two)

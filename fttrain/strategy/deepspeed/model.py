@@ -42,8 +42,8 @@ class Causal(nn.Module):
         self._dropouts = dropouts
 
     def forward(self, batch: MicroBatch, tokens: list[int] | None = None) -> Tensor:
-        """The loss sum, fp64 (); with ``tokens``, rows of the batch, their logits (len(tokens), V)
-        instead.
+        """In training the loss sum, fp64 (); else the metrics' sums, fp64 (metrics,). With
+        ``tokens``, rows of the batch, their logits (len(tokens), V) instead.
         """
         hidden = self.model.model(
             input_ids=batch.input_ids[None],
@@ -54,8 +54,10 @@ class Causal(nn.Module):
         if tokens is not None:
             logits: Tensor = self.model.lm_head(hidden[tokens])
             return logits
-        loss: Tensor = self.model.lm_head(hidden[batch.trained], batch.targets[batch.trained])
-        return loss
+        sums: Tensor = self.model.lm_head(
+            hidden[batch.trained], batch.targets[batch.trained], batch.target_counts
+        )
+        return sums
 
     def set_dropout_key(self, key: DropoutKey) -> None:
         """Draw all dropout masks from ``key`` from here on, also where a layer is recomputed."""
@@ -153,7 +155,10 @@ def _load_ends(context: BuildContext, base: FrozenBase, model: Any) -> None:
     model.model.norm.weight = read("final_norm", architecture.hidden)
     head = model.model.embed_tokens.weight if base.tied else read("head", *shape)
     model.lm_head = LossHead(
-        head, architecture.family.logit_scale(architecture.config), context.spec.z_loss
+        head,
+        architecture.family.logit_scale(architecture.config),
+        context.spec.z_loss,
+        context.spec.objective,
     )
 
 

@@ -17,13 +17,14 @@ from fttrain.data.batch import IGNORE, ROW_MULTIPLE, MicroBatch, collate
 from fttrain.memory.advice import explain_out_of_memory
 from fttrain.memory.ledger import Reservation
 from fttrain.model.linears import DropoutKey
+from fttrain.objective.metrics import METRICS
 from fttrain.store import FrozenBase, Traffic
 from fttrain.store.loading import Progress
 from fttrain.strategy.deepspeed import engine, model, state
 from fttrain.strategy.deepspeed.settings import Settings
 from fttrain.strategy.grad_reduce import SyncStats
 from fttrain.strategy.optimizer_step import UpdateStats
-from fttrain.strategy.protocol import Judge, StepStats
+from fttrain.strategy.protocol import EvaluationSums, Judge, StepStats
 from fttrain.strategy.spec import BuildContext
 
 
@@ -102,17 +103,18 @@ class DeepSpeed:
     def resize(self, pieces: int) -> None:
         """Do nothing: the engine learns from each ``backward`` whether it is the step's last."""
 
-    def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
+    def evaluate(self, micro_batches: list[MicroBatch]) -> EvaluationSums:
         started = time.perf_counter()
-        total = torch.zeros(2, dtype=torch.float64, device=self._group.device)
+        # The metrics' sums, then the target tokens
+        total = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=self._group.device)
         with self._explained(), torch.no_grad():
             for batch in micro_batches:
-                total[0] += self._run(batch, training=False)
-                total[1] += batch.valid_tokens
-        loss, targets = self._group.all_reduce_(total).tolist()
+                total[:-1] += self._run(batch, training=False)
+                total[-1] += batch.valid_tokens
+        *sums, targets = self._group.all_reduce_(total).tolist()
         self.pass_s = (time.perf_counter() - started) / max(1, len(micro_batches))
         self._backend.take()
-        return loss, int(targets)
+        return EvaluationSums(int(targets), dict(zip(METRICS, sums, strict=True)))
 
     @torch.no_grad()
     def generate(

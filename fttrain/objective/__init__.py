@@ -1,0 +1,1 @@
+"""Objectives and evaluation metrics: functions of the target tokens' log-probabilities."""
