@@ -1,1 +1,1 @@
-"""In which order layers and micro-batches run: plain functions over a decoder and a store."""
+"""Schedules, the order of layers and micro-batches: plain functions over a decoder and a store."""

@@ -1,11 +1,11 @@
-"""What a layer's pass leaves for its backward: a policy for each layer.
+"""Activation policies: the tensors that a layer's forward saves for its backward.
 
-    policy     leaves                                         backward
-    recompute  the layer's input                              runs the layer again first
+    policy     saves                                          backward
+    recompute  the layer's input                              runs the layer's forward again first
     keep       all that backward reads, on the device         reads it
-    offload    the same, in host memory (store/activations)   reads what has come back meanwhile
+    offload    the same, in host memory (store/activations)   reads it once it is copied back
 
-Legend: N tokens, C hidden width.
+Legend: N tokens, C hidden width, D width of a head.
 """
 
 from abc import ABC, abstractmethod
@@ -25,29 +25,33 @@ Rotary = tuple[Tensor, Tensor]  # cos and sin (N, D)
 
 
 class Policy(ABC):
-    """How one layer passes a micro-batch; ``layer`` is bound to its bytes, lengths and dropout."""
+    """Forward and backward of one layer for one micro-batch. ``layer`` is bound to its frozen
+    bytes, the micro-batch's document lengths and its dropout.
+    """
 
     @abstractmethod
     def forward(self, layer: Layer, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Any]:
-        """``hidden`` (N, C) -> the layer's output (N, C), and what backward starts from."""
+        """``hidden`` (N, C) -> the layer's output (N, C), and the saved state for ``backward``."""
 
     def prefetch(self, saved: Any) -> None:  # noqa: B027
-        """Its backward is next: bring what is not there."""
+        """Start bringing what ``backward`` of ``saved`` reads to the device: it comes next."""
 
     @abstractmethod
     def backward(self, layer: Layer, saved: Any, grad: Tensor, rotary: Rotary) -> Tensor:
-        """``grad`` of the output (N, C) -> that of the input (N, C). Adds to the adapters'."""
+        """``grad`` of the output (N, C) -> that of the input (N, C). Adds to the adapters'
+        gradient.
+        """
 
     def discard(self) -> None:  # noqa: B027
-        """No backward of what was saved will come: every place is free again."""
+        """Free all that is saved: its backward will not come."""
 
     def resize(self, pieces: int) -> None:  # noqa: B027
-        """Micro-batches have 1 / ``pieces`` of the rows from here on, and there are as many times
-        more of them. Nothing is saved now.
+        """Divide the memory for saved tensors: micro-batches have 1 / ``pieces`` of the rows from
+        here on, and are as many times more. Nothing may be saved at the time.
         """
 
     def take_traffic(self) -> Traffic:
-        """What it moved since the last call."""
+        """The policy's traffic since the last call."""
         return Traffic()
 
 
@@ -55,7 +59,7 @@ Policies = Sequence[Policy]  # by layer of the decoder
 
 
 class Recompute(Policy):
-    """Only the layer's input is kept, where ``inputs`` says."""
+    """Save the layer's input alone, in ``inputs``."""
 
     def __init__(self, inputs: LayerInputs | None = None) -> None:
         self._inputs = inputs or DeviceLayerInputs()
@@ -72,12 +76,12 @@ class Recompute(Policy):
         hidden = self._inputs.load(saved)  # (N, C)
         layer.state.recomputing = True
         try:
-            output, taken = _with_graph(layer, hidden, rotary)
-        finally:  # memory may run out; the layer is used again
+            output, input_grads = _with_graph(layer, hidden, rotary)
+        finally:  # memory may run out, and the layer is used again
             layer.state.recomputing = False
         edge = get_gradient_edge(output)
-        del output  # nothing reads it; the edge alone keeps the graph
-        return _through(edge, grad, taken)
+        del output  # (N, C) that nothing reads; the edge alone keeps the graph alive
+        return _through(edge, grad, input_grads)
 
     def discard(self) -> None:
         self._inputs.discard()
@@ -87,28 +91,28 @@ class Recompute(Policy):
 
 
 class Keep(Policy):
-    """The layer's graph is kept, with all that it saved."""
+    """Keep the layer's autograd graph and all tensors that it saved."""
 
     def forward(self, layer: Layer, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Any]:
-        output, taken = _with_graph(layer, hidden, rotary)
-        # The graph's end without the output, which need not live as long as it.
-        return output.detach(), (get_gradient_edge(output), taken)
+        output, input_grads = _with_graph(layer, hidden, rotary)
+        # The edge keeps the graph alive without the output (N, C).
+        return output.detach(), (get_gradient_edge(output), input_grads)
 
     def backward(self, layer: Layer, saved: Any, grad: Tensor, rotary: Rotary) -> Tensor:
-        edge, taken = saved
-        return _through(edge, grad, taken)
+        edge, input_grads = saved
+        return _through(edge, grad, input_grads)
 
 
 class Offload(Policy):
-    """The layer's graph is kept, and what it saved goes to ``host``."""
+    """Keep the layer's autograd graph, and offload the tensors that it saved to ``host``."""
 
     def __init__(self, host: HostActivations) -> None:
         self._host, self._keep = host, Keep()
 
     def forward(self, layer: Layer, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Any]:
-        with self._host.taking() as kept:
+        with self._host.offload() as offloaded:
             output, graph = self._keep.forward(layer, hidden, rotary)
-        return output, (kept, graph)
+        return output, (offloaded, graph)
 
     def prefetch(self, saved: tuple[OffloadedPass, Any]) -> None:
         self._host.bring(saved[0])
@@ -116,10 +120,10 @@ class Offload(Policy):
     def backward(
         self, layer: Layer, saved: tuple[OffloadedPass, Any], grad: Tensor, rotary: Rotary
     ) -> Tensor:
-        kept, graph = saved
-        found = self._keep.backward(layer, graph, grad, rotary)
-        self._host.drop(kept)
-        return found
+        offloaded, graph = saved
+        input_grad = self._keep.backward(layer, graph, grad, rotary)  # (N, C)
+        self._host.drop(offloaded)
+        return input_grad
 
     def discard(self) -> None:
         self._host.discard()
@@ -132,33 +136,33 @@ class Offload(Policy):
 
 
 class _Entry(torch.autograd.Function):
-    """Where a layer's graph begins: takes the gradient out of it. A leaf would keep its value, the
-    layer's input, for as long as the graph lives.
+    """The beginning of a layer's graph. Its backward appends the gradient of the layer's input to
+    a list. A leaf tensor would keep the layer's input alive for as long as the graph lives.
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, hidden: Tensor, taken: list[Tensor]) -> Tensor:
-        ctx.taken = taken
-        return hidden.view_as(hidden)
+    def forward(ctx: Any, anchor: Tensor, hidden: Tensor, input_grads: list[Tensor]) -> Tensor:
+        ctx.input_grads = input_grads
+        return hidden.view_as(hidden)  # (N, C)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
-        ctx.taken.append(grad)
+        ctx.input_grads.append(grad)  # (N, C)
         return None, None, None
 
 
-_anchor = torch.empty(0, requires_grad=True)  # makes autograd record what follows it
+_anchor = torch.empty(0, requires_grad=True)  # makes autograd record the operations after it
 
 
 def _with_graph(layer: Layer, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, list[Tensor]]:
-    """The layer's output with its graph, and the list in which backward leaves the gradient of
-    ``hidden``.
+    """The layer's output (N, C) with its graph, and the list to which backward appends the gradient
+    of ``hidden`` (N, C).
     """
-    taken: list[Tensor] = []
+    input_grads: list[Tensor] = []
     with torch.enable_grad():
-        return layer(_Entry.apply(_anchor, hidden, taken), rotary), taken
+        return layer(_Entry.apply(_anchor, hidden, input_grads), rotary), input_grads
 
 
-def _through(edge: GradientEdge, grad: Tensor, taken: list[Tensor]) -> Tensor:
+def _through(edge: GradientEdge, grad: Tensor, input_grads: list[Tensor]) -> Tensor:
     torch.autograd.backward(edge, grad)
-    return taken.pop()
+    return input_grads.pop()

@@ -9,7 +9,7 @@ KINDS = ("grouped", "one_f_one_b")
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """In which order layers and micro-batches run."""
+    """The order of layers and micro-batches."""
 
     # grouped: micro-batches that pass a layer together: 1 | N | "all" (those of the step)
     micro_batch_group: str | int = "all"
@@ -33,7 +33,7 @@ class ScheduleConfig:
             )
 
     def size(self, micro_batches: int) -> int:
-        """G for a step of so many micro-batches on this rank."""
+        """G for a step of ``micro_batches`` on this rank."""
         return (
             micro_batches
             if isinstance(self.micro_batch_group, str)

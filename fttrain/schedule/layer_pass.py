@@ -1,4 +1,4 @@
-"""One layer, one micro-batch, forward or backward: what every schedule is made of.
+"""Forward and backward of one layer for one micro-batch: the building blocks of every schedule.
 
 Legend: N tokens, C hidden width, D width of a head.
 """
@@ -18,14 +18,16 @@ from fttrain.store import Store
 
 
 class Gradients(Protocol):
-    """Where adapter gradients are while a layer's backward adds to them."""
+    """Buffers of the adapters' gradients, to which a layer's backward adds."""
 
-    def open(self, layer: int) -> None:
-        """Have what this step has added so far where backward of ``layer`` can add to it."""
+    def begin_layer(self, layer: int) -> None:
+        """Bind a buffer with this step's gradient so far, to which backward of ``layer`` adds."""
         ...
 
-    def close(self, layer: int, last: bool) -> None:
-        """Backward of some micro-batches is issued; ``last``: nothing more comes in this step."""
+    def end_layer(self, layer: int, last: bool) -> None:
+        """Take the gradient after backward of a group of micro-batches was issued. ``last``: the
+        gradient of this step is complete.
+        """
         ...
 
 
@@ -36,12 +38,12 @@ class InFlightMicroBatch:
     micro_batch: MicroBatch
     rotary: tuple[Tensor, Tensor]  # cos and sin (N, D)
     dropout: DropoutKey | None
-    hidden: Tensor  # (N, C): what the next layer reads; in backward its gradient
-    # Of each layer passed its policy, and what that starts backward from
+    hidden: Tensor  # (N, C): the next layer's input; in backward its gradient
+    # For each layer passed: its policy, and the state that the policy saved for backward
     saved: list[tuple[Policy, Any]] = field(default_factory=list)
 
     def drop(self) -> None:
-        """Let go of all that it keeps, whoever still holds the work itself."""
+        """Free all tensors, also where somebody still holds this object."""
         self.saved.clear()
         self.hidden = self.hidden.new_empty(0)
 
@@ -49,14 +51,13 @@ class InFlightMicroBatch:
 def start(
     decoder: Decoder, micro_batch: MicroBatch, dropout: DropoutKey | None, hidden: Tensor | None
 ) -> InFlightMicroBatch:
-    """A micro-batch, rows rounded up to what kernels like, before the first of ``decoder``'s
-    layers.
+    """The micro-batch before the first of ``decoder``'s layers, its rows padded for the kernels.
 
-    ``micro_batch`` in host memory; ``hidden`` (N, C): from the stage before, None: embed.
+    ``micro_batch``: in host memory; ``hidden`` (N, C): from the previous stage; None: embed.
     """
-    micro_batch = micro_batch.padded()
+    micro_batch = micro_batch.padded()  # input_ids int64 (N,)
     if hidden is None:
-        hidden = decoder.embed(micro_batch.input_ids)
+        hidden = decoder.embed(micro_batch.input_ids)  # (N, C)
     micro_batch = micro_batch.to(decoder.device)
     return InFlightMicroBatch(
         micro_batch, decoder.rotary(micro_batch.position_ids), dropout, hidden
@@ -64,11 +65,11 @@ def start(
 
 
 def iterate_layers(decoder: Decoder, store: Store, order: range) -> Iterator[int]:
-    """The layers in ``order``, each bound to its bytes while the caller uses it, the next ones
-    already on their way.
+    """The layers in ``order``, each bound to its frozen bytes while the caller uses it and the next
+    ones are prefetched.
     """
-    for place, layer in enumerate(order):
-        store.prefetch(order[place:])
+    for position, layer in enumerate(order):
+        store.prefetch(order[position:])
         decoder.layers[layer].adapters.ready()
         decoder.layers[layer].state.frozen = store.get(layer)
         yield layer
@@ -76,35 +77,36 @@ def iterate_layers(decoder: Decoder, store: Store, order: range) -> Iterator[int
         store.release(layer)
 
 
-def forward_only(layer: Layer, work: InFlightMicroBatch) -> None:
-    """Pass the layer without keeping anything for backward."""
-    _enter(layer, work)
+def forward_only(layer: Layer, batch: InFlightMicroBatch) -> None:
+    """Pass the layer and save nothing for backward."""
+    _enter(layer, batch)
     with torch.no_grad():
-        work.hidden = layer(work.hidden, work.rotary)
+        batch.hidden = layer(batch.hidden, batch.rotary)  # (N, C)
 
 
-def forward(layer: Layer, work: InFlightMicroBatch, policy: Policy) -> None:
-    """Pass the layer and save what ``policy`` says."""
-    _enter(layer, work)
-    work.hidden, saved = policy.forward(layer, work.hidden, work.rotary)
-    work.saved.append((policy, saved))
+def forward(layer: Layer, batch: InFlightMicroBatch, policy: Policy) -> None:
+    """Pass the layer by ``policy``, which saves what backward reads."""
+    _enter(layer, batch)
+    batch.hidden, saved = policy.forward(layer, batch.hidden, batch.rotary)  # (N, C)
+    batch.saved.append((policy, saved))
 
 
-def backward(layer: Layer, work: InFlightMicroBatch, upcoming: InFlightMicroBatch) -> None:
-    """``work.hidden``: gradient of the layer's output -> gradient of its input. Adds to the layer's
-    adapter gradient.
+def backward(layer: Layer, batch: InFlightMicroBatch, upcoming: InFlightMicroBatch) -> None:
+    """``batch.hidden`` (N, C): the gradient of the layer's output -> that of its input. Adds to the
+    layer's adapter gradient.
 
-    ``upcoming``: the micro-batch whose backward follows; what it starts from is brought meanwhile.
+    ``upcoming``: the micro-batch whose backward follows; its saved state is prefetched.
     """
-    _enter(layer, work)
-    policy, saved = work.saved.pop()
+    _enter(layer, batch)
+    policy, saved = batch.saved.pop()
     policy.prefetch(saved)
     if upcoming.saved:
         next_policy, next_saved = upcoming.saved[-1]
         next_policy.prefetch(next_saved)
-    work.hidden = policy.backward(layer, saved, work.hidden, work.rotary)
+    batch.hidden = policy.backward(layer, saved, batch.hidden, batch.rotary)  # (N, C)
 
 
-def _enter(layer: Layer, work: InFlightMicroBatch) -> None:
-    layer.state.lengths = work.micro_batch.lengths
-    layer.state.dropout = work.dropout
+def _enter(layer: Layer, batch: InFlightMicroBatch) -> None:
+    """Bind the layer to the micro-batch's document lengths and dropout."""
+    layer.state.lengths = batch.micro_batch.lengths
+    layer.state.dropout = batch.dropout

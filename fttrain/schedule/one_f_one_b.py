@@ -4,7 +4,7 @@ Narayanan et al. 2021, "Memory-efficient pipeline-parallel DNN training").
     stage 0   F0 F1 B0 F2 B1 F3 B2 .. B3
     stage 1      F0 B0 F1 B1 F2 B2 F3 B3
 
-A stage never keeps more than ``stages - stage`` micro-batches between their forward and backward.
+A stage never has more than ``stages - stage`` micro-batches between their forward and backward.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ def one_f_one_b(
     forward: Callable[[int], None],
     backward: Callable[[int], None],
 ) -> None:
-    """Call ``forward`` and ``backward`` of each of ``micro_batches`` once, in 1F1B's order.
+    """Call ``forward`` and ``backward`` once for each of ``micro_batches``, in 1F1B's order.
 
-    Both run in the order of the micro-batches, whatever the stage.
+    Each of the two runs in the order of the micro-batches, on every stage.
     """
     ahead = min(in_flight(stage, stages) - 1, micro_batches)
     for number in range(ahead):
@@ -32,5 +32,5 @@ def one_f_one_b(
 
 
 def in_flight(stage: int, stages: int) -> int:
-    """Micro-batches that a stage keeps at most between forward and backward."""
+    """The most micro-batches that a stage has between forward and backward."""
     return stages - stage

@@ -1,5 +1,5 @@
-"""What stages of a pipeline say to each other: a micro-batch's boundary activation on the way up,
-its gradient on the way down, and nothing else.
+"""Point-to-point traffic between pipeline stages: a micro-batch's boundary activation to the next
+stage, and the boundary's gradient to the previous one.
 
 Legend: N tokens of a micro-batch, C hidden width.
 """
@@ -21,83 +21,85 @@ from fttrain.distributed.timeouts import collective_timeout
 from fttrain.store import Traffic
 from fttrain.store.side_stream import collective_stream, device_thread
 
-NEXT, PREV = 1, -1  # to the stage after this one, to the one before
-TAGS = {NEXT: 1, PREV: 2}
-AHEAD = 2  # sends that may be under way, and receives that are open ahead of their use
+NEXT, PREV = 1, -1  # the neighbour after this stage, the one before; the direction towards it
+TAGS = {NEXT: 1, PREV: 2}  # by direction
+AHEAD = 2  # sends that may be under way, and receives that are started ahead of their use
 
 
 class PipelineP2P:
-    """Sends to and receives from the stages beside this one, on its machine.
+    """Sends to and receives from the neighbouring stages on this node.
 
-    Between GPUs over NCCL the tensors cross as they are. Where the backend sends no CUDA tensors
-    (gloo) they go through page-locked host memory. The compute waits for no send but the last but
-    ``AHEAD``; what was sent must not be overwritten.
+    NCCL sends tensors from GPU to GPU. Where the backend sends no CUDA tensors (gloo) they go
+    through page-locked host memory. Up to ``AHEAD`` sends are under way before ``send`` waits for
+    the oldest. A tensor that was sent must not be overwritten.
     """
 
     def __init__(self, group: RankGroup, width: int, dtype: torch.dtype) -> None:
-        """Every rank makes one at the same time."""
+        """``width``: C; ``dtype``: of the boundary. A collective call: all ranks take part."""
         self._group, self._width, self._dtype = group.intra_node, width, dtype
         self._first = group.rank - group.intra_node.rank  # rank of the first stage, among all ranks
         over_nccl = group.world_size > 1 and torch_dist.get_backend() == "nccl"
         self._staged = group.device.type == "cuda" and not over_nccl
-        # (the lower stage of two neighbours, NEXT or PREV) -> what carries that, where it is not
-        # what carries everything between the ranks of the machine
-        self._ways: dict[tuple[int, int], Any] = _ways(group) if over_nccl else {}
-        self._sender = device_thread(group.device, "stage-link") if self._staged else None
+        # (the lower stage of two neighbours, direction) -> its communicator; empty: all traffic
+        # uses the node's process group
+        self._communicators: dict[tuple[int, int], Any] = _communicators(group) if over_nccl else {}
+        self._sender = device_thread(group.device, "stage-p2p") if self._staged else None
         # Handle and tensor of each send that may be under way
         self._sending: deque[tuple[Handle, Tensor]] = deque()
-        # By where tensors travel to; they time how long the compute waits for one.
-        where = torch.device("cpu") if self._staged else group.device
-        self._receiving = {step: collective_stream(where, timed=True) for step in (NEXT, PREV)}
+        # By direction; timed, so that they count how long the compute waits for a receive
+        device = torch.device("cpu") if self._staged else group.device
+        self._receiving = {
+            direction: collective_stream(device, timed=True) for direction in (NEXT, PREV)
+        }
         self._stage_bytes = 0
 
     @property
     def is_first(self) -> bool:
-        """No stage comes before this one."""
+        """Whether no stage comes before this one."""
         return self._group.rank == 0
 
     @property
     def is_last(self) -> bool:
-        """No stage comes after this one."""
+        """Whether no stage comes after this one."""
         return self._group.rank == self._group.world_size - 1
 
-    def send(self, tensor: Tensor, step: int) -> None:
-        """``tensor`` (N, C) to the stage ``step`` (NEXT or PREV) of this one."""
+    def send(self, tensor: Tensor, neighbour: int) -> None:
+        """Send ``tensor`` (N, C) to ``neighbour``, NEXT or PREV."""
         while len(self._sending) >= AHEAD:
             self._sending.popleft()[0].wait()
-        tensor, to = tensor.contiguous(), self._neighbour(step)
+        tensor, rank, tag = tensor.contiguous(), self._rank(neighbour), TAGS[neighbour]
         self._stage_bytes += tensor.numel() * tensor.element_size()
         if self._sender is not None:
-            ranks = self._group.process_group
-            handle: Handle = _StagedSend(self._sender, tensor, to, TAGS[step], ranks)
+            process_group = self._group.process_group
+            handle: Handle = _StagedSend(self._sender, tensor, rank, tag, process_group)
         else:
-            work = torch_dist.isend(tensor, to, group=self._way(step, step), tag=TAGS[step])
-            handle = HandleGroup([work])
+            communicator = self._communicator(neighbour, direction=neighbour)
+            handle = HandleGroup([torch_dist.isend(tensor, rank, group=communicator, tag=tag)])
         self._sending.append((handle, tensor))
 
-    def inbox(self, rows: Sequence[int], step: int) -> "RecvQueue":
-        """What the stage ``step`` of this one will send: tensors of ``rows`` tokens, in order."""
-        return RecvQueue(self, rows, step)
+    def recv_queue(self, rows: Sequence[int], neighbour: int) -> "RecvQueue":
+        """The receives from ``neighbour``: one tensor (N, C) for each N of ``rows``, in order."""
+        return RecvQueue(self, rows, neighbour)
 
-    def receive(self, rows: int, step: int) -> "PendingRecv":
-        """Start to receive (``rows``, C) from the stage ``step`` of this one."""
+    def receive(self, rows: int, neighbour: int) -> "PendingRecv":
+        """Start to receive (``rows``, C) from ``neighbour``, NEXT or PREV."""
         device = torch.device("cpu") if self._staged else self._group.device
         buffer = torch.empty(
             rows, self._width, dtype=self._dtype, device=device, pin_memory=self._staged
         )
-        source, travels = self._neighbour(step), -step
-        way = self._way(step, travels)
-        ticket = self._receiving[travels].run(
-            lambda: torch_dist.irecv(buffer, source, group=way, tag=TAGS[travels])
+        source, direction = self._rank(neighbour), -neighbour
+        communicator = self._communicator(neighbour, direction)
+        handle = self._receiving[direction].run(
+            lambda: torch_dist.irecv(buffer, source, group=communicator, tag=TAGS[direction])
         )
-        return PendingRecv(ticket, buffer, self._group.device)
+        return PendingRecv(handle, buffer, self._group.device)
 
-    def nothing(self, rows: int) -> Tensor:
-        """Zeros (``rows``, C): what a stage sends that has nothing to say."""
+    def zeros(self, rows: int) -> Tensor:
+        """Zeros (``rows``, C), which a stage sends after it ran out of memory."""
         return torch.zeros(rows, self._width, dtype=self._dtype, device=self._group.device)
 
     def flush(self) -> None:
-        """Wait until all that was sent has left."""
+        """Wait until all sends are complete."""
         while self._sending:
             self._sending.popleft()[0].wait()
 
@@ -107,81 +109,80 @@ class PipelineP2P:
         wait_s = sum(stream.take_wait_s() for stream in self._receiving.values())
         return Traffic(stage_bytes=sent, wait_s=wait_s)
 
-    def _neighbour(self, step: int) -> int:
-        """The stage ``step`` of this one, as a rank among all."""
-        return self._first + self._group.rank + step
+    def _rank(self, neighbour: int) -> int:
+        """The neighbour's rank among all ranks."""
+        return self._first + self._group.rank + neighbour
 
-    def _way(self, step: int, travels: int) -> Any:
-        """What carries tensors that travel NEXT or PREV between this stage and the one ``step`` of
-        it.
-        """
-        lower = min(self._group.rank, self._group.rank + step)
-        return self._ways.get((lower, travels), self._group.process_group)
+    def _communicator(self, neighbour: int, direction: int) -> Any:
+        """The communicator between this stage and ``neighbour`` for tensors in ``direction``."""
+        lower = min(self._group.rank, self._group.rank + neighbour)
+        return self._communicators.get((lower, direction), self._group.process_group)
 
 
-def _ways(group: RankGroup) -> dict[tuple[int, int], Any]:
-    """A communicator for each two neighbours of this machine and direction.
+def _communicators(group: RankGroup) -> dict[tuple[int, int], Any]:
+    """A communicator for each pair of neighbours of this node and each direction.
 
-    NCCL works off what one communicator is given in order, and a send only together with its
-    receive. A middle stage that opens its receives ahead would hold up its own sends by them, the
-    stages around it would wait for those, and from four stages on nothing would ever move again.
+    One NCCL communicator runs its operations in order, and a send only together with its receive. A
+    middle stage that starts receives ahead would block its own sends behind them, and its
+    neighbours would wait for these sends: from four stages on that is a deadlock.
     """
-    stages, ways = group.intra_node.world_size, {}
-    for first in range(0, group.world_size, stages):  # all ranks make all of them, in that order
-        for lower, step in itertools.product(range(stages - 1), (NEXT, PREV)):
+    stages, communicators = group.intra_node.world_size, {}
+    # new_group is collective: all ranks create all communicators, in this order.
+    for first in range(0, group.world_size, stages):
+        for lower, direction in itertools.product(range(stages - 1), (NEXT, PREV)):
             ranks = [first + lower, first + lower + 1]
-            made = torch_dist.new_group(ranks, timeout=collective_timeout())
+            communicator = torch_dist.new_group(ranks, timeout=collective_timeout())
             if group.rank in range(first, first + stages):
-                ways[lower, step] = made
-    return ways
+                communicators[lower, direction] = communicator
+    return communicators
 
 
 class RecvQueue:
-    """The receives of one direction, a few of them open ahead."""
+    """The receives from one neighbour, ``AHEAD`` of them started ahead of their use."""
 
-    def __init__(self, link: PipelineP2P, rows: Sequence[int], step: int) -> None:
-        self._link, self._rows, self._step = link, deque(rows), step
-        self._open: deque[PendingRecv] = deque()
+    def __init__(self, p2p: PipelineP2P, rows: Sequence[int], neighbour: int) -> None:
+        self._p2p, self._rows, self._neighbour = p2p, deque(rows), neighbour
+        self._pending: deque[PendingRecv] = deque()
 
     def next(self) -> Tensor:
-        """The next tensor (N, C) on the device. Where memory runs out it can be asked for again."""
-        while self._rows and len(self._open) < AHEAD:
-            self._open.append(self._link.receive(self._rows[0], self._step))
+        """The next tensor (N, C) on the device. A call that ran out of memory can be repeated."""
+        while self._rows and len(self._pending) < AHEAD:
+            self._pending.append(self._p2p.receive(self._rows[0], self._neighbour))
             self._rows.popleft()
-        tensor = self._open[0].tensor()
-        self._open.popleft()
+        tensor = self._pending[0].tensor()
+        self._pending.popleft()
         return tensor
 
 
 @dataclass
 class PendingRecv:
-    """A tensor under way to this rank."""
+    """A receive under way."""
 
-    ticket: Handle
+    handle: Handle
     buffer: Tensor  # (N, C)
     device: torch.device
 
     def tensor(self) -> Tensor:
-        """(N, C) on the device, once it is here."""
-        self.ticket.wait()
+        """Wait for the receive. Return the tensor (N, C) on the device."""
+        self.handle.wait()
         return self.buffer.to(self.device, non_blocking=True)
 
 
 class _StagedSend:
-    """Copies to page-locked host memory; a thread sends that once the copy is complete."""
+    """A send through page-locked host memory: a thread sends the copy once it is complete."""
 
     def __init__(
-        self, sender: ThreadPoolExecutor, tensor: Tensor, to: int, tag: int, ranks: Any
+        self, sender: ThreadPoolExecutor, tensor: Tensor, rank: int, tag: int, process_group: Any
     ) -> None:
         self._on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._on_host.copy_(tensor, non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record()
-        self._sent = sender.submit(self._send, to, tag, ranks)
+        self._sent = sender.submit(self._send, rank, tag, process_group)
 
     def wait(self) -> None:
         self._sent.result()
 
-    def _send(self, to: int, tag: int, ranks: Any) -> None:
+    def _send(self, rank: int, tag: int, process_group: Any) -> None:
         self._copied.synchronize()
-        torch_dist.send(self._on_host, to, group=ranks, tag=tag)
+        torch_dist.send(self._on_host, rank, group=process_group, tag=tag)

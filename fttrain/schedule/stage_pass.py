@@ -1,4 +1,4 @@
-"""A pipeline stage's part in one pass of micro-batches: receive, its own layers, send."""
+"""A pipeline stage's part in one pass of micro-batches: receive, run the stage's layers, send."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,100 +13,103 @@ from fttrain.schedule.pipeline_p2p import NEXT, PREV, PipelineP2P, RecvQueue
 from fttrain.schedule.step_runner import Dropout, StepRunner
 from fttrain.store import Store
 
-OLDEST, NEWEST = slice(0, 1), slice(-1, None)  # of the micro-batches under way
+OLDEST, NEWEST = slice(0, 1), slice(-1, None)  # of the micro-batches in flight
 
 
 class StagePass:
-    """``micro_batches``: those of the pass, none empty, the same on every stage."""
+    """Forward and backward of a stage. ``micro_batches``: all of the pass, none empty, the same on
+    every stage.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
         store: Store,
-        link: PipelineP2P,
+        p2p: PipelineP2P,
         policies: Policies,
         gradients: Gradients,
         micro_batches: Sequence[MicroBatch],
         dropout: Dropout,
     ) -> None:
-        self._decoder, self._store, self._link = decoder, store, link
+        self._decoder, self._store, self._p2p = decoder, store, p2p
         self._gradients, self._micro_batches = gradients, micro_batches
-        # Its loss sum is that of the last stage; zero elsewhere
+        # The loss sum is zero but on the last stage.
         self.runner = StepRunner(decoder, policies, dropout)
-        self._rows = [len(batch.padded().input_ids) for batch in micro_batches]
-        self._from_before = None if link.is_first else link.inbox(self._rows, PREV)
-        self._from_after = None if link.is_last else link.inbox(self._rows, NEXT)
+        self._rows = [len(batch.padded().input_ids) for batch in micro_batches]  # N of each
+        self._from_prev = None if p2p.is_first else p2p.recv_queue(self._rows, PREV)
+        self._from_next = None if p2p.is_last else p2p.recv_queue(self._rows, NEXT)
 
     def __len__(self) -> int:
         return len(self._micro_batches)
 
     def forward(self, number: int) -> None:
-        """Pass this stage's layers; keep what backward needs."""
-        self.runner.start(self._micro_batches[number], self._received(self._from_before))
-        for layer in self._walk(range(len(self._store))):
+        """Run forward of micro-batch ``number`` through this stage's layers."""
+        self.runner.start(self._micro_batches[number], self._receive(self._from_prev))
+        for layer in self._iterate_layers(range(len(self._store))):
             self.runner.forward(layer, NEWEST)
-        if self._link.is_last:
+        if self._p2p.is_last:
             self.runner.head(NEWEST)
         else:
             self._send(number, NEWEST, NEXT)
 
     def backward(self, number: int) -> None:
-        """Pass back through the layers; adapter gradients are added where they live.
+        """Run backward of micro-batch ``number`` through this stage's layers. Adds to the adapters'
+        gradients.
 
-        Micro-batches come back in the order in which they went: it is the oldest one's turn.
+        Backwards run in the order of the forwards: ``number`` is the oldest one in flight.
         """
         self._take_gradient()
-        for layer in self._walk(range(len(self._store) - 1, -1, -1)):
-            self._gradients.open(layer)
+        for layer in self._iterate_layers(range(len(self._store) - 1, -1, -1)):
+            self._gradients.begin_layer(layer)
             self.runner.backward(layer, OLDEST)
-            self._gradients.close(layer, last=number == len(self) - 1)
-        if not self._link.is_first:
+            self._gradients.end_layer(layer, last=number == len(self) - 1)
+        if not self._p2p.is_first:
             self._send(number, OLDEST, PREV)
-        del self.runner.works[OLDEST]
+        del self.runner.in_flight[OLDEST]
 
-    def close_all(self) -> None:
-        """In place of all backwards where there are no micro-batches: gradients are complete as
-        they are, and whoever has the same layers waits for their sum.
+    def end_all_layers(self) -> None:
+        """Declare all gradients complete where there are no micro-batches: ranks of other nodes
+        with the same layers wait for the reduction.
         """
         for layer in range(len(self._store) - 1, -1, -1):
-            self._gradients.open(layer)
-            self._gradients.close(layer, last=True)
+            self._gradients.begin_layer(layer)
+            self._gradients.end_layer(layer, last=True)
 
     def evaluate(self, number: int) -> None:
-        """Forward without keeping anything."""
-        self.runner.start(self._micro_batches[number], self._received(self._from_before))
-        for layer in self._walk(range(len(self._store))):
+        """Run forward of micro-batch ``number`` without saving anything for backward."""
+        self.runner.start(self._micro_batches[number], self._receive(self._from_prev))
+        for layer in self._iterate_layers(range(len(self._store))):
             self.runner.forward_only(layer)
-        if self._link.is_last:
+        if self._p2p.is_last:
             self.runner.head_only()
         else:
             self._send(number, NEWEST, NEXT)
-        self.runner.works.clear()
+        self.runner.in_flight.clear()
 
     def _take_gradient(self) -> None:
-        """The last stage's head has left it there."""
-        gradient = self._received(self._from_after)
+        """Receive the gradient of the stage's output; on the last stage the head has left it."""
+        gradient = self._receive(self._from_next)  # (N, C)
         if gradient is not None:
-            for work in self.runner.works[OLDEST]:
-                work.hidden = gradient
+            for batch in self.runner.in_flight[OLDEST]:
+                batch.hidden = gradient
 
-    def _received(self, inbox: RecvQueue | None) -> Tensor | None:
-        """What the stage beside this one says next (N, C). Where there is no room for it, room is
-        made: the sender waits until it is taken.
+    def _receive(self, queue: RecvQueue | None) -> Tensor | None:
+        """The next tensor (N, C) of a neighbour. The neighbour waits until it is received, so where
+        memory runs out the step is dropped and the receive repeated.
         """
-        if inbox is None:
+        if queue is None:
             return None
         received: list[Tensor] = []
         with self.runner.computing():
-            received.append(inbox.next())
-        return received[0] if received else inbox.next()
+            received.append(queue.next())
+        return received[0] if received else queue.next()
 
-    def _send(self, number: int, works: slice, step: int) -> None:
-        """What ``works``, one at most, hold after micro-batch ``number``; the stage beside this one
-        waits for something of its shape in any case.
+    def _send(self, number: int, selection: slice, neighbour: int) -> None:
+        """Send ``hidden`` (N, C) of ``selection``, micro-batch ``number``. A rank that ran out of
+        memory has none in flight and sends zeros, for which its neighbour waits.
         """
-        said = [work.hidden for work in self.runner.works[works]]
-        self._link.send(said[0] if said else self._link.nothing(self._rows[number]), step)
+        hidden = [batch.hidden for batch in self.runner.in_flight[selection]]
+        self._p2p.send(hidden[0] if hidden else self._p2p.zeros(self._rows[number]), neighbour)
 
-    def _walk(self, order: range) -> Iterator[int]:
+    def _iterate_layers(self, order: range) -> Iterator[int]:
         return layer_pass.iterate_layers(self._decoder, self._store, order)

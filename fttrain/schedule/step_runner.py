@@ -1,8 +1,11 @@
-"""One rank's part in a step or an evaluation, which memory may not suffice for.
+"""One rank's compute of a step or an evaluation, during which memory may run out.
 
-A rank that runs out cannot just stop: the others wait for its part of every layer, its gradients,
-or what it sends. It drops all it has under way and walks on with nothing to compute, like a rank
-whose micro-batches are empty; at the end of the step all ranks learn that the step is void.
+A rank that runs out of memory cannot just stop: the others wait for its shard of every layer, its
+gradients, or its sends. It drops all micro-batches in flight and goes on through the layers with
+nothing to compute, like a rank whose micro-batches are empty. At the end of the step all ranks
+learn that the step is void.
+
+Legend: N tokens of a micro-batch, C hidden width.
 """
 
 import traceback
@@ -25,76 +28,79 @@ Dropout = Callable[[MicroBatch], DropoutKey | None]
 
 
 class StepRunner:
-    """What a step, or an evaluation, has under way on this rank, and what came of it so far."""
+    """The micro-batches in flight on this rank in a step or an evaluation, and its results so
+    far.
+    """
 
     def __init__(self, decoder: Decoder, policies: Policies, dropout: Dropout) -> None:
         self._decoder, self._policies, self._dropout = decoder, policies, dropout
-        self.works: list[
-            InFlightMicroBatch
-        ] = []  # between forward and backward; for good none once it ran out
-        # Loss sum over the targets so far, fp64
+        # Between forward and backward, oldest first; empty to the end once memory ran out
+        self.in_flight: list[InFlightMicroBatch] = []
+        # fp64 (), over all targets so far
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=decoder.device)
-        self.ran_out = ""  # what was said as memory ran out; empty: it did not
+        self.ran_out = ""  # message of the first out-of-memory error; empty: none
 
     def start(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> None:
-        """One more micro-batch is under way, unless memory has run out; ``hidden`` as
+        """Put ``micro_batch`` in flight, unless memory has run out. ``hidden`` (N, C): as in
         ``layer_pass.start``.
         """
         with self.computing():
             if not self.ran_out:
                 dropout = self._dropout(micro_batch)
                 started = layer_pass.start(self._decoder, micro_batch, dropout, hidden)
-                self.works.append(started)
+                self.in_flight.append(started)
 
-    def forward(self, layer: int, works: slice = slice(None)) -> None:
-        """Pass ``works`` of those under way through the bound ``layer``, and keep what its policy
-        says.
+    def forward(self, layer: int, selection: slice = slice(None)) -> None:
+        """Pass ``selection`` of those in flight through the bound ``layer``. The layer's policy
+        saves what backward reads.
         """
         with self.computing():
-            for work in self.works[works]:
-                layer_pass.forward(self._decoder.layers[layer], work, self._policies[layer])
+            for batch in self.in_flight[selection]:
+                layer_pass.forward(self._decoder.layers[layer], batch, self._policies[layer])
 
-    def forward_only(self, layer: int, works: slice = slice(None)) -> None:
-        """As ``forward``, without keeping anything for backward."""
+    def forward_only(self, layer: int, selection: slice = slice(None)) -> None:
+        """Pass ``selection`` through the bound ``layer`` and save nothing for backward."""
         with self.computing():
-            for work in self.works[works]:
-                layer_pass.forward_only(self._decoder.layers[layer], work)
+            for batch in self.in_flight[selection]:
+                layer_pass.forward_only(self._decoder.layers[layer], batch)
 
-    def head(self, works: slice = slice(None)) -> None:
-        """Add the loss of ``works``; from here on they hold the gradient."""
-        if not self.works[works]:
-            return  # a streamed head need not come
+    def head(self, selection: slice = slice(None)) -> None:
+        """Add the loss of ``selection``. Their ``hidden`` (N, C) becomes its gradient."""
+        if not self.in_flight[selection]:
+            return  # a streamed head is not brought for nothing
         head = self._decoder.head
         with self.computing(), head.brought():
-            for work in self.works[works]:
-                batch = work.micro_batch
-                loss, work.hidden = head.loss_and_gradient(
-                    work.hidden, batch.targets, batch.trained
+            for batch in self.in_flight[selection]:
+                micro_batch = batch.micro_batch
+                loss, batch.hidden = head.loss_and_gradient(
+                    batch.hidden, micro_batch.targets, micro_batch.trained
                 )
                 self.loss_sum += loss
 
-    def head_only(self, works: slice = slice(None)) -> None:
-        """Add the loss of ``works``, which has no gradient."""
-        if not self.works[works]:
+    def head_only(self, selection: slice = slice(None)) -> None:
+        """Add the loss of ``selection``, without a gradient."""
+        if not self.in_flight[selection]:
             return
         head = self._decoder.head
         with self.computing(), head.brought():
-            for work in self.works[works]:
-                batch = work.micro_batch
-                self.loss_sum += head.loss(work.hidden, batch.targets, batch.trained)
+            for batch in self.in_flight[selection]:
+                micro_batch = batch.micro_batch
+                self.loss_sum += head.loss(batch.hidden, micro_batch.targets, micro_batch.trained)
 
-    def backward(self, layer: int, works: slice = slice(None)) -> None:
-        """Pass ``works`` back through the bound ``layer``, whose gradient is open."""
+    def backward(self, layer: int, selection: slice = slice(None)) -> None:
+        """Pass ``selection`` back through the bound ``layer``, between ``begin_layer`` and
+        ``end_layer`` of its gradient.
+        """
         with self.computing():
-            passing = self.works[works]
-            for number, work in enumerate(passing):
-                upcoming = passing[(number + 1) % len(passing)]
-                layer_pass.backward(self._decoder.layers[layer], work, upcoming)
+            batches = self.in_flight[selection]
+            for number, batch in enumerate(batches):
+                upcoming = batches[(number + 1) % len(batches)]
+                layer_pass.backward(self._decoder.layers[layer], batch, upcoming)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Around what this rank computes alone, never around what others take part in: where memory
-        runs out inside, the rest of the block is left out and all that is under way is dropped.
+        """Guard compute of this rank alone, never a collective. Where memory runs out inside, the
+        rest of the block is skipped and all micro-batches in flight are dropped.
         """
         try:
             yield
@@ -102,15 +108,16 @@ class StepRunner:
             if not is_out_of_memory(error):
                 raise
             self.ran_out = self.ran_out or first_line(error)
-            # What the calls that failed still hold would live as long as the error.
+            # Tensors in the frames of the failed calls would live as long as the error.
             traceback.clear_frames(error.__traceback__)
             self._drop()
 
     def _drop(self) -> None:
-        for work in self.works:
-            work.drop()
-        self.works.clear()
+        for batch in self.in_flight:
+            batch.drop()
+        self.in_flight.clear()
         for policy in dict.fromkeys(self._policies):
             policy.discard()
         if self._decoder.device.type == "cuda":
-            torch.cuda.empty_cache()  # other libraries, and pieces of another size, need it, too
+            # Other libraries, and blocks of another size, need the memory, too.
+            torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
-"""Where the frozen base lives, layer by layer.
+"""Stores of the frozen base, layer by layer.
 
-A store brings layers before they are needed and hands them out for as long as they are:
-``prefetch(upcoming)``, ``get(l)``, ``release(l)``. Schedules know no more of it than that.
+A store brings layers before they are needed and hands them out until they are released:
+``prefetch(upcoming)``, ``get(l)``, ``release(l)``. Schedules use nothing else of it.
 """
 
 from collections.abc import Sequence
@@ -17,37 +17,37 @@ from fttrain.quant.frozen_layer import FrozenLayer
 
 @dataclass(frozen=True)
 class Traffic:
-    """What this rank moved so that its layers could run, and how long the compute stood still for
-    it, since the last ``take_traffic``.
+    """Bytes that this rank moved for its layers since the last ``take_traffic``, and seconds for
+    which the compute waited for them.
 
-    Not in it: what ``layer_inputs=host``, ``embedding=host`` and ``optim.offload`` move between
-    host and device, nor gradients that are summed over ranks.
+    Traffic of ``layer_inputs=host``, ``embedding=host`` and ``optim.offload`` between host and
+    device and the reduction of gradients are not counted.
     """
 
-    gather_bytes: int = 0  # parts of frozen layers, received from other ranks
+    gather_bytes: int = 0  # shards of frozen layers, received from other ranks
     h2d_bytes: int = 0  # frozen layers and a streamed head, copied from host memory to the device
     stage_bytes: int = 0  # boundaries and their gradients, sent to other stages of a pipeline
     activation_bytes: int = 0  # offloaded activations that came back from host memory
-    # seconds in which the compute waited for a frozen layer, a streamed head, activations to come
-    # back, or the boundary or gradient of another stage; on CUDA those of waits that were over when
-    # it was asked
+    # Seconds in which the compute waited for a frozen layer, a streamed head, offloaded
+    # activations, or the boundary or gradient of another stage. On CUDA only waits count that were
+    # over when ``take_traffic`` was called.
     wait_s: float = 0.0
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        """Of two parts of a rank, one after the other."""
+        """The sum over two components of a rank that run one after the other."""
         return Traffic(*map(add, astuple(self), astuple(other)))
 
 
 class Store(Protocol):
-    """What a schedule needs of a store."""
+    """The part of a store that a schedule uses."""
 
     def __len__(self) -> int:
-        """How many layers there are."""
+        """The number of layers."""
         ...
 
     def prefetch(self, upcoming: Sequence[int]) -> None:
-        """These layers are needed next, in this order: start bringing as many as there is room
-        for.
+        """Start bringing the first of ``upcoming``, the next layers in the order of their use, as
+        many as there is room for.
         """
         ...
 
@@ -56,19 +56,19 @@ class Store(Protocol):
         ...
 
     def release(self, layer: int) -> None:
-        """The layer's bytes may be overwritten once the device has done what was asked so far."""
+        """Allow the layer's bytes to be overwritten after the work issued to the device so far."""
         ...
 
     def take_traffic(self) -> Traffic:
-        """What was moved since the last call."""
+        """The traffic since the last call."""
         ...
 
 
 class FrozenBase(Protocol):
-    """Where the bytes come from with which stores and ends are filled: the frozen cache."""
+    """The source of the bytes of stores, embedding and head: the frozen cache."""
 
     def __len__(self) -> int:
-        """How many layers there are."""
+        """The number of layers."""
         ...
 
     def read(self, layer: int, into: Tensor, offset_bytes: int = 0) -> None:
@@ -78,11 +78,11 @@ class FrozenBase(Protocol):
         ...
 
     def checksum(self, layer: int) -> int | None:
-        """What ``quant.checksum`` makes of the whole layer; None: nobody knows."""
+        """The ``quant.checksum`` of the whole layer; None: not known."""
         ...
 
     def path(self, layer: int) -> Path:
-        """Where the layer lies on disk."""
+        """The layer's file."""
         ...
 
     @property

@@ -1,8 +1,8 @@
-"""What a layer's backward reads, in host memory between its forward and its backward.
+"""Activation offload: tensors that a layer's backward reads wait in host memory meanwhile.
 
-autograd hands over each tensor that it would keep; it leaves for the host while the next layers
-compute and is back on the device when backward asks for it. What has not been pushed out by later
-ones when forward turns into backward is still on the device, and is used from there.
+autograd hands over each tensor that it saves for backward. The tensor is copied to the host while
+the next layers compute, and copied back before backward reads it. The tensors of the last
+``UNDER_WAY`` passes stay on the device, and backward uses them from there.
 
     forward    layer 0   layer 1   layer 2 | layer 2   layer 1   layer 0    backward
     out            [ 0 ------ ][ 1 ---- ]
@@ -25,14 +25,14 @@ from fttrain.store.side_stream import SideStream, copy, copy_stream
 from fttrain.util.units import round_up
 
 UNDER_WAY = 2  # passes whose tensors stay on the device while they leave
-ALIGN_BYTES = 256  # of a tensor's start: what kernels like
+ALIGN_BYTES = 256  # alignment of each tensor's start: kernels are faster on it
 
 
 @dataclass
 class _Part:
-    """Where one tensor lies in its place."""
+    """The bytes of one tensor in the host slot of its pass."""
 
-    start: int  # bytes from the start of the place
+    start: int  # bytes from the start of the slot
     shape: torch.Size
     dtype: torch.dtype
 
@@ -41,19 +41,19 @@ class _Part:
         return self.start + self.shape.numel() * self.dtype.itemsize
 
     def of(self, flat: Tensor) -> Tensor:
-        """The tensor in ``flat`` uint8 (bytes of the place,)."""
+        """The tensor in ``flat`` uint8 (slot bytes,)."""
         return flat[self.start : self.end].view(self.dtype).view(self.shape)
 
 
 @dataclass
 class OffloadedPass:
-    """The tensors of one layer's pass of one micro-batch."""
+    """The saved tensors of one layer's pass of one micro-batch."""
 
-    place: int
+    slot: int  # row of the host buffer
     parts: list[_Part] = field(default_factory=list)
-    tensors: list[Tensor] | None = field(default_factory=list)  # None: on the host alone
-    left: list[Handle] = field(default_factory=list)
-    coming: tuple[Handle, Tensor] | None = None  # uint8 (used bytes of the place,)
+    tensors: list[Tensor] | None = field(default_factory=list)  # None: in host memory alone
+    copies_out: list[Handle] = field(default_factory=list)  # device -> host, one a tensor
+    copy_back: tuple[Handle, Tensor] | None = None  # host -> device; uint8 (used_bytes,)
 
     @property
     def used_bytes(self) -> int:
@@ -61,104 +61,109 @@ class OffloadedPass:
 
 
 class HostActivations:
-    """``buffer``: host memory, uint8, for ``places`` passes of a layer at once."""
+    """``buffer``: host memory, uint8, divided into ``slots``, one a layer's pass."""
 
     def __init__(
         self,
         buffer: Tensor,
-        places: int,
+        slots: int,
         device: torch.device,
         out: SideStream | None = None,
         back: SideStream | None = None,
     ) -> None:
-        self._host = buffer.view(places, -1)
+        self._host = buffer.view(slots, -1)  # uint8 (slots, slot bytes)
         self._device = device
-        self._free = list(range(places))
+        self._free = list(range(slots))
         self._out, self._back = out or copy_stream(device), back or copy_stream(device, timed=True)
-        self._leaving: deque[OffloadedPass] = deque()  # those whose tensors are still on the device
+        self._leaving: deque[OffloadedPass] = deque()  # passes with tensors still on the device
         self._back_bytes = 0
 
     @contextmanager
-    def taking(self) -> Iterator[OffloadedPass]:
-        """Take what autograd keeps inside the block; backward of it runs between ``bring`` and
-        ``drop``.
+    def offload(self) -> Iterator[OffloadedPass]:
+        """Offload all that autograd saves inside the block. Its backward runs between ``bring``
+        and ``drop``.
         """
-        kept = OffloadedPass(self._free.pop())
-        with saved_tensors_hooks(partial(self._pack, kept), partial(self._unpack, kept)):
-            yield kept
-        self._leaving.append(kept)
+        saved = OffloadedPass(self._free.pop())
+        with saved_tensors_hooks(partial(self._pack, saved), partial(self._unpack, saved)):
+            yield saved
+        self._leaving.append(saved)
         while len(self._leaving) > UNDER_WAY:
-            gone = self._leaving.popleft()
-            HandleGroup(gone.left).wait()  # its device memory is free from here on
-            gone.tensors = None
+            oldest = self._leaving.popleft()
+            HandleGroup(oldest.copies_out).wait()  # its device memory is free from here on
+            oldest.tensors = None
 
-    def bring(self, kept: OffloadedPass) -> None:
-        """It is needed next: start its way back, unless it is under way or still there."""
-        if kept.tensors is not None or kept.coming is not None:
+    def bring(self, saved: OffloadedPass) -> None:
+        """Start the copy back to the device, unless it has started or the tensors are still
+        there.
+        """
+        if saved.tensors is not None or saved.copy_back is not None:
             return
-        on_host = self._host[kept.place, : kept.used_bytes]
-        flat = torch.empty_like(on_host, device=self._device)
+        on_host = self._host[saved.slot, : saved.used_bytes]
+        flat = torch.empty_like(on_host, device=self._device)  # uint8 (used_bytes,)
 
-        def work() -> None:
-            HandleGroup(kept.left).wait()
+        def copy_back() -> None:
+            HandleGroup(saved.copies_out).wait()
             copy(flat, on_host)
 
-        kept.coming = self._back.run(work), flat
-        self._back_bytes += kept.used_bytes
+        saved.copy_back = self._back.run(copy_back), flat
+        self._back_bytes += saved.used_bytes
 
-    def drop(self, kept: OffloadedPass) -> None:
-        """Its backward is issued."""
-        if kept.tensors is not None:
-            # A copy may read them still, and what comes into their memory: nobody reads its place.
-            self._leaving.remove(kept)
-        kept.tensors = kept.coming = None
-        self._free.append(kept.place)
+    def drop(self, saved: OffloadedPass) -> None:
+        """Free the pass, whose backward is issued."""
+        if saved.tensors is not None:
+            # A copy out may still read their memory after it is used again. Its slot then holds
+            # garbage that no backward reads.
+            self._leaving.remove(saved)
+        saved.tensors = saved.copy_back = None
+        self._free.append(saved.slot)
 
     def discard(self) -> None:
-        """No backward of what was taken will come: all places are free again."""
-        # A place, and memory of the device, that a copy still uses must not be given out again.
+        """Free all slots: the backward of what was saved will not come."""
+        # Host slots and device memory that a copy still uses must not be given out again.
         self._out.synchronize()
         self._back.synchronize()
         self._leaving.clear()
         self._free = list(range(len(self._host)))
 
     def resize(self, pieces: int) -> None:
-        """Passes have 1 / ``pieces`` of the rows from here on, and there are as many times more of
-        them. Nothing is kept now.
+        """Divide each slot into ``pieces``: micro-batches have 1 / ``pieces`` of the rows from here
+        on. Nothing may be saved at the time.
         """
         self._host = self._host.view(len(self._host) * pieces, -1)
         self._free = list(range(len(self._host)))
 
     def take_traffic(self) -> Traffic:
-        """What came back to the device since the last call, and the waits for it."""
+        """Bytes copied back to the device since the last call, and the seconds waited for them."""
         moved, self._back_bytes = self._back_bytes, 0
         return Traffic(activation_bytes=moved, wait_s=self._back.take_wait_s())
 
-    def _pack(self, kept: OffloadedPass, tensor: Tensor) -> tuple[int, torch.Size]:
-        """Which tensor of ``kept`` it is, and its shape: two nodes may keep views of the same."""
-        assert kept.tensors is not None
-        for number, earlier in enumerate(kept.tensors):
+    def _pack(self, saved: OffloadedPass, tensor: Tensor) -> tuple[int, torch.Size]:
+        """The tensor's number in ``saved``, and its shape: two autograd nodes may save views of the
+        same memory, which is copied once.
+        """
+        assert saved.tensors is not None
+        for number, earlier in enumerate(saved.tensors):
             if _begins(earlier) == _begins(tensor) and earlier.nbytes == tensor.nbytes:
                 return number, tensor.shape
-        start = round_up(kept.used_bytes, ALIGN_BYTES)
+        start = round_up(saved.used_bytes, ALIGN_BYTES)
         part = _Part(start, tensor.shape, tensor.dtype)
-        kept.parts.append(part)
-        kept.tensors.append(tensor.detach())
-        on_host = part.of(self._host[kept.place])
-        kept.left.append(self._out.run(partial(copy, on_host, kept.tensors[-1])))
-        return len(kept.parts) - 1, tensor.shape
+        saved.parts.append(part)
+        saved.tensors.append(tensor.detach())
+        on_host = part.of(self._host[saved.slot])
+        saved.copies_out.append(self._out.run(partial(copy, on_host, saved.tensors[-1])))
+        return len(saved.parts) - 1, tensor.shape
 
-    def _unpack(self, kept: OffloadedPass, packed: tuple[int, torch.Size]) -> Tensor:
+    def _unpack(self, saved: OffloadedPass, packed: tuple[int, torch.Size]) -> Tensor:
         number, shape = packed
-        if kept.tensors is not None:
-            return kept.tensors[number].view(shape)
-        self.bring(kept)
-        assert kept.coming is not None
-        arrival, flat = kept.coming
-        arrival.wait()
-        return kept.parts[number].of(flat).view(shape)
+        if saved.tensors is not None:
+            return saved.tensors[number].view(shape)
+        self.bring(saved)
+        assert saved.copy_back is not None
+        handle, flat = saved.copy_back
+        handle.wait()
+        return saved.parts[number].of(flat).view(shape)
 
 
 def _begins(tensor: Tensor) -> tuple[int, int]:
-    """Where it begins: storage, bytes from its start. Fake tensors have no address."""
+    """The tensor's storage, and its offset in bytes: fake tensors have no address."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset()) * tensor.itemsize

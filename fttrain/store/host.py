@@ -1,12 +1,12 @@
-"""Some layers on the device, the rest in one host copy that the ranks of a machine share.
+"""Host store: some layers on the device, the rest in one host copy that a node's ranks share.
 
     host  [ 0 | 2 | 3 | 5 | 6 | ... ]  page-locked on CUDA, one for all ranks
               |  copy stream
     device  slots [ 2 ][ 3 ]    resident [ 1 ][ 4 ] ...
 
-No rank needs another one's help: any link does, and a single card as well. Bytes copied: a layer
-for each one that is not resident, less those that a turn finds in the slots still. Resident layers
-are spread evenly, so that the copies of the others have all the compute to hide behind.
+No rank needs data of another one: any link will do, and so will a single card. Bytes copied in a
+pass: all layers that are not resident, less those that are still in the slots where forward turns
+into backward. Resident layers are spread evenly, so that all compute hides copies.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,13 @@ from fttrain.store.slots import Slots
 
 
 def resident_set(layers: int, resident_layers: int) -> frozenset[int]:
-    """Which ``resident_layers`` of so many layers stay on the device: evenly spread."""
+    """The ``resident_layers`` of ``layers`` that stay on the device, evenly spread."""
     return frozenset((2 * i + 1) * layers // (2 * resident_layers) for i in range(resident_layers))
 
 
 class HostStore:
     """``resident``: layer -> uint8 (layer_bytes,) on the device; ``on_host``: the same in host
-    memory for all others (and maybe for more: another rank may keep fewer).
+    memory for all other layers, and for those that are resident on some ranks of the node only.
     """
 
     def __init__(

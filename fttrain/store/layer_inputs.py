@@ -1,8 +1,8 @@
-"""Layer inputs that are kept for backward: on the device, or in host memory.
+"""Layer inputs (activation checkpoints) that wait for backward: on the device, or in host memory.
 
-In host memory the boundary of each (layer, micro-batch) goes out as the next layer computes and
-comes back just before its backward. Two are under way in each direction at most, so the device
-never holds more than a few of them.
+With host memory the input of each (layer, micro-batch) is copied out as the next layer computes and
+copied back just before its backward. At most two copies are under way in each direction, so the
+device never holds more than a few layer inputs.
 
 Legend: N tokens of a micro-batch, C hidden width.
 """
@@ -22,61 +22,63 @@ UNDER_WAY = 2  # copies in each direction
 
 
 class LayerInputs(Protocol):
-    """Keeps what ``save`` is given until ``load`` asks for it, once."""
+    """Storage that holds what ``save`` is given until ``load`` returns it, once."""
 
-    def save(self, boundary: Tensor) -> Any:
-        """Take ``boundary`` (N, C); what ``prefetch`` and ``load`` know it by."""
+    def save(self, hidden: Tensor) -> Any:
+        """Store ``hidden`` (N, C). Return the key for ``prefetch`` and ``load``."""
         ...
 
-    def prefetch(self, kept: Any) -> None:
-        """It is needed next."""
+    def prefetch(self, saved: Any) -> None:
+        """Start bringing ``saved`` to the device: its ``load`` comes next."""
         ...
 
-    def load(self, kept: Any) -> Tensor:
-        """The boundary (N, C) on the device; its place is free again."""
+    def load(self, saved: Any) -> Tensor:
+        """The layer input (N, C) on the device; its slot is free again."""
         ...
 
     def discard(self) -> None:
-        """What is kept will not be asked for."""
+        """Free all slots: what is saved will not be loaded."""
         ...
 
     def resize(self, pieces: int) -> None:
-        """LayerInputs have 1 / ``pieces`` of the rows from here on, and there are as many times
-        more of them. Nothing is kept now.
+        """Divide each slot into ``pieces``: layer inputs have 1 / ``pieces`` of the rows from here
+        on. Nothing may be saved at the time.
         """
         ...
 
 
 class DeviceLayerInputs:
-    """They stay where they are."""
+    """Layer inputs that stay on the device."""
 
-    def save(self, boundary: Tensor) -> Tensor:
-        return boundary
+    def save(self, hidden: Tensor) -> Tensor:
+        return hidden
 
-    def prefetch(self, kept: Tensor) -> None:
-        """Nothing to bring."""
+    def prefetch(self, saved: Tensor) -> None:
+        """Do nothing: the input is there."""
 
-    def load(self, kept: Tensor) -> Tensor:
-        return kept
+    def load(self, saved: Tensor) -> Tensor:
+        return saved
 
     def discard(self) -> None:
-        """Who saved them holds them."""
+        """Do nothing: the caller's references alone hold the inputs."""
 
     def resize(self, pieces: int) -> None:
-        """They are as large as they are."""
+        """Do nothing: no memory is reserved."""
 
 
 @dataclass
 class _SavedInput:
-    """One boundary in host memory, and on its way back."""
+    """One layer input in host memory."""
 
-    place: int
+    slot: int
     rows: int  # N
-    coming: tuple[Handle, Tensor] | None = None
+    copy_back: tuple[Handle, Tensor] | None = None  # host -> device; (N, C)
 
 
 class HostLayerInputs:
-    """``buffer``: host memory for ``places`` boundaries of up to ``rows`` tokens each, uint8."""
+    """Layer inputs in host memory. ``buffer``: uint8, of ``layer_input_bytes(shape, dtype)``;
+    ``shape``: (slots, most tokens of a micro-batch, C).
+    """
 
     def __init__(
         self,
@@ -87,54 +89,54 @@ class HostLayerInputs:
         out: SideStream | None = None,
         back: SideStream | None = None,
     ) -> None:
-        self._host = buffer.view(dtype).view(shape)  # (places, rows, C)
+        self._host = buffer.view(dtype).view(shape)  # (slots, rows, C)
         self._device = device
         self._free = list(range(len(self._host)))
         self._out, self._back = out or copy_stream(device), back or copy_stream(device)
-        self._leaving: deque[tuple[Handle, Tensor]] = deque()
+        self._leaving: deque[tuple[Handle, Tensor]] = deque()  # copies out, and what they read
 
-    def save(self, boundary: Tensor) -> _SavedInput:
-        kept = _SavedInput(self._free.pop(), len(boundary))
+    def save(self, hidden: Tensor) -> _SavedInput:
+        saved = _SavedInput(self._free.pop(), len(hidden))
         while len(self._leaving) >= UNDER_WAY:
             self._leaving.popleft()[0].wait()  # its device memory is free from here on
-        place = self._host[kept.place, : kept.rows]
-        leaving = self._out.run(partial(copy, place, boundary))
-        self._leaving.append((leaving, boundary))
-        return kept
+        on_host = self._host[saved.slot, : saved.rows]  # (N, C)
+        handle = self._out.run(partial(copy, on_host, hidden))
+        self._leaving.append((handle, hidden))
+        return saved
 
-    def prefetch(self, kept: _SavedInput) -> None:
-        if kept.coming is not None:
+    def prefetch(self, saved: _SavedInput) -> None:
+        if saved.copy_back is not None:
             return
-        while self._leaving:  # the last ones may not have arrived yet
+        while self._leaving:  # the last copies out may not be complete
             self._leaving.popleft()[0].wait()
-        place = self._host[kept.place, : kept.rows]
-        boundary = torch.empty(place.shape, dtype=place.dtype, device=self._device)
-        coming = self._back.run(partial(copy, boundary, place))
-        kept.coming = coming, boundary
+        on_host = self._host[saved.slot, : saved.rows]  # (N, C)
+        hidden = torch.empty(on_host.shape, dtype=on_host.dtype, device=self._device)
+        handle = self._back.run(partial(copy, hidden, on_host))
+        saved.copy_back = handle, hidden
 
-    def load(self, kept: _SavedInput) -> Tensor:
-        self.prefetch(kept)
-        assert kept.coming is not None
-        coming, boundary = kept.coming
-        coming.wait()
-        kept.coming = None
-        self._free.append(kept.place)
-        return boundary
+    def load(self, saved: _SavedInput) -> Tensor:
+        self.prefetch(saved)
+        assert saved.copy_back is not None
+        handle, hidden = saved.copy_back
+        handle.wait()
+        saved.copy_back = None
+        self._free.append(saved.slot)
+        return hidden
 
     def discard(self) -> None:
-        # A place, and memory of the device, that a copy still uses must not be given out again.
+        # Host slots and device memory that a copy still uses must not be given out again.
         self._out.synchronize()
         self._back.synchronize()
         self._leaving.clear()
         self._free = list(range(len(self._host)))
 
     def resize(self, pieces: int) -> None:
-        places, rows, width = self._host.shape
-        self._host = self._host.view(places * pieces, rows // pieces, width)
+        slots, rows, width = self._host.shape
+        self._host = self._host.view(slots * pieces, rows // pieces, width)
         self._free = list(range(len(self._host)))
 
 
 def layer_input_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
-    """Host memory for (places, rows, C)."""
-    places, rows, width = shape
-    return places * rows * width * dtype.itemsize
+    """Bytes of host memory for layer inputs (slots, rows, C)."""
+    slots, rows, width = shape
+    return slots * rows * width * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Layers on their way from the disk to where a store keeps them, at the speed of the disk."""
+"""Loading of frozen layers from the disk into a store's memory, at the speed of the disk."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -15,15 +15,16 @@ Progress = Callable[[int, int], None]  # (done, total)
 
 
 def reserve_layers(ledger: MemoryLedger, count: int, size_bytes: int) -> None:
-    """Memory that ``to_device`` needs for ``count`` buffers of ``size_bytes``."""
+    """Reserve what ``to_device`` needs for ``count`` buffers of ``size_bytes``."""
     ledger.reserve(MemoryPart.FROZEN_LAYERS, count * size_bytes)
     if ledger.device.type == "cuda":
         ledger.reserve(MemoryPart.LAYER_STAGING, 2 * size_bytes)
 
 
 def in_turn(layers: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """``layers`` in the order in which ``rank`` reads them where every rank reads all: each begins
-    elsewhere, and finds in the page cache later what another one has read (docs/lab-log.md).
+    """``layers`` in the order in which ``rank`` reads them where every rank reads all. Each rank
+    begins at a different layer, and later finds in the page cache what others have read
+    (docs/lab-log.md).
     """
     first = rank * len(layers) // world_size
     return [*layers[first:], *layers[:first]]
@@ -57,7 +58,7 @@ def to_device(
     for done, layer in enumerate(layers, start=1):
         on_host = staging[done % 2]
         base.read(layer, on_host, offset_bytes)
-        stream.synchronize()  # the copy of the layer before, out of the other buffer
+        stream.synchronize()  # the previous layer's copy, out of the other buffer
         flats.append(torch.empty(size_bytes, dtype=torch.uint8, device=device))
         stream.run(partial(copy, flats[-1], on_host))
         progress(done, len(layers))

@@ -1,4 +1,4 @@
-"""The whole frozen base (or a pipeline stage's part of it) on the device."""
+"""Resident store: the whole frozen base, or a pipeline stage's layers, on the device."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from fttrain.store import Traffic
 
 
 class ResidentStore:
-    """Every layer's flat buffer stays where it is: nothing is ever moved."""
+    """``flats``: uint8 (layer_bytes,) of each layer, on the device. Nothing is ever moved."""
 
     def __init__(self, flats: list[Tensor], frozen_format: FrozenFormat) -> None:
         self._flats = flats
@@ -19,13 +19,13 @@ class ResidentStore:
         return len(self._flats)
 
     def prefetch(self, upcoming: Sequence[int]) -> None:
-        """Nothing to bring."""
+        """Do nothing: every layer is there."""
 
     def get(self, layer: int) -> FrozenLayer:
         return FrozenLayer(self._flats[layer], self._format)
 
     def release(self, layer: int) -> None:
-        """Nothing to free."""
+        """Do nothing: no layer is overwritten."""
 
     def take_traffic(self) -> Traffic:
         return Traffic()

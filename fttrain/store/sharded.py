@@ -1,11 +1,12 @@
-"""Each rank of a machine keeps 1 / world_size of every layer, and a layer is gathered into a slot
-before its use.
+"""Sharded store: each rank of a node keeps 1 / world_size of every layer, and a layer is gathered
+into a slot before its use.
 
     rank 0 [ a ]   rank 1 [ b ]    --- all_gather --->    slot [ a | b ] on both
 
-Bytes that a rank receives: (world_size - 1) / world_size of a layer for each one that is brought.
-Each machine has all of it: between machines no layer travels.
-A pass brings every layer, less those that its turn finds in the slots still.
+A rank receives (world_size - 1) / world_size of a layer's bytes for each layer that it gathers.
+Each node has the whole base, so no layer travels between nodes.
+A pass gathers every layer, less those that are still in the slots where forward turns into
+backward.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def shard_bytes(layer_bytes: int, world_size: int) -> int:
 
 class ShardedStore:
     """``shards``: this rank's uint8 (layer_bytes / world_size,) of each layer, on the device;
-    ``group``: the ranks that have the others.
+    ``group``: the ranks that hold the other shards, and this one.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""Side streams: work that runs beside the compute, in order, without the host waiting for it.
+"""Side streams: tasks that run beside the compute, in order, without the host waiting for them.
 
-A side stream is a side stream on CUDA. On the CPU it is a thread for copies, or the collective
-library's own threads for collectives. ``run`` starts work, ``Handle.wait`` orders what the compute
-does next after it, ``record_event`` names a moment in the compute that work can be ordered after.
+On CUDA a side stream is a CUDA stream. On the CPU it is a thread for copies, or the collective
+library's own threads for collectives. ``run`` starts a task. ``Handle.wait`` orders the compute
+that follows after the task. ``record_event`` marks a moment in the compute for tasks to come after.
 """
 
 import time
@@ -22,31 +22,31 @@ _Wait = tuple[torch.cuda.Event, torch.cuda.Event]  # before and after a wait of 
 
 
 class SideStream(Protocol):
-    """Runs work beside the compute, in the order in which it was given."""
+    """A queue of tasks that run beside the compute, in the order in which they were given."""
 
     def record_event(self) -> Event:
-        """What the compute has been asked so far."""
+        """An event after all that has been issued to the compute so far."""
         ...
 
-    def run(self, work: Task, after: Event | None = None) -> Handle:
-        """Start ``work`` once the compute has come to ``after``; None: to what it was asked so
+    def run(self, task: Task, after: Event | None = None) -> Handle:
+        """Start ``task`` once the compute has reached ``after``; None: all that has been issued so
         far.
         """
         ...
 
     def synchronize(self) -> None:
-        """The host waits until all work is done."""
+        """Block the host until all tasks are done."""
         ...
 
     def take_wait_s(self) -> float:
-        """Seconds that the compute stood in ``wait`` since the last call. On CUDA those of waits
-        that are already over: asking never waits for the device.
+        """Seconds that the compute spent in ``wait`` since the last call. On CUDA only waits that
+        are over count: the call never waits for the device.
         """
         ...
 
 
 class HostSideStream:
-    """A side stream on the CPU: the compute is always up to date there, so marks mean nothing."""
+    """A side stream on the CPU, where the compute is always up to date: events mean nothing."""
 
     def __init__(self) -> None:
         self._under_way: list[_TimedHandle] = []  # not waited for so far
@@ -55,21 +55,21 @@ class HostSideStream:
     def record_event(self) -> Event:
         return None
 
-    def run(self, work: Task, after: Event | None = None) -> Handle:
-        started = _TimedHandle(self._start(work), self._waited)
-        self._under_way = [ticket for ticket in self._under_way if not ticket.over] + [started]
+    def run(self, task: Task, after: Event | None = None) -> Handle:
+        started = _TimedHandle(self._start(task), self._waited)
+        self._under_way = [handle for handle in self._under_way if not handle.over] + [started]
         return started
 
     def synchronize(self) -> None:
-        for ticket in self._under_way:
-            ticket.wait()
+        for handle in self._under_way:
+            handle.wait()
 
     def take_wait_s(self) -> float:
         wait_s, self._wait_s = self._wait_s, 0.0
         return wait_s
 
-    def _start(self, work: Task) -> Callable[[], Any]:
-        """Start ``work``; a function that returns once it is done."""
+    def _start(self, task: Task) -> Callable[[], Any]:
+        """Start ``task``. Return a function that returns once it is done."""
         raise NotImplementedError
 
     def _waited(self, seconds: float) -> None:
@@ -77,21 +77,21 @@ class HostSideStream:
 
 
 class ThreadSideStream(HostSideStream):
-    """Copies on the CPU: one thread does them in order."""
+    """Copies on the CPU, done in order by one thread."""
 
     def __init__(self) -> None:
         super().__init__()
         self._thread = ThreadPoolExecutor(1, "side stream")
 
-    def _start(self, work: Task) -> Callable[[], Any]:
-        return self._thread.submit(_finish, work).result
+    def _start(self, task: Task) -> Callable[[], Any]:
+        return self._thread.submit(_finish, task).result
 
 
 class InlineSideStream(HostSideStream):
     """Copies on the CPU, each done before ``run`` returns."""
 
-    def _start(self, work: Task) -> Callable[[], Any]:
-        _finish(work)
+    def _start(self, task: Task) -> Callable[[], Any]:
+        _finish(task)
         return lambda: None
 
 
@@ -100,19 +100,17 @@ class CollectiveSideStream(HostSideStream):
     carried on by the library's threads.
     """
 
-    def _start(self, work: Task) -> Callable[[], Any]:
-        return (work() or HandleGroup(())).wait
+    def _start(self, task: Task) -> Callable[[], Any]:
+        return (task() or HandleGroup(())).wait
 
 
 class CudaSideStream:
-    """Copies or collectives on CUDA: a side stream. The host never waits for it but in
-    ``synchronize``.
-    """
+    """Copies or collectives on a CUDA stream. The host waits for it in ``synchronize`` alone."""
 
     def __init__(self, device: torch.device, timed: bool) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        # Around each wait of the compute stream; read once they are over. None: not timed.
+        # Events around each wait of the compute stream, read once they are over. None: not timed.
         self._waits: list[_Wait] | None = [] if timed else None
 
     def record_event(self) -> Event:
@@ -120,11 +118,11 @@ class CudaSideStream:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def run(self, work: Task, after: Event | None = None) -> Handle:
+    def run(self, task: Task, after: Event | None = None) -> Handle:
         self._stream.wait_event(self.record_event() if after is None else after)
         done = torch.cuda.Event()
         with torch.cuda.stream(self._stream):
-            _finish(work)
+            _finish(task)
             done.record(self._stream)
         return _StreamHandle(done, self._device, self._waits)
 
@@ -140,7 +138,7 @@ class CudaSideStream:
 
 
 class _TimedHandle:
-    """A wait of the host whose first call is timed; later ones find it over."""
+    """A wait of the host. The first call is timed; later ones return at once."""
 
     def __init__(self, wait: Callable[[], Any], waited: Callable[[float], None]) -> None:
         self._wait, self._waited = wait, waited
@@ -156,7 +154,7 @@ class _TimedHandle:
 
 
 class _StreamHandle:
-    """An event that the stream of whoever waits is ordered after."""
+    """A CUDA event: ``wait`` orders the caller's current stream after it."""
 
     def __init__(
         self,
@@ -179,12 +177,12 @@ class _StreamHandle:
 
 
 def copy_stream(device: torch.device, timed: bool = False) -> SideStream:
-    """A side stream for copies between the host and ``device``. ``timed``: someone asks it for
-    ``take_wait_s`` after every pass; without that its events would only pile up.
+    """A side stream for copies between the host and ``device``. ``timed``: the caller reads
+    ``take_wait_s`` after every pass; otherwise the events of waits would only pile up.
     """
     if device.type == "cuda":
         return CudaSideStream(device, timed)
-    # Modes of torch's dispatcher, fake tensors among them, hold on the thread that entered them.
+    # Dispatch modes of torch, FakeTensorMode among them, hold only on the thread that entered them.
     return InlineSideStream() if is_fake() else ThreadSideStream()
 
 
@@ -194,8 +192,8 @@ def collective_stream(device: torch.device, timed: bool = False) -> SideStream:
 
 
 def device_thread(device: torch.device, name: str) -> ThreadPoolExecutor:
-    """A thread for work that asks ``device``, too: what CUDA does on a new thread is for GPU 0
-    otherwise, where each rank would set up hundreds of MB that it never uses.
+    """A thread whose current CUDA device is ``device``. A new thread's is GPU 0 otherwise, where
+    each rank would set up a context of hundreds of MB that it never uses.
     """
     if device.type != "cuda":
         return ThreadPoolExecutor(1, name)
@@ -203,16 +201,16 @@ def device_thread(device: torch.device, name: str) -> ThreadPoolExecutor:
 
 
 def is_fake() -> bool:
-    """Whether tensors that are made now are fake: shapes without memory."""
+    """Whether new tensors are fake: shapes without memory."""
     return detect_fake_mode() is not None
 
 
-def _finish(work: Task) -> None:
-    handle = work()
+def _finish(task: Task) -> None:
+    handle = task()
     if handle is not None:
         handle.wait()
 
 
 def copy(into: Tensor, source: Tensor) -> None:
-    """A copy as the work of a side stream: on CUDA the host does not wait for it."""
+    """Copy, as a task of a side stream: on CUDA the host does not wait for it."""
     into.copy_(source, non_blocking=True)

@@ -1,8 +1,8 @@
-"""Watches over the frozen base: what the compute reads is compared with the cache's manifest.
+"""Verification of the frozen base: the bytes that the compute reads against the cache's manifest.
 
-A layer's checksum is taken of the bytes as the device has them, after a gather or a copy: a flipped
-bit of the disk, the host's memory, the link or the card shows alike. All layers are checked when
-they are used for the first time, then each once every ``verify_every`` steps, some in each step.
+The checksum is taken of a layer's bytes on the device, after a gather or a copy, so it shows a
+flipped bit of the disk, the host's memory, the link or the card. All layers are checked at their
+first use, then each once every ``verify_every`` steps, some in each step.
 """
 
 from collections.abc import Sequence
@@ -16,33 +16,33 @@ from fttrain.store import Store, Traffic
 
 
 class VerifiedStore:
-    """A store whose layers are checked on their way out.
+    """A store that takes the checksum of layers in ``get``.
 
-    ``expected``: the manifest's checksum of each layer of ``store``, None: there is nothing to
-    compare it with. ``verify_every`` 0: the first use only.
+    ``expected``: the manifest's checksum of each layer of ``store``; None: not known, the layer is
+    not checked. ``verify_every`` 0: the first use only.
     """
 
     def __init__(self, store: Store, expected: Sequence[int | None], verify_every: int) -> None:
         self._store, self._expected, self._every = store, expected, verify_every
-        self._known = [layer for layer, sum_ in enumerate(expected) if sum_ is not None]
+        self._known = [layer for layer, value in enumerate(expected) if value is not None]
         self._due = set(self._known)
-        self._found: dict[int, Tensor] = {}  # layer -> int64 (), as the device has it
+        self._checksums: dict[int, Tensor] = {}  # layer -> int64 (), of the bytes on the device
 
     def __len__(self) -> int:
         return len(self._store)
 
     def start_step(self, step: int) -> None:
-        """Choose the layers that are checked in optimizer step ``step``."""
+        """Mark the layers that are due in optimizer step ``step``."""
         if self._every:
             self._due |= {layer for layer in self._known if (layer + step) % self._every == 0}
 
     def mismatched(self) -> list[int]:
-        """The layers, among those checked since the last call, that are not what they were made.
+        """The layers checked since the last call whose checksum differs from the manifest's.
 
-        Reads the results back from the device: call it where the host waits for it anyway.
+        The results are read back from the device: call it where the host waits anyway.
         """
-        found, self._found = self._found, {}
-        return [layer for layer, sum_ in found.items() if int(sum_) != self._expected[layer]]
+        checksums, self._checksums = self._checksums, {}
+        return [layer for layer, value in checksums.items() if int(value) != self._expected[layer]]
 
     def prefetch(self, upcoming: Sequence[int]) -> None:
         self._store.prefetch(upcoming)
@@ -55,9 +55,9 @@ class VerifiedStore:
 
     def _check(self, layer: int, frozen: FrozenLayer) -> None:
         try:
-            self._found[layer] = checksum(frozen.flat)
+            self._checksums[layer] = checksum(frozen.flat)
         except RuntimeError as error:
-            # It stays due. Ranks end together where the layer itself finds no memory.
+            # The layer stays due. If its forward runs out of memory, too, all ranks end together.
             if not is_out_of_memory(error):
                 raise
         else:

@@ -1,5 +1,5 @@
-"""Adapters of a decoder by name, out of and into its flat masters; and whole out of the parts that
-ranks hold.
+"""Adapters by name, out of and into a decoder's flat masters, gathered from the parts that ranks
+hold.
 """
 
 from collections.abc import Mapping
@@ -13,44 +13,44 @@ from fttrain.util.errors import UserError
 
 
 def adapter_state(decoder: Decoder, group: RankGroup) -> dict[str, Tensor]:
-    """fp32 masters of the whole model, on rank 0; others may get less. Every rank calls it.
+    """The fp32 masters of the whole model, on rank 0; others may get less. A collective call.
 
     ``model.layers.0.self_attn.q_proj.lora_A`` (r, in), ``...lora_B`` (out, r), and with DoRA
     ``...lora_magnitude_vector`` (out,).
     """
-    own = {str(layer.index): layer.adapters.flat.detach() for layer in decoder.layers}
+    local_flats = {str(layer.index): layer.adapters.flat.detach() for layer in decoder.layers}
     any_layer = decoder.layers[0].adapters  # all are laid out alike
-    every = own if has_all(decoder) else assemble(own, holders(decoder, group))
+    flats = local_flats if has_all(decoder) else assemble(local_flats, holders(decoder, group))
     return {
         name: master
-        for layer, flat in every.items()
+        for layer, flat in flats.items()
         for name, master in any_layer.named(flat, int(layer))
     }
 
 
 def has_all(decoder: Decoder) -> bool:
-    """Whether this rank updates every value of the model's adapters."""
+    """Whether this rank updates all values of the model's adapters."""
     is_whole = decoder.layers[0].adapters.layout.portion.world_size == 1
     return is_whole and len(decoder.layers) == decoder.architecture.layers
 
 
 def holders(decoder: Decoder, group: RankGroup) -> RankGroup:
-    """The ranks that hold each value of the adapters once: with optim.shard all ranks do, and the
-    stages of a pipeline those of one machine.
+    """The ranks that together hold each value of the adapters once: all ranks with optim.shard, the
+    stages of one node with a pipeline.
     """
     whole_layers = decoder.layers[0].adapters.layout.portion.world_size == 1
     return group.intra_node if whole_layers else group
 
 
 def load_adapter_state(decoder: Decoder, state: dict[str, Tensor]) -> None:
-    """Copies what of ``state``, a whole adapter, this rank updates into its masters, and all that
-    it computes with into the compute copies. Every rank calls it.
+    """Load ``state``, a whole adapter: this rank's part into its masters, and all of its layers
+    into the compute copies. A collective call.
 
     Raises UserError where names or shapes differ.
     """
     state = part_of(state, decoder)
     check_fit(_shapes(decoder), state)
-    for layer in decoder.layers:  # one at a time: whole masters may be more than a rank's own
+    for layer in decoder.layers:  # one at a time: whole masters may be larger than this rank's part
         adapters = layer.adapters
         whole = torch.zeros(adapters.layout.values, device=adapters.flat.device)
         for name, view in adapters.named(whole):
@@ -69,8 +69,8 @@ def _shapes(decoder: Decoder) -> dict[str, torch.Size]:
 
 
 def check_fit(shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
-    """``shapes``: of what trains, by name. Raises UserError where ``state`` has other names or
-    shapes.
+    """Raise UserError where ``state`` has other names or shapes than ``shapes``, of the trained
+    parameters by name.
     """
     differing = sorted(shapes.keys() ^ state.keys())
     if differing:
@@ -88,27 +88,28 @@ def check_fit(shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> 
 
 
 def part_of(state: dict[str, Tensor], decoder: Decoder) -> dict[str, Tensor]:
-    """What of a whole adapter belongs to the layers of ``decoder``, and what to none of the model:
-    that is for ``load_adapter_state`` to refuse.
+    """The tensors of a whole adapter that belong to the layers of ``decoder`` or to no layer of the
+    model: ``load_adapter_state`` refuses the latter.
     """
     others = set(range(decoder.architecture.layers)) - {layer.index for layer in decoder.layers}
     prefixes = tuple(f"model.layers.{layer}." for layer in others)
     return {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
 
 
-def assemble(own: dict[str, Tensor], group: RankGroup) -> dict[str, Tensor]:
-    """Tensors that the ranks hold different ones of, or of the same name different parts, which
-    follow end to end -> all of them, in host memory, on rank 0 of ``group``.
+def assemble(local: dict[str, Tensor], group: RankGroup) -> dict[str, Tensor]:
+    """All tensors of the ranks by name, in host memory, on rank 0 of ``group``; empty on others.
+    Parts of one name are concatenated in the order of the ranks.
 
-    A number without dimensions is the same in every part. Other ranks keep nothing of what passes.
-    Every rank calls it.
+    ``local``: this rank's tensors. A tensor without dimensions must be the same on every rank. A
+    collective call.
     """
-    found: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[Tensor]] = {}
     for source in range(group.world_size):
-        for name, arrived in group.broadcast_tensors(own, source):
+        for name, tensor in group.broadcast_tensors(local, source):
             if group.is_main:
-                found.setdefault(name, []).append(arrived)
-    return {name: _joined(found.pop(name)) for name in list(found)}
+                parts.setdefault(name, []).append(tensor)
+    # Parts are freed as they are joined.
+    return {name: _joined(parts.pop(name)) for name in list(parts)}
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

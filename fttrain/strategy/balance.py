@@ -1,4 +1,4 @@
-"""Which contiguous layers each stage of a pipeline gets."""
+"""Balance of a pipeline: the contiguous layers of each stage."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fttrain.util.errors import UserError
 from fttrain.util.units import gib
 
-ROOMY = 0.75  # of a device's free memory: up to here no stage counts as fuller than another
+ROOMY = 0.75  # share of a device's free memory up to which no stage counts as fuller than another
 
 
 def balance(
@@ -15,14 +15,14 @@ def balance(
     fixed_bytes: Sequence[int],
     free_bytes: Sequence[int],
 ) -> list[range]:
-    """Contiguous layers of each stage: as evenly as can be where all have ``ROOMY`` memory, for a
-    pipeline is as fast as its longest stage; else so that the fullest one is as little full as can
-    be.
+    """The contiguous layers of each stage. They are divided evenly while no stage is fuller than
+    ``ROOMY``, because a pipeline is as fast as its longest stage; otherwise so that the fullest
+    stage is as little full as possible.
 
-    ``layer_bytes``: what one more layer takes on each stage, with what it keeps for the
-    micro-batches under way; ``fixed_bytes``: what it takes anyway (embedding, head,
-    dequantised weights); ``free_bytes``: what its device has. Raises UserError for more stages than
-    layers, and for a stage that cannot hold its part.
+    Bytes on each stage: ``layer_bytes`` of one more layer, with its saved activations of the
+    micro-batches in flight; ``fixed_bytes`` of all else (embedding, head, dequantised weights);
+    ``free_bytes`` of its device. Raises UserError for more stages than layers, and for a stage that
+    cannot hold its part.
     """
     stages = len(free_bytes)
     if stages > layers:
@@ -33,13 +33,13 @@ def balance(
 
     def fill(stage: int, count: int) -> float:
         needed, free = fixed_bytes[stage] + count * layer_bytes[stage], free_bytes[stage]
-        # An allocator that holds more than it may leaves less than nothing.
+        # Free bytes are negative where the allocator holds more than its limit.
         return needed / free if free > 0 else math.inf
 
     def burden(stage: int) -> tuple[float, int, float]:
-        """Of one more layer."""
-        more = fill(stage, counts[stage] + 1)
-        return max(more, ROOMY), counts[stage], more
+        """The sort key of a stage for one more layer: fill above ``ROOMY``, layers, fill."""
+        next_fill = fill(stage, counts[stage] + 1)
+        return max(next_fill, ROOMY), counts[stage], next_fill
 
     counts = [1] * stages
     for _ in range(layers - stages):

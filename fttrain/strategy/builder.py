@@ -1,4 +1,4 @@
-"""Puts a strategy together: what it needs is compared with what the machine has, then loaded."""
+"""Builder of a strategy: its needs are compared with the machine's memory, then it is loaded."""
 
 import os
 from collections.abc import Callable
@@ -50,13 +50,15 @@ def strategy_page(name: str) -> Any:
     )
 
 
-def silent(what: str) -> Progress:
-    """What ranks other than 0 show."""
+def silent(title: str) -> Progress:
+    """The progress of ranks other than 0: nothing is shown."""
     return lambda done, total: None
 
 
 class StrategyBuilder:
-    """A strategy before anything is loaded. Raises UserError for a machine that is too small."""
+    """A strategy with its memory reserved, before anything is loaded. Raises UserError for settings
+    that contradict each other and for a machine that is too small.
+    """
 
     def __init__(
         self,
@@ -83,11 +85,11 @@ class StrategyBuilder:
         check_available(spec.optim)
         self._context = BuildContext(spec, group, architecture, frozen_format, MemoryLedger(group))
         self._page = strategy_page(spec.strategy.name)
-        self._share = self._page.reserve(self._context)
+        self._partition = self._page.reserve(self._context)
         self._context.ledger.check()
 
     def build(self, base: FrozenBase, progress: Progress) -> Strategy:
-        """Load ``base`` and build the strategy around it, adapters at their start.
+        """Load ``base`` and build the strategy around it, adapters at their initial values.
 
         ``progress(done, total)`` counts layers.
         """
@@ -95,12 +97,14 @@ class StrategyBuilder:
         with explain_out_of_memory(
             context.ledger.reservations, context.group.rank, context.group.device
         ):
-            strategy: Strategy = self._page.build(context, base, self._share, progress)
+            strategy: Strategy = self._page.build(context, base, self._partition, progress)
         return strategy
 
 
 def _check_attention(dtype: str, head_dim: int, group: RankGroup) -> None:
-    """Raises UserError, on every rank, for what flash attention's kernels on a GPU do not take."""
+    """Raise UserError, on every rank, where flash attention's GPU kernels do not take the model or
+    the card.
+    """
     if dtype == "float32":
         raise UserError("model.dtype=float32: flash attention on a GPU takes model.dtype=bfloat16")
     if head_dim % 8 or head_dim > MAX_HEAD_DIM:
@@ -108,18 +112,18 @@ def _check_attention(dtype: str, head_dim: int, group: RankGroup) -> None:
             f"the model's heads have {head_dim} values: flash attention on a GPU takes multiples "
             f"of 8 up to {MAX_HEAD_DIM}; rig.device=cpu or another model helps"
         )
-    problem, found = "", torch.cuda.get_device_capability(group.device)
-    if found < CAPABILITY:
+    problem, capability = "", torch.cuda.get_device_capability(group.device)
+    if capability < CAPABILITY:
         problem = (
             f"rank {group.rank}: {torch.cuda.get_device_name(group.device)} has compute capability "
-            f"{found[0]}.{found[1]}, flash attention and bfloat16 need 8.0 (RTX 30) or newer; "
-            "another card (CUDA_VISIBLE_DEVICES) or rig.device=cpu helps"
+            f"{capability[0]}.{capability[1]}, flash attention and bfloat16 need 8.0 (RTX 30) or "
+            "newer; another card (CUDA_VISIBLE_DEVICES) or rig.device=cpu helps"
         )
     group.raise_everywhere(problem)
 
 
 def frozen_base(source: Source, quant: QuantConfig, dtype: str) -> FrozenSpec:
-    """The frozen base that a run trains on.
+    """The specification of the frozen base of a run.
 
     Raises UserError for a checkpoint that cannot be used with these settings.
     """
@@ -133,14 +137,14 @@ def frozen_base(source: Source, quant: QuantConfig, dtype: str) -> FrozenSpec:
 def build_strategy(
     spec: StrategySpec, source: Source, group: RankGroup, show: Show = silent
 ) -> tuple[Strategy, FrozenCache]:
-    """The strategy, adapters at their start, and the frozen cache that it was loaded from, which is
-    made first where there is none.
+    """The strategy, adapters at their initial values, and the frozen cache that it was loaded from.
+    The cache is built first where there is none.
 
-    ``show(what)`` is told how far each part of it is. Raises UserError for a checkpoint that cannot
+    ``show(title)`` gives the progress bar of a part. Raises UserError for a checkpoint that cannot
     be used and, before anything is loaded, for a machine that is too small.
     """
     base = frozen_base(source, spec.quant, spec.dtype)
-    blueprint = StrategyBuilder(spec, base.architecture, base.frozen_format, group)
+    builder = StrategyBuilder(spec, base.architecture, base.frozen_format, group)
     quantising = show("quantising the frozen base")
     cache = open_or_build(base, spec.frozen.cache_dir, group, quantising)
-    return blueprint.build(cache, show("loading the frozen base")), cache
+    return builder.build(cache, show("loading the frozen base")), cache

@@ -1,4 +1,4 @@
-"""The settings of the strategy and of where a step keeps what it needs, and what goes together."""
+"""Settings of the strategy and of the placement of a step's tensors, and checks of both."""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from fttrain.strategy.zero_checks import check_placement, check_whole_weights, c
 from fttrain.strategy.zero_config import DEEPSPEED, ZeroConfig
 from fttrain.util.errors import UserError
 
-# native strategy -> the schedule it runs with; every other pair is refused by name.
+# Native strategy -> the schedule it runs with; every other pair is refused by name.
 SCHEDULES = {
     "replicate": "grouped",
     "shard": "grouped",
@@ -30,7 +30,7 @@ POLICIES = ("recompute", "keep", "offload")
 
 @dataclass(frozen=True)
 class StrategyConfig:
-    """How the frozen base is divided among the ranks."""
+    """The strategy: how the frozen base is divided among the ranks."""
 
     # replicate: whole on each rank | shard: a part of each layer on each rank, gathered before use
     # | stream: in host memory, copied before use | pipeline: some layers on each rank
@@ -56,47 +56,48 @@ class StrategyConfig:
             )
         if self.slots not in (2, 3):
             raise UserError(f"strategy.slots={self.slots}: 2 or 3")
-        kept = self.resident_layers
-        numbers = (kept,) if isinstance(kept, int) else kept
-        if kept != "all" and (isinstance(numbers, str) or min(numbers, default=-1) < 0):
+        setting = self.resident_layers
+        numbers = (setting,) if isinstance(setting, int) else setting
+        if setting != "all" and (isinstance(numbers, str) or min(numbers, default=-1) < 0):
             raise UserError(
-                f"strategy.resident_layers={kept}: a number of 0 or more, all, or a list with one "
-                "for each rank of a machine"
+                f"strategy.resident_layers={setting}: a number of 0 or more, all, or a list with "
+                "one for each rank of a machine"
             )
 
     def resident(self, rank: int, world_size: int, layers: int) -> int:
-        """Layers of ``layers`` that stay on the device of ``rank``, one of ``world_size`` of a
-        machine.
+        """The number of the model's ``layers`` that stay on the device of ``rank``, one of a node's
+        ``world_size``.
 
-        Raises UserError for more than there are, or a list that does not name every rank.
+        Raises UserError for more layers than the model has, and for a list of another length.
         """
-        kept = self.resident_layers
-        if isinstance(kept, str):
+        setting = self.resident_layers
+        if isinstance(setting, str):
             return layers
-        if isinstance(kept, tuple) and len(kept) != world_size:
+        if isinstance(setting, tuple) and len(setting) != world_size:
             raise UserError(
-                f"strategy.resident_layers={list(kept)}: a number for each of {world_size} rank(s) "
-                "of a machine"
+                f"strategy.resident_layers={list(setting)}: a number for each of {world_size} "
+                "rank(s) of a machine"
             )
-        own = kept if isinstance(kept, int) else kept[rank]
-        if own > layers:
+        count = setting if isinstance(setting, int) else setting[rank]
+        if count > layers:
             raise UserError(
-                f"strategy.resident_layers={own}: the model has {layers} layers; all keeps them all"
+                f"strategy.resident_layers={count}: the model has {layers} layers; all keeps them "
+                "all"
             )
-        return own
+        return count
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a step keeps what is not the frozen layers."""
+    """The placement of all tensors of a step but the frozen layers."""
 
-    # What a layer leaves for backward: recompute (its input) | keep | offload (everything, on the
-    # device or the host), or a list by layer, such as (recompute*60, offload*20)
+    # A layer's tensors for backward: recompute (its input alone) | keep (all, on the device) |
+    # offload (all, in host memory), or a list by layer, such as (recompute*60, offload*20)
     activations: str | tuple[str, ...] = "recompute"
     layer_inputs: str = "device"  # the inputs of layers until their backward: device | host
     embedding: str = "device"  # the table: device | host
-    # the output projection: resident (on the device) | streamed (in host memory, brought for each
-    # use) | nf4 (on the device in 4 bits, as quant says; NF4 where quant=none)
+    # The output projection: device | host (copied to the device for each use) | quantized (on the
+    # device in 4 bits, as quant says; NF4 where quant=none)
     lm_head: str = "device"
     # Tokens of a micro-batch that pass a layer's MLP at once: a multiple of MASK_TOKENS | all
     mlp_tile_tokens: int | str = 4096
@@ -126,25 +127,25 @@ class Placement:
 
     @property
     def tile_tokens(self) -> int:
-        """Of the MLP; 0: all at once."""
+        """Tokens of an MLP's tile; 0: all at once."""
         return 0 if isinstance(self.mlp_tile_tokens, str) else self.mlp_tile_tokens
 
     def policies(self, layers: int) -> list[str]:
-        """What each of the model's ``layers`` does: recompute, keep or offload.
+        """The activation policy of each of the model's ``layers``: recompute, keep or offload.
 
         Raises UserError for a list that is longer or shorter.
         """
         if isinstance(self.activations, str):
             return [self.activations] * layers
-        found = [policy for policy, count in self._runs() for _ in range(count)]
-        if len(found) != layers:
+        policies = [policy for policy, count in self._runs() for _ in range(count)]
+        if len(policies) != layers:
             raise UserError(
-                f"activations={self._written()}: {len(found)} layers, the model has {layers}"
+                f"activations={self._written()}: {len(policies)} layers, the model has {layers}"
             )
-        return found
+        return policies
 
     def _runs(self) -> list[tuple[str, int]]:
-        """(policy, layers in a row that have it) as they are written; one for a single policy."""
+        """(policy, number of layers in a row) as they are written; one pair for a single policy."""
         written = self.activations
         runs = []
         for item in (written,) if isinstance(written, str) else written:
@@ -165,8 +166,8 @@ class Placement:
 
 
 def check_together(strategy: StrategyConfig, schedule: ScheduleConfig, optim: OptimConfig) -> None:
-    """Raises UserError for settings of a native strategy that do not go together."""
-    if strategy.name not in SCHEDULES:  # of auto what is chosen is asked again
+    """Raise UserError for settings of a native strategy that do not go together."""
+    if strategy.name not in SCHEDULES:  # the strategy that auto chooses is checked later
         return
     wanted = SCHEDULES[strategy.name]
     if schedule.kind != wanted:
@@ -182,7 +183,7 @@ def check_together(strategy: StrategyConfig, schedule: ScheduleConfig, optim: Op
 
 
 def check_kernels(kernels: str, strategy: StrategyConfig) -> None:
-    """Raises UserError for kernels that there are not, or that ``strategy`` does not use."""
+    """Raise UserError for unknown kernels, and for kernels that ``strategy`` does not use."""
     if kernels not in KERNELS:
         raise UserError(f"kernels={kernels}: {', '.join(KERNELS[:-1])} or {KERNELS[-1]}")
     if kernels == LIGER_KERNELS and strategy.name == DEEPSPEED:
@@ -200,8 +201,8 @@ def check_trained(
     schedule: ScheduleConfig,
     placement: Placement,
 ) -> None:
-    """Raises UserError where weights are to train that cannot, and for settings that DeepSpeed
-    would not honour.
+    """Raise UserError for weights that cannot train, and for settings that DeepSpeed would not
+    honour.
     """
     check_whole_weights(strategy.name, lora, quant)
     if strategy.name == DEEPSPEED:

@@ -1,4 +1,4 @@
-"""How adapter gradients meet: one fp32 collective a layer, while others still compute backward."""
+"""Reduction of adapter gradients: one fp32 collective a layer, during backward of other layers."""
 
 import time
 from collections.abc import Callable
@@ -20,9 +20,9 @@ _Span = tuple[torch.cuda.Event, torch.cuda.Event]  # begin, end
 class SyncStats:
     """One step's gradient traffic of this rank."""
 
-    sync_bytes: int = 0  # payload handed to the collective
-    sync_s: float = 0.0  # time the link was busy with it; on CUDA in the step before
-    wait_s: float = 0.0  # time the compute waited for what had not come yet; on CUDA likewise
+    sync_bytes: int = 0  # payload of the collectives
+    sync_s: float = 0.0  # time the link was busy with them; on CUDA in the previous step
+    wait_s: float = 0.0  # time the compute waited for them; on CUDA in the previous step
 
     @property
     def sync_gb_per_s(self) -> float:
@@ -31,19 +31,23 @@ class SyncStats:
 
 
 class GradientSync(Protocol):
-    """Sums complete gradients over the ranks that hold the same layers."""
+    """Reduction (sum) of complete gradients over the ranks that hold the same layers."""
 
     def launch(self, gradient: Tensor) -> Handle:
-        """Start the sum of ``gradient`` fp32 (values,) in place, or of this rank's part of it."""
+        """Start the reduction of ``gradient`` fp32 (values,), in place: all of it, or this rank's
+        shard.
+        """
         ...
 
     def wait(self) -> SyncStats:
-        """Until every launched sum is complete (on CUDA: ordered before what is launched next)."""
+        """Wait for every launched reduction. On CUDA the compute that follows is ordered after
+        them.
+        """
         ...
 
 
 class NoSync:
-    """A rank that holds its layers alone: there is nothing to sum."""
+    """No reduction, for a rank that alone holds its layers."""
 
     def launch(self, gradient: Tensor) -> Handle:
         return HandleGroup(())
@@ -53,7 +57,7 @@ class NoSync:
 
 
 class CollectiveSync:
-    """Launches a layer's sum as its last backward ends; waits for all before the update."""
+    """Reduction by one collective a layer, launched as the layer's last backward ends."""
 
     def __init__(self, group: RankGroup, collective: Callable[[Tensor], Handle]) -> None:
         on_card = group.device.type == "cuda"
@@ -70,19 +74,19 @@ class CollectiveSync:
         return stats
 
 
-def gradient_sync(group: RankGroup, parts: bool = False) -> GradientSync:
-    """The sum over all ranks of ``group``; ``parts``: each rank needs its part of it alone (of all
-    ranks there are).
+def gradient_sync(group: RankGroup, sharded: bool = False) -> GradientSync:
+    """The reduction over all ranks of ``group``. ``sharded``: each rank needs its shard of the sum
+    alone (a reduce_scatter, over all ranks of the run).
     """
     if group.world_size == 1:
         return NoSync()
-    if parts:
+    if sharded:
         return CollectiveSync(group, reduce_scatter)
     return CollectiveSync(group, partial(all_reduce, group=group.process_group))
 
 
 class _HostTimer:
-    """gloo: a callback stamps the end of each collective on gloo's own thread."""
+    """Times of gloo's collectives: a callback on gloo's thread takes the end of each."""
 
     def __init__(self, collective: Callable[[Tensor], Any]) -> None:
         self._collective = collective
@@ -95,7 +99,9 @@ class _HostTimer:
         return work
 
     def wait(self) -> tuple[float, float]:
-        """Seconds in which at least one collective was under way, and seconds of this wait."""
+        """Wait for all. Return the seconds in which at least one collective was under way, and the
+        seconds of this wait.
+        """
         called, busy_s, busy_until = time.perf_counter(), 0.0, 0.0
         for started, work, done in self._launched:
             work.wait()
@@ -107,17 +113,18 @@ class _HostTimer:
 
 
 class _CudaTimer:
-    """NCCL: events on a side stream around each collective. The compute stream waits for the last;
-    the host never does.
+    """Times of NCCL's collectives: events on a side stream around each. The compute stream waits
+    for the last one; the host never waits.
 
-    Times are those of the step before: reading this step's events would wait for the device.
+    Times are those of the previous step: reading this step's events would wait for the device.
     """
 
     def __init__(self, collective: Callable[[Tensor], Handle]) -> None:
         self._collective = collective
         self._stream: torch.cuda.Stream | None = None
-        # Around each collective; around the compute's wait for all of them
-        self._busy: tuple[list[_Span], list[_Span]] = [], []  # of this step and the one before
+        # (this step, the previous one): events around each collective, and around the compute's
+        # wait for all of them
+        self._busy: tuple[list[_Span], list[_Span]] = [], []
         self._waits: tuple[list[_Span], list[_Span]] = [], []
 
     def launch(self, gradient: Tensor) -> Handle:
@@ -127,22 +134,24 @@ class _CudaTimer:
         with torch.cuda.stream(self._stream):
             begin, end = _span()
             begin.record()
-            self._collective(gradient).wait()  # orders the side stream, and not the host
+            self._collective(gradient).wait()  # orders the side stream; the host goes on
             end.record()
         self._busy[0].append((begin, end))
-        return _Ordered(end)
+        return _EventHandle(end)
 
     def wait(self) -> tuple[float, float]:
-        """Seconds that the collectives of the step before took, and the compute's wait for them."""
+        """Order the compute after all. Return the seconds of the previous step's collectives, and
+        of the compute's wait for them.
+        """
         if self._stream is not None:
             compute, (begin, end) = torch.cuda.current_stream(self._stream.device), _span()
             begin.record(compute)
             compute.wait_stream(self._stream)
             end.record(compute)
             self._waits[0].append((begin, end))
-        taken = _seconds(self._busy[1]), _seconds(self._waits[1])
+        seconds = _seconds(self._busy[1]), _seconds(self._waits[1])
         self._busy, self._waits = ([], self._busy[0]), ([], self._waits[0])
-        return taken
+        return seconds
 
 
 def _span() -> _Span:
@@ -150,12 +159,12 @@ def _span() -> _Span:
 
 
 def _seconds(spans: list[_Span]) -> float:
-    """Of those that are over."""
+    """The sum over all spans that are over."""
     return sum(begin.elapsed_time(end) for begin, end in spans if end.query()) / 1e3
 
 
-class _Ordered:
-    """Orders the current stream of whoever waits after an event."""
+class _EventHandle:
+    """A CUDA event: ``wait`` orders the caller's current stream after it."""
 
     def __init__(self, event: torch.cuda.Event) -> None:
         self._event = event

@@ -1,45 +1,46 @@
-"""Whether layers are brought as fast as this machine's links could when they were measured."""
+"""Monitor of the links: compares waits for layers with the rates of the rig's profile."""
 
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.rig.profile import RigProfile, bus_bytes_per_s
 from fttrain.rig.profile_drift import own_profile
 from fttrain.store import Traffic
 
-SLOW = 2.0  # times what the profile says
-IN_A_ROW = 3  # samples that have to say so
+SLOW = 2.0  # ratio of the wait to the profile's time from which a link counts as slow
+IN_A_ROW = 3  # slow samples before it is reported
 
 
 class LinkMonitor:
-    """Says once that the compute waits longer for layers than bringing all of them should take.
+    """A warning, once, when the compute waits longer for layers than moving all of them should
+    take.
 
-    Most of the bringing is hidden, so who waits for more than the whole of it has a slow link, or a
-    peer that comes late. Of a gather the rank that comes last waits for nobody: the least wait of
-    all ranks counts. A pipeline's waits are mostly its bubble, and nothing is said of them.
+    Most of the transfer time is hidden behind compute, so a wait for more than the whole of it
+    means a slow link or a late peer. The last rank of a gather waits for nobody: the least wait of
+    all ranks counts. A pipeline's waits are mostly its bubble and are not reported.
     """
 
     def __init__(self, profile: RigProfile | None = None) -> None:
-        """``profile``: of these ranks on this machine; None: nobody measured it."""
+        """``profile``: of these ranks on this node; None: not measured."""
         self._profile = profile
-        self._slow = 0  # samples in a row
-        self._told = False
+        self._slow_samples = 0  # in a row
+        self._reported = False
 
     def look(self, group: RankGroup, traffic: Traffic) -> str:
-        """A line where it is to be said; ``traffic``: of this rank in a step. Every rank calls it
-        and gets the same.
+        """The warning's text, or "". ``traffic``: of this rank in a step. A collective call with
+        the same result on every rank.
         """
-        expected_s, here = (
-            self.expected_s(group.intra_node.rank, traffic),
-            group.intra_node.world_size,
+        node = group.intra_node
+        expected_s = self.expected_s(node.rank, traffic)
+        local_ratio = traffic.wait_s / expected_s if expected_s else 0.0
+        ratios, gathered_bytes = zip(
+            *group.gather([local_ratio, traffic.gather_bytes]), strict=True
         )
-        own = traffic.wait_s / expected_s if expected_s else 0.0
-        ratios, gathered_bytes = zip(*group.gather([own, traffic.gather_bytes]), strict=True)
         least_or_most = min if any(gathered_bytes) else max
-        machines = range(0, group.world_size, here)  # layers are gathered inside each
-        ratio = max(least_or_most(ratios[first : first + here]) for first in machines)
-        self._slow = self._slow + 1 if ratio > SLOW else 0
-        if self._slow < IN_A_ROW or self._told:
+        nodes = range(0, group.world_size, node.world_size)  # layers are gathered inside each
+        ratio = max(least_or_most(ratios[first : first + node.world_size]) for first in nodes)
+        self._slow_samples = self._slow_samples + 1 if ratio > SLOW else 0
+        if self._slow_samples < IN_A_ROW or self._reported:
             return ""
-        self._told = True
+        self._reported = True
         return (
             f"{IN_A_ROW} samples in a row, the compute waited for layers, now {ratio:.1f} times as "
             "long as bringing all of them took when this machine was measured: a link is slower "
@@ -47,14 +48,16 @@ class LinkMonitor:
         )
 
     def expected_s(self, rank: int, traffic: Traffic) -> float:
-        """What bringing it takes at the profile's rates; 0: nobody knows, or there is nothing."""
+        """Seconds for ``traffic`` of the node's ``rank`` at the profile's rates; 0: not known, or
+        no traffic.
+        """
         if self._profile is None or traffic.stage_bytes:
             return 0.0
         gather = to_card = None
         if any(not link.wrong for link in self._profile.links):
             link = self._profile.link()
-            found = link.samples.get("all_gather", ())
-            gather = bus_bytes_per_s("all_gather", found[-1], link.ranks) if found else None
+            samples = link.samples.get("all_gather", ())
+            gather = bus_bytes_per_s("all_gather", samples[-1], link.ranks) if samples else None
         if rank < len(self._profile.cards):
             ways = self._profile.cards[rank].to_card
             to_card = ways.all_cards_bytes_per_s or ways.pinned_bytes_per_s
@@ -68,10 +71,10 @@ class LinkMonitor:
 
 
 def link_monitor(group: RankGroup, cache_dir: str | None) -> LinkMonitor:
-    """One that knows the links as `fttrain measure` found them with as many cards, if it did. Of
-    CPUs it says nothing: what computes there carries the bytes, too.
+    """A monitor with the profile that `fttrain measure` has written for as many cards, if any. It
+    never warns on CPUs: there the compute's cores also carry the bytes.
 
-    ``cache_dir``: where the profile is, as frozen.cache_dir.
+    ``cache_dir``: the folder of the profile, as frozen.cache_dir.
     """
     on_card = group.device.type == "cuda"
     ranks = group.intra_node.world_size

@@ -1,7 +1,7 @@
-"""The parts that strategies share: layers and ends, and what is kept for backward.
+"""The parts that native strategies share: layers, embedding and head, and saved activations.
 
-First ``reserve_slice`` says what they need of device and host; once all has been compared with what
-there is, the frozen base is opened and the parts are made.
+``reserve_slice`` reserves their memory of device and host. Once the ledger is checked, the frozen
+base is opened and the parts are built.
 """
 
 import math
@@ -28,12 +28,10 @@ from fttrain.strategy.embedding_head import load_ends, reserve_ends
 from fttrain.strategy.spec import BuildContext
 from fttrain.util.units import round_up
 
-# What the ledger call each part.
-
 
 @dataclass(frozen=True)
 class ModelSlice:
-    """This rank's part of the model."""
+    """The rank's part of the model: layers, and whether it has the embedding and the head."""
 
     layers: range
     has_embedding: bool = True
@@ -41,7 +39,7 @@ class ModelSlice:
 
 
 def reserve_slice(context: BuildContext, model_slice: ModelSlice, micro_batches: int) -> None:
-    """Memory of what every strategy has. ``micro_batches``: kept for backward at once."""
+    """Reserve what every native strategy needs. ``micro_batches``: the most in flight."""
     _reserve_saved(context, model_slice, micro_batches)
     reserve_ends(context, model_slice.has_embedding, model_slice.has_head)
     context.ledger.reserve(MemoryPart.DEQUANTIZED_WEIGHTS, dequantised_bytes(context))
@@ -49,7 +47,7 @@ def reserve_slice(context: BuildContext, model_slice: ModelSlice, micro_batches:
 
 
 def _reserve_saved(context: BuildContext, model_slice: ModelSlice, micro_batches: int) -> None:
-    """What layers leave for backward."""
+    """Reserve the layers' saved activations."""
     ledger, used = context.ledger, slice_policies(context, model_slice)
     ledger.reserve(
         MemoryPart.ACTIVATIONS, micro_batches * sum(saved_bytes(context, policy) for policy in used)
@@ -66,7 +64,9 @@ def _reserve_saved(context: BuildContext, model_slice: ModelSlice, micro_batches
 
 
 def dequantised_bytes(context: BuildContext) -> int:
-    """Weights in the compute dtype: of the largest group, or of a layer with ``dequant=layer``."""
+    """Bytes of the dequantised weights: of the largest linear group, or of a layer with
+    ``dequant=layer``.
+    """
     quant = context.spec.quant
     if not quant.is_quantised:
         return 0
@@ -76,7 +76,7 @@ def dequantised_bytes(context: BuildContext) -> int:
 
 
 def saved_bytes(context: BuildContext, policy: str) -> int:
-    """What a layer with ``policy`` keeps on the device for one micro-batch's backward."""
+    """Bytes that a layer with ``policy`` saves on the device for one micro-batch's backward."""
     if policy == "recompute":
         if context.spec.placement.layer_inputs == "host":
             return 0
@@ -86,21 +86,23 @@ def saved_bytes(context: BuildContext, policy: str) -> int:
 
 
 def transfer_bytes(context: BuildContext) -> int:
-    """What offloaded activations take on the device while they leave and come back."""
+    """Bytes on the device of offloaded activations that are being copied out and back."""
     if "offload" not in context.spec.placement.policies(context.architecture.layers):
         return 0
-    return (UNDER_WAY + 2) * activation_bytes(context)  # two come back: one is used, one is next
+    # Two passes are back at once: one is read, the next is prefetched.
+    return (UNDER_WAY + 2) * activation_bytes(context)
 
 
 def activation_bytes(context: BuildContext) -> int:
-    """All that a layer's backward reads of one micro-batch: its input; q, k, v; attention's output
-    and fp32 log-sum-exp; the second residual; gate and up; with DoRA what o and down gave.
+    """Bytes of all tensors that a layer's backward reads of one micro-batch: its input; q, k, v;
+    attention's output and fp32 log-sum-exp; the second residual; gate and up; with DoRA the outputs
+    of o and down.
     """
     a, rows = context.architecture, context.spec.size.row_tokens
     attention = a.heads * a.head_dim
     qkv, gate_up = attention + 2 * a.kv_heads * a.head_dim, 2 * a.config.intermediate_size
     widths = [a.hidden, qkv, attention, a.hidden, gate_up]
-    if context.spec.lora.use_dora:  # magnitudes read what their linears gave: qkv, gate and up, too
+    if context.spec.lora.use_dora:  # magnitudes' backward reads their linears' outputs
         targets = target_indices(a.groups, context.spec.lora)
         widths += [a.hidden for group in ("o", "down") if targets[group]]
     sizes = [rows * width * context.dtype.itemsize for width in widths] + [rows * a.heads * 4]
@@ -109,28 +111,30 @@ def activation_bytes(context: BuildContext) -> int:
 
 
 def slice_policies(context: BuildContext, model_slice: ModelSlice) -> list[str]:
-    """Of this rank's layers."""
+    """The activation policy of each of this rank's layers."""
     every = context.spec.placement.policies(context.architecture.layers)
     return [every[layer] for layer in model_slice.layers]
 
 
 def build_policies(context: BuildContext, model_slice: ModelSlice, micro_batches: int) -> Policies:
-    """What each of this rank's layers leaves for backward, and where."""
-    made: dict[str, Policy] = {"keep": Keep()}
+    """The activation policy objects of this rank's layers. ``micro_batches``: the most in
+    flight.
+    """
+    built: dict[str, Policy] = {"keep": Keep()}
     used, device = slice_policies(context, model_slice), context.group.device
     if "offload" in used:
-        places = micro_batches * used.count("offload")
+        slots = micro_batches * used.count("offload")
         host = HostActivations(
-            context.ledger.allocate(MemoryPart.OFFLOADED_ACTIVATIONS), places, device
+            context.ledger.allocate(MemoryPart.OFFLOADED_ACTIVATIONS), slots, device
         )
-        made["offload"] = Offload(host)
+        built["offload"] = Offload(host)
     inputs: LayerInputs = DeviceLayerInputs()
     if "recompute" in used and context.spec.placement.layer_inputs == "host":
         shape = _layer_inputs_shape(context, model_slice, micro_batches)
         buffer = context.ledger.allocate(MemoryPart.LAYER_INPUTS)
         inputs = HostLayerInputs(buffer, shape, context.dtype, device)
-    made["recompute"] = Recompute(inputs)
-    return [made[policy] for policy in used]
+    built["recompute"] = Recompute(inputs)
+    return [built[policy] for policy in used]
 
 
 def _layer_inputs_shape(
@@ -141,7 +145,7 @@ def _layer_inputs_shape(
 
 
 def build_decoder(context: BuildContext, base: FrozenBase, model_slice: ModelSlice) -> Decoder:
-    """This rank's layers and ends; adapters at their start."""
+    """The decoder of this rank's layers, embedding and head; adapters at their initial values."""
     embedding, head = load_ends(context, base, model_slice.has_embedding, model_slice.has_head)
     norm = torch.empty(context.architecture.hidden, dtype=context.dtype)
     base.read_end("final_norm", norm)
@@ -159,11 +163,11 @@ def build_decoder(context: BuildContext, base: FrozenBase, model_slice: ModelSli
 def verified_store(
     context: BuildContext, base: FrozenBase, store: Store, layers: Sequence[int]
 ) -> VerifiedStore:
-    """``store`` of ``layers``, checked against the cache's manifest."""
+    """``store`` of ``layers`` with checks against the cache's manifest."""
     expected = [base.checksum(layer) for layer in layers]
     return VerifiedStore(store, expected, context.spec.frozen.verify_every)
 
 
 def layer_files(base: FrozenBase) -> list[str]:
-    """Where each layer lies on disk."""
+    """The file of each layer."""
     return [str(base.path(layer)) for layer in range(len(base))]

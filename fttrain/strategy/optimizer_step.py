@@ -1,7 +1,7 @@
-"""How a clipped gradient becomes new weights: on the device, or on the host beside the next step.
+"""Optimizer steps: on the device, or on the host while the next step computes.
 
-On the host a thread takes the layers in the order in which the next forward needs them: clip, step
-the optimizer, round to the compute dtype, send. A layer's forward waits for its own weights only.
+On the host a thread takes the layers in the order of the next forward: clip, step the optimizer,
+round to the compute dtype, copy to the device. A layer's forward waits for its own weights only.
 
     backward of step n | norm |  forward of step n + 1   layer 0   layer 1   layer 2 ...
     the host                     [ layer 0 ][ layer 1 ][ layer 2 ] ...
@@ -23,44 +23,46 @@ from fttrain.store.side_stream import copy_stream, device_thread
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """An update: on the device of this step, in host memory, where it goes on when its own step has
-    ended, of the step before.
+    """Figures of an update: of this step on the device; of the previous step in host memory, where
+    an update runs on after its own step has ended.
     """
 
-    optim_bytes: int = 0  # gradients that came to the host and weights that went to the device
-    optim_gather_bytes: int = 0  # weights of other ranks' parts that came from them
-    optim_s: float = 0.0  # the host worked on it
-    optim_wait_s: float = 0.0  # the next step waited for it; the rest was hidden
+    optim_bytes: int = 0  # gradients copied to the host and weights copied to the device
+    optim_gather_bytes: int = 0  # weights received from other ranks' shards
+    optim_s: float = 0.0  # compute time of the host
+    optim_wait_s: float = 0.0  # the next step's wait for it; the rest was hidden
 
 
 class Update(Protocol):
-    """Applies a step's gradients, which are complete."""
+    """The update of the masters by a step's complete gradients."""
 
     def start(self, factor: float, lr: float) -> None:
         """Multiply every gradient by ``factor`` and step the optimizer."""
         ...
 
     def settle(self) -> None:
-        """Until masters and optimizer state are those after the last step."""
+        """Wait until masters and optimizer state are those after the last step."""
         ...
 
     def take_stats(self) -> UpdateStats:
-        """Of the last update that is over, once."""
+        """The figures of the last complete update; zeros when they were taken before."""
         ...
 
 
 def update_layer(
-    layer: LayerAdapters, place: int, optimizer: Optimizer, factor: float, lr: float
+    layer: LayerAdapters, index: int, optimizer: Optimizer, factor: float, lr: float
 ) -> None:
-    """Clip, step and round one layer, where its masters lie. ``place``: among the optimizer's."""
+    """Clip, step and round one layer on the device of its masters. ``index``: the layer's in
+    ``optimizer``.
+    """
     assert layer.flat.grad is not None
     layer.flat.grad.mul_(factor)
-    optimizer.step(place, lr)
+    optimizer.step(index, lr)
     layer.stage()
 
 
 class DeviceUpdate:
-    """At once, on the device."""
+    """An update on the device, issued at once."""
 
     def __init__(self, layers: Sequence[LayerAdapters], optimizer: Optimizer) -> None:
         self._layers, self._optimizer = layers, optimizer
@@ -68,9 +70,9 @@ class DeviceUpdate:
 
     def start(self, factor: float, lr: float) -> None:
         self.settle()
-        for place, layer in enumerate(self._layers):
-            update_layer(layer, place, self._optimizer, factor, lr)
-        for layer in self._layers:  # in the order in which the next forward needs them
+        for index, layer in enumerate(self._layers):
+            update_layer(layer, index, self._optimizer, factor, lr)
+        for layer in self._layers:  # in the order of the next forward
             layer.expect(layer.gather())
         self._stats = UpdateStats(optim_gather_bytes=_gather_bytes(self._layers))
 
@@ -84,7 +86,7 @@ class DeviceUpdate:
 
 
 class HostUpdate:
-    """In host memory, layer by layer on a thread."""
+    """An update in host memory, layer by layer on a thread."""
 
     def __init__(
         self, layers: Sequence[LayerAdapters], optimizer: Optimizer, device: torch.device
@@ -92,16 +94,16 @@ class HostUpdate:
         self._layers, self._optimizer = layers, optimizer
         self._thread = device_thread(device, "optimizer")
         self._stream = copy_stream(device)
-        self._under_way: list[_Arriving] = []
+        self._under_way: list[_WeightsHandle] = []
         self._busy_s = self._wait_s = 0.0
         self._bytes = sum(layer.flat.nbytes + layer.copy_bytes for layer in layers)
         self._stats = UpdateStats()
 
     def start(self, factor: float, lr: float) -> None:
         self.settle()
-        for place, layer in enumerate(self._layers):
-            sent = self._thread.submit(self._work, place, layer, factor, lr)
-            self._under_way.append(_Arriving(sent, layer, self._waited))
+        for index, layer in enumerate(self._layers):
+            sent = self._thread.submit(self._update, index, layer, factor, lr)
+            self._under_way.append(_WeightsHandle(sent, layer, self._waited))
             layer.expect(self._under_way[-1])
 
     def settle(self) -> None:
@@ -116,9 +118,9 @@ class HostUpdate:
         stats, self._stats = self._stats, UpdateStats()
         return stats
 
-    def _work(self, place: int, layer: LayerAdapters, factor: float, lr: float) -> Handle:
+    def _update(self, index: int, layer: LayerAdapters, factor: float, lr: float) -> Handle:
         started = time.perf_counter()
-        update_layer(layer, place, self._optimizer, factor, lr)
+        update_layer(layer, index, self._optimizer, factor, lr)
         self._busy_s += time.perf_counter() - started
         return self._stream.run(layer.send)
 
@@ -126,8 +128,8 @@ class HostUpdate:
         self._wait_s += seconds
 
 
-class _Arriving:
-    """New weights: the host waits until they are made, the compute until they are there."""
+class _WeightsHandle:
+    """A layer's new weights: the host waits for the update, the compute for the copy."""
 
     def __init__(
         self, sent: "Future[Handle]", layer: LayerAdapters, waited: Callable[[float], None]
@@ -137,12 +139,12 @@ class _Arriving:
     def wait(self) -> None:
         started = time.perf_counter()
         self._sent.result().wait()
-        # Here and not on the thread: ranks must ask for all that they exchange in one order.
+        # Not on the thread: all ranks must issue their collectives in the same order.
         self._layer.gather().wait()
         self._waited(time.perf_counter() - started)
 
 
 def _gather_bytes(layers: Sequence[LayerAdapters]) -> int:
-    """What an update fetches of other ranks' parts."""
+    """Bytes of weights that an update receives from other ranks' shards."""
     others = (layer.layout.portion.world_size - 1 for layer in layers)
     return sum(layer.copy_bytes * count for layer, count in zip(layers, others, strict=True))

@@ -1,7 +1,7 @@
-"""pipeline: ResidentStore of a rank's own contiguous layers x one_f_one_b. Only boundary
-activations and their gradients travel; each adapter has one home on its machine, so there is
-nothing to sum. Several machines are as many pipelines side by side, with the same stages, which
-divide the micro-batches; then a stage sums its gradients with its like on the other machines.
+"""pipeline: ResidentStore of a rank's contiguous layers x one_f_one_b. Only boundary activations
+and their gradients travel. Each adapter is on one rank of a node, so there is no reduction inside
+it. Several nodes run one pipeline each, with the same stages, and divide the micro-batches; then
+a stage reduces its gradients over the nodes.
 """
 
 from dataclasses import replace
@@ -21,12 +21,12 @@ from fttrain.strategy.spec import BuildContext
 
 
 def reserve(context: BuildContext) -> ModelSlice:
-    """Divide the layers among the stages; host memory that this one needs.
+    """Divide the layers among the stages, and reserve this one's memory.
 
     Raises UserError where the layers do not fit.
     """
     model_slice = _slices(context)[context.group.intra_node.rank]
-    reserve_slice(context, model_slice, _kept(context))
+    reserve_slice(context, model_slice, _in_flight(context))
     reserve_layers(context.ledger, len(model_slice.layers), context.layer_bytes)
     return model_slice
 
@@ -38,42 +38,42 @@ def build(
     flats = to_device(base, model_slice.layers, context.layer_bytes, context.ledger, progress)
     store = ResidentStore(flats, context.frozen_format)
     sync = gradient_sync(context.group.inter_node)
-    return PipelineStage(build_parts(context, base, model_slice, store, _kept(context), sync))
+    return PipelineStage(build_parts(context, base, model_slice, store, _in_flight(context), sync))
 
 
 def fixed_bytes(context: BuildContext) -> int:
-    """What this stage takes on its device whatever its layers are: all that is reserved for
-    none.
-    """
-    machine = context.group.intra_node
-    books = replace(context, ledger=MemoryLedger(context.group))
-    none = ModelSlice(range(0), machine.rank == 0, machine.rank == machine.world_size - 1)
-    reserve_slice(books, none, _kept(context))
-    return books.ledger.device_bytes
+    """Bytes that this stage takes on its device without any layer."""
+    node = context.group.intra_node
+    without_layers = replace(context, ledger=MemoryLedger(context.group))
+    empty = ModelSlice(range(0), node.rank == 0, node.rank == node.world_size - 1)
+    reserve_slice(without_layers, empty, _in_flight(context))
+    return without_layers.ledger.device_bytes
 
 
-def _kept(context: BuildContext) -> int:
-    """Micro-batches that this stage keeps at most between forward and backward."""
-    machine = context.group.intra_node
-    of_a_step = context.spec.size.gradient_accumulation_steps * machine.world_size
-    return min(in_flight(machine.rank, machine.world_size), of_a_step)
+def _in_flight(context: BuildContext) -> int:
+    """The most micro-batches that this stage has between forward and backward."""
+    node = context.group.intra_node
+    of_a_step = context.spec.size.gradient_accumulation_steps * node.world_size
+    return min(in_flight(node.rank, node.world_size), of_a_step)
 
 
 def _slices(context: BuildContext) -> list[ModelSlice]:
-    """Each stage's part, balanced by the memory that its device has free, on whichever machine that
-    is least: a stage has the same layers everywhere.
+    """Each stage's part, balanced by free device memory. A stage has the same layers on every node,
+    so the node with the least free memory counts.
     """
     layers = context.architecture.layers
     policies = context.spec.placement.policies(layers)
-    # Of a layer of the mean: which ones a stage gets is not known yet.
-    of_layers = sum(saved_bytes(context, policy) for policy in policies)
-    mean_bytes = -(-of_layers // layers)
-    own = [
-        context.layer_bytes + trainable_state.adapter_bytes(context) + _kept(context) * mean_bytes,
+    # The mean over all layers: which ones a stage gets is not known yet.
+    all_layers_bytes = sum(saved_bytes(context, policy) for policy in policies)
+    mean_bytes = -(-all_layers_bytes // layers)
+    needs = [
+        context.layer_bytes
+        + trainable_state.adapter_bytes(context)
+        + _in_flight(context) * mean_bytes,
         fixed_bytes(context),
         context.ledger.free_device_bytes,
     ]
-    ranks = context.group.gather([float(value) for value in own])
+    ranks = context.group.gather([float(value) for value in needs])
     stages = context.group.intra_node.world_size
     layer_bytes, fixed, free_bytes = (
         [int(fullest(by_rank[stage::stages])) for stage in range(stages)]

@@ -35,7 +35,7 @@ class PipelineStage(NativeStrategy):
         machine = self._group.intra_node
         one_f_one_b(machine.rank, machine.world_size, len(stage), stage.forward, stage.backward)
         if not len(stage):
-            stage.close_all()
+            stage.end_all_layers()
         self._link.flush()
         return stage.runner
 

@@ -9,7 +9,7 @@ from fttrain.strategy.spec import BuildContext
 
 
 def reserve(context: BuildContext) -> ModelSlice:
-    """Host memory that it needs."""
+    """Reserve the memory of device and host."""
     model_slice = reserve_data_parallel(context)
     reserve_layers(context.ledger, context.architecture.layers, context.layer_bytes)
     return model_slice
@@ -19,8 +19,8 @@ def build(
     context: BuildContext, base: FrozenBase, model_slice: ModelSlice, progress: Progress
 ) -> DataParallel:
     """Load all layers onto the device and join the parts."""
-    machine = context.group.intra_node  # whose ranks read the same files
-    order = in_turn(model_slice.layers, machine.rank, machine.world_size)
+    node = context.group.intra_node  # whose ranks read the same files
+    order = in_turn(model_slice.layers, node.rank, node.world_size)
     flats = dict(
         zip(
             order,

@@ -1,5 +1,5 @@
-"""shard: ShardedStore x grouped(G) x all_reduce. Each rank of a machine keeps a part of every
-layer; the others' parts arrive while the layer before computes.
+"""shard: ShardedStore x grouped(G) x all_reduce. Each rank of a node keeps a shard of every layer;
+the other shards are gathered while the previous layer computes.
 """
 
 from fttrain.memory.parts import MemoryPart
@@ -12,10 +12,12 @@ from fttrain.strategy.spec import BuildContext
 
 
 def reserve(context: BuildContext) -> ModelSlice:
-    """Host memory that it needs. Raises UserError for ranks that a layer does not divide among."""
-    own_bytes = shard_bytes(context.layer_bytes, context.group.intra_node.world_size)
+    """Reserve the memory of device and host. Raises UserError for a number of ranks that does not
+    divide a layer.
+    """
+    local_bytes = shard_bytes(context.layer_bytes, context.group.intra_node.world_size)
     model_slice = reserve_data_parallel(context)
-    reserve_layers(context.ledger, context.architecture.layers, own_bytes)
+    reserve_layers(context.ledger, context.architecture.layers, local_bytes)
     context.ledger.reserve(MemoryPart.SLOTS, SLOTS * context.layer_bytes)
     return model_slice
 
@@ -23,11 +25,11 @@ def reserve(context: BuildContext) -> ModelSlice:
 def build(
     context: BuildContext, base: FrozenBase, model_slice: ModelSlice, progress: Progress
 ) -> DataParallel:
-    """Load this rank's part of each layer and join the parts."""
+    """Load this rank's shard of each layer and join the parts."""
     group = context.group.intra_node
-    own_bytes = shard_bytes(context.layer_bytes, group.world_size)
+    local_bytes = shard_bytes(context.layer_bytes, group.world_size)
     shards = to_device(
-        base, range(len(base)), own_bytes, context.ledger, progress, group.rank * own_bytes
+        base, range(len(base)), local_bytes, context.ledger, progress, group.rank * local_bytes
     )
     store = ShardedStore(shards, context.frozen_format, group)
     return build_data_parallel(context, base, model_slice, store)

@@ -1,7 +1,8 @@
-"""What a native strategy is told, before anything is loaded."""
+"""StrategySpec and BuildContext: the settings and the surroundings from which a strategy is
+built.
+"""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -21,18 +22,18 @@ from fttrain.util.units import round_up
 
 @dataclass(frozen=True)
 class StepSize:
-    """The most that one optimizer step passes on a rank."""
+    """The largest optimizer step of a rank."""
 
     micro_batch_size: int = 1  # rows
     seq_len: int = 1  # tokens of a row
     gradient_accumulation_steps: int = 1  # micro-batches
-    target_share: float = 1.0  # of the tokens, those that are trained on; plans alone ask
-    row_documents: int = 1  # the most that are packed into a row; plans alone ask
+    target_share: float = 1.0  # share of the tokens that are targets; read by plans alone
+    row_documents: int = 1  # the most documents packed into a row; read by plans alone
 
     @property
     def row_tokens(self) -> int:
-        """What is reckoned for each row of a micro-batch: so much that the parts it may be divided
-        into (``Strategy.divide``) fit where it did, each with padding of its own.
+        """Tokens reserved for a row of a micro-batch. It is rounded up so that pieces of a
+        micro-batch (``Strategy.resize``), each with its own padding, fit into the same memory.
         """
         return round_up(self.seq_len, ROW_MULTIPLE)
 
@@ -44,7 +45,7 @@ class StepSize:
 
 @dataclass(frozen=True)
 class StrategySpec:
-    """Everything a native strategy is made of."""
+    """The settings from which a strategy is built."""
 
     strategy: StrategyConfig
     quant: QuantConfig
@@ -54,15 +55,15 @@ class StrategySpec:
     placement: Placement
     frozen: FrozenConfig
     size: StepSize
-    dtype: str
+    dtype: str  # of the compute: bfloat16 | float32
     seed: int
-    z_loss: float = 0.0  # as Head
+    z_loss: float = 0.0  # weight of the z-loss, as in ``Head``
     kernels: str = AUTO_KERNELS  # one of KERNELS
 
 
 @dataclass(frozen=True)
 class BuildContext:
-    """A recipe for one model on these ranks: what a strategy's page books and builds from."""
+    """A spec for one model on these ranks, from which a strategy's page reserves and builds."""
 
     spec: StrategySpec
     group: RankGroup
@@ -72,8 +73,8 @@ class BuildContext:
 
     @property
     def dtype(self) -> torch.dtype:
-        found: Any = getattr(torch, self.spec.dtype)
-        return found
+        dtype: torch.dtype = getattr(torch, self.spec.dtype)
+        return dtype
 
     @property
     def layer_bytes(self) -> int:
@@ -81,6 +82,6 @@ class BuildContext:
 
     @property
     def table_bytes(self) -> int:
-        """Of the embedding, or of the head (V, C)."""
+        """Bytes of the embedding's table or of the head (V, C)."""
         a = self.architecture
         return int(a.config.vocab_size) * a.hidden * self.dtype.itemsize

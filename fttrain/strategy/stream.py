@@ -1,5 +1,5 @@
 """stream: HostStore x grouped(G) x all_reduce. Some layers on the device, the rest in one host copy
-of the machine; no rank needs another one for them, and one rank is enough.
+of the node. Layers do not travel between ranks, and one rank is enough.
 """
 
 from fttrain.memory.parts import MemoryPart
@@ -12,7 +12,9 @@ from fttrain.strategy.spec import BuildContext
 
 
 def reserve(context: BuildContext) -> ModelSlice:
-    """Host memory that it needs. Raises UserError for resident layers that there are not."""
+    """Reserve the memory of device and host. Raises UserError for more resident layers than the
+    model has.
+    """
     model_slice = reserve_data_parallel(context)
     on_host = _on_host(context)
     if on_host:
@@ -29,16 +31,16 @@ def build(
     context: BuildContext, base: FrozenBase, model_slice: ModelSlice, progress: Progress
 ) -> DataParallel:
     """Fill the host copy together, load this rank's resident layers and join the parts."""
-    machine, layer_bytes = context.group.intra_node, context.layer_bytes
+    node, layer_bytes = context.group.intra_node, context.layer_bytes
     on_host = _on_host(context)
     shared = {}
     if on_host:
         buffer = context.ledger.allocate(MemoryPart.HOST_LAYERS).view(-1, layer_bytes)
         shared = dict(zip(on_host, buffer.unbind(0), strict=True))
-    own = on_host[machine.rank :: machine.world_size]
-    resident = sorted(_resident(context, machine.rank))
-    total = len(own) + len(resident)
-    for done, layer in enumerate(own, start=1):
+    local_layers = on_host[node.rank :: node.world_size]  # that this rank reads for the node
+    resident = sorted(_resident(context, node.rank))
+    total = len(local_layers) + len(resident)
+    for done, layer in enumerate(local_layers, start=1):
         base.read(layer, shared[layer])
         progress(done, total)
     flats = to_device(
@@ -46,28 +48,28 @@ def build(
         resident,
         layer_bytes,
         context.ledger,
-        lambda done, _: progress(len(own) + done, total),
+        lambda done, _: progress(len(local_layers) + done, total),
     )
-    machine.barrier()  # the others' layers are there as well
+    node.barrier()  # after it, all layers are in the host copy
     store = HostStore(
         len(base),
         dict(zip(resident, flats, strict=True)),
         shared,
         context.frozen_format,
-        machine.device,
+        node.device,
         context.spec.strategy.slots,
     )
     return build_data_parallel(context, base, model_slice, store)
 
 
 def _resident(context: BuildContext, rank: int) -> frozenset[int]:
-    """Layers that stay on the device of ``rank`` of the machine."""
+    """Layers that stay on the device of ``rank`` of the node."""
     layers, world_size = context.architecture.layers, context.group.intra_node.world_size
     return resident_set(layers, context.spec.strategy.resident(rank, world_size, layers))
 
 
 def _on_host(context: BuildContext) -> list[int]:
-    """Layers of the machine's host copy: those that any rank does not keep."""
+    """Layers of the node's host copy: all but those that are resident on every rank."""
     everywhere = frozenset.intersection(
         *(_resident(context, rank) for rank in range(context.group.intra_node.world_size))
     )

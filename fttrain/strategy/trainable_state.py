@@ -1,13 +1,13 @@
-"""What trains: adapters, their gradients, the optimizer's state; where they are, what they take.
+"""Trainable state: adapters, their gradients and the optimizer's state; placement and bytes.
 
                       on the device                      with optim.offload in host memory
-    compute copies    whole                              own part, on its way to the device
-    masters, moments  own part                           own part
-    gradients         whole; where a step is one group   the same; on the device two of a layer,
-                      of micro-batches own part, and     which backward adds to
-                      two of a layer
+    compute copies    whole                              shard, on its way to the device
+    masters, moments  shard                              shard
+    gradients         whole; where a step is one group   the same; on the device two buffers of a
+                      of micro-batches shard, and two    layer, to which backward adds
+                      buffers of a layer
 
-The own part is everything, or with ``optim.shard`` one of as many parts as there are ranks.
+The shard is everything, or with ``optim.shard`` one of world_size equal parts.
 """
 
 import torch
@@ -31,14 +31,16 @@ FP32_BYTES = 4
 
 
 def reserve_trainable(context: BuildContext, layers: int) -> None:
-    """Memory of ``layers``."""
+    """Reserve the trainable state of so many ``layers``."""
     ledger, optim, layout = context.ledger, context.spec.optim, layout_of(context)
     ledger.reserve(MemoryPart.ADAPTERS, adapter_bytes(context) * layers)
     if _double_buffered(context):
         ledger.reserve(MemoryPart.GRADIENT_BUFFERS, BUFFERS * FP32_BYTES * layout.values)
     if optim.offload:
         ledger.reserve(MemoryPart.ADAPTER_MASTERS, FP32_BYTES * layout.own_values * layers)
-        ledger.reserve(MemoryPart.ADAPTER_GRADIENTS, FP32_BYTES * _kept_gradients(context) * layers)
+        ledger.reserve(
+            MemoryPart.ADAPTER_GRADIENTS, FP32_BYTES * _gradient_values(context) * layers
+        )
         ledger.reserve(
             MemoryPart.ADAPTER_COPIES, _copy_dtype(context).itemsize * layout.own_values * layers
         )
@@ -48,10 +50,10 @@ def reserve_trainable(context: BuildContext, layers: int) -> None:
 
 
 def adapter_bytes(context: BuildContext) -> int:
-    """What one layer's adapters take on the device for as long as the run lasts."""
+    """Bytes of one layer's adapters on the device during the whole run."""
     layout, optim = layout_of(context), context.spec.optim
     copies = _copy_dtype(context).itemsize * layout.values
-    if "m" in layout.names:  # squares of frozen rows' norms, and m / n
+    if "m" in layout.names:  # DoRA: fp32 squares of the frozen rows' norms n, and m / n
         copies += 2 * FP32_BYTES * layout.section_values("m")
     if optim.offload:
         return copies
@@ -60,7 +62,7 @@ def adapter_bytes(context: BuildContext) -> int:
         copies
         + masters
         + moment_bytes(optim, layout.own_values)
-        + FP32_BYTES * _kept_gradients(context)
+        + FP32_BYTES * _gradient_values(context)
     )
 
 
@@ -69,13 +71,13 @@ def _copy_dtype(context: BuildContext) -> torch.dtype:
 
 
 def optimizer_shard(context: BuildContext) -> Shard:
-    """What of each layer's adapters this rank updates."""
+    """The shard of each layer's adapters that this rank updates."""
     group = context.group
     return Shard(group.rank, group.world_size) if context.spec.optim.shard else Shard()
 
 
 def layout_of(context: BuildContext) -> FlatLayout:
-    """Of every layer's adapters."""
+    """The flat layout of a layer's adapters, the same for all layers."""
     meta = torch.device("meta")  # shapes without memory
     groups, lora = context.architecture.groups, context.spec.lora
     return LayerAdapters(
@@ -84,59 +86,62 @@ def layout_of(context: BuildContext) -> FlatLayout:
 
 
 def adapters(context: BuildContext, layers: range) -> list[LayerAdapters]:
-    """Of each of ``layers``, at their start."""
+    """The adapters of each of ``layers``, at their initial values."""
     groups, spec, device = context.architecture.groups, context.spec, context.group.device
-    places = _on_host(context, len(layers)) if spec.optim.offload else [None] * len(layers)
-    made = [
+    on_host = _on_host(context, len(layers)) if spec.optim.offload else [None] * len(layers)
+    built = [
         LayerAdapters(
-            layer, groups, spec.lora, device, context.dtype, place, optimizer_shard(context)
+            layer, groups, spec.lora, device, context.dtype, memory, optimizer_shard(context)
         )
-        for layer, place in zip(layers, places, strict=True)
+        for layer, memory in zip(layers, on_host, strict=True)
     ]
-    for own in made:
-        own.reset(spec.seed)
-    return made
+    for layer_adapters in built:
+        layer_adapters.reset(spec.seed)
+    return built
 
 
 def _on_host(context: BuildContext, layers: int) -> list[OnHost]:
-    """Where masters and outgoing copies of each layer are in host memory."""
+    """The host memory of each layer's masters and outgoing copies."""
     masters = _by_layer(context.ledger.allocate(MemoryPart.ADAPTER_MASTERS), torch.float32, layers)
     copies = _by_layer(
         context.ledger.allocate(MemoryPart.ADAPTER_COPIES), _copy_dtype(context), layers
     )
-    return [OnHost(*own) for own in zip(masters, copies, strict=True)]
+    return [OnHost(*memory) for memory in zip(masters, copies, strict=True)]
 
 
-def gradients(context: BuildContext, built: Decoder, sync: GradientSync) -> GradientBuffers:
-    """Where the adapters' gradients live."""
-    adapters, device = [layer.adapters for layer in built.layers], context.group.device
+def gradients(context: BuildContext, decoder: Decoder, sync: GradientSync) -> GradientBuffers:
+    """The buffers of the adapters' gradients."""
+    adapters, device = [layer.adapters for layer in decoder.layers], context.group.device
     if not _double_buffered(context):
         return ResidentGradients(adapters, sync)
     if context.spec.optim.offload:
-        places = _by_layer(
+        storage = _by_layer(
             context.ledger.allocate(MemoryPart.ADAPTER_GRADIENTS), torch.float32, len(adapters)
         )
     else:
-        places = list(torch.zeros(len(adapters), _kept_gradients(context), device=device).unbind(0))
-    return DoubleBufferedGradients(adapters, sync, device, places)
+        shape = len(adapters), _gradient_values(context)
+        storage = list(torch.zeros(shape, device=device).unbind(0))
+    return DoubleBufferedGradients(adapters, sync, device, storage)
 
 
 def _double_buffered(context: BuildContext) -> bool:
-    """Whether the device holds no more than a few whole gradients."""
+    """Whether the device holds no more than ``BUFFERS`` whole gradients."""
     return context.spec.optim.offload or (
         optimizer_shard(context).world_size > 1 and _one_group(context)
     )
 
 
-def _kept_gradients(context: BuildContext) -> int:
-    """fp32 values that are kept of one layer's gradient: all while groups still add to them."""
+def _gradient_values(context: BuildContext) -> int:
+    """fp32 values stored of one layer's gradient: this rank's shard, or all of them where several
+    groups of micro-batches add to the gradient before its reduction.
+    """
     layout = layout_of(context)
     return layout.own_values if _one_group(context) else layout.values
 
 
 def _one_group(context: BuildContext) -> bool:
-    """A layer's gradient is complete as its first backward ends, also where micro-batches are
-    divided and there are more of them.
+    """Whether a step is one group of micro-batches: a layer's gradient is complete as its first
+    backward ends, also after ``Strategy.resize``.
     """
     return (context.spec.schedule.kind, context.spec.schedule.micro_batch_group) == (
         "grouped",
@@ -145,5 +150,5 @@ def _one_group(context: BuildContext) -> bool:
 
 
 def _by_layer(buffer: Tensor, dtype: torch.dtype, layers: int) -> list[Tensor]:
-    """uint8 host memory -> ``dtype`` (values,) for each layer."""
+    """uint8 host memory -> ``dtype`` (values,) of each layer."""
     return list(buffer.view(dtype).view(layers, -1).unbind(0))

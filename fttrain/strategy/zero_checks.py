@@ -1,4 +1,6 @@
-"""What strategy=deepspeed cannot do, and what it alone can, refused by name."""
+"""Checks of strategy=deepspeed: settings that it cannot honour, or that it alone can, are refused
+by name.
+"""
 
 import importlib.util
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ from fttrain.util.errors import UserError
 
 
 def check_whole_weights(strategy: str, lora: LoraConfig, quant: QuantConfig) -> None:
-    """Raises UserError for weights that cannot train."""
+    """Raise UserError where all weights are to train and cannot."""
     if lora.r:
         return
     if strategy != DEEPSPEED:
@@ -29,7 +31,7 @@ def check_whole_weights(strategy: str, lora: LoraConfig, quant: QuantConfig) -> 
 
 
 def check_zero(lora: LoraConfig, optim: OptimConfig, schedule: ScheduleConfig) -> None:
-    """Raises UserError for settings that DeepSpeed would not honour."""
+    """Raise UserError where DeepSpeed is missing, and for settings that it would not honour."""
     if importlib.util.find_spec("deepspeed") is None:  # looks for it without importing it
         raise UserError(
             f"strategy={DEEPSPEED}: DeepSpeed is not installed, which "
@@ -58,20 +60,22 @@ def check_zero(lora: LoraConfig, optim: OptimConfig, schedule: ScheduleConfig) -
 
 
 def check_placement(placement: Any, quant: QuantConfig) -> None:
-    """Raises UserError where something is to be where DeepSpeed does not put it."""
+    """Raise UserError for a placement of tensors that DeepSpeed does not offer."""
     if placement.activations not in ("recompute", "keep"):
         raise UserError(
             f"activations={shown(placement.activations)} with strategy={DEEPSPEED}: recompute or "
             "keep, for all layers"
         )
-    lies = "strategy.zero.stage=3 with strategy.zero.offload_params=true keeps weights on the host"
+    remedy = (
+        "strategy.zero.stage=3 with strategy.zero.offload_params=true keeps weights on the host"
+    )
     _check_default(
         placement,
         "",
         {
             "layer_inputs": "what layers leave for backward stays on the device",
-            "embedding": lies,
-            "lm_head": lies,
+            "embedding": remedy,
+            "lm_head": remedy,
             "mlp_tile_tokens": "an MLP runs whole",
         },
     )
@@ -79,7 +83,7 @@ def check_placement(placement: Any, quant: QuantConfig) -> None:
 
 
 def refuse_deepspeed_launch(strategy: str, environment: Mapping[str, str]) -> None:
-    """Raises UserError where accelerate was told of DeepSpeed and ``strategy`` is another one."""
+    """Raise UserError where accelerate's launch file says DeepSpeed and ``strategy`` is native."""
     if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise UserError(
             f"strategy={strategy}, but the launch file says distributed_type: DEEPSPEED; write "
@@ -98,5 +102,5 @@ def _check_default(config: Any, prefix: str, reasons: dict[str, str]) -> None:
 
 
 def shown(value: Any) -> str:
-    """As it is written on a command line."""
+    """The value as it is written on a command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)

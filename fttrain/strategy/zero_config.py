@@ -1,4 +1,4 @@
-"""The settings of strategy=deepspeed, and what of the other settings it cannot honour."""
+"""Settings of strategy=deepspeed."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,16 @@ DEFAULT_STAGE = 2
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    """What DeepSpeed's ZeRO divides among the ranks, and what of it waits in host memory.
+    """ZeRO's division among the ranks, and its offload to host memory.
 
-    null: as the launcher's accelerate file or ``config`` says; else stage 2, and no offload.
+    null: as the launcher's accelerate file or ``config`` says; otherwise stage 2 without offload.
     """
 
     # 1: optimizer state | 2: gradients, too | 3: weights, too, gathered before use
     stage: int | None = None
     offload_optimizer: bool | None = None  # fp32 masters and moments in host memory
-    offload_params: bool | None = None  # stage 3: this rank's part of the weights in host memory
-    config: str | None = None  # a DeepSpeed JSON of the user's own; its "auto" values are filled
+    offload_params: bool | None = None  # stage 3: this rank's shard of the weights in host memory
+    config: str | None = None  # the user's DeepSpeed JSON; its "auto" values are filled
 
     def __post_init__(self) -> None:
         if self.stage not in (None, 1, 2, 3):

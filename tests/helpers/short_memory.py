@@ -31,7 +31,7 @@ def limit(patch: pytest.MonkeyPatch, place: str, tokens: int, layer: int = 0) ->
         """In the middle of a layer: some of its groups have added their gradients, some not."""
         return len(grad) if group.layer == layer and group.shape.name == "o" else 0
 
-    def receive(link: PipelineP2P, rows: int, step: int) -> int:
+    def receive(p2p: PipelineP2P, rows: int, neighbour: int) -> int:
         """Once for each limit: then the stage has dropped what was in the way."""
         asked.append(rows)
         return max(asked) if len(asked) == 1 else 0

@@ -29,19 +29,19 @@ def flats(layers: int, seed: int = 0) -> list[Tensor]:
     )
 
 
-def walks(layers: int, passes: int, seed: int = 0) -> list[list[int]]:
-    """Up and down as steps go, with passes up alone (evaluation) in between."""
+def passes_up_and_down(layers: int, count: int, seed: int = 0) -> list[list[int]]:
+    """Layer orders of passes up and down, as of steps, with passes up alone (evaluation) in between."""
     chance = random.Random(seed)
     up = list(range(layers))
-    return [up if chance.random() < 0.5 else up[::-1] for _ in range(passes)]
+    return [up if chance.random() < 0.5 else up[::-1] for _ in range(count)]
 
 
 def read(store: Store, orders: Sequence[Sequence[int]]) -> list[tuple[int, Tensor]]:
     """(layer, its bytes as they were given out) of passes over ``store``, used as schedules do."""
     found = []
     for order in orders:
-        for place, layer in enumerate(order):
-            store.prefetch(order[place:])
+        for position, layer in enumerate(order):
+            store.prefetch(order[position:])
             found.append((layer, store.get(layer).flat.clone()))
             store.release(layer)
     return found
@@ -58,18 +58,18 @@ def steady(store: Store) -> Traffic:
     return store.take_traffic()
 
 
-class CountingLane(ThreadSideStream):
-    """Counts the works that began and those that are done, each of which takes its time."""
+class CountingSideStream(ThreadSideStream):
+    """Count the tasks that began and those that are done. Each takes ``task_s`` at least."""
 
-    def __init__(self, work_s: float = 0.0) -> None:
+    def __init__(self, task_s: float = 0.0) -> None:
         super().__init__()
         self.started = self.ended = 0
-        self._work_s = work_s
+        self._task_s = task_s
 
-    def run(self, work: Task, after: Any = None) -> Handle:
+    def run(self, task: Task, after: Any = None) -> Handle:
         def counted() -> Handle | None:
-            time.sleep(self._work_s)
-            handle = work()
+            time.sleep(self._task_s)
+            handle = task()
             self.ended += 1
             return handle
 
@@ -77,9 +77,9 @@ class CountingLane(ThreadSideStream):
         return super().run(counted, after)
 
 
-def delay_lanes(seed: int, most_s: float = 3e-3) -> None:
-    """From now on the side streams of this process start each piece of work late, by a random time:
-    mostly short, at most ``most_s``.
+def delay_streams(seed: int, most_s: float = 3e-3) -> None:
+    """Start each task of this process's side streams late from now on, by a random time: mostly
+    short, at most ``most_s``.
     """
     chance = random.Random(seed)
     for kind in (ThreadSideStream, CollectiveSideStream):
@@ -89,12 +89,12 @@ def delay_lanes(seed: int, most_s: float = 3e-3) -> None:
 def _late(
     start: Callable[[Any, Task], Any], chance: random.Random, most_s: float
 ) -> Callable[[HostSideStream, Task], Any]:
-    def start_late(stream: HostSideStream, work: Task) -> Any:
+    def start_late(stream: HostSideStream, task: Task) -> Any:
         delay_s = most_s * chance.random() ** 3
 
         def late() -> Any:
             time.sleep(delay_s)
-            return work()
+            return task()
 
         return start(stream, late)
 

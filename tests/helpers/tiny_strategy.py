@@ -145,8 +145,8 @@ def build(spec: StrategySpec, frozen: MemoryBase, group: RankGroup | None = None
 def start(spec: StrategySpec, frozen: MemoryBase, group: RankGroup | None = None) -> Any:
     """The strategy, as a run builds it."""
     group = group or this_group()
-    blueprint = StrategyBuilder(spec, frozen.architecture, frozen.frozen_format, group)
-    return blueprint.build(frozen, lambda done, total: None)
+    builder = StrategyBuilder(spec, frozen.architecture, frozen.frozen_format, group)
+    return builder.build(frozen, lambda done, total: None)
 
 
 def data_parallel(

@@ -93,19 +93,19 @@ def test_dropout_changes_the_gradient_and_evaluation_has_none() -> None:
 
 
 class Watched:
-    """Gradients on the device that write down when they are opened and closed."""
+    """Gradients on the device that write down when their layers begin and end."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder, self.home = decoder, tiny.gradient_home(decoder)
         self.log: list[tuple[str, int]] = []
         self.complete: list[tuple[int, Tensor]] = []
 
-    def open(self, layer: int) -> None:
-        self.log.append(("open", layer))
-        self.home.open(layer)
+    def begin_layer(self, layer: int) -> None:
+        self.log.append(("begin", layer))
+        self.home.begin_layer(layer)
 
-    def close(self, layer: int, last: bool) -> None:
-        self.log.append(("close", layer))
+    def end_layer(self, layer: int, last: bool) -> None:
+        self.log.append(("end", layer))
         if last:
             self.complete.append((layer, self.decoder.layers[layer].adapters.grad.clone()))
 
@@ -127,14 +127,14 @@ def pass_all(decoder: Decoder, store: Any, group_size: int) -> Watched:
 @pytest.mark.parametrize("group_size", [1, 2, 4])
 def test_a_layers_gradient_is_complete_when_that_is_said(group_size: int) -> None:
     """Once for each layer, from the last to the first, and nothing is added afterwards; between
-    open and close nothing else is opened.
+    begin and end no other layer begins.
     """
     decoder, store = tiny.build(tiny.model(), QuantConfig(), LORA)
     watched = pass_all(decoder, store, group_size)
     assert [layer for layer, _ in watched.complete] == [2, 1, 0]
     for layer, gradient in watched.complete:
         assert torch.equal(gradient, decoder.layers[layer].adapters.grad)
-    turn = [(what, layer) for layer in (2, 1, 0) for what in ("open", "close")]
+    turn = [(what, layer) for layer in (2, 1, 0) for what in ("begin", "end")]
     assert watched.log == turn * (4 // group_size)
 
 
@@ -193,9 +193,9 @@ def test_keep_holds_the_stated_tensors_and_no_others(name: str) -> None:
     gate and up: nothing dequantised, nothing normed, nothing of the MLP's width but gate and up.
     """
     decoder, store = tiny.build(tiny.model(name), QuantConfig(), DROPOUT)
-    batch = micro_batches(1)[0]
-    work = layer_pass.start(decoder, batch, masks_by_index(batch), None)
-    tokens, a = len(work.hidden), decoder.architecture
+    micro_batch = micro_batches(1)[0]
+    batch = layer_pass.start(decoder, micro_batch, masks_by_index(micro_batch), None)
+    tokens, a = len(batch.hidden), decoder.architecture
     qkv, attention = (a.heads + 2 * a.kv_heads) * a.head_dim, a.heads * a.head_dim
     stated = sorted(
         4 * tokens * width
@@ -209,25 +209,25 @@ def test_keep_holds_the_stated_tensors_and_no_others(name: str) -> None:
 
     for layer in layer_pass.iterate_layers(decoder, store, range(1)):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            layer_pass.forward(decoder.layers[layer], work, Keep())
+            layer_pass.forward(decoder.layers[layer], batch, Keep())
     assert sorted(saved.values()) == stated
-    _, (edge, _) = work.saved[0]
-    rotary = {tensor.data_ptr() for tensor in work.rotary}  # shared by all layers
+    _, (edge, _) = batch.saved[0]
+    rotary = {tensor.data_ptr() for tensor in batch.rotary}  # shared by all layers
     for node in autograd_nodes(edge.node):
         for value in vars(node).values() if hasattr(node, "__dict__") else ():
             for tensor in value if isinstance(value, tuple) else (value,):
                 assert not isinstance(tensor, Tensor) or tensor.data_ptr() in rotary, node
 
 
-def test_recompute_holds_the_boundary_only() -> None:
+def test_recompute_saves_the_layer_input_only() -> None:
     decoder, store = tiny.build(tiny.model(), QuantConfig(), LORA)
-    work = layer_pass.start(decoder, micro_batches(1)[0], None, None)
+    batch = layer_pass.start(decoder, micro_batches(1)[0], None, None)
     policy: Policy = Recompute()
     for layer in layer_pass.iterate_layers(decoder, store, range(len(store))):
-        boundary = work.hidden
-        layer_pass.forward(decoder.layers[layer], work, policy)
-        assert work.saved[-1][1] is boundary
-        assert work.hidden.grad_fn is None
+        hidden = batch.hidden
+        layer_pass.forward(decoder.layers[layer], batch, policy)
+        assert batch.saved[-1][1] is hidden
+        assert batch.hidden.grad_fn is None
 
 
 def test_settings() -> None:

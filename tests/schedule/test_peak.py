@@ -70,7 +70,7 @@ def attention_bytes(a: Architecture) -> int:
     return 2 * (2 * (q + 2 * kv) + (q + kv) + 2 * q + 3 * a.head_dim + 3 * RANK) + 4 * a.heads
 
 
-def boundary_bytes(a: Architecture) -> int:
+def layer_ends_bytes(a: Architecture) -> int:
     """Of a token: the layer's input, the gradient of its output, that of the second residual."""
     return 2 * 3 * a.hidden
 
@@ -84,9 +84,9 @@ def saved_bytes(a: Architecture) -> int:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_recompute_grows_by_attention_and_boundaries_alone(shape: str) -> None:
+def test_recompute_grows_by_attention_and_layer_inputs_alone(shape: str) -> None:
     a = Architecture(SHAPES[shape])
-    allowed = attention_bytes(a) + boundary_bytes(a)
+    allowed = attention_bytes(a) + layer_ends_bytes(a)
     assert growth_bytes(a, Recompute, TILE) <= allowed
     assert growth_bytes(a, Recompute, 0) > 1.5 * allowed
 
@@ -99,6 +99,6 @@ def test_keep_grows_by_what_it_saves_or_attention_takes(shape: str) -> None:
     a = Architecture(SHAPES[shape])
     # Beside what is saved: the gradients of the output and the second residual, cosine and sine.
     in_mlp = saved_bytes(a) + 2 * (2 * a.hidden + 2 * a.head_dim)
-    allowed = max(in_mlp, attention_bytes(a) + boundary_bytes(a))
+    allowed = max(in_mlp, attention_bytes(a) + layer_ends_bytes(a))
     assert growth_bytes(a, Keep, TILE) <= allowed
     assert growth_bytes(a, Keep, 0) > 1.2 * allowed

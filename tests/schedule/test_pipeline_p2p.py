@@ -25,8 +25,8 @@ CASES = [(torch.float32, "gloo"), (torch.bfloat16, "gloo"), (torch.float32, "ncc
 ROWS = [random.Random(3).randint(1, 40) for _ in range(50)]
 
 
-def message(number: int, step: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(2 * number + (step == NEXT))
+def message(number: int, direction: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(2 * number + (direction == NEXT))
     return torch.randn(ROWS[number], WIDTH, generator=generator).to(dtype)
 
 
@@ -37,26 +37,26 @@ def talk(dtype: torch.dtype, backend: str) -> dict[str, Any]:
     """
     group = tiny_strategy.this_group()
     with mock.patch.object(torch.distributed, "get_backend", return_value=backend):
-        link, chance = PipelineP2P(group, WIDTH, dtype), random.Random(group.rank)
+        p2p, chance = PipelineP2P(group, WIDTH, dtype), random.Random(group.rank)
     found: list[Tensor] = []
-    inbox = link.inbox(ROWS, PREV if link.is_last else NEXT)
-    ahead = 0 if link.is_last else 2
+    queue = p2p.recv_queue(ROWS, PREV if p2p.is_last else NEXT)
+    ahead = 0 if p2p.is_last else 2
     for number in range(len(ROWS) + ahead):
         time.sleep(2e-3 * chance.random())
-        if link.is_last:
-            found.append(inbox.next())
-            link.send(message(number, PREV, dtype), PREV)
+        if p2p.is_last:
+            found.append(queue.next())
+            p2p.send(message(number, PREV, dtype), PREV)
             continue
         if number < len(ROWS):
             sent = message(number, NEXT, dtype)
-            link.send(sent.t().contiguous().t(), NEXT)  # not contiguous
+            p2p.send(sent.t().contiguous().t(), NEXT)  # not contiguous
         if number >= ahead:
-            found.append(inbox.next())
-    link.flush()
+            found.append(queue.next())
+    p2p.flush()
     return {
         "found": found,
-        "bytes": [link.take_traffic().stage_bytes for _ in range(2)],
-        "place": (link.is_first, link.is_last),
+        "bytes": [p2p.take_traffic().stage_bytes for _ in range(2)],
+        "place": (p2p.is_first, p2p.is_last),
     }
 
 
@@ -90,15 +90,15 @@ LATE_S = 0.3
 def wait() -> float:
     """Seconds for which this rank waited by its own account; the first one sends late."""
     group = tiny_strategy.this_group()
-    link = PipelineP2P(group, WIDTH, torch.float32)
+    p2p = PipelineP2P(group, WIDTH, torch.float32)
     group.barrier()
-    if link.is_first:
+    if p2p.is_first:
         time.sleep(LATE_S)
-        link.send(torch.zeros(1, WIDTH), NEXT)
+        p2p.send(torch.zeros(1, WIDTH), NEXT)
     else:
-        link.receive(1, PREV).tensor()
-    link.flush()
-    waited = [link.take_traffic().wait_s for _ in range(2)]
+        p2p.receive(1, PREV).tensor()
+    p2p.flush()
+    waited = [p2p.take_traffic().wait_s for _ in range(2)]
     assert waited[1] == 0
     return waited[0]
 
@@ -110,10 +110,10 @@ def test_the_wait_for_another_stage_is_timed() -> None:
 
 
 def test_a_single_stage_is_first_and_last() -> None:
-    link = PipelineP2P(tiny_strategy.this_group(), WIDTH, torch.float32)
-    assert link.is_first
-    assert link.is_last
-    assert link.take_traffic() == Traffic()
+    p2p = PipelineP2P(tiny_strategy.this_group(), WIDTH, torch.float32)
+    assert p2p.is_first
+    assert p2p.is_last
+    assert p2p.take_traffic() == Traffic()
 
 
 def staged_races() -> list[Race]:

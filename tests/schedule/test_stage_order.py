@@ -1,4 +1,4 @@
-"""No pipeline waits for itself: real stages and links, over the model in ``tiny_wire``."""
+"""No pipeline waits for itself: real stages and point-to-point traffic, over the model in ``tiny_wire``."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -66,12 +66,12 @@ def record(
     wires = [tiny_wire.Wire(rank) for rank in range(stages)]
     for rank, recorder in enumerate(wires):
         monkeypatch.setattr(pipeline_p2p, "torch_dist", recorder)
-        link = PipelineP2P(RankGroup(rank, stages, rank, CPU), WIDTH, torch.float32)
+        p2p = PipelineP2P(RankGroup(rank, stages, rank, CPU), WIDTH, torch.float32)
         for _ in range(2):
             model: Any = NoLayers()
-            stage = StagePass(model, (), link, (), None, batches, lambda batch: None)  # type: ignore[arg-type]
+            stage = StagePass(model, (), p2p, (), None, batches, lambda batch: None)  # type: ignore[arg-type]
             act(stage, rank, stages)
-            link.flush()
+            p2p.flush()
     return wires
 
 
@@ -104,11 +104,11 @@ def test_one_communicator_for_a_direction_is_not_enough(monkeypatch: pytest.Monk
     """From four stages on: the receive that a middle stage opens early stands before its send."""
 
     def shared(group: RankGroup) -> dict[tuple[int, int], Any]:
-        ways = {step: pipeline_p2p.torch_dist.new_group() for step in (NEXT, PREV)}
+        communicators = {step: pipeline_p2p.torch_dist.new_group() for step in (NEXT, PREV)}
         neighbours = range(group.world_size - 1)
-        return {(lower, step): ways[step] for lower in neighbours for step in (NEXT, PREV)}
+        return {(lower, step): communicators[step] for lower in neighbours for step in (NEXT, PREV)}
 
-    monkeypatch.setattr(pipeline_p2p, "_ways", shared)
+    monkeypatch.setattr(pipeline_p2p, "_communicators", shared)
     for stages in STAGES:
         wires = record(train, stages, BATCHES[:8], monkeypatch)
         assert bool(tiny_wire.stuck(wires, tiny_wire.nccl)) is (stages >= 4), stages

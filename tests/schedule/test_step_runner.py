@@ -81,10 +81,10 @@ def test_all_is_gone_before_memory_is_given_back(runs_out: str) -> None:
         runner.backward(layer)
     assert policy.alive == [0]
     assert len(policy.made) > 8
-    assert not runner.works
+    assert not runner.in_flight
     assert "tried to allocate" in runner.ran_out
     runner.start(collate(tiny.documents((9,)), 2))
-    assert not runner.works  # there is no point any more
+    assert not runner.in_flight  # there is no point any more
 
 
 def test_what_was_said_first_counts() -> None:

@@ -1,4 +1,4 @@
-"""What autograd keeps, in host memory between forward and backward."""
+"""Activation offload: tensors saved by autograd, in host memory between forward and backward."""
 
 import random
 from typing import Any
@@ -12,16 +12,16 @@ from fttrain.store.activations import UNDER_WAY, HostActivations
 from fttrain.store.side_stream import SideStream, ThreadSideStream
 
 PASSES, SIZE = 7, 50
-PLACE_BYTES = 4096
+SLOT_BYTES = 4096
 
 
-def offloading(places: int = PASSES, *streams: SideStream) -> HostActivations:
-    buffer = torch.zeros(places * PLACE_BYTES, dtype=torch.uint8)
-    return HostActivations(buffer, places, torch.device("cpu"), *streams)
+def offloading(slots: int = PASSES, *streams: SideStream) -> HostActivations:
+    buffer = torch.zeros(slots * SLOT_BYTES, dtype=torch.uint8)
+    return HostActivations(buffer, slots, torch.device("cpu"), *streams)
 
 
 def layer(x: Tensor) -> Tensor:
-    """Keeps x twice, once as a view, and two tensors of its own; one of them is no fp32."""
+    """Save x twice, once as a view, and two tensors of its own; one of them is no fp32."""
     y = x * x.view(5, -1).flatten()
     return y.sin() * y.double().exp().float().clamp(max=3)
 
@@ -35,17 +35,17 @@ def grads(order: list[int], host: HostActivations | None) -> list[Tensor]:
         if host is None:
             graphs.append((layer(x), None))
             continue
-        with host.taking() as kept:
+        with host.offload() as saved:
             output = layer(x)
-        graphs.append((output, kept))
-    for place, number in enumerate(order):
-        output, kept = graphs[number]
+        graphs.append((output, saved))
+    for position, number in enumerate(order):
+        output, saved = graphs[number]
         if host is not None:
-            for upcoming in order[place : place + 2]:
+            for upcoming in order[position : position + 2]:
                 host.bring(graphs[upcoming][1])
         output.sum().backward()
         if host is not None:
-            host.drop(kept)
+            host.drop(saved)
     return [x.grad for x in inputs if x.grad is not None]
 
 
@@ -53,7 +53,7 @@ def test_backward_reads_what_forward_left(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(
         ThreadSideStream, "_start", ThreadSideStream._start
     )  # restored after the delays
-    tiny_store.delay_lanes(seed=1)
+    tiny_store.delay_streams(seed=1)
     chance = random.Random(2)
     host = offloading()
     for order in (
@@ -67,41 +67,41 @@ def test_backward_reads_what_forward_left(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_each_tensor_lies_there_once_and_only_the_last_ones_stay_on_the_device() -> None:
     host = offloading()
-    taken = []
+    passes = []
     for _ in range(PASSES):
         x = torch.randn(SIZE, requires_grad=True)
-        with host.taking() as kept:
+        with host.offload() as saved:
             output = x * x.view(5, -1).flatten()
-        taken.append((output, kept))
-    for _, kept in taken:
-        assert [part.shape for part in kept.parts] == [(SIZE,)]  # x and its view
-        assert kept.used_bytes == 4 * SIZE
-    gone = [kept.tensors is None for _, kept in taken]
+        passes.append((output, saved))
+    for _, saved in passes:
+        assert [part.shape for part in saved.parts] == [(SIZE,)]  # x and its view
+        assert saved.used_bytes == 4 * SIZE
+    gone = [saved.tensors is None for _, saved in passes]
     assert gone == [True] * (PASSES - UNDER_WAY) + [False] * UNDER_WAY
-    for _, kept in taken[::-1]:
-        host.bring(kept)
-        host.drop(kept)
+    for _, saved in passes[::-1]:
+        host.bring(saved)
+        host.drop(saved)
     assert host.take_traffic().activation_bytes == 4 * SIZE * (PASSES - UNDER_WAY)
     assert host.take_traffic().activation_bytes == 0
 
 
-def test_places_that_were_forgotten_and_divided_are_whole_again() -> None:
-    """Passes that failed, that left and that come back are forgotten; then there are halves of the
-    places, two times as many, and backward reads what forward left.
+def test_slots_that_were_discarded_and_resized_are_whole_again() -> None:
+    """Passes that failed, that were copied out and that are being copied back are discarded. Then the
+    slots are halved, and backward reads what forward saved.
     """
-    streams = tiny_store.CountingLane(1e-3), tiny_store.CountingLane(1e-2)
+    streams = tiny_store.CountingSideStream(1e-3), tiny_store.CountingSideStream(1e-2)
     host = offloading(PASSES, *streams)
-    for attempt in range(4):
-        taken = []
+    for round_ in range(4):
+        passes = []
         for _ in range(PASSES - 1):
-            with host.taking() as kept:
+            with host.offload() as saved:
                 layer(torch.randn(SIZE, requires_grad=True))
-            taken.append(kept)
-        with pytest.raises(RuntimeError, match="allocate memory"), host.taking():
+            passes.append(saved)
+        with pytest.raises(RuntimeError, match="allocate memory"), host.offload():
             layer(torch.randn(SIZE, requires_grad=True)).new_empty(1 << 60)
-        if attempt % 2:
-            for kept in taken:
-                host.bring(kept)
+        if round_ % 2:
+            for saved in passes:
+                host.bring(saved)
         host.discard()
         assert all(stream.ended == stream.started for stream in streams)  # no copy is under way
     assert all(stream.started for stream in streams)
@@ -111,11 +111,11 @@ def test_places_that_were_forgotten_and_divided_are_whole_again() -> None:
         assert torch.equal(found, expected)
 
 
-def test_more_passes_than_places_is_an_error_and_not_an_overwritten_place() -> None:
-    host = offloading(places=2)
+def test_more_passes_than_slots_is_an_error_and_not_an_overwritten_slot() -> None:
+    host = offloading(slots=2)
     x = torch.randn(SIZE, requires_grad=True)
     for _ in range(2):
-        with host.taking():
+        with host.offload():
             layer(x)
-    with pytest.raises(IndexError), host.taking():
+    with pytest.raises(IndexError), host.offload():
         layer(x)

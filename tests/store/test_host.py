@@ -13,7 +13,7 @@ LAYERS = 6
 
 @pytest.mark.parametrize("slots", [2, 3])
 @pytest.mark.parametrize("resident_layers", [0, 1, 3, 5, 6])
-@pytest.mark.usefixtures("late_lanes")
+@pytest.mark.usefixtures("late_streams")
 def test_every_layer_is_what_it_was(resident_layers: int, slots: int) -> None:
     flats = tiny_store.flats(LAYERS)
     kept = resident_set(LAYERS, resident_layers)
@@ -21,7 +21,7 @@ def test_every_layer_is_what_it_was(resident_layers: int, slots: int) -> None:
     on_host = {layer: flat for layer, flat in enumerate(flats) if layer not in kept}
     store = HostStore(LAYERS, resident, on_host, tiny_store.FORMAT, tiny_store.CPU, slots)
     assert len(store) == LAYERS
-    orders = [*tiny_store.walks(LAYERS, 12), [4, 1], [4, 1], [2]]
+    orders = [*tiny_store.passes_up_and_down(LAYERS, 12), [4, 1], [4, 1], [2]]
     for layer, flat in tiny_store.read(store, orders):
         assert torch.equal(flat, flats[layer]), layer
     moved = 2 * max(0, LAYERS - resident_layers - slots)

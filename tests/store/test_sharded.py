@@ -11,7 +11,7 @@ from fttrain.store.sharded import SLOTS, ShardedStore, shard_bytes
 from fttrain.util.errors import UserError
 
 LAYERS = 5
-ORDERS = [*tiny_store.walks(LAYERS, 12), [3, 1], [3, 1], [2]]
+ORDERS = [*tiny_store.passes_up_and_down(LAYERS, 12), [3, 1], [3, 1], [2]]
 
 
 def read_all() -> tuple[list[bool], list[Traffic], int]:
@@ -19,7 +19,7 @@ def read_all() -> tuple[list[bool], list[Traffic], int]:
     group = tiny_strategy.this_group()
     flats = tiny_store.flats(LAYERS)
     shards = [flat.view(group.world_size, -1)[group.rank].clone() for flat in flats]
-    tiny_store.delay_lanes(seed=group.rank)
+    tiny_store.delay_streams(seed=group.rank)
     store = ShardedStore(shards, tiny_store.FORMAT, group)
     given = tiny_store.read(store, ORDERS)
     traffic = [tiny_store.steady(store), store.take_traffic()]

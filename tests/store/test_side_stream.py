@@ -32,13 +32,13 @@ class Noted:
 
 
 def noting(log: list[str], name: str) -> Callable[[], Handle]:
-    """Work that writes down when it starts."""
+    """A task that writes down when it starts."""
 
-    def work() -> Handle:
+    def task() -> Handle:
         log.append(f"{name} started")
         return Noted(log, name)
 
-    return work
+    return task
 
 
 def test_a_thread_works_beside_the_caller_in_the_order_given() -> None:
@@ -52,7 +52,7 @@ def test_a_thread_works_beside_the_caller_in_the_order_given() -> None:
     assert log == [1, 2]
 
 
-def test_a_thread_finishes_a_piece_of_work_before_the_next() -> None:
+def test_a_thread_finishes_a_task_before_the_next() -> None:
     log, stream = list[str](), ThreadSideStream()
     for name in ("a", "b"):
         stream.run(noting(log, name))
@@ -80,7 +80,7 @@ def test_synchronize_waits_for_all_and_not_the_last_alone() -> None:
 
 
 @pytest.mark.parametrize("make", [ThreadSideStream, CollectiveSideStream])
-def test_an_error_is_raised_where_the_work_is_waited_for(make: type[HostSideStream]) -> None:
+def test_an_error_is_raised_where_the_task_is_waited_for(make: type[HostSideStream]) -> None:
     def fail() -> Handle:
         def wait() -> None:
             raise OSError("link down")
@@ -100,9 +100,9 @@ def test_an_error_is_raised_where_the_work_is_waited_for(make: type[HostSideStre
 
 def test_an_error_of_a_thread_is_raised_in_the_caller() -> None:
     stream = ThreadSideStream()
-    ticket = stream.run(lambda: copy(torch.zeros(3), torch.zeros(4)))
+    handle = stream.run(lambda: copy(torch.zeros(3), torch.zeros(4)))
     with pytest.raises(RuntimeError, match="size of tensor"):
-        ticket.wait()
+        handle.wait()
 
 
 def test_time_in_wait_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_time_in_wait_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream.take_wait_s() == 0.25
 
 
-def test_lanes_of_the_cpu() -> None:
+def test_side_streams_of_the_cpu() -> None:
     assert isinstance(copy_stream(CPU), ThreadSideStream)
     assert isinstance(collective_stream(CPU), CollectiveSideStream)
     source, into = torch.arange(5), torch.zeros(5, dtype=torch.int64)

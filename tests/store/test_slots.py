@@ -11,20 +11,20 @@ from fttrain.store.side_stream import Task, ThreadSideStream
 from fttrain.store.slots import Slots
 
 
-class Marked(ThreadSideStream):
-    """Numbers the marks and writes down what each piece of work is ordered after."""
+class NumberedEvents(ThreadSideStream):
+    """Number the events, and write down which one each task is ordered after."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.marks, self.after = 0, list[Any]()
+        self.events, self.after = 0, list[Any]()
 
     def record_event(self) -> int:
-        self.marks += 1
-        return self.marks
+        self.events += 1
+        return self.events
 
-    def run(self, work: Task, after: Any = None) -> Handle:
+    def run(self, task: Task, after: Any = None) -> Handle:
         self.after.append(after)
-        return super().run(work, after)
+        return super().run(task, after)
 
 
 class Brought:
@@ -32,17 +32,17 @@ class Brought:
 
     def __init__(self, count: int) -> None:
         self.log: list[int] = []
-        self.stream = Marked()
+        self.stream = NumberedEvents()
         self.slots = Slots(count, 4, tiny_store.CPU, self.stream, self.bring)
 
     def bring(self, layer: int, slot: Tensor) -> None:
         self.log.append(layer)
         slot.fill_(layer)
 
-    def walk(self, order: list[int]) -> None:
+    def run_pass(self, order: list[int]) -> None:
         """A pass, each layer checked as it is used."""
-        for place, layer in enumerate(order):
-            self.slots.prefetch(order[place:])
+        for position, layer in enumerate(order):
+            self.slots.prefetch(order[position:])
             assert self.slots.acquire(layer).tolist() == [layer] * 4
             self.slots.release(layer)
 
@@ -74,14 +74,14 @@ def test_a_slot_in_use_is_not_filled() -> None:
 
 
 def test_a_slot_is_filled_after_its_own_release() -> None:
-    """What work is ordered after is the mark that the release of that slot left, no other."""
+    """A fill is ordered after the event that the release of that slot recorded, no other."""
     brought = Brought(2)
     brought.slots.prefetch([0, 1])
-    start, stream = brought.stream.marks, brought.stream
+    start, stream = brought.stream.events, brought.stream
     brought.slots.acquire(0)
     brought.slots.acquire(1)
-    brought.slots.release(1)  # mark start + 1
-    brought.slots.release(0)  # mark start + 2
+    brought.slots.release(1)  # event start + 1
+    brought.slots.release(0)  # event start + 2
     brought.slots.prefetch([0, 2])
     brought.slots.prefetch([2, 3])
     assert stream.after == [start, start, start + 1, start + 2]
@@ -93,22 +93,22 @@ def test_what_lies_there_at_a_turn_is_not_brought_again(count: int, layers: int)
     """A pass brings each layer once, less those that the turn found."""
     brought = Brought(count)
     up = list(range(layers))
-    brought.walk(up)
+    brought.run_pass(up)
     assert brought.log == up
     for order in (up[::-1], up, up[::-1], up):
         brought.log.clear()
-        brought.walk(order)
+        brought.run_pass(order)
         assert brought.log == order[count:]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_any_order_of_passes_finds_its_layers(count: int) -> None:
     brought = Brought(count)
-    for order in tiny_store.walks(7, 60, seed=count):
-        brought.walk(order)
+    for order in tiny_store.passes_up_and_down(7, 60, seed=count):
+        brought.run_pass(order)
 
 
-def test_an_error_while_bringing_reaches_whoever_takes() -> None:
+def test_an_error_while_bringing_is_raised_in_acquire() -> None:
     def fail(layer: int, slot: Tensor) -> None:
         raise OSError("disk gone")
 

@@ -26,24 +26,24 @@ def steps(where: str) -> Found:
     adapters = [layer.adapters for layer in decoder.layers]
     group = tiny_strategy.this_group()
     sync = gradient_sync(group)
-    home: GradientBuffers
+    buffers: GradientBuffers
     if where == "device":
-        home = ResidentGradients(adapters, sync)
+        buffers = ResidentGradients(adapters, sync)
     else:  # what was in that memory before must not count
         on_host = [torch.full_like(layer.flat.data, torch.nan) for layer in adapters]
-        home = DoubleBufferedGradients(adapters, sync, tiny.CPU, on_host)
+        buffers = DoubleBufferedGradients(adapters, sync, tiny.CPU, on_host)
     generator = torch.Generator().manual_seed(group.rank)
     found = []
     for _ in range(STEPS):
-        home.start()
+        buffers.start()
         for number in range(GROUPS):
             for layer in reversed(range(len(adapters))):
-                home.open(layer)
+                buffers.begin_layer(layer)
                 for _ in range(2):
                     values = torch.randn(adapters[layer].flat.shape, generator=generator)
                     adapters[layer].grad.add_(values)
-                home.close(layer, last=number == GROUPS - 1)
-        norms, stats = home.finish()
+                buffers.end_layer(layer, last=number == GROUPS - 1)
+        norms, stats = buffers.finish()
         gradients = [layer.flat.grad for layer in adapters]
         found.append(([grad.clone() for grad in gradients], norms.clone(), stats.sync_bytes))
         for grad in gradients:
@@ -53,7 +53,7 @@ def steps(where: str) -> Found:
 
 def both() -> tuple[Found, Found]:
     """On late side streams: nothing may depend on when a copy happens to be made."""
-    tiny_store.delay_lanes(seed=tiny_strategy.this_group().rank)
+    tiny_store.delay_streams(seed=tiny_strategy.this_group().rank)
     return steps("device"), steps("host")
 
 

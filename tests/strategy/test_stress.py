@@ -66,12 +66,12 @@ def delay_updates(seed: int, most_s: float = 3e-3) -> None:
 def on_rank() -> dict[str, tuple[dict[str, Tensor], list[tuple[float, float]]]]:
     # The norm of parts has another last bit: late ones are compared with themselves.
     found = {name: train(RECIPES[name]) for name in ("replicate", "optimizer in parts")}
-    tiny_store.delay_lanes(seed=torch.distributed.get_rank())
+    tiny_store.delay_streams(seed=torch.distributed.get_rank())
     delay_updates(seed=torch.distributed.get_rank())
     return found | {f"late {name}": train(spec) for name, spec in RECIPES.items()}
 
 
-def test_late_lanes_change_nothing() -> None:
+def test_late_streams_change_nothing() -> None:
     for found in run_ranks(on_rank, 2):
         _, figures = found["replicate"]
         assert figures[-1][0] < figures[0][0] - 0.1  # it has learnt something all the while

@@ -1,4 +1,4 @@
-"""What strategy=deepspeed is made of: transformers' own model under DeepSpeed's ZeRO.
+"""strategy=deepspeed: transformers' model under DeepSpeed's ZeRO.
 
-engine is the one page of it that imports DeepSpeed.
+The builder loads ``page`` on demand. engine and partitions import DeepSpeed.
 """

@@ -1,4 +1,4 @@
-"""bitsandbytes' own 4-bit linear over the bytes of a frozen layer."""
+"""bitsandbytes' 4-bit linear over the bytes of a frozen layer."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from fttrain.strategy.spec import BuildContext
 
 
 def linear4bit(frozen: FrozenLayer, group: GroupShape, member: int, context: BuildContext) -> Any:
-    """The ``member`` of ``group`` as bitsandbytes has it, without its bias. Nothing is quantised
-    anew: codes and scales are those of ``frozen``.
+    """The linear ``member`` of ``group`` as a bitsandbytes module, without its bias. Codes and
+    scales are those of ``frozen``: nothing is quantised again.
     """
     # Late: the import takes seconds.
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
@@ -36,8 +36,8 @@ def linear4bit(frozen: FrozenLayer, group: GroupShape, member: int, context: Bui
         bnb_quantized=True,
     )
     linear.quant_state = state
-    # Otherwise a CPU with AVX512-BF16 repacks the codes in place at the first forward without
-    # gradients, and backward goes on reading them as they were.
+    # With it, a CPU with AVX512-BF16 repacks the codes in place at the first forward without
+    # gradients, and backward reads the repacked codes in the old order.
     linear.support_avx512bf16_for_cpu = False
     return linear
 

@@ -1,7 +1,7 @@
-"""transformers' own model over the frozen base, with PEFT's adapters or with all weights to train.
+"""transformers' model over the frozen base, with PEFT's adapters or with all weights to train.
 
-Names of what trains are the same as everywhere: ``model.layers.0.self_attn.q_proj.lora_A``, and of
-whole weights transformers' own, ``model.layers.0.self_attn.q_proj.weight``.
+Adapters have the names of native strategies, ``model.layers.0.self_attn.q_proj.lora_A``. Whole
+weights have transformers' names, ``model.layers.0.self_attn.q_proj.weight``.
 
 Legend: N tokens, C hidden width, V vocabulary.
 """
@@ -29,51 +29,53 @@ from fttrain.strategy.deepspeed.linear4bit import linear4bit
 from fttrain.strategy.spec import BuildContext
 from fttrain.util.errors import UserError
 
-Done = Callable[[nn.Module], None]  # told of each part of the model once its weights are there
+LayerLoaded = Callable[[nn.Module], None]  # called with each layer once its weights are loaded
 ADAPTER = "default"  # PEFT's name of the one adapter
 
 
 class Causal(nn.Module):
-    """What the engine runs: a micro-batch -> its loss, or the logits of some of its tokens."""
+    """The module under the engine: a micro-batch -> its loss, or the logits of some tokens."""
 
     def __init__(self, model: Any, dropouts: "list[SeededDropout]") -> None:
         super().__init__()
         self.model = model
         self._dropouts = dropouts
 
-    def forward(self, batch: MicroBatch, wanted: list[int] | None = None) -> Tensor:
-        """The loss sum, fp64 scalar; of ``wanted`` tokens the logits (len(wanted), V) instead."""
+    def forward(self, batch: MicroBatch, tokens: list[int] | None = None) -> Tensor:
+        """The loss sum, fp64 (); with ``tokens``, rows of the batch, their logits (len(tokens), V)
+        instead.
+        """
         hidden = self.model.model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             lengths=batch.lengths,
             use_cache=False,
         ).last_hidden_state[0]  # (N, C)
-        if wanted is not None:
-            logits: Tensor = self.model.lm_head(hidden[wanted])
+        if tokens is not None:
+            logits: Tensor = self.model.lm_head(hidden[tokens])
             return logits
         loss: Tensor = self.model.lm_head(hidden[batch.trained], batch.targets[batch.trained])
         return loss
 
-    def drop_as(self, key: DropoutKey) -> None:
-        """Dropout's masks are those of ``key`` from here on, also when a layer is recomputed."""
+    def set_dropout_key(self, key: DropoutKey) -> None:
+        """Draw all dropout masks from ``key`` from here on, also where a layer is recomputed."""
         for dropout in self._dropouts:
             dropout.key = key
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of all that trains."""
+        """(name, parameter) of all trained parameters."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                yield own_name(name), parameter
+                yield adapter_name(name), parameter
 
 
-def own_name(name: str) -> str:
-    """PEFT's name of a parameter -> this program's."""
+def adapter_name(name: str) -> str:
+    """PEFT's name of a parameter -> the native strategies' name."""
     return name.removesuffix(f".{ADAPTER}.weight")
 
 
 class SeededDropout(nn.Module):
-    """PEFT's dropout with the masks that native strategies draw."""
+    """Dropout for PEFT's adapters with the masks of the native strategies."""
 
     def __init__(self, probability: float, layer: int, module: str) -> None:
         super().__init__()
@@ -81,16 +83,18 @@ class SeededDropout(nn.Module):
         self.key: DropoutKey | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` (1, N, in) -> the same, some of it zero."""
+        """``x`` (1, N, in) -> (1, N, in), masked and scaled."""
         if not self.training or self.key is None:
             return x
         return x * dropout_mask(x[0], self.probability, self.key, self.layer, self.module)
 
 
-def load(context: BuildContext, base: FrozenBase, progress: Progress, done: Done) -> Causal:
-    """The model on the rank's device, adapters at their start.
+def load(
+    context: BuildContext, base: FrozenBase, progress: Progress, loaded: LayerLoaded
+) -> Causal:
+    """The model on the rank's device, adapters at their initial values.
 
-    Weights come layer by layer; ``done`` may put each layer elsewhere before the next one comes.
+    ``loaded(layer)`` is called for each layer in turn and may partition it.
     """
     architecture, lora = context.architecture, context.spec.lora
     with torch.device("meta"):
@@ -108,24 +112,26 @@ def load(context: BuildContext, base: FrozenBase, progress: Progress, done: Done
         progress(layer + 1, architecture.layers)
     dropouts = _add_adapters(context, model) if lora.r else []
     for layer in model.model.layers:
-        done(layer)
+        loaded(layer)
     if context.spec.placement.activations == "recompute":
-        # transformers 5.23 has a new name for it and warns of the old one
+        # transformers 5.23 renamed it and warns of the old name
         old = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
     return Causal(model, dropouts)
 
 
-def start(context: BuildContext) -> dict[str, Tensor]:
-    """LoRA's start by name, that of the native strategies with the same seed: fp32 on the host."""
+def initial_adapters(context: BuildContext) -> dict[str, Tensor]:
+    """The adapters' initial values by name, fp32 in host memory, the same as of native strategies
+    with the same seed.
+    """
     return {
         name: master.clone() for layer in layouts(context) for name, master in layer.named_masters()
     }
 
 
 def layouts(context: BuildContext) -> Iterator[LayerAdapters]:
-    """Each layer's adapters at their start, on the host, which also say how they lie in the flat
-    tensors that snapshots hold.
+    """Each layer's adapters at their initial values, in host memory, with the layout of the flat
+    tensors in snapshots.
     """
     host, spec = torch.device("cpu"), context.spec
     for layer in range(context.architecture.layers):
@@ -150,7 +156,9 @@ def _load_ends(context: BuildContext, base: FrozenBase, model: Any) -> None:
 
 
 def _load_layer(context: BuildContext, base: FrozenBase, layer: nn.Module, index: int) -> None:
-    """The frozen bytes of a layer into transformers' modules; plain weights are views of them."""
+    """Load the frozen bytes of a layer into transformers' modules. Weights that are not quantised
+    are views of them.
+    """
     flat = torch.empty(context.layer_bytes, dtype=torch.uint8)
     base.read(index, flat)
     expected = base.checksum(index)
@@ -182,7 +190,9 @@ def _load_layer(context: BuildContext, base: FrozenBase, layer: nn.Module, index
 
 
 def _add_adapters(context: BuildContext, model: Any) -> list[SeededDropout]:
-    """PEFT's adapters beside the linears, with the values that native ones start from."""
+    """Add PEFT's adapters to the linears, with the initial values of native strategies. Return
+    their dropouts.
+    """
     lora = context.spec.lora
     targets = target_indices(context.architecture.groups, lora)
     names = [
@@ -197,21 +207,22 @@ def _add_adapters(context: BuildContext, model: Any) -> list[SeededDropout]:
         use_rslora=lora.use_rslora,
     )
     inject_adapter_in_model(config, model, ADAPTER)
-    begin = start(context)
+    initial = initial_adapters(context)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = begin[own_name(name)].to(context.group.device, context.dtype)
+            parameter.data = initial[adapter_name(name)].to(context.group.device, context.dtype)
     return _seed_dropouts(context, model, targets) if lora.lora_dropout else []
 
 
 def _seed_dropouts(
     context: BuildContext, model: Any, targets: dict[str, list[int]]
 ) -> list[SeededDropout]:
-    made = []
+    dropouts = []
     for index, layer in enumerate(model.model.layers):
         for group in context.architecture.groups:
             for member in targets[group.shape.name]:
                 module = f"{group.shape.name}.{member}"
-                made.append(SeededDropout(context.spec.lora.lora_dropout, index, module))
-                layer.get_submodule(group.paths[member]).lora_dropout[ADAPTER] = made[-1]
-    return made
+                dropout = SeededDropout(context.spec.lora.lora_dropout, index, module)
+                layer.get_submodule(group.paths[member]).lora_dropout[ADAPTER] = dropout
+                dropouts.append(dropout)
+    return dropouts

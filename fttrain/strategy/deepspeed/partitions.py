@@ -1,9 +1,9 @@
-"""What each of DeepSpeed's ZeRO optimizers keeps on this rank, behind one interface.
+"""Partitions of masters and gradients in DeepSpeed's ZeRO optimizers, behind one interface.
 
-DeepSpeed offers no public way to learn the norm of a step's gradient before the step, to leave the
-step out, or to publish masters that were set from outside. These few lines say how its optimizers
-of version 0.19 do it. A step is left out in the way they themselves leave one out whose gradient is
-not finite: they clear what it has accumulated, and update nothing.
+DeepSpeed has no public way to read the norm of a step's gradient before the step, to skip the step,
+or to copy masters that were set from outside to the compute weights. The classes below do it for
+the optimizers of version 0.19. A step is skipped as these optimizers skip one whose gradient is not
+finite: they clear the accumulated gradient, and update nothing.
 """
 
 import math
@@ -17,34 +17,34 @@ from torch import Tensor
 
 
 class Partitions(Protocol):
-    """This rank's part of masters and gradients. Every rank makes every call."""
+    """The rank's partitions of masters and gradients. All methods are collective calls."""
 
     @property
     def masters(self) -> Sequence[Tensor]:
-        """fp32, flat: this rank's part of each group, padding included."""
+        """fp32 (values,): this rank's partition of each parameter group, with padding."""
         ...
 
     def norm(self) -> float:
-        """Of the gradient over all ranks, between the last backward and the step; negative or not
-        finite where the gradient is not finite.
+        """The norm of the gradient over all ranks, between the last backward and the step; negative
+        or not finite where the gradient is not finite.
         """
         ...
 
-    def spoil(self) -> None:
-        """Make the next step one that DeepSpeed leaves out."""
+    def poison(self) -> None:
+        """Make the gradient not finite, so that DeepSpeed skips the next step."""
         ...
 
     def publish(self) -> None:
-        """Weights that compute become what masters are."""
+        """Copy the masters to the compute weights."""
         ...
 
     def link_moments(self) -> None:
-        """Let DeepSpeed find the state that the inner optimizer has by now."""
+        """Register the inner optimizer's state with DeepSpeed."""
         ...
 
 
 def partitions_of(optimizer: Any) -> Partitions:
-    """Those of DeepSpeed's own optimizer."""
+    """The partitions of DeepSpeed's ``optimizer``."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         return _Stage3(optimizer)
     if isinstance(optimizer, BF16_Optimizer):
@@ -53,28 +53,28 @@ def partitions_of(optimizer: Any) -> Partitions:
 
 
 class _Stage12:
-    """Stages 1 and 2."""
+    """Stages 1 and 2, but for ``_Stage1Bf16``."""
 
     def __init__(self, optimizer: Any) -> None:
         self._zero = optimizer
 
     @property
     def masters(self) -> Sequence[Tensor]:
-        found: Sequence[Tensor] = self._zero.single_partition_of_fp32_groups
-        return found
+        masters: Sequence[Tensor] = self._zero.single_partition_of_fp32_groups
+        return masters
 
     def norm(self) -> float:
         return float(self._zero.scaled_global_norm())
 
-    def spoil(self) -> None:
+    def poison(self) -> None:
         zero = self._zero
         if not zero.cpu_offload:
-            for own in zero.averaged_gradients.values():
-                _spoil(own)
+            for gradients in zero.averaged_gradients.values():
+                _poison(gradients)
             return
         zero.local_overflow = True
-        _spoil(zero.norm_for_param_grads.values())
-        # Where these accumulate in fp32 on the device, a step that is left out does not clear them.
+        _poison(zero.norm_for_param_grads.values())
+        # A skipped step does not clear these where they accumulate in fp32 on the device.
         zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
 
     def publish(self) -> None:
@@ -89,15 +89,15 @@ class _Stage1Bf16(_Stage12):
 
     @property
     def masters(self) -> Sequence[Tensor]:
-        found: Sequence[Tensor] = self._zero.fp32_groups_flat_partition
-        return found
+        masters: Sequence[Tensor] = self._zero.fp32_groups_flat_partition
+        return masters
 
     def norm(self) -> float:
         gradients, _ = self._zero.get_grads_for_norm()
         return float(get_global_norm_of_tensors(gradients, mpu=self._zero.mpu))
 
-    def spoil(self) -> None:
-        _spoil(self._zero.fp32_groups_gradients_flat)
+    def poison(self) -> None:
+        _poison(self._zero.fp32_groups_gradients_flat)
 
 
 class _Stage3:
@@ -106,31 +106,31 @@ class _Stage3:
 
     @property
     def masters(self) -> Sequence[Tensor]:
-        found: Sequence[Tensor] = self._zero.fp32_partitioned_groups_flat
-        return found
+        masters: Sequence[Tensor] = self._zero.fp32_partitioned_groups_flat
+        return masters
 
     def norm(self) -> float:
         return float(combine_grad_norm_groups(self._zero._get_norm_groups()))
 
-    def spoil(self) -> None:
+    def poison(self) -> None:
         zero = self._zero
         if zero.offload_optimizer:
-            _spoil(zero.norm_for_param_grads.values())
+            _poison(zero.norm_for_param_grads.values())
             return
-        for own in zero.averaged_gradients.values():
-            _spoil(own)
+        for gradients in zero.averaged_gradients.values():
+            _poison(gradients)
 
     def publish(self) -> None:
-        self._zero._partition_all_parameters()  # one that is still gathered would stay as it is
+        self._zero._partition_all_parameters()  # parameters that are still gathered would stay old
         for group in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
-        if self._zero.persistent_parameters:  # which each rank has whole
+        if self._zero.persistent_parameters:  # small ones, which every rank has whole
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
 
     def link_moments(self) -> None:
-        """It asks the inner optimizer itself."""
+        """Do nothing: stage 3 reads the inner optimizer's state itself."""
 
 
-def _spoil(gradients: Iterable[Tensor]) -> None:
+def _poison(gradients: Iterable[Tensor]) -> None:
     for gradient in gradients:
         gradient.fill_(math.nan)

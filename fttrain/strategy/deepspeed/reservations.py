@@ -1,4 +1,4 @@
-"""What a rank under ZeRO takes of its device and of the host, part by part."""
+"""Reservations of a rank under ZeRO, on its device and on the host."""
 
 from fttrain.memory.parts import MemoryPart
 from fttrain.model.head import chunk_bytes, chunk_rows
@@ -9,7 +9,7 @@ from fttrain.strategy.spec import BuildContext
 
 
 def reserve(context: BuildContext, settings: Settings) -> None:
-    """What is certain; gathered layers and DeepSpeed's buckets come on top."""
+    """Reserve all but gathered layers and DeepSpeed's buckets, whose bytes are not known ahead."""
     a, spec, ledger = context.architecture, context.spec, context.ledger
     values = trained_values(context)
     partitions = context.group.world_size if settings.stage == 3 else 1
@@ -19,10 +19,11 @@ def reserve(context: BuildContext, settings: Settings) -> None:
     ledger.reserve(tables_part, tables_bytes // partitions)
     if spec.lora.r:
         ledger.reserve(trained_part, values * context.dtype.itemsize // partitions)
-    held = 1 if settings.stage == 1 else context.group.world_size
-    ledger.reserve(MemoryPart.GRADIENTS, 4 * values // held)
+    gradient_partitions = 1 if settings.stage == 1 else context.group.world_size
+    ledger.reserve(MemoryPart.GRADIENTS, 4 * values // gradient_partitions)  # fp32
     offloaded = settings.offload_optimizer
     state = MemoryPart.HOST_OPTIMIZER_STATE if offloaded else MemoryPart.OPTIMIZER_STATE
+    # fp32 master and two moments
     ledger.reserve(state, 12 * values // context.group.world_size)
     saved = saved_bytes(context, spec.placement.activations)  # type: ignore[arg-type]
     ledger.reserve(MemoryPart.ACTIVATIONS, a.layers * saved)
@@ -31,7 +32,7 @@ def reserve(context: BuildContext, settings: Settings) -> None:
 
 
 def _weight_parts(settings: Settings) -> tuple[MemoryPart, MemoryPart, MemoryPart]:
-    """The parts of layers, of embedding and head, and of trained weights."""
+    """The ledger's parts of layers, of embedding and head, and of trained weights."""
     if settings.offload_params:
         return (
             MemoryPart.HOST_LAYER_PARTITION,
@@ -42,11 +43,11 @@ def _weight_parts(settings: Settings) -> tuple[MemoryPart, MemoryPart, MemoryPar
 
 
 def trained_values(context: BuildContext) -> int:
-    """Numbers that train, of the whole model."""
+    """The number of trained values of the whole model."""
     a, lora = context.architecture, context.spec.lora
     if lora.r:
         meta = LayerAdapters(0, a.groups, lora, context.group.device, context.dtype)
         return a.layers * meta.layout.values
-    of_layers = a.layers * context.layer_bytes // context.dtype.itemsize
-    tables = (1 if a.tied else 2) * context.table_bytes // context.dtype.itemsize
-    return of_layers + tables + a.hidden
+    layer_values = a.layers * context.layer_bytes // context.dtype.itemsize
+    table_values = (1 if a.tied else 2) * context.table_bytes // context.dtype.itemsize
+    return layer_values + table_values + a.hidden

@@ -1,7 +1,7 @@
-"""What DeepSpeed is told: the run's settings, what the launcher said, and a JSON of the user's own.
+"""DeepSpeed's configuration, from the run's settings, the launch file and the user's JSON.
 
-The three may say the same thing, and must not contradict each other. Of the JSON every key is
-either honoured or refused by name.
+The three sources may repeat each other, and must not contradict each other. Every key of the JSON
+is either honoured or refused by name.
 """
 
 from collections.abc import Mapping
@@ -21,16 +21,17 @@ STEPS, CLIPPING = "gradient_accumulation_steps", "gradient_clipping"
 
 @dataclass(frozen=True)
 class Settings:
-    """What was agreed on."""
+    """The resolved settings of ZeRO."""
 
     stage: int
     offload_optimizer: bool
     offload_params: bool
-    values: dict[str, Any]  # DeepSpeed's own configuration
+    values: dict[str, Any]  # DeepSpeed's configuration
 
 
 def resolve(context: BuildContext, environment: Mapping[str, str]) -> Settings:
-    """``environment``: this process's, in which accelerate says what its file does.
+    """Resolve the settings of ZeRO. ``environment``: the process's, which holds accelerate's
+    settings.
 
     Raises UserError for a contradiction, with both names; for a JSON that cannot be read, with line
     and column; and for a key of it that is unknown or cannot be honoured.
@@ -41,7 +42,9 @@ def resolve(context: BuildContext, environment: Mapping[str, str]) -> Settings:
         for key, variable in DEEPSPEED_VARIABLES.items()
         if variable in environment
     }
-    path = _agreed({"strategy.zero.config": zero.config, _said(FILE): launcher.get(FILE)})
+    path = _resolve_one(
+        {"strategy.zero.config": zero.config, _in_launch_file(FILE): launcher.get(FILE)}
+    )
     user = read(path) if path else UserJson("", {})
     stage = _stage(zero.stage, user, launcher)
     optimizer = _offloaded("optimizer", zero.offload_optimizer, user, launcher)
@@ -55,14 +58,15 @@ def resolve(context: BuildContext, environment: Mapping[str, str]) -> Settings:
     fixed = fixed_values(spec, context.group.world_size, stage)
     automatic = _automatic(context, stage)
     values = user.filled(fixed, automatic)
-    own = {key: value for key, (value, _) in fixed.items() if not key.startswith("optimizer.")}
-    _complete(values, own | automatic)  # the optimizer is made here
+    # The optimizer is built here, not by DeepSpeed.
+    engine = {key: value for key, (value, _) in fixed.items() if not key.startswith("optimizer.")}
+    _complete(values, engine | automatic)
     _offload(values, context, {"offload_optimizer": optimizer, "offload_param": params})
     return Settings(stage, optimizer, params, values)
 
 
 def fixed_values(spec: StrategySpec, world_size: int, stage: int) -> dict[str, tuple[Any, str]]:
-    """Key of DeepSpeed's configuration -> its value, and the setting of the run that says so."""
+    """Key of DeepSpeed's configuration -> its value, and the setting of the run that fixes it."""
     size, optim = spec.size, spec.optim
     rows, steps = size.micro_batch_size, size.gradient_accumulation_steps
     return {
@@ -83,7 +87,7 @@ def fixed_values(spec: StrategySpec, world_size: int, stage: int) -> dict[str, t
 
 
 def _automatic(context: BuildContext, stage: int) -> dict[str, Any]:
-    """What "auto" stands for elsewhere, as transformers fills it; sizes count values."""
+    """The values of "auto" for all other keys, as transformers fills them; sizes count values."""
     hidden = context.architecture.hidden
     return {
         "zero_optimization.reduce_bucket_size": hidden * hidden,
@@ -96,39 +100,41 @@ def _automatic(context: BuildContext, stage: int) -> dict[str, Any]:
     }
 
 
-def _complete(values: dict[str, Any], everything: Mapping[str, Any]) -> None:
-    """Put into ``values`` what the user's JSON left open. Gradients meet and accumulate in fp32."""
-    for key, value in everything.items():
+def _complete(values: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Fill ``values`` with ``defaults`` where the user's JSON is silent. Gradients are reduced and
+    accumulated in fp32.
+    """
+    for key, value in defaults.items():
         section, _, name = key.rpartition(".")
         (values.setdefault(section, {}) if section else values).setdefault(name, value)
     values.pop("optimizer", None)
-    # A step that is left out is one whose gradient is not finite: it has to look.
+    # A step is skipped by a gradient that is not finite, so DeepSpeed must check for it.
     values["bf16"]["check_grad_overflow"] = values["bf16"]["enabled"]
-    values["zero_allow_untested_optimizer"] = True  # AdamW, by torch or by DeepSpeed's own kernel
+    values["zero_allow_untested_optimizer"] = True  # AdamW, of torch or of DeepSpeed's CPU kernel
     values["zero_force_ds_cpu_optimizer"] = False
 
 
-def _offload(values: dict[str, Any], context: BuildContext, wanted: Mapping[str, bool]) -> None:
-    """``wanted``: section of ``zero_optimization`` -> whether it lies in host memory."""
+def _offload(values: dict[str, Any], context: BuildContext, sections: Mapping[str, bool]) -> None:
+    """Write the offload ``sections`` of ``zero_optimization``: name -> whether it is offloaded."""
     pinned = {"device": "cpu", "pin_memory": context.group.device.type == "cuda"}
     zero = values["zero_optimization"]
-    for key, offloaded in wanted.items():
-        own = zero.pop(key, None) or {}
+    for key, offloaded in sections.items():
+        section = zero.pop(key, None) or {}
         if offloaded:
-            zero[key] = {**pinned, **own, "device": "cpu"}
+            zero[key] = {**pinned, **section, "device": "cpu"}
 
 
-def _stage(own: int | None, user: UserJson, launcher: Mapping[str, str]) -> int:
-    said = launcher.get(STAGE)
-    key = "zero_optimization.stage"
-    found = _agreed(
+def _stage(setting: int | None, user: UserJson, launcher: Mapping[str, str]) -> int:
+    """The stage. ``setting``: strategy.zero.stage."""
+    text, key = launcher.get(STAGE), "zero_optimization.stage"
+    resolved = _resolve_one(
         {
-            "strategy.zero.stage": own,
+            "strategy.zero.stage": setting,
             user.name(key): user.get(key),
-            _said(STAGE): said if said is None or not said.isdecimal() else int(said),
+            _in_launch_file(STAGE): text if text is None or not text.isdecimal() else int(text),
         }
     )
-    stage = DEFAULT_STAGE if found is None else found
+    stage = DEFAULT_STAGE if resolved is None else resolved
     if stage not in (1, 2, 3):
         raise UserError(
             f"ZeRO stage {stage}: strategy=deepspeed takes 1, 2 or 3; strategy=replicate divides "
@@ -137,47 +143,51 @@ def _stage(own: int | None, user: UserJson, launcher: Mapping[str, str]) -> int:
     return int(stage)
 
 
-def _offloaded(what: str, own: bool | None, user: UserJson, launcher: Mapping[str, str]) -> bool:
-    """``what``: optimizer | param."""
-    setting = "strategy.zero.offload_" + ("params" if what == "param" else what)
-    key, said = f"zero_optimization.offload_{what}.device", f"offload_{what}_device"
-    devices = {user.name(key): user.get(key), _said(said): launcher.get(said)}
+def _offloaded(
+    kind: str, setting: bool | None, user: UserJson, launcher: Mapping[str, str]
+) -> bool:
+    """Whether ``kind`` (optimizer | param) is offloaded. ``setting``: that of the run."""
+    setting_name = "strategy.zero.offload_" + ("params" if kind == "param" else kind)
+    key, variable = f"zero_optimization.offload_{kind}.device", f"offload_{kind}_device"
+    devices = {user.name(key): user.get(key), _in_launch_file(variable): launcher.get(variable)}
     for name, device in devices.items():
         if device not in (None, AUTO, "none", "cpu"):
             raise UserError(f"{name}={device}: none or cpu; nothing is offloaded to disks")
-    wishes = {name: None if d in (None, AUTO) else d == "cpu" for name, d in devices.items()}
-    return bool(_agreed({setting: own, **wishes}))
+    flags = {name: None if d in (None, AUTO) else d == "cpu" for name, d in devices.items()}
+    return bool(_resolve_one({setting_name: setting, **flags}))
 
 
-def _agreed(said: Mapping[str, Any]) -> Any:
-    """What all that say something say; None where nobody does. Raises UserError for two answers."""
-    found = [(name, value) for name, value in said.items() if value not in (None, AUTO)]
-    for name, value in found[1:]:
-        if value != found[0][1]:
+def _resolve_one(by_source: Mapping[str, Any]) -> Any:
+    """The one value of all sources that have one; None where none has. Raises UserError for two
+    different values.
+    """
+    given = [(name, value) for name, value in by_source.items() if value not in (None, AUTO)]
+    for name, value in given[1:]:
+        if value != given[0][1]:
             raise UserError(
-                f"{found[0][0]}={shown(found[0][1])}, but {name}={shown(value)}: make them the "
+                f"{given[0][0]}={shown(given[0][1])}, but {name}={shown(value)}: make them the "
                 "same, or leave one out"
             )
-    return found[0][1] if found else None
+    return given[0][1] if given else None
 
 
 def _check_step(spec: StrategySpec, launcher: Mapping[str, str]) -> None:
-    """The launch file may speak of the step, too."""
-    for key, own, setting in (
+    """Raise UserError where the launch file contradicts the step's settings."""
+    for key, value, setting in (
         (STEPS, spec.size.gradient_accumulation_steps, "loop.gradient_accumulation_steps"),
         (CLIPPING, spec.optim.max_grad_norm, "optim.max_grad_norm"),
     ):
         try:
-            different = float(launcher.get(key, "")) != own
+            different = float(launcher.get(key, "")) != value
         except ValueError:  # auto, none, or nothing
             continue
         if different:
             raise UserError(
-                f"{setting}={own}, but {_said(key)}={launcher[key]}: make them the same, or leave "
-                "one out"
+                f"{setting}={value}, but {_in_launch_file(key)}={launcher[key]}: make them the "
+                "same, or leave one out"
             )
 
 
-def _said(key: str) -> str:
-    """How errors call what the launch file says."""
+def _in_launch_file(key: str) -> str:
+    """The name of a launch file's key in error messages."""
     return f"{key} of the launch file"

@@ -1,7 +1,7 @@
-"""What trains, by name: its groups, its start, and the optimizer's state as snapshots hold it.
+"""Parameter groups, and the optimizer's state as snapshots hold it.
 
-With adapters that is as native strategies write it, one flat tensor for each section of a layer, so
-a snapshot goes on under any of them. With whole weights it is one tensor for each.
+With adapters a snapshot has the native strategies' format, one flat tensor for each section of a
+layer, so a run can go on under any strategy. With whole weights it has one tensor a parameter.
 """
 
 from collections.abc import Iterator
@@ -18,48 +18,49 @@ from fttrain.util.errors import UserError
 
 
 def parameter_groups(trained: Trained, spec: StrategySpec) -> list[dict[str, Any]]:
-    """As torch's optimizers take them, with ``lr_ratio``: of adapters all A's, and all B's (LoRA+);
-    of whole weights matrices, and vectors, which do not decay.
+    """Parameter groups of torch's optimizers, with ``lr_ratio``. Adapters: all A's, and all B's
+    (LoRA+). Whole weights: matrices, and vectors, which do not decay.
     """
     if spec.lora.r:
-        first = [own for name, own in trained if name.endswith("lora_A")]
-        others = [own for name, own in trained if not name.endswith("lora_A")]
+        first = [parameter for name, parameter in trained if name.endswith("lora_A")]
+        others = [parameter for name, parameter in trained if not name.endswith("lora_A")]
         more: dict[str, Any] = {"lr_ratio": spec.optim.loraplus_lr_ratio}
     else:
-        # the shape under stage 3, where a rank has a part
-        shapes = [getattr(own, "ds_shape", own.shape) for _, own in trained]
-        first = [own for (_, own), shape in zip(trained, shapes, strict=True) if len(shape) > 1]
-        others = [own for (_, own), shape in zip(trained, shapes, strict=True) if len(shape) == 1]
+        first = [parameter for _, parameter in trained if len(_shape(parameter)) > 1]
+        others = [parameter for _, parameter in trained if len(_shape(parameter)) == 1]
         more = {"lr_ratio": 1.0, "weight_decay": 0.0}
     return [{"params": first, "lr_ratio": 1.0}, {"params": others, **more}]
 
 
+def _shape(parameter: Tensor) -> torch.Size:
+    """The whole parameter's shape, also under stage 3, where a rank has a partition of it."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
 def check_fit(trained: Trained, values: dict[str, Tensor]) -> None:
-    """Raises UserError where names or shapes differ."""
-    # the shape under stage 3, where a rank has a part
-    adapters_io.check_fit(
-        {name: getattr(own, "ds_shape", own.shape) for name, own in trained}, values
-    )
+    """Raise UserError where names or shapes differ."""
+    adapters_io.check_fit({name: _shape(parameter) for name, parameter in trained}, values)
 
 
 def optimizer_state(context: BuildContext, engine: Engine, trained: Trained) -> dict[str, Tensor]:
-    """All a resumed run needs, on rank 0. Every rank calls it."""
-    found: dict[str, Tensor] = {}
+    """The optimizer's state in a snapshot's format, on rank 0. A collective call."""
+    state: dict[str, Tensor] = {}
     for which in MOMENTS:
-        own = engine.moments(trained, which)
-        if not own:
+        moments = engine.moments(trained, which)
+        if not moments:
             continue
-        for name, whole in _written(context, own):
-            found[f"{name}.{which}"] = whole
-            found[f"{name}.step"] = torch.tensor(float(engine.steps))
-    return found
+        for name, whole in _to_sections(context, moments):
+            state[f"{name}.{which}"] = whole
+            state[f"{name}.step"] = torch.tensor(float(engine.steps))
+    return state
 
 
 def load_optimizer_state(
     context: BuildContext, engine: Engine, trained: Trained, values: dict[str, Tensor]
 ) -> None:
-    """Takes what ``optimizer_state`` gave, here or under a native strategy. Raises UserError where
-    it is that of other parameters or of another optimizer.
+    """Load the result of ``optimizer_state``, of this or of a native strategy. Raises UserError for
+    the state of other parameters or of another optimizer.
     """
     if not values:
         return
@@ -72,42 +73,44 @@ def load_optimizer_state(
     steps = next(int(value) for name, value in values.items() if name.endswith(".step"))
     engine.set_steps(steps)
     for which in MOMENTS:
-        own = {
+        sections = {
             name.removesuffix(f".{which}"): value
             for name, value in values.items()
             if name.endswith(f".{which}")
         }
-        read = dict(_read(context, own))
-        check_fit(trained, read)
-        engine.set_moments(trained, which, read)
+        moments = dict(_from_sections(context, sections))
+        check_fit(trained, moments)
+        engine.set_moments(trained, which, moments)
 
 
-def _written(context: BuildContext, own: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """By parameter -> by section of a layer."""
+def _to_sections(context: BuildContext, moments: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Moments by parameter -> by section of a layer."""
     if not context.spec.lora.r:
-        yield from own.items()
+        yield from moments.items()
         return
     for layer in model.layouts(context):
         whole = torch.zeros(layer.layout.values)
         for name, view in layer.named(whole):
-            view.copy_(own[name])
+            view.copy_(moments[name])
         for section in layer.layout.own_sections():
             yield f"{layer.layer}.{section.name}", whole[section.own]
 
 
-def _read(context: BuildContext, own: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """By section of a layer -> by parameter."""
+def _from_sections(
+    context: BuildContext, moments: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Moments by section of a layer -> by parameter."""
     if not context.spec.lora.r:
-        yield from own.items()
+        yield from moments.items()
         return
     for layer in model.layouts(context):
         whole = torch.zeros(layer.layout.values)
         for section in layer.layout.own_sections():
             name = f"{layer.layer}.{section.name}"
-            if name not in own or own[name].numel() != section.whole:
+            if name not in moments or moments[name].numel() != section.whole:
                 raise UserError(
                     f"resume: the snapshot's optimizer state of {name} is not there or not that of "
                     "this adapter; it belongs to other lora settings or another model"
                 )
-            whole[section.own] = own[name]
+            whole[section.own] = moments[name]
         yield from layer.named(whole)

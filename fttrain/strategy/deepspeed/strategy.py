@@ -1,7 +1,7 @@
-"""The ranks of strategy=deepspeed: the course of a step under ZeRO.
+"""Strategy deepspeed: steps, evaluation and generation of a rank under ZeRO.
 
-The frozen base, its rows and documents, the adapters' start, dropout's masks and the loss are those
-of the native strategies; layers, order and movement are transformers' and DeepSpeed's.
+The frozen base, the data, the adapters' initial values, the dropout masks and the loss are those of
+the native strategies. The layers are transformers'; their order and placement are DeepSpeed's.
 """
 
 import math
@@ -28,7 +28,7 @@ from fttrain.strategy.spec import BuildContext
 
 
 class DeepSpeed:
-    """One rank under ZeRO. Methods of ``Strategy`` are said there."""
+    """A rank under ZeRO. ``Strategy`` documents the methods."""
 
     def __init__(
         self, context: BuildContext, base: FrozenBase, settings: Settings, progress: Progress
@@ -38,13 +38,13 @@ class DeepSpeed:
         self.reservations: Sequence[Reservation] = context.ledger.reservations
         self.pass_s = 0.0
         engine.quiet()
-        self._moved = engine.join_ranks(context.group.device)
+        self._backend = engine.join_ranks(context.group.device)
 
-        def put(layer: nn.Module) -> None:
+        def partition(layer: nn.Module) -> None:
             if settings.stage == 3:
-                engine.partition(layer, settings.values, context.dtype)
+                engine.partition_layer(layer, settings.values, context.dtype)
 
-        self._model = model.load(context, base, progress, put)
+        self._model = model.load(context, base, progress, partition)
         self._engine = engine.Engine(
             self._model,
             state.parameter_groups(self._trained, context.spec),
@@ -52,9 +52,9 @@ class DeepSpeed:
             settings.values,
             settings.offload_optimizer,
         )
-        if context.spec.lora.r:  # weights were rounded to what computes, masters need not be
-            self._engine.set_masters(self._trained, model.start(context))
-        self._moved.take()  # it belongs to no step
+        if context.spec.lora.r:  # masters from values that were not rounded to the compute dtype
+            self._engine.set_masters(self._trained, model.initial_adapters(context))
+        self._backend.take()  # traffic of no step
 
     @property
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -69,25 +69,25 @@ class DeepSpeed:
     ) -> StepStats:
         group = self._group
         counts = [[batch.valid_tokens, sum(batch.lengths)] for batch in micro_batches]
-        own = torch.tensor(counts).sum(0).to(group.device)
-        targets, tokens = group.all_reduce_(own).tolist()
+        local_counts = torch.tensor(counts).sum(0).to(group.device)
+        targets, tokens = group.all_reduce_(local_counts).tolist()
         scale = 1 / max(1, targets)
         total = torch.zeros((), dtype=torch.float64, device=group.device)
         with self._explained():
-            for place, batch in enumerate(micro_batches, 1):
-                self._model.drop_as(DropoutKey(self._seed, step, batch.index))
+            for number, batch in enumerate(micro_batches, 1):
+                self._model.set_dropout_key(DropoutKey(self._seed, step, batch.index))
                 loss = self._run(batch, training=True)
                 total += loss.detach()
-                self._engine.backward(loss * scale, last=place == len(micro_batches))
+                self._engine.backward(loss * scale, last=number == len(micro_batches))
         loss_mean = float(group.all_reduce_(total)) * scale
         norm = self._engine.grad_norm()
-        moved = self._moved.take()
-        # As native strategies do: without a target there is nothing to learn from, and a gradient
-        # that is not finite destroys what trains.
+        moved = self._backend.take()
+        # As in native strategies: a step without targets has nothing to learn from, and a gradient
+        # that is not finite destroys the weights.
         updated = targets > 0 and accept(loss_mean, norm) and math.isfinite(norm)
         with self._explained():
-            self._engine.step(lr) if updated else self._engine.leave_out()
-        updating = self._moved.take()
+            self._engine.step(lr) if updated else self._engine.skip_step()
+        updating = self._backend.take()
         return StepStats(
             loss_mean,
             targets,
@@ -100,9 +100,7 @@ class DeepSpeed:
         )
 
     def resize(self, pieces: int) -> None:
-        """The engine is told of each micro-batch whether it is the step's last: nothing of it
-        depends on how many there are.
-        """
+        """Do nothing: the engine learns from each ``backward`` whether it is the step's last."""
 
     def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
         started = time.perf_counter()
@@ -113,44 +111,46 @@ class DeepSpeed:
                 total[1] += batch.valid_tokens
         loss, targets = self._group.all_reduce_(total).tolist()
         self.pass_s = (time.perf_counter() - started) / max(1, len(micro_batches))
-        self._moved.take()
+        self._backend.take()
         return loss, int(targets)
 
     @torch.no_grad()
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, stop: set[int]
     ) -> list[list[int]]:
-        # All tokens pass again for each new one: DeepSpeed gathers whole layers in any case, and
-        # the answers are short.
+        # No key-value cache: all tokens pass again for each new one. DeepSpeed gathers whole layers
+        # in any case, and the answers are short.
         answers: list[list[int]] = [[] for _ in prompts]
-        going = list(range(len(prompts)))
+        unfinished = list(range(len(prompts)))
         with self._explained():
             for _ in range(max_new_tokens):
-                if not going:
+                if not unfinished:
                     break
-                chosen = self._next_tokens([prompts[one] + answers[one] for one in going])
-                for one, token in zip(list(going), chosen, strict=True):
+                chosen = self._next_tokens([prompts[i] + answers[i] for i in unfinished])
+                for i, token in zip(list(unfinished), chosen, strict=True):
                     if token in stop:
-                        going.remove(one)
+                        unfinished.remove(i)
                     else:
-                        answers[one].append(token)
-        self._moved.take()
+                        answers[i].append(token)
+        self._backend.take()
         return answers
 
     def _next_tokens(self, texts: list[list[int]]) -> list[int]:
-        """The most likely next token of each; rank 0's, so that all make as many passes."""
+        """The most likely next token of each text. Rank 0 decides, so that all ranks make the same
+        number of passes.
+        """
         batch = collate([(ids, [IGNORE] * len(ids)) for ids in texts], 0)
         ends = (torch.tensor(batch.lengths).cumsum(0) - 1).tolist()
         logits = self._run(batch, ends, training=False)
         chosen: list[int] = self._group.broadcast(logits.argmax(-1).cpu()).tolist()
         return chosen
 
-    def _run(self, batch: MicroBatch, wanted: list[int] | None = None, *, training: bool) -> Tensor:
-        """A micro-batch through the model. One without documents passes as padding: where weights
-        are gathered, and where gradients meet, every rank is needed.
+    def _run(self, batch: MicroBatch, tokens: list[int] | None = None, *, training: bool) -> Tensor:
+        """The model's output for a micro-batch. One without documents is replaced by padding: every
+        rank must take part in gathers and reductions.
         """
-        whole = batch.padded() if batch.lengths else _blank(batch)
-        result: Tensor = self._engine.run(whole.to(self._group.device), wanted, training=training)
+        padded = batch.padded() if batch.lengths else _blank(batch)
+        result: Tensor = self._engine.run(padded.to(self._group.device), tokens, training=training)
         return result
 
     def _explained(self) -> AbstractContextManager[None]:
@@ -171,7 +171,7 @@ class DeepSpeed:
 
 
 def _blank(batch: MicroBatch) -> MicroBatch:
-    """A document of zeros without targets in the place of ``batch``, which has none."""
+    """A document of zeros without targets, in place of ``batch``, which has no documents."""
     zeros = torch.zeros(ROW_MULTIPLE, dtype=torch.int64)
     return replace(
         batch,

@@ -1,4 +1,4 @@
-"""A DeepSpeed configuration of the user's own: read, its "auto" values filled, the rest checked."""
+"""The user's DeepSpeed configuration: read, checked, and its "auto" values filled."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from fttrain.util.errors import UserError
 from fttrain.util.schema import nearest
 
 AUTO = "auto"
-# Sections, and of each the keys that are honoured; those of "" stand alone.
+# Section -> the keys that are honoured; "": top-level keys
 KEYS: dict[str, tuple[str, ...]] = {
     "": (
         "train_micro_batch_size_per_gpu",
@@ -57,7 +57,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "optimizer.params": ("lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode"),
     "comms_logger": ("enabled", "verbose", "prof_all", "prof_ops", "debug"),
 }
-INSTEAD = {  # key -> what does it here
+INSTEAD = {  # key that is refused -> the setting to use
     "fp16": "model.dtype=bfloat16 or float32 sets the precision",
     "amp": "model.dtype=bfloat16 or float32 sets the precision",
     "torch_autocast": "model.dtype=bfloat16 or float32 sets the precision",
@@ -76,44 +76,44 @@ OPTIMIZERS = ("adam", "adamw")
 
 @dataclass(frozen=True)
 class UserJson:
-    """The file's ``path``, empty where there is none, and what it holds."""
+    """The file's ``path``, empty where there is none, and its content."""
 
     path: str
     values: dict[str, Any]
 
     def get(self, dotted: str) -> Any:
-        """The value of a key such as bf16.enabled; None where it is not there."""
-        found: Any = self.values
+        """The value of a key such as bf16.enabled; None where it is absent."""
+        value: Any = self.values
         for part in dotted.split("."):
-            found = found.get(part) if isinstance(found, dict) else None
-        return found
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
 
     def name(self, dotted: str) -> str:
-        """How errors call a key."""
+        """The name of a key in error messages."""
         return f"{dotted} of {self.path or 'the JSON'}"
 
     def filled(
         self, fixed: Mapping[str, tuple[Any, str]], automatic: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """A copy in which nothing is "auto".
+        """A copy in which every "auto" is filled.
 
-        ``fixed``: value of a key, and the setting of the run that says so; ``automatic``: what else
-        "auto" stands for. Raises UserError for a key that contradicts the run, and for an "auto"
-        that nobody can fill.
+        ``fixed``: key -> value, and the setting of the run that fixes it; ``automatic``: key -> the
+        value of "auto" for other keys. Raises UserError for a key that contradicts the run, and for
+        an "auto" without a value.
         """
-        made: dict[str, Any] = {}
+        filled: dict[str, Any] = {}
         for dotted, value in _leaves(self.values, ""):
             if value == AUTO:
                 value = self._automatic(dotted, fixed, automatic)
             elif dotted in fixed and value != fixed[dotted][0]:
-                own, setting = fixed[dotted]
-                shown = setting if "=" in setting else f"{setting}={json.dumps(own)}"
+                required, setting = fixed[dotted]
+                shown = setting if "=" in setting else f"{setting}={json.dumps(required)}"
                 raise UserError(
                     f"{self.path}: {dotted}={json.dumps(value)}, but {shown}: make them the same, "
                     'or write "auto"'
                 )
-            _put(made, dotted, value)
-        return made
+            _put(filled, dotted, value)
+        return filled
 
     def _automatic(
         self, dotted: str, fixed: Mapping[str, tuple[Any, str]], automatic: Mapping[str, Any]
@@ -123,22 +123,22 @@ class UserJson:
         if dotted in automatic:
             return automatic[dotted]
         if dotted.startswith("zero_optimization.offload_") and dotted.endswith(".device"):
-            return "none"  # who asks for it elsewhere is heard afterwards
+            return "none"  # offload that other sources ask for is written afterwards
         raise UserError(
             f'{self.path}: {dotted}="auto": nothing says what it should be; give a value'
         )
 
 
 def read(path: str) -> UserJson:
-    """Raises UserError for a file that is not there or no JSON object, with line and column, and
-    for a key that is unknown or cannot be honoured.
+    """Read and check the file. Raises UserError for a file that is missing or no JSON object, with
+    line and column, and for a key that is unknown or cannot be honoured.
     """
     file = Path(path).expanduser()
     try:
         values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
-    except _Twice as error:
+    except _DuplicateKeyError as error:
         raise UserError(f"{path}: {error} is there twice") from None
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
@@ -156,21 +156,21 @@ def read(path: str) -> UserJson:
     return user
 
 
-class _Twice(ValueError):
-    """A key of a JSON object."""
+class _DuplicateKeyError(ValueError):
+    """A key that stands twice in a JSON object."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
-            raise _Twice(key)
-        found[key] = value
-    return found
+        if key in values:
+            raise _DuplicateKeyError(key)
+        values[key] = value
+    return values
 
 
 def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of all that is no section; of an unknown section the section itself."""
+    """(dotted key, value) of all but sections; an unknown section is yielded whole."""
     for key, value in values.items():
         dotted = f"{prefix}.{key}" if prefix else key
         if isinstance(value, dict) and dotted in KEYS:
@@ -188,7 +188,7 @@ def _check_key(user: UserJson, dotted: str, value: Any) -> None:
             raise UserError(f"{user.path}: {dotted}: a single value is wanted, not an object")
         return
     if key == "fp16" and isinstance(value, dict) and value.get("enabled") is False:
-        return  # as many write it
+        return  # a common way to write that it is off
     if key in INSTEAD:
         raise UserError(f"{user.path}: {dotted}: not honoured; {INSTEAD[key]}; leave it out")
     sections = [name for name in KEYS if name and name.rpartition(".")[0] == section]
