@@ -30,7 +30,7 @@ def flats(layers: int, seed: int = 0) -> list[Tensor]:
 
 
 def passes_up_and_down(layers: int, count: int, seed: int = 0) -> list[list[int]]:
-    """Layer orders of passes up and down, as of steps, with passes up alone (evaluation) in between."""
+    """Layer orders of passes up and down (steps), some up alone (evaluation)."""
     chance = random.Random(seed)
     up = list(range(layers))
     return [up if chance.random() < 0.5 else up[::-1] for _ in range(count)]

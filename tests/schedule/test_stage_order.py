@@ -1,4 +1,4 @@
-"""No pipeline waits for itself: real stages and point-to-point traffic, over the model in ``tiny_wire``."""
+"""No pipeline waits for itself: real stages and sends, over the model in ``tiny_wire``."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext

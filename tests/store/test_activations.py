@@ -86,8 +86,8 @@ def test_each_tensor_lies_there_once_and_only_the_last_ones_stay_on_the_device()
 
 
 def test_slots_that_were_discarded_and_resized_are_whole_again() -> None:
-    """Passes that failed, that were copied out and that are being copied back are discarded. Then the
-    slots are halved, and backward reads what forward saved.
+    """Passes that failed, that were copied out and that are being copied back are discarded. Then
+    the slots are halved, and backward reads what forward saved.
     """
     streams = tiny_store.CountingSideStream(1e-3), tiny_store.CountingSideStream(1e-2)
     host = offloading(PASSES, *streams)

@@ -238,7 +238,7 @@ FAULTS = {
     ),
     "an update before the next one": Fault(
         ON_HOST,
-        does(optimizer_step._Arriving, "wait"),
+        does(optimizer_step._WeightsHandle, "wait"),
         [("adapters on *", "copy_ * reads *", "copy_ * writes it on thread optimizer")],
     ),
     "the head": Fault(
@@ -258,7 +258,7 @@ FAULTS = {
     ),
     "sums before they leave": Fault(
         ON_HOST,
-        does(grad_reduce._Ordered, "wait"),
+        does(grad_reduce._EventHandle, "wait"),
         [(BUFFER, "mul_ in * writes *", "copy_ in DoubleBufferedGradients._leave reads *")],
     ),
     "backward before the sums": Fault(

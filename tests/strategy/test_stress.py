@@ -1,4 +1,4 @@
-"""Two hundred steps in which every copy and gather is late by a random time: the same bits."""
+"""A hundred steps in which every copy and gather is late by a random time: the same bits."""
 
 import random
 import time
@@ -54,13 +54,13 @@ def train(spec: StrategySpec) -> tuple[dict[str, Tensor], list[tuple[float, floa
 
 def delay_updates(seed: int, most_s: float = 3e-3) -> None:
     """From now on the host's update of each layer begins late, by a random time."""
-    chance, work = random.Random(seed), HostUpdate._work
+    chance, update = random.Random(seed), HostUpdate._update
 
     def late(self: HostUpdate, *arguments: Any) -> Any:
         time.sleep(most_s * chance.random())
-        return work(self, *arguments)
+        return update(self, *arguments)
 
-    HostUpdate._work = late  # type: ignore[method-assign]
+    HostUpdate._update = late  # type: ignore[method-assign]
 
 
 def on_rank() -> dict[str, tuple[dict[str, Tensor], list[tuple[float, float]]]]:
