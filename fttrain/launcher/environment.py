@@ -1,8 +1,8 @@
 """Environment variables that fttrain sets: one table. Never loads torch.
 
     variable                      set by        reason
-    RANK, LOCAL_RANK, WORLD_SIZE, the launcher  a rank's place among the ranks of the run, as torchrun
-    LOCAL_WORLD_SIZE                            and accelerate set it
+    RANK, LOCAL_RANK, WORLD_SIZE, the launcher  a rank's place among the ranks of the run, as
+    LOCAL_WORLD_SIZE                            torchrun and accelerate set it
     MASTER_ADDR, MASTER_PORT      the launcher  the rendezvous of the ranks
     FTTRAIN_LAUNCHER_PID          the launcher  a rank ends with its launcher
     OMP_NUM_THREADS               the launcher  ranks share the machine's cores
@@ -11,10 +11,10 @@
     WANDB_ERROR_REPORTING=false   each rank     usage reports wait 20 s for a dead server at the end
     WANDB_SILENT=true             each rank     wandb's lines tear the progress bar
     DS_ACCELERATOR                deepspeed     read while DeepSpeed is imported: without it,
-                                                DeepSpeed warns of a machine without a GPU, and takes
-                                                a GPU that rig.device=cpu leaves alone
-    LOCAL_RANK                    deepspeed     DeepSpeed reads it, also where no launcher started the
-                                                only rank
+                                                DeepSpeed warns of a machine without a GPU, and
+                                                takes a GPU that rig.device=cpu leaves alone
+    LOCAL_RANK                    deepspeed     DeepSpeed reads it, also where no launcher started
+                                                the only rank
 
 What the user has set stays, but for the ranks' places, the rendezvous and DS_ACCELERATOR. A rank
 that accelerate or torchrun started has the launcher's variables from there.

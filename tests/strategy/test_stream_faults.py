@@ -191,7 +191,7 @@ FAULTS = {
             (
                 "adapter gradients",
                 "copy_ * writes *",
-                "copy_ in DoubleBufferedGradients.open reads *",
+                "copy_ in DoubleBufferedGradients.begin_layer reads *",
             ),
         ],
     ),
