@@ -27,7 +27,7 @@ SHAPE = {
 }
 EVERYTHING_MOVES = {"layer_inputs": "host", "lm_head": "host", "offload": True}
 MIXED = ("offload*2", "recompute", "offload")  # activations by layer
-RECIPES = {
+SPECS = {
     "replicate": tiny_strategy.variant(),
     "shard": tiny_strategy.variant("shard", **EVERYTHING_MOVES),
     "stream": tiny_strategy.variant("stream", **EVERYTHING_MOVES),
@@ -65,17 +65,17 @@ def delay_updates(seed: int, most_s: float = 3e-3) -> None:
 
 def on_rank() -> dict[str, tuple[dict[str, Tensor], list[tuple[float, float]]]]:
     # The norm of parts has another last bit: late ones are compared with themselves.
-    found = {name: train(RECIPES[name]) for name in ("replicate", "optimizer in parts")}
+    found = {name: train(SPECS[name]) for name in ("replicate", "optimizer in parts")}
     tiny_store.delay_streams(seed=torch.distributed.get_rank())
     delay_updates(seed=torch.distributed.get_rank())
-    return found | {f"late {name}": train(spec) for name, spec in RECIPES.items()}
+    return found | {f"late {name}": train(spec) for name, spec in SPECS.items()}
 
 
 def test_late_streams_change_nothing() -> None:
     for found in run_ranks(on_rank, 2):
         _, figures = found["replicate"]
         assert figures[-1][0] < figures[0][0] - 0.1  # it has learnt something all the while
-        for name in RECIPES:
+        for name in SPECS:
             expected = found["optimizer in parts" if "parts" in name else "replicate"]
             other, late_figures = found[f"late {name}"]
             assert late_figures == expected[1], name
