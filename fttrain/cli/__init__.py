@@ -14,7 +14,8 @@ import time
 from collections.abc import Sequence
 
 from fttrain import __version__
-from fttrain.launcher.launch import PARENT_PID, die_with_parent, is_owned, is_rank
+from fttrain.launcher.environment import PARENT_PID
+from fttrain.launcher.launch import die_with_parent, is_owned, is_rank
 from fttrain.util.errors import UserError
 from fttrain.util.redact import redact
 from fttrain.util.schema import nearest

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from fttrain.launcher.launch import PARENT_PID, free_port
+from fttrain.launcher.environment import PARENT_PID
+from fttrain.launcher.launch import free_port
 
 POLL_S = 0.05
 

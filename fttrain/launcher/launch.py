@@ -21,10 +21,9 @@ from types import FrameType
 from typing import Any
 
 from fttrain.launcher.accelerate_yaml import integer, read_files
+from fttrain.launcher.environment import PARENT_PID, rank_variables
 from fttrain.util.errors import UserError
 
-# environment variable: pid of the launcher of this rank, or of the sweep of this trial
-PARENT_PID = "FTTRAIN_LAUNCHER_PID"
 GRACE_S = 30.0  # after a rank died: from SIGTERM to SIGKILL for the others
 REPEAT_S = 5.0  # signals within this time after the first count as the same request
 POLL_S = 0.05
@@ -110,14 +109,10 @@ def commands(config: LaunchConfig, argv: list[str]) -> list[tuple[list[str], dic
         environment.setdefault("CUDA_VISIBLE_DEVICES", str(settings["gpu_ids"]))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    environment.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
-    environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    environment[PARENT_PID] = str(os.getpid())
     command = [sys.executable, "-m", "fttrain", *argv]
-    ranks = [
-        {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)
+    return [
+        (command, environment | rank_variables(rank, processes, port)) for rank in range(processes)
     ]
-    return [(command, rank) for rank in ranks]
 
 
 def supervise(commands: list[tuple[list[str], dict[str, str]]], grace_s: float = GRACE_S) -> int:

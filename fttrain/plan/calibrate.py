@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fttrain.distributed.rank_group import RankGroup
-from fttrain.launcher.launch import PARENT_PID
+from fttrain.launcher.environment import PARENT_PID
 from fttrain.model.decoder import Architecture
 from fttrain.plan import memory
 from fttrain.plan.trial import MICRO_BATCHES, Trial, recipe_of

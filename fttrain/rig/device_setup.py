@@ -8,16 +8,23 @@ import psutil
 import torch
 
 from fttrain.distributed.rank_group import local_world_size, rank_from_environment
+from fttrain.launcher.environment import set_deepspeed_variables, set_library_variables
 from fttrain.rig.config import RigConfig
 from fttrain.util.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
-def set_up_rank(config: RigConfig) -> torch.device:
-    """``set_up`` for this process, as its launcher placed it."""
+def set_up_rank(config: RigConfig, deepspeed: bool = False) -> torch.device:
+    """``set_up`` for this process, as its launcher placed it, and the environment variables of the
+    libraries that it will import. ``deepspeed``: DeepSpeed is one of them.
+    """
     _, _, local_rank = rank_from_environment()
-    return set_up(config, local_rank, local_world_size())
+    device = set_up(config, local_rank, local_world_size())
+    set_library_variables()
+    if deepspeed:
+        set_deepspeed_variables(device.type, local_rank)
+    return device
 
 
 def set_up(config: RigConfig, local_rank: int, local_world_size: int) -> torch.device:

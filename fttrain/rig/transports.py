@@ -23,7 +23,8 @@ import psutil
 import torch
 
 from fttrain.distributed.rank_group import RankGroup
-from fttrain.launcher.launch import PARENT_PID, free_port
+from fttrain.launcher.environment import PARENT_PID
+from fttrain.launcher.launch import free_port
 from fttrain.rig.profile import LinkProfile, LinkSample
 from fttrain.util.units import MIB
 

@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 
 from fttrain.config.run_config import RunConfig
 from fttrain.launcher import launch
+from fttrain.launcher.environment import PARENT_PID
 from fttrain.rig.nvml import ask
 from fttrain.sweep.trial import TrialPlace
 from fttrain.util.errors import UserError
@@ -36,7 +37,7 @@ _OF_A_RANK = (
     "LOCAL_WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
-    launch.PARENT_PID,
+    PARENT_PID,
 )
 
 

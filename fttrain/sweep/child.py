@@ -11,7 +11,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fttrain.launcher.launch import PARENT_PID, killed_by
+from fttrain.launcher.environment import PARENT_PID
+from fttrain.launcher.launch import killed_by
 from fttrain.util.redact import redact
 
 PROGRAM = (sys.executable, "-m", "fttrain")

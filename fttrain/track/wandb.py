@@ -33,8 +33,6 @@ INIT_S = 30.0  # how long a server may take to answer before logging goes offlin
 UPLOAD_SHARE = 0.8  # of the time that the end may take: then wandb gives up, and says what is left
 OFFLINE = "offline-"  # how the name of a folder begins whose run wandb has not uploaded
 SERVICE = "wandb-core"  # wandb's process beside ours, which it waits for when ours ends
-# Its usage reports wait for a dead server for 20 s when the process ends; its lines tear the bar.
-ENVIRONMENT = {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
 
 
 def has_login() -> bool:
@@ -179,8 +177,6 @@ class WandbRun(Tracker):
         """Starts the run; offline when the server does not answer, for then nothing is lost."""
         self._config, self._folder, self._run_config = config, folder, dict(run_config)
         self._mode, self._upload, self._finish_s = mode, upload, finish_s
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
         self._wandb = wandb = importlib.import_module("wandb")
         try:
             self._run = self._init()

@@ -61,7 +61,7 @@ def dry_run(config: RunConfig) -> int:
 
     Raises UserError where the run would.
     """
-    device = set_up_rank(config.rig)
+    device = set_up_rank(config.rig, config.strategy.name == DEEPSPEED)
     config, _ = resolve_auto(config)
     inputs = prepare_inputs(config)
     excerpt = Excerpt(inputs.dataset.train, config.dry_run, config.loop.seed)

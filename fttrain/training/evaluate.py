@@ -6,6 +6,7 @@ from fttrain.config.run_config import RunConfig
 from fttrain.distributed.process_group import process_group
 from fttrain.launcher.launch import require_ranks
 from fttrain.rig.device_setup import set_up_rank
+from fttrain.strategy.zero_config import DEEPSPEED
 from fttrain.training.auto_plan import resolve_auto
 from fttrain.training.checkpointing import last_micro_batch_size, lock_on_main
 from fttrain.training.evaluation import Evaluation
@@ -24,7 +25,7 @@ def evaluate(config: RunConfig) -> Evaluation:
     trained adapter (or model) is there, nothing is held out, or nodes differ in their settings.
     """
     require_ranks(config.launch)
-    device = set_up_rank(config.rig)
+    device = set_up_rank(config.rig, config.strategy.name == DEEPSPEED)
     if config.left_open:  # changes of the run's settings may leave something open again
         config, _ = resolve_auto(config)
     trained = find_trained(config)

@@ -16,6 +16,7 @@ from fttrain.launcher.launch import require_ranks
 from fttrain.optim.lr_schedule import learning_rate
 from fttrain.rig.device_setup import set_up_rank
 from fttrain.strategy.protocol import OutOfMemory, StepStats
+from fttrain.strategy.zero_config import DEEPSPEED
 from fttrain.track import Trackers
 from fttrain.track.report import write_report
 from fttrain.training.auto_plan import add_measured, resolve_auto, with_target_share, write_plan
@@ -59,7 +60,7 @@ def train(config: RunConfig) -> TrainResult:
     if config.dry_run:
         raise UserError(f"dry_run={config.dry_run}: training is no dry run; leave dry_run= out")
     require_ranks(config.launch)
-    device = set_up_rank(config.rig)
+    device = set_up_rank(config.rig, config.strategy.name == DEEPSPEED)
     config, plan = resolve_auto(config)
     inputs = prepare_inputs(config)
     plan = with_target_share(config, plan, inputs.dataset.train.target_share)

@@ -35,9 +35,10 @@ sys.exit(cli.main([]))
 LAUNCHER = """
 import os, sys
 from fttrain.launcher import launch
+from fttrain.launcher.environment import PARENT_PID
 port = str(launch.free_port())
 fixed = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-fixed[launch.PARENT_PID] = str(os.getpid())
+fixed[PARENT_PID] = str(os.getpid())
 command = [sys.executable, *sys.argv[1:]]
 sys.exit(launch.supervise([(command, {**fixed, "RANK": rank}) for rank in "01"]))
 """

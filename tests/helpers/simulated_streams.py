@@ -8,9 +8,9 @@ Inside the block ``torch.cuda``'s streams and events are stand-ins that compute 
 vector clocks (``stream_races``). Ops run at once, one after the other, on the one thread there is.
 A dispatch mode sees each of them with the tensors that it reads and writes, and books them on the
 stream, or the thread of the host, on which a card would run them. So one run finds what any timing
-could bring about, as long as the program asks for the same ops. Side streams are ``StreamLane`` as
-on a card, and threads that ask a device are timelines of the host and do at once what they are
-given.
+could bring about, as long as the program asks for the same ops. Side streams are
+``CudaSideStream`` as on a card, and threads that ask a device are timelines of the host and do at
+once what they are given.
 
 What a card would do is told apart as follows.
 - Memory of ``MemoryLedger`` and page-locked memory is the host's, and so is what ``in_host_memory``

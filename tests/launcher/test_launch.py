@@ -45,8 +45,9 @@ sys.exit(128 + got[0])
 LAUNCHER = """
 import os, sys
 from fttrain.launcher import launch
+from fttrain.launcher.environment import PARENT_PID
 launch.REPEAT_S = float(sys.argv[3])
-environment = {**os.environ, launch.PARENT_PID: str(os.getpid())}
+environment = {**os.environ, PARENT_PID: str(os.getpid())}
 command = [sys.executable, *sys.argv[1:3], *sys.argv[4:]]
 sys.exit(launch.supervise([(command, {**environment, "RANK": str(rank)}) for rank in range(2)]))
 """

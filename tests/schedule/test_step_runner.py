@@ -19,7 +19,7 @@ from fttrain.schedule.step_runner import StepRunner
 
 class Watched(Keep):
     """Holds a tensor of its own in each call, runs out of memory in the fourth one of a kind, and
-    notes what still lives as it is told to forget.
+    notes what still lives in each discard.
     """
 
     def __init__(self, runs_out: str) -> None:

@@ -153,7 +153,7 @@ def test_no_slot_is_overwritten_while_the_device_lags_behind(kind: str) -> None:
         shards = [flat.to(group.device) for flat in flats]
         store = ShardedStore(shards, tiny_store.FORMAT, group)
     found: list[tuple[int, Tensor]] = []
-    for order in tiny_store.walks(LAYERS, 12):
+    for order in tiny_store.passes_up_and_down(LAYERS, 12):
         for place, layer in enumerate(order):
             store.prefetch(order[place:])
             flat = store.get(layer).flat

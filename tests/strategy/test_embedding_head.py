@@ -34,10 +34,10 @@ def context(spec: StrategySpec, model: str = "llama", device: str = "cpu") -> Bu
 def test_tables_are_booked_once_and_where_they_lie(model: str, embedding: str, head: str) -> None:
     built = context(tiny_strategy.variant(embedding=embedding, lm_head=head), model)
     reserve_ends(built, has_embedding=True, has_head=True)
-    booked = {r.part: r.size_bytes for r in built.ledger.reservations}
+    reserved = {r.part: r.size_bytes for r in built.ledger.reservations}
     tied = model == "llama_tied"
     one_table = tied and (embedding, head) in (("device", "device"), ("host", "host"))
-    assert booked.pop(MemoryPart.LOGITS) >= 300 * 128 * 8  # of 66 tokens, a multiple of 64
+    assert reserved.pop(MemoryPart.LOGITS) >= 300 * 128 * 8  # of 66 tokens, a multiple of 64
     on_host = embedding == "host"
     expected = {MemoryPart.HOST_EMBEDDING if on_host else MemoryPart.EMBEDDING: TABLE_BYTES}
     if head == "quantized":
@@ -47,7 +47,7 @@ def test_tables_are_booked_once_and_where_they_lie(model: str, embedding: str, h
         expected[MemoryPart.HOST_HEAD if head == "host" else MemoryPart.HEAD] = TABLE_BYTES
     if head == "host":
         expected[MemoryPart.STREAMED_HEAD] = TABLE_BYTES
-    assert booked == expected
+    assert reserved == expected
     table, projection = load_ends(built, tiny_strategy.base(model), True, True)
     assert isinstance(projection, QuantizedHead if head == "quantized" else ResidentHead)
     if isinstance(projection, ResidentHead):

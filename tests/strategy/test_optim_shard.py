@@ -65,7 +65,7 @@ def train(case: Case, shard: bool, start: dict[str, dict[str, Any]] | None = Non
         strategy.load_adapter_state(tiny_strategy.copied(start["adapter"]))
         strategy.load_optimizer_state(tiny_strategy.copied(start["optimizer"]))
     steps = [tiny_strategy.apply(strategy, step) for step in range(STEPS)]
-    booked = {r.part.name: r.size_bytes for r in strategy.reservations}
+    reserved = {r.part.name: r.size_bytes for r in strategy.reservations}
     return {
         **states(strategy),
         "figures": [(stats.loss, stats.grad_norm, stats.updated) for stats in steps],
@@ -74,7 +74,7 @@ def train(case: Case, shard: bool, start: dict[str, dict[str, Any]] | None = Non
         "values": [layer.adapters.flat.numel() for layer in strategy.decoder.layers],
         "gathered": [stats.update.optim_gather_bytes for stats in steps],
         "sync_bytes": [stats.sync.sync_bytes for stats in steps],
-        "booked": booked,
+        "reserved": reserved,
     }
 
 
@@ -120,7 +120,7 @@ def test_a_rank_has_its_part_alone(case: Case, world_size: int) -> None:
         assert parts["sync_bytes"] == [4 * world_size * sum(parts["values"])] * STEPS
         shared = ("ADAPTER_MASTERS", "OPTIMIZER_MOMENTS") if case.offload else ("ADAPTERS",)
         for part in shared:
-            assert parts["booked"][part] < whole["booked"][part]
+            assert parts["reserved"][part] < whole["reserved"][part]
 
 
 def taken_over(start: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Settings that do not go together, and what a plan derives from a recipe."""
+"""Settings that do not go together, and what a plan derives from a spec."""
 
 import itertools
 from dataclasses import replace

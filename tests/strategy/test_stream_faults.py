@@ -70,11 +70,11 @@ BUFFER = "float32 (4096,) of DoubleBufferedGradients.__init__*"
 NORMS = "float32 (4,) of DoubleBufferedGradients.__init__"
 GRADIENT = "float32 (4096,) of ResidentGradients.__init__"
 COPIES = "bfloat16 (4096,) of LayerAdapters.__init__"
-BOUNDARY = "bfloat16 (64, 64) of Layer.__call__"
-BOUNDARY_BACK = "bfloat16 (64, 64) of HostLayerInputs.prefetch"
+LAYER_INPUT = "bfloat16 (64, 64) of Layer.__call__"
+LAYER_INPUT_BACK = "bfloat16 (64, 64) of HostLayerInputs.prefetch"
 GATE_UP = "bfloat16 (64, 256) of _ApplyLinears.forward*"
 ACTIVATIONS_BACK = "uint8 (*) of HostActivations.bring"
-HEAD = "bfloat16 (300, 64) of StreamedTable.brought"
+HEAD = "bfloat16 (300, 64) of StreamedHead.brought"
 FREED = "it is freed on compute"
 
 
@@ -131,20 +131,20 @@ FAULTS = {
         ON_HOST,
         given(HostLayerInputs, out=Deaf),
         [
-            (BOUNDARY, "copy_ * reads *", FREED),
+            (LAYER_INPUT, "copy_ * reads *", FREED),
             ("layer inputs", "copy_ * writes *", "copy_ in HostLayerInputs.prefetch reads *"),
         ],
     ),
     "layer inputs out at once": Fault(
         ON_HOST,
         given(HostLayerInputs, out=Rash),
-        [(BOUNDARY, "add in Layer.__call__ writes it on compute", "copy_ * reads *")],
+        [(LAYER_INPUT, "add in Layer.__call__ writes it on compute", "copy_ * reads *")],
     ),
     "layer inputs back": Fault(
         ON_HOST,
         given(HostLayerInputs, back=Deaf),
         [
-            (BOUNDARY_BACK, "copy_ * writes *", "_to_copy in rms_norm reads it on compute"),
+            (LAYER_INPUT_BACK, "copy_ * writes *", "_to_copy in rms_norm reads it on compute"),
             ("layer inputs", "copy_ * reads *", "copy_ in HostLayerInputs.save writes *"),
         ],
     ),
@@ -152,7 +152,7 @@ FAULTS = {
         ON_HOST,
         given(HostLayerInputs, back=Rash),
         [
-            (BOUNDARY_BACK, "empty in * writes it on compute", "copy_ * writes *"),
+            (LAYER_INPUT_BACK, "empty in * writes it on compute", "copy_ * writes *"),
             ("layer inputs", "copy_ in HostLayerInputs.save writes *", "copy_ * reads *"),
         ],
     ),
@@ -191,7 +191,7 @@ FAULTS = {
             (
                 "adapter gradients",
                 "copy_ * writes *",
-                "copy_ in DoubleBufferedGradients.open reads *",
+                "copy_ in DoubleBufferedGradients.begin_layer reads *",
             ),
         ],
     ),
@@ -238,13 +238,13 @@ FAULTS = {
     ),
     "an update before the next one": Fault(
         ON_HOST,
-        does(optimizer_step._Arriving, "wait"),
-        [("adapters on *", "copy_ * reads *", "copy_ * writes it on thread optimizer")],
+        does(optimizer_step._WeightsHandle, "wait"),
+        [("adapter copies on *", "copy_ * reads *", "copy_ * writes it on thread optimizer")],
     ),
     "the head": Fault(
         ON_HOST,
         makes(projection, Deaf),
-        [(HEAD, "copy_ * writes *", "mm in Table.project reads it on compute")],
+        [(HEAD, "copy_ * writes *", "mm in ResidentHead.project reads it on compute")],
     ),
     "the head at once": Fault(
         ON_HOST,
@@ -258,7 +258,7 @@ FAULTS = {
     ),
     "sums before they leave": Fault(
         ON_HOST,
-        does(grad_reduce._Ordered, "wait"),
+        does(grad_reduce._EventHandle, "wait"),
         [(BUFFER, "mul_ in * writes *", "copy_ in DoubleBufferedGradients._leave reads *")],
     ),
     "backward before the sums": Fault(
@@ -284,7 +284,7 @@ FAULTS = {
     "what a stage sends": Fault(
         PIPELINE,
         does(PipelineP2P, "flush", lambda self: self._sending.clear()),
-        [(BOUNDARY, "clone in Communicator.send reads *", FREED)],
+        [(LAYER_INPUT, "clone in Communicator.send reads *", FREED)],
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Two hundred steps in which every copy and gather is late by a random time: the same bits."""
+"""A hundred steps in which every copy and gather is late by a random time: the same bits."""
 
 import random
 import time
@@ -27,7 +27,7 @@ SHAPE = {
 }
 EVERYTHING_MOVES = {"layer_inputs": "host", "lm_head": "host", "offload": True}
 MIXED = ("offload*2", "recompute", "offload")  # activations by layer
-RECIPES = {
+SPECS = {
     "replicate": tiny_strategy.variant(),
     "shard": tiny_strategy.variant("shard", **EVERYTHING_MOVES),
     "stream": tiny_strategy.variant("stream", **EVERYTHING_MOVES),
@@ -54,13 +54,13 @@ def train(spec: StrategySpec) -> tuple[dict[str, Tensor], list[tuple[float, floa
 
 def delay_updates(seed: int, most_s: float = 3e-3) -> None:
     """From now on the host's update of each layer begins late, by a random time."""
-    chance, work = random.Random(seed), HostUpdate._work
+    chance, update = random.Random(seed), HostUpdate._update
 
     def late(self: HostUpdate, *arguments: Any) -> Any:
         time.sleep(most_s * chance.random())
-        return work(self, *arguments)
+        return update(self, *arguments)
 
-    HostUpdate._work = late  # type: ignore[method-assign]
+    HostUpdate._update = late  # type: ignore[method-assign]
 
 
 def on_rank() -> dict[str, tuple[dict[str, Tensor], list[tuple[float, float]]]]:
@@ -68,14 +68,14 @@ def on_rank() -> dict[str, tuple[dict[str, Tensor], list[tuple[float, float]]]]:
     found = {name: train(RECIPES[name]) for name in ("replicate", "optimizer in parts")}
     tiny_store.delay_streams(seed=torch.distributed.get_rank())
     delay_updates(seed=torch.distributed.get_rank())
-    return found | {f"late {name}": train(spec) for name, spec in RECIPES.items()}
+    return found | {f"late {name}": train(spec) for name, spec in SPECS.items()}
 
 
 def test_late_streams_change_nothing() -> None:
     for found in run_ranks(on_rank, 2):
         _, figures = found["replicate"]
         assert figures[-1][0] < figures[0][0] - 0.1  # it has learnt something all the while
-        for name in RECIPES:
+        for name in SPECS:
             expected = found["optimizer in parts" if "parts" in name else "replicate"]
             other, late_figures = found[f"late {name}"]
             assert late_figures == expected[1], name

@@ -14,7 +14,7 @@ from tiny_sweep import eventually
 
 from fttrain.cli import main
 from fttrain.config.run_config import compose
-from fttrain.launcher.launch import PARENT_PID
+from fttrain.launcher.environment import PARENT_PID
 from fttrain.sweep.record import records
 from fttrain.sweep.trial import identity
 from fttrain.util.paths import launch_folder

@@ -60,7 +60,9 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from fttrain.track import MetricsFile, TrackConfig, Trackers
+from fttrain.launcher.environment import set_library_variables
 from fttrain.track.wandb import open_wandb
+set_library_variables()
 folder = Path(sys.argv[1])
 config = TrackConfig(kind="wandb", mode=sys.argv[2])
 wandb = open_wandb(config, folder, {"lr": 1.0}, finish_s=float(sys.argv[4]))

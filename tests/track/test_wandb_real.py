@@ -21,7 +21,9 @@ SECRET = "hf_" + "s3cret" * 5
 RUN = """
 import json, sys
 from pathlib import Path
+from fttrain.launcher.environment import set_library_variables
 from fttrain.track import Table, TrackConfig, open_trackers, read_results
+set_library_variables()
 folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
 first, last, exit_code = map(int, sys.argv[3:])
 config = TrackConfig("wandb", **settings)
@@ -40,6 +42,8 @@ from pathlib import Path
 import psutil
 from fttrain.track import TrackConfig
 from fttrain.track.wandb import SERVICE, open_wandb
+from fttrain.launcher.environment import set_library_variables
+set_library_variables()
 folder, mode, finish_s, fault = sys.argv[1:]
 tracker = open_wandb(TrackConfig("wandb", mode=mode), folder, {}, finish_s=float(finish_s))
 tracker.log(1, {"loss": 1.0})
