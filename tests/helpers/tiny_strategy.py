@@ -14,7 +14,6 @@ from fttrain.data.batch import IGNORE, MicroBatch, collate
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.frozen.config import FrozenConfig
 from fttrain.frozen.quantize_layer import ENDS
-from fttrain.launcher.environment import set_deepspeed_variables
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture, Decoder
 from fttrain.optim.config import OptimConfig
@@ -31,7 +30,6 @@ from fttrain.strategy.gradients import ResidentGradients
 from fttrain.strategy.native import StrategyParts
 from fttrain.strategy.protocol import Judge, StepStats
 from fttrain.strategy.spec import StepSize, StrategySpec
-from fttrain.strategy.zero_config import DEEPSPEED
 
 LAYERS = 5
 # Tokens of the documents of each of a step's micro-batches; one has no target, one is empty.

@@ -65,7 +65,7 @@ def delay_updates(seed: int, most_s: float = 3e-3) -> None:
 
 def on_rank() -> dict[str, tuple[dict[str, Tensor], list[tuple[float, float]]]]:
     # The norm of parts has another last bit: late ones are compared with themselves.
-    found = {name: train(RECIPES[name]) for name in ("replicate", "optimizer in parts")}
+    found = {name: train(SPECS[name]) for name in ("replicate", "optimizer in parts")}
     tiny_store.delay_streams(seed=torch.distributed.get_rank())
     delay_updates(seed=torch.distributed.get_rank())
     return found | {f"late {name}": train(spec) for name, spec in SPECS.items()}
