@@ -34,6 +34,7 @@ def run(file: Path, *arguments: str) -> tuple["subprocess.CompletedProcess[str]"
     return smoke_run("fit70b.py", file, *small, *arguments)
 
 
+@pytest.mark.slow
 def test_every_strategy_runs_and_moves_what_it_should(tmp_path: Path) -> None:
     arguments = ("--seq-len=32", "--steps=2", f"--link-gb-s={LINK_GB_S}", "--backend=gloo")
     done, figures = run(tmp_path / "fit.json", *arguments)
@@ -75,6 +76,7 @@ def test_two_ranks_fit_on_what_cards_there_are(backend: str, tmp_path: Path) -> 
             assert rank["nvml_card_bytes"] is None or rank["nvml_card_bytes"] > 1 << 27
 
 
+@pytest.mark.slow
 def test_a_refusal_is_a_row_and_the_next_side_runs(tmp_path: Path) -> None:
     """Boundaries of two billion rows have no room on any machine."""
     done, figures = run(
