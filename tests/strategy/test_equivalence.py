@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fttrain.strategy.spec import StrategySpec
 
-STEPS = 3
+STEPS = 2
 PROMPTS = [ids for ids, _ in tiny.documents((5, 1, 19, 9))]
 NEW_TOKENS = 5
 STORES: dict[str, dict[str, Any]] = {
