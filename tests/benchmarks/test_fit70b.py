@@ -4,7 +4,6 @@ not fit is an answer.
 
 import importlib
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import pytest
 import short_memory
 import torch
 from ranks import run_ranks
-from smoke import ROOT, smoke_run
+from smoke import ROOT, Done, quick_run, smoke_run
 
 from fttrain.distributed.process_group import process_group
 from fttrain.distributed.rank_group import RankGroup
@@ -28,10 +27,15 @@ Module = Callable[[str], ModuleType]
 LINK_GB_S = 0.5
 
 
-def run(file: Path, *arguments: str) -> tuple["subprocess.CompletedProcess[str]", dict[str, Any]]:
-    """A smoke run and the JSON it left."""
-    small = ("--shape=tiny", "--device=cpu", "--threads=1", "--accumulation=2")
-    return smoke_run("fit70b.py", file, *small, *arguments)
+SMALL = ("--shape=tiny", "--device=cpu", "--threads=1", "--accumulation=2")
+
+
+def run(file: Path, *arguments: str) -> Done:
+    return smoke_run("fit70b.py", file, *SMALL, *arguments)
+
+
+def run_quickly(file: Path, *arguments: str) -> Done:
+    return quick_run("fit70b.py", file, *SMALL, *arguments)
 
 
 @pytest.mark.slow
@@ -98,13 +102,15 @@ def test_a_refusal_is_a_row_and_the_next_side_runs(tmp_path: Path) -> None:
     [("--tflops=71", "--device=cpu"), ("--only=nothing", "there are shard, stream k=2")],
 )
 def test_what_cannot_be_run_is_refused_at_once(tmp_path: Path, argument: str, told: str) -> None:
-    done, figures = run(tmp_path / "fit.json", argument)
+    done, figures = run_quickly(tmp_path / "fit.json", argument)
     assert (done.returncode, figures) == (2, {})
     assert told in done.stderr
 
 
 def test_a_run_beyond_its_time_is_named_and_fails_the_whole(tmp_path: Path) -> None:
-    done, figures = run(tmp_path / "fit.json", "--limit-s=1", "--only=shard", "--steps=1000")
+    done, figures = run_quickly(
+        tmp_path / "fit.json", "--limit-s=1", "--only=shard", "--steps=1000"
+    )
     assert [result["outcome"] for result in figures["results"]] == ["time limit"]
     assert done.returncode == 1
 
@@ -144,7 +150,7 @@ def test_steps_of_a_run_that_ran_out_of_time_are_kept(
 
 
 def test_what_there_is_no_time_for_is_not_run(tmp_path: Path) -> None:
-    done, figures = run(tmp_path / "fit.json", "--total-s=5", "--longest")
+    done, figures = run_quickly(tmp_path / "fit.json", "--total-s=5", "--longest")
     assert done.returncode == 0, done.stderr
     assert {(r["outcome"], len(r["ranks"])) for r in figures["results"]} == {("not run", 0)}
     assert {goal["met"] for goal in figures["goals"]} == {None}
