@@ -13,7 +13,7 @@ DEMO ?= experiment=demo
 DEMO_RANKS ?= $(shell test "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 && echo 1 || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-link gpu-check clean
+.PHONY: help setup demo test test-slow lint format bench bench-link gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,21 +32,36 @@ $(RUN_STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # What a run can do without: the tests' tools and the optional parts that they try.
-# DeepSpeed is built beside the torch that is there, hence without isolation. Nothing is compiled until it is used; on
-# a rig with a GPU it asks for CUDA's compiler all the same unless it is told that it computes on the CPU.
+# DeepSpeed is built beside the torch that is there, hence without isolation. Its installation compiles nothing; on a
+# rig with a GPU it asks for CUDA's compiler all the same unless it is told that it computes on the CPU.
 $(STAMP): $(RUN_STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation 'fttrain[deepspeed]'
+	@$(call deepspeed_kernel)
 	@touch $@
+
+# The kernel takes a minute or two to compile. The tests look for it in this folder, and compile it where it is missing.
+define deepspeed_kernel
+if command -v "$${CXX:-c++}" >/dev/null; then TORCH_EXTENSIONS_DIR="$(abspath $(VENV))/torch_extensions" \
+  $(BIN)/python -c 'from fttrain.optim.cpu_adam import kernel; kernel()' || \
+  echo "setup: DeepSpeed's kernel was not compiled, see above; tests marked deepspeed will fail"; \
+else echo "setup: no C++ compiler, so DeepSpeed's kernel is not compiled; tests marked deepspeed are skipped"; fi
+endef
 
 demo: $(RUN_STAMP) ## fine-tune SmolLM2-135M on two ranks, in minutes, without a GPU
 	@set -a; . launch/cpu_demo.env; set +a; \
 	$(BIN)/accelerate launch --config_file launch/cpu_demo.yaml --num_processes $(DEMO_RANKS) \
 	  -m fttrain train $(DEMO)
 
-# Two tests at a time: many of them start two ranks, and wait most of their time. A file's tests share what they set up.
-test: setup ## run the tests
-	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+# A file's tests share what they set up, so a file stays in one process. The longest files start first (tests/conftest.py).
+# Hundreds of processes import the package: compiled once, that takes a second less each.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+test: setup ## run the tests, but for the slow ones
+	@$(PYTEST) -m 'not slow'
+
+test-slow: setup ## run the tests that measure, or take long by their nature
+	@$(PYTEST) -m slow
 
 lint: setup ## style, format, types, import layers
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fttrain-tests-")
 # But for DeepSpeed's kernel, which takes a minute or two to compile: it stays with the environment.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
+import file_order
 import pytest
 import torch
 from turns import turn
@@ -58,7 +59,10 @@ MISSING = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked with what they need are skipped, with the reason, where it is missing."""
+    """The longest files first. Tests marked with what they need are skipped, with the reason, where
+    it is missing.
+    """
+    items.sort(key=lambda item: file_order.place(item.path))
     for mark, missing in MISSING.items():
         marked = [item for item in items if item.get_closest_marker(mark)]
         if marked and (reason := missing()):

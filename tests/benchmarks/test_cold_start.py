@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 from smoke import smoke_run
 
 
+@pytest.mark.slow
 def test_every_side_reads_all_files(tmp_path: Path) -> None:
     small = ("--layers", "3", "--layer-mb", "3", "--turns", "1", "--folder", str(tmp_path))
     done, written = smoke_run("cold_start.py", tmp_path / "figures.json", *small)

@@ -4,7 +4,6 @@ not fit is an answer.
 
 import importlib
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import pytest
 import short_memory
 import torch
 from ranks import run_ranks
-from smoke import ROOT, smoke_run
+from smoke import ROOT, Done, quick_run, smoke_run
 
 from fttrain.distributed.process_group import process_group
 from fttrain.distributed.rank_group import RankGroup
@@ -28,12 +27,18 @@ Module = Callable[[str], ModuleType]
 LINK_GB_S = 0.5
 
 
-def run(file: Path, *arguments: str) -> tuple["subprocess.CompletedProcess[str]", dict[str, Any]]:
-    """A smoke run and the JSON it left."""
-    small = ("--shape=tiny", "--device=cpu", "--threads=1", "--accumulation=2")
-    return smoke_run("fit70b.py", file, *small, *arguments)
+SMALL = ("--shape=tiny", "--device=cpu", "--threads=1", "--accumulation=2")
 
 
+def run(file: Path, *arguments: str) -> Done:
+    return smoke_run("fit70b.py", file, *SMALL, *arguments)
+
+
+def run_quickly(file: Path, *arguments: str) -> Done:
+    return quick_run("fit70b.py", file, *SMALL, *arguments)
+
+
+@pytest.mark.slow
 def test_every_strategy_runs_and_moves_what_it_should(tmp_path: Path) -> None:
     arguments = ("--seq-len=32", "--steps=2", f"--link-gb-s={LINK_GB_S}", "--backend=gloo")
     done, figures = run(tmp_path / "fit.json", *arguments)
@@ -75,6 +80,7 @@ def test_two_ranks_fit_on_what_cards_there_are(backend: str, tmp_path: Path) -> 
             assert rank["nvml_card_bytes"] is None or rank["nvml_card_bytes"] > 1 << 27
 
 
+@pytest.mark.slow
 def test_a_refusal_is_a_row_and_the_next_side_runs(tmp_path: Path) -> None:
     """Boundaries of two billion rows have no room on any machine."""
     done, figures = run(
@@ -96,13 +102,15 @@ def test_a_refusal_is_a_row_and_the_next_side_runs(tmp_path: Path) -> None:
     [("--tflops=71", "--device=cpu"), ("--only=nothing", "there are shard, stream k=2")],
 )
 def test_what_cannot_be_run_is_refused_at_once(tmp_path: Path, argument: str, told: str) -> None:
-    done, figures = run(tmp_path / "fit.json", argument)
+    done, figures = run_quickly(tmp_path / "fit.json", argument)
     assert (done.returncode, figures) == (2, {})
     assert told in done.stderr
 
 
 def test_a_run_beyond_its_time_is_named_and_fails_the_whole(tmp_path: Path) -> None:
-    done, figures = run(tmp_path / "fit.json", "--limit-s=1", "--only=shard", "--steps=1000")
+    done, figures = run_quickly(
+        tmp_path / "fit.json", "--limit-s=1", "--only=shard", "--steps=1000"
+    )
     assert [result["outcome"] for result in figures["results"]] == ["time limit"]
     assert done.returncode == 1
 
@@ -142,7 +150,7 @@ def test_steps_of_a_run_that_ran_out_of_time_are_kept(
 
 
 def test_what_there_is_no_time_for_is_not_run(tmp_path: Path) -> None:
-    done, figures = run(tmp_path / "fit.json", "--total-s=5", "--longest")
+    done, figures = run_quickly(tmp_path / "fit.json", "--total-s=5", "--longest")
     assert done.returncode == 0, done.stderr
     assert {(r["outcome"], len(r["ranks"])) for r in figures["results"]} == {("not run", 0)}
     assert {goal["met"] for goal in figures["goals"]} == {None}

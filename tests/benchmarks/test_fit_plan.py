@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from smoke import smoke_run
+from smoke import quick_run
 
 from fttrain.plan.choose import judge
 from fttrain.rig.profile import (
@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_predicted_so(module: Module) -> None:
 def test_the_script_compares(module: Module, tmp_path: Path) -> None:
     fit = tmp_path / "fit.json"
     fit.write_text(json.dumps({"settings": SETTINGS, "results": [result(module, 0, 4 * 10**6)]}))
-    done, figures = smoke_run("fit_plan.py", tmp_path / "figures.json", str(fit))
+    done, figures = quick_run("fit_plan.py", tmp_path / "figures.json", str(fit))
     assert done.returncode == 0, done.stderr
     assert "shard, accumulation 2" in done.stdout
     (found,) = figures["results"]

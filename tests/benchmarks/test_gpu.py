@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import tiny_liger
 import torch
-from smoke import smoke_run
+from smoke import quick_run
 
 Module = Callable[[str], ModuleType]
 SCRIPTS = ["gpu_functions.py", "gpu_head.py"]
@@ -16,7 +16,7 @@ SCRIPTS = ["gpu_functions.py", "gpu_head.py"]
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card: they would measure it")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_without_a_card_one_line_says_so(script: str, tmp_path: Path) -> None:
-    done, figures = smoke_run(script, tmp_path / "figures.json")
+    done, figures = quick_run(script, tmp_path / "figures.json")
     assert (done.returncode, figures) == (1, {})
     assert done.stderr.splitlines()[-1] == f"{script}: nothing was measured: no CUDA device"
 

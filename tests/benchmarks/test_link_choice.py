@@ -29,6 +29,7 @@ def deep_model(tiny_model: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_a_slow_link_is_measured_and_changes_the_choice_for_the_better(
     deep_model: Path, tmp_path: Path

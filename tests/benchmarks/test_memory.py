@@ -6,6 +6,7 @@ import pytest
 from smoke import smoke_run
 
 
+@pytest.mark.slow
 def test_levers_change_no_loss_but_where_they_say(tiny_model: Path, tmp_path: Path) -> None:
     sides = ("peer, with", "default", "activations=offload", "adamw8bit")
     arguments = ("--quick", "--model", str(tiny_model), "--only", *sides)

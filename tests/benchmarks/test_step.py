@@ -9,6 +9,7 @@ from smoke import ROOT, smoke_run
 from transformers import LlamaForCausalLM
 
 
+@pytest.mark.slow
 def test_both_sides_do_the_same_work(tiny_model: Path, tmp_path: Path) -> None:
     arguments = ("--quick", "--data", "packed", "--model", str(tiny_model))
     done, written = smoke_run("step.py", tmp_path / "figures.json", *arguments)

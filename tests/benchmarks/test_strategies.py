@@ -22,6 +22,7 @@ def run(model: Path, figures: Path, *arguments: str) -> list[dict[str, Any]]:
     return results
 
 
+@pytest.mark.slow
 def test_strategies_and_peers_do_the_same_work(tiny_model: Path, tmp_path: Path) -> None:
     results = run(tiny_model, tmp_path / "figures.json", "--only", "FSDP", "shard", "pipeline")
     names = [result["side"] for result in results]
@@ -35,6 +36,7 @@ def test_strategies_and_peers_do_the_same_work(tiny_model: Path, tmp_path: Path)
         assert result["sent_bytes_per_step"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_a_slow_link_slows_what_sends_much(tiny_model: Path, tmp_path: Path) -> None:
     before = namespaces()

@@ -43,6 +43,7 @@ def measure(folder: Path, *settings: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.slow
 def test_two_ranks_leave_a_profile_and_a_report(tmp_path: Path) -> None:
     model, output, cache = tmp_path / "model", tmp_path / "output", tmp_path / "cache"
     done = measure(tmp_path, "rig.device=cpu")

@@ -118,6 +118,7 @@ def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_a_killed_rank_and_a_killed_machine_change_nothing(
     undisturbed: Path, pair: list[Machine]

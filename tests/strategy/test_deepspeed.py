@@ -147,8 +147,29 @@ def adapters_course(folder: str) -> dict[str, Any]:
     return found
 
 
-def test_adapters_train_as_under_replicate(tmp_path: Path) -> None:
-    found = run_ranks(adapters_course, 2, str(tmp_path), timeout_s=300)[0]
+def on_rank(folder: str) -> dict[str, dict[str, Any]]:
+    """What rank 0 of two compares, by test; DeepSpeed is imported once."""
+    return {
+        "adapters": adapters_course(folder),
+        "snapshots": snapshots(folder),
+        "whole": whole_course(folder),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks leave a snapshot and an adapter."""
+    return tmp_path_factory.mktemp("deepspeed")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    ranks: list[dict[str, dict[str, Any]]] = run_ranks(on_rank, 2, str(folder), timeout_s=300)
+    return ranks[0]
+
+
+def test_adapters_train_as_under_replicate(results: dict[str, dict[str, Any]]) -> None:
+    found = results["adapters"]
     for name, (own, kept, same_names, kind) in (
         (name, result) for name, result in found.items() if not name.startswith("replicate")
     ):
@@ -228,9 +249,9 @@ def _frozen_bytes(strategy: Any) -> tuple[int, int, bool]:
     return len(packed), len(parts), same
 
 
-def test_a_snapshot_goes_on_anywhere(tmp_path: Path) -> None:
-    found = run_ranks(snapshots, 2, str(tmp_path), timeout_s=300)[0]
-    found["alone"] = run_ranks(alone, 1, str(tmp_path), process_group=False)[0]
+def test_a_snapshot_goes_on_anywhere(results: dict[str, dict[str, Any]], folder: Path) -> None:
+    found = {**results["snapshots"]}
+    found["alone"] = run_ranks(alone, 1, str(folder), process_group=False)[0]
     for name in ("2", "replicate", "alone"):
         assert apart(found[name], found["unstopped"]) < 2e-5, name
     packed, parts, same = found["bytes"]
@@ -242,7 +263,7 @@ def test_a_snapshot_goes_on_anywhere(tmp_path: Path) -> None:
     assert found["said"] == found["native said"]
     end = found["said"][0].index(found["said"][0][-1])
     assert found["stopped"][0] == found["said"][0][:end]
-    _check_plain_peft(tmp_path / "adapter", evaluated.metrics["nll"], evaluated.targets)
+    _check_plain_peft(folder / "adapter", evaluated.metrics["nll"], evaluated.targets)
 
 
 def _check_plain_peft(adapter: Path, loss: float, targets: int) -> None:
@@ -275,8 +296,8 @@ def whole_course(folder: str) -> dict[str, Any]:
     return found
 
 
-def test_all_weights_train_as_in_plain_transformers(tmp_path: Path) -> None:
-    found = run_ranks(whole_course, 2, str(tmp_path), timeout_s=300)[0]
+def test_all_weights_train_as_in_plain_transformers(results: dict[str, dict[str, Any]]) -> None:
+    found = results["whole"]
     losses, reference = plain_course()
     for name, (own, final, again) in found.items():
         assert apart(own, losses) < 1e-4, name

@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import tiny
 import tiny_store
 import tiny_strategy
@@ -71,6 +72,7 @@ def on_rank() -> dict[str, tuple[dict[str, Tensor], list[tuple[float, float]]]]:
     return found | {f"late {name}": train(spec) for name, spec in SPECS.items()}
 
 
+@pytest.mark.slow
 def test_late_streams_change_nothing() -> None:
     for found in run_ranks(on_rank, 2):
         _, figures = found["replicate"]

@@ -136,7 +136,7 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on(
     tmp_path: Path, started: Callable[..., BaseProcess]
 ) -> None:
     output = tmp_path / "sweep"
-    more = ("optim.lr=1e-4,1e-3", "loop.max_steps=30", "loop.epochs=0.1")
+    more = ("optim.lr=1e-4,1e-3", "loop.max_steps=10", "loop.epochs=0.1")
     sweep = started(output, *more)
     metrics = output / "optim.lr=0.001" / "metrics.jsonl"
     eventually("the second trial is under way", metrics.exists)

@@ -112,6 +112,7 @@ def test_a_trial_takes_a_stop_that_its_starter_held_back() -> None:
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_ray_runs_trials(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "sweep"
