@@ -59,7 +59,7 @@ format: setup ## put the code into the format that lint asks for
 	$(BIN)/ruff format .
 
 docs: setup ## build the documentation site into site/, strictly; nothing is fetched
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: setup ## run the benchmarks; figures go to outputs/bench/*.json
 	@mkdir -p outputs/bench

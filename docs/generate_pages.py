@@ -93,9 +93,10 @@ def settings() -> str:
 
 
 def _group(group: str, default: str | None) -> Iterator[str]:
-    """The tables of a group: its options, the keys of the default one, the changes of the others."""
+    """The tables of a group: options, keys of the default one, changes of the others."""
     texts = {
-        file.stem: file.read_text(encoding="utf-8") for file in sorted((CONF / group).glob("*.yaml"))
+        file.stem: file.read_text(encoding="utf-8")
+        for file in sorted((CONF / group).glob("*.yaml"))
     }
     rows = []
     for option, text in texts.items():
@@ -116,8 +117,9 @@ def _group(group: str, default: str | None) -> Iterator[str]:
             different.append(f"| `{group}={option}` | `{group}.{key}` | `{value}` | {meaning} |")
     if different:
         yield "What other options change:"
-        yield "| option | key | value | meaning, where it differs |\n|---|---|---|---|\n" + "\n".join(
-            different
+        yield (
+            "| option | key | value | meaning, where it differs |\n|---|---|---|---|\n"
+            + "\n".join(different)
         )
 
 
