@@ -194,7 +194,7 @@ def _rigs() -> str:
 
 def _cell(text: str) -> str:
     """``text`` as a cell of a table."""
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    return re.sub(r"([|*])", r"\\\1", text).replace("<", "&lt;")
 
 
 if __name__ == "__main__":
