@@ -28,8 +28,8 @@ FILE = re.compile(r"[\w.-]+(?:/[\w.-]+)+\.(?:py|yaml|env|sh|md)")
 FOREIGN = ("key", "iommu", "memory", "hydra")
 
 
-def pages(found: list[Path]) -> list[object]:
-    return [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in found]
+def pages(files: list[Path]) -> list[object]:
+    return [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in files]
 
 
 @pytest.mark.parametrize("page", pages(CURRENT))
