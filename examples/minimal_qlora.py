@@ -57,14 +57,20 @@ def micro_batches() -> list[MicroBatch]:
 def main() -> list[float]:
     """Train the adapters and return the loss of each step in nats a token."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None}
-    spread = {"initializer_range": 0.1}  # random logits that differ
-    source = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **shape, **heads, **spread))
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,  # random logits that differ
+    )
+    source = LlamaForCausalLM(config)
     checkpoint = Checkpoint(source)
 
     # 1. The frozen base is data: each layer becomes one flat uint8 buffer of NF4 codes and scales.
-    architecture = Architecture(source.config)
+    architecture = Architecture(config)
     frozen_format = architecture.frozen_format(QuantConfig(kind="nf4"), DTYPE)
     layers = range(architecture.layers)
     flats = [load_layer(checkpoint, architecture, frozen_format, layer, CPU) for layer in layers]
@@ -96,7 +102,7 @@ def main() -> list[float]:
         )
         gradients.finish()
         for index, layer in enumerate(adapters):
-            layer.flat.grad /= targets  # the gradient of the loss sum becomes that of the mean
+            layer.grad.div_(targets)  # the gradient of the loss sum becomes that of the mean
             optimizer.step(index, LR)
             layer.refresh()  # bf16 copies of the fp32 masters, for the next forward
         losses.append(float(result.loss_sum) / targets)

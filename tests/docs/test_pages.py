@@ -1,10 +1,12 @@
 """The pages of the site: their commands, settings and files exist, and the site builds strictly."""
 
+import ast
 import importlib.util
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +14,7 @@ import doc_commands
 import pytest
 import yaml
 
+import fttrain
 from fttrain.config.groups import groups
 from fttrain.config.run_config import RunConfig
 from fttrain.util import schema
@@ -24,6 +27,8 @@ CURRENT = [page for page in PAGES if page != HISTORY]
 CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 SETTING = re.compile(r"(?<![\w/.])((?:[a-z_0-9]+\.)*[a-z_0-9]+)=[^=\s]")
 FILE = re.compile(r"[\w.-]+(?:/[\w.-]+)+\.(?:py|yaml|env|sh|md)")
+NAME = re.compile(r"(?:[A-Z]\w*[a-z]\w*)(?:\.\w+)?")  # a class, or a method of one
+FOREIGN_NAMES = ("DictConfig", "Params4bit")  # of libraries
 # Before "=" without being a setting of fttrain
 FOREIGN = ("key", "iommu", "memory", "hydra")
 
@@ -57,6 +62,31 @@ def test_files_exist(page: Path) -> None:
         ):
             places = (ROOT / code, ROOT / "fttrain" / code, page.parent / code)
             assert any(place.exists() for place in places), code
+
+
+@pytest.mark.parametrize("page", pages([page for page in CURRENT if page.parent.name != "recipes"]))
+def test_classes_and_methods_exist(page: Path) -> None:
+    words = set(re.findall(r"\w+", source()))
+    for code in CODE.findall(page.read_text(encoding="utf-8")):
+        if NAME.fullmatch(code) and code not in FOREIGN_NAMES and "_" not in code.split(".")[0]:
+            assert set(code.split(".")) <= words, code
+
+
+@pytest.mark.parametrize("page", pages([page for page in CURRENT if "python" in page.name.lower()]))
+def test_the_python_api_is_as_described(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    described = set(re.findall(r"`(\w+)\(", text)) | {"TrainResult", "UserError"}
+    assert described <= set(fttrain.__all__), described
+    functions = {name for name in fttrain.__all__ if name.islower()}
+    assert functions <= described, functions
+
+
+def test_code_in_python_names_what_the_api_has() -> None:
+    for page in CURRENT:
+        for fence in doc_commands.FENCE.finditer(page.read_text(encoding="utf-8")):
+            if fence["language"] == "python":
+                ast.parse(fence["body"])
+                assert set(re.findall(r"fttrain\.(\w+)", fence["body"])) <= set(fttrain.__all__)
 
 
 def test_the_page_of_settings_has_every_option_and_key() -> None:
@@ -99,6 +129,13 @@ def test_every_drawing_is_shown(site: Path) -> None:
     assert len(drawings) == 5
     shown = "".join(page.read_text(encoding="utf-8") for page in site.glob("architecture/*.html"))
     assert all(f'src="{drawing.name}"' in shown for drawing in drawings)
+
+
+@cache
+def source() -> str:
+    """All code of fttrain/."""
+    files = sorted((ROOT / "fttrain").rglob("*.py"))
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def loaded(html: str) -> Iterator[str]:
