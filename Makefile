@@ -13,7 +13,7 @@ DEMO ?= experiment=demo
 DEMO_RANKS ?= $(shell test "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 && echo 1 || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench bench-link gpu-check clean
+.PHONY: help setup demo test test-slow lint format docs bench bench-link gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,15 +63,19 @@ test: setup ## run the tests, but for the slow ones
 test-slow: setup ## run the tests that measure, or take long by their nature
 	@$(PYTEST) -m slow
 
-lint: setup ## style, format, types, import layers
+lint: setup ## style, format, types, import layers, names
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tests/helpers/check_names.py
 
 format: setup ## put the code into the format that lint asks for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup ## build the documentation site into site/, strictly; nothing is fetched
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: setup ## run the benchmarks; figures go to outputs/bench/*.json
 	@mkdir -p outputs/bench
@@ -102,5 +106,5 @@ gpu-check: setup ## run the tests and benchmarks that need a GPU; fails, and say
 	test $$failed = 0 || { echo "gpu-check: not all of it went well, see above"; exit 1; }
 
 clean: ## delete .venv, caches and built files (outputs/ stays)
-	rm -rf $(VENV) dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) dist site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
