@@ -46,7 +46,9 @@ def run(config: RunConfig, argv: list[str]) -> int:
     with process_group(torch.device("cpu"), "gloo") as group:
         if group.inter_node.world_size > 1:
             raise UserError("measure: one machine at a time; start it on each without the others")
-        profile = measure(work, disk, group, device, config.rig.backend, config.rig.link_s)
+        link_rank = python("fttrain.cli.link_rank")
+        rig = config.rig
+        profile = measure(work, disk, group, device, rig.backend, rig.link_s, link_rank)
         trial = python("fttrain.cli.trial_rank", *argv[1:])
         profile = calibrate(profile, strategy_spec(config), architecture, group, trial)
         if group.is_main:

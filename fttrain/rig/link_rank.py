@@ -1,9 +1,9 @@
-"""``python -m fttrain.rig.link_rank JOB``: a rank of one transport; ``transports.py`` starts it."""
+"""One rank of a transport, in a process that ``transports.py`` starts (``cli/link_rank.py``)."""
 
-import importlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,22 @@ from fttrain.rig.config import RigConfig
 from fttrain.rig.device_setup import set_up_rank
 from fttrain.rig.link import WrongResult, gradients_s, measure_link
 from fttrain.rig.topology import nvlink_bytes
-from fttrain.rig.transports import RUN, LinkJob
+from fttrain.rig.transports import LinkJob
 from fttrain.track import counting
 from fttrain.util.errors import UserError
 
 
-def main(argument: str) -> int:
-    """Do the job and write the answer; the exit code of the process."""
+def main(argument: str, load_run: Callable[[], object]) -> int:
+    """Do the job and write the answer; return the exit code of the process.
+
+    argument: a ``LinkJob`` as JSON. load_run: imports what the process of a run imports.
+    """
     die_with_parent()
     job = LinkJob(**json.loads(argument))
     try:
         device = set_up_rank(RigConfig(job.device, job.threads, job.backend))
         with process_group(device, job.backend) as group:
-            answer = _measure(job, group)
+            answer = _measure(job, group, load_run)
     except UserError as error:
         print(f"fttrain: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -39,15 +42,15 @@ def main(argument: str) -> int:
     return 0
 
 
-def _measure(job: LinkJob, group: RankGroup) -> dict[str, Any]:
+def _measure(job: LinkJob, group: RankGroup, load_run: Callable[[], object]) -> dict[str, Any]:
     answer: dict[str, Any] = {"wrong": "", "samples": {}, "gradients_s": None}
     group.barrier()  # makes the communicator
-    answer["overhead_bytes"] = _overhead_bytes(job, group.device)
+    answer["overhead_bytes"] = _overhead_bytes(job, group.device, load_run)
     group.barrier()  # until here no rank has made a tensor
     before, started = nvlink_bytes(group.device), time.monotonic()
     show = counting(job.label) if group.is_main else lambda done, total: None
     try:
-        found = measure_link(group, job.true_bytes, job.most_bytes, job.budget_s, show)
+        samples_of = measure_link(group, job.true_bytes, job.most_bytes, job.budget_s, show)
         if "all_reduce" in job.true_bytes:
             gradient_bytes = job.true_bytes["all_reduce"]
             answer["gradients_s"] = gradients_s(group, job.layers, gradient_bytes)
@@ -55,27 +58,23 @@ def _measure(job: LinkJob, group: RankGroup) -> dict[str, Any]:
         answer["wrong"] = str(error)
         return answer
     answer["samples"] = {
-        name: [list(astuple(sample)) for sample in samples] for name, samples in found.items()
+        name: [list(astuple(sample)) for sample in samples] for name, samples in samples_of.items()
     }
     after, seconds = nvlink_bytes(group.device), time.monotonic() - started
     if before is not None and after is not None:
         answer["nvlink_bytes_per_s"] = (after - before) / seconds
     if group.device.type == "cuda":  # NCCL connects for each collective at its first use
         group.barrier()
-        answer["overhead_bytes"] = _overhead_bytes(job, group.device)
+        answer["overhead_bytes"] = _overhead_bytes(job, group.device, load_run)
         group.barrier()
     return answer
 
 
-def _overhead_bytes(job: LinkJob, device: torch.device) -> int:
-    """What this process takes of the card besides torch's allocator; of a CPU what is resident of
-    one that has imported what a run imports.
+def _overhead_bytes(job: LinkJob, device: torch.device, load_run: Callable[[], object]) -> int:
+    """Bytes of this process on the card outside torch's allocator; on the CPU the resident bytes of
+    the process with everything that a run imports.
     """
     if device.type != "cuda":
-        importlib.import_module(RUN)
+        load_run()
         return psutil.Process().memory_info().rss
     return beside_allocator_bytes(device, job.taken_bytes)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

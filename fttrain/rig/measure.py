@@ -97,6 +97,7 @@ def measure(
     device: torch.device,
     backend: str,
     budget_s: float,
+    link_command: Sequence[str],
 ) -> RigProfile:
     """The profile of the ranks of ``group``, the same on each of them. Every rank calls it.
 
@@ -104,6 +105,7 @@ def measure(
         group: joins the ranks over gloo on the CPU; nothing of the links that are measured is used.
         device: this rank's, ``backend``: as rig.backend.
         budget_s: for each transport.
+        link_command: starts a process that calls ``link_rank.main`` with the job added to it.
     """
     say: Say = tell if group.is_main else lambda text: None
     load, cores = os.getloadavg()[0], machine.host().cores
@@ -114,7 +116,7 @@ def measure(
     say("memory, copies and disk")
     to_card, to_host = copy_rates(group, device)
     host = _host(disk, group)
-    links, overhead_bytes = _links(work, group, device, backend, budget_s, say)
+    links, overhead_bytes = _links(work, group, device, backend, budget_s, link_command, say)
     card = dataclasses.replace(
         card, to_card=to_card, to_host=to_host, overhead_bytes=overhead_bytes
     )
@@ -179,13 +181,16 @@ def _links(
     device: torch.device,
     backend: str,
     budget_s: float,
+    link_command: Sequence[str],
     say: Say,
 ) -> tuple[tuple[LinkProfile, ...], int | None]:
     """Each transport; and what the first one's processes took of this rank's card."""
     if group.world_size == 1:
         say("one rank: there is no link to measure")
         # The process alone still says what is taken before the first tensor.
-        link, overhead_bytes = measure_transport(TRANSPORTS[-1], group, device, 0, {}, 0, 0.0)
+        link, overhead_bytes = measure_transport(
+            TRANSPORTS[-1], group, device, 0, {}, 0, 0.0, link_command
+        )
         if link.wrong:
             say(f"what a run's process takes could not be measured: {link.wrong}")
         return (), overhead_bytes
@@ -199,6 +204,7 @@ def _links(
             work.true_bytes,
             MOST_BYTES[device.type],
             budget_s,
+            link_command,
         )
         links.append(link)
         overheads.append(overhead_bytes)

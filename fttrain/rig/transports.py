@@ -1,7 +1,7 @@
-"""Each way in which ranks can talk, measured in processes of its own: NCCL reads its environment
+"""Transports between ranks, each measured in processes of its own: NCCL reads its environment
 once.
 
-    this rank ── python -m fttrain.rig.link_rank JOB, in the transport's environment ──> its answer
+    this rank ── COMMAND JOB, in the transport's environment ──> its answer
 
 Each rank starts one such process and waits for it. What really carried the bytes is read from
 NCCL's own log and from the driver's NVLink counters.
@@ -12,9 +12,8 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from fttrain.launcher.launch import PARENT_PID, free_port
 from fttrain.rig.profile import LinkProfile, LinkSample
 from fttrain.util.units import MIB
 
-RUN = "fttrain.training.train"  # what a process of a run has imported; by name, for it is far above
 START_S = 120.0  # for the imports, the first collective, and a slow first size
 GRACE = 4.0  # how many times its budget a transport may take before it counts as hanging
 # Less is the link's own: two RTX 3090 at rest exchange 1.2 MiB/s (Syllo/nvtop, pull request 469)
@@ -82,6 +80,7 @@ def measure_transport(
     true_bytes: dict[str, int],
     most_bytes: int,
     budget_s: float,
+    command: Sequence[str],
 ) -> tuple[LinkProfile, int | None]:
     """The link, and the bytes of this rank's card that it takes beside tensors (context, buffers of
     the transport; on the CPU the process with its libraries), None where it failed.
@@ -104,7 +103,7 @@ def measure_transport(
             taken_bytes=_taken_bytes(device),
             answer=str(folder / "answer.json"),
         )
-        problem = _run(job, {**transport.environment, "MASTER_PORT": port}, folder)
+        problem = _run(command, job, {**transport.environment, "MASTER_PORT": port}, folder)
         answer = {} if problem else json.loads(Path(job.answer).read_text())
         seen = _seen(transport, folder, answer.get("nvlink_bytes_per_s"))
     problems = [group.broadcast_str(problem, rank) for rank in range(group.world_size)]
@@ -122,7 +121,7 @@ def measure_transport(
     return link, answer.get("overhead_bytes")
 
 
-def _run(job: LinkJob, variables: Mapping[str, str], folder: Path) -> str:
+def _run(command: Sequence[str], job: LinkJob, variables: Mapping[str, str], folder: Path) -> str:
     """What went wrong; "" where an answer is there."""
     environment = {
         **os.environ,
@@ -134,11 +133,15 @@ def _run(job: LinkJob, variables: Mapping[str, str], folder: Path) -> str:
         "TORCHELASTIC_USE_AGENT_STORE": "False",  # accelerate's store is not at the new port
         PARENT_PID: str(os.getpid()),
     }
-    command = [sys.executable, "-m", "fttrain.rig.link_rank", json.dumps(asdict(job))]
     limit_s = START_S + GRACE * job.budget_s
     errors = folder / "stderr"
     with open(errors, "w") as stream:
-        rank = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=stream)
+        rank = subprocess.Popen(
+            [*command, json.dumps(asdict(job))],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stderr=stream,
+        )
         try:
             code = rank.wait(limit_s)
         except subprocess.TimeoutExpired:
