@@ -26,9 +26,8 @@ def run(config: RunConfig, argv: list[str]) -> int:
     from rich.console import Console
 
     from fttrain.distributed.process_group import process_group
-    from fttrain.frozen.hub import SHAPES
-    from fttrain.frozen.source import load_config, resolve
     from fttrain.model.decoder import Architecture
+    from fttrain.plan.architectures import planned_config
     from fttrain.plan.calibrate import calibrate, python
     from fttrain.plan.links import step_table
     from fttrain.rig.device_setup import set_up_rank
@@ -40,7 +39,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
 
     started = time.monotonic()
     device = set_up_rank(config.rig)
-    architecture = Architecture(load_config(resolve(config.model, SHAPES)))
+    architecture = Architecture(planned_config(config.model))
     work, disk = _work(config, architecture), _disk(config)
     # The ranks agree over gloo: the links that are measured may not work.
     with process_group(torch.device("cpu"), "gloo") as group:

@@ -23,9 +23,9 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
 
     if "--table" in argv:
         return _sizes(argv)
-    from fttrain.frozen.hub import SHAPES
-    from fttrain.frozen.source import check_length, load_config, resolve
+    from fttrain.frozen.source import check_length
     from fttrain.model.decoder import Architecture
+    from fttrain.plan.architectures import planned_config
     from fttrain.plan.choose import candidates, choose
     from fttrain.plan.cost import disk, run_steps, training_rows
     from fttrain.plan.rigs import find_rig
@@ -44,7 +44,7 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
         )
     ranks = launch.ranks_wanted(config.launch)
     rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks)
-    model = load_config(resolve(config.model, SHAPES))
+    model = planned_config(config.model)
     check_length(config.data.seq_len, model)
     own, architecture, loop = strategy_spec(config), Architecture(model), config.loop
     rows_per_step = loop.micro_batch_size * loop.gradient_accumulation_steps * len(rig.cards)

@@ -9,9 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fttrain.config.run_config import compose
-from fttrain.frozen.hub import SHAPES
-from fttrain.frozen.source import load_config, resolve
 from fttrain.launcher.launch import die_with_parent
+from fttrain.plan.architectures import planned_config
 from fttrain.plan.trial import take
 from fttrain.rig.device_setup import set_up_rank
 from fttrain.training.session import strategy_spec
@@ -24,7 +23,7 @@ def main(overrides: Sequence[str], answer: str) -> int:
     try:
         config = compose(overrides)
         device = set_up_rank(config.rig)
-        found = take(strategy_spec(config), load_config(resolve(config.model, SHAPES)), device)
+        found = take(strategy_spec(config), planned_config(config.model), device)
     except UserError as error:
         print(f"fttrain: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -107,11 +107,15 @@ class MemoryLedger:
         return (
             f"{where}host memory: {gib(needed)} are needed ({parts}), {gib(available)} are "
             "available; a smaller schedule.micro_batch_group, data.seq_len or "
-            "loop.micro_batch_size, "
-            "layer_inputs=device, activations=recompute, strategy.resident_layers nearer to all, "
-            "or "
-            "closing other programs helps"
+            f"loop.micro_batch_size, {''.join(f'{setting}, ' for setting in self._host_settings())}"
+            "or closing other programs helps"
         )
+
+    def _host_settings(self, count: int = 3) -> list[str]:
+        """Settings that shrink the largest parts in host memory, the most effective first."""
+        on_host = [r for r in self.reservations if r.location is not Location.DEVICE]
+        on_host.sort(key=lambda r: -r.size_bytes)
+        return list(dict.fromkeys(r.part.shrink for r in on_host if r.part.shrink))[:count]
 
     def _ranks_of(self, reservation: Reservation) -> str:
         ranks = self._group.intra_node.world_size

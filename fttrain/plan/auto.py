@@ -6,7 +6,7 @@ same run as it goes on take the same one.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,19 @@ from fttrain.util.cache_dir import cache_root, load_or_build
 from fttrain.util.errors import UserError
 
 _FILE = "answer.json"
+# Fields of a config.json that no plan depends on: a shipped one lacks them, the model's own may not
+SHAPELESS = {
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "pad_token_id",
+    "pretraining_tp",
+    "transformers_version",
+    "use_cache",
+}
 
 
 @dataclass(frozen=True)
@@ -155,7 +168,8 @@ def _key(question: PlanRequest) -> str:
     text = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         text.update(file.read_bytes())
-    shape = question.architecture.config.to_json_string(use_diff=False)
+    config = question.architecture.config.to_dict()
+    shape = {name: config[name] for name in sorted(config.keys() - SHAPELESS)}
     names = [field.name for field in fields(question) if field.name != "architecture"]
     asked = [getattr(question, name) for name in names]
     versions = (torch.__version__, transformers.__version__)

@@ -8,9 +8,9 @@ from typing import Any
 
 from fttrain.config.run_config import RunConfig
 from fttrain.distributed.rank_group import local_world_size, rank_from_environment
-from fttrain.frozen.hub import SHAPES
-from fttrain.frozen.source import check_length, load_config, resolve
+from fttrain.frozen.source import check_length
 from fttrain.model.decoder import Architecture
+from fttrain.plan.architectures import planned_config
 from fttrain.plan.auto import ChosenPlan, PlanRequest, check_fits, choose_plan
 from fttrain.plan.choose import reckoned
 from fttrain.plan.rigs import MEASURED, find_rig
@@ -148,7 +148,7 @@ def _answer(config: RunConfig, question: PlanRequest) -> ChosenPlan:
 
 
 def _question(config: RunConfig, rig: RigProfile) -> PlanRequest:
-    model = load_config(resolve(config.model, SHAPES))
+    model = planned_config(config.model)
     check_length(config.data.seq_len, model)
     return PlanRequest(
         config.model.name,

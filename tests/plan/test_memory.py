@@ -178,7 +178,7 @@ def test_a_70b_models_parts_are_those_of_the_design() -> None:
         assert rank.device[MemoryPart.EMBEDDING] == pytest.approx(2.1e9, rel=1e-2)
         assert rank.shared[MemoryPart.HOST_HEAD] == rank.device[MemoryPart.STREAMED_HEAD]
         assert rank.host[MemoryPart.LAYER_INPUTS] == pytest.approx(8 * 80 * 33.6e6, rel=1e-2)
-        assert rank.host["adapter masters"] == pytest.approx(4 * 207e6, rel=1e-2)
+        assert rank.host[MemoryPart.ADAPTER_MASTERS] == pytest.approx(4 * 207e6, rel=1e-2)
     own_bytes = sum(sum(rank.host.values()) for rank in ranks)
     assert memory.host_bytes(ranks, "cuda") == own_bytes + ranks[0].shared[MemoryPart.HOST_HEAD]
 
