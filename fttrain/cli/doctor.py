@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fttrain.config.run_config import RunConfig
-from fttrain.doctor.checks import Wanted, all_checks, examine, summary
+from fttrain.doctor.checks import RunNeeds, all_checks, examine, summary
 from fttrain.doctor.finding import FAILURE, OK, WARNING, Finding
 
 STYLES = {OK: "green", WARNING: "yellow", FAILURE: "bold red"}
@@ -18,7 +18,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
 
     Exit code 0, or 1 where a check failed; warnings are none.
     """
-    wanted = Wanted(
+    wanted = RunNeeds(
         config.model,
         config.quant,
         config.lora,

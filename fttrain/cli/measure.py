@@ -1,4 +1,4 @@
-"""``fttrain measure``: what this machine can do, as a profile that plans are made from."""
+"""``fttrain measure``: the rates of this machine, as a profile for plans."""
 
 import time
 from pathlib import Path
@@ -32,7 +32,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
     from fttrain.plan.links import step_table
     from fttrain.rig.device_setup import set_up_rank
     from fttrain.rig.measure import measure
-    from fttrain.rig.measure_report import tables, told, write_report
+    from fttrain.rig.measure_report import closing_line, tables, write_report
     from fttrain.rig.profile import profile_path
     from fttrain.training.session import strategy_spec
     from fttrain.util.errors import UserError
@@ -51,24 +51,24 @@ def run(config: RunConfig, argv: list[str]) -> int:
         trial = python("fttrain.cli.trial_rank", *argv[1:])
         profile = calibrate(profile, strategy_spec(config), architecture, group, trial)
         if group.is_main:
-            kept = profile_path(group.world_size, config.frozen.cache_dir)
+            path = profile_path(group.world_size, config.frozen.cache_dir)
             output = Path(config.output)
-            for folder in (kept.parent, output):
+            for folder in (path.parent, output):
                 folder.mkdir(parents=True, exist_ok=True)
-            profile.save(kept)
+            profile.save(path)
             profile.save(output / "profile.json")
             console = Console()
             over_links = step_table(strategy_spec(config), architecture, profile)
             printed = [*tables(profile, work), *([over_links] if over_links else [])]
             for table in printed:
                 table.show(console)
-            print(f"{told(profile, time.monotonic() - started)}\nprofile: {kept}")
+            print(f"{closing_line(profile, time.monotonic() - started)}\nprofile: {path}")
             print(f"report: {write_report(output, profile, work, printed)}")
     return int(any(link.wrong for link in profile.links))
 
 
 def _work(config: RunConfig, architecture: "Architecture") -> "MeasuredShapes":
-    """What the model makes a rig do, from its configuration alone."""
+    """The sizes of the model's work, from its configuration alone."""
     import torch
 
     from fttrain.data.batch import ROW_MULTIPLE

@@ -1,6 +1,4 @@
-"""``fttrain plan [--table]``: what every strategy would take and how fast it would be, before
-anything is loaded.
-"""
+"""``fttrain plan [--table]``: memory and speed of every strategy, before anything is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,8 +11,8 @@ WIDE = 150  # columns
 
 
 def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
-    """Plans ``config`` for the rig that ``rig.profile`` names; downloads no weights. With
-    ``--table``: what models of common sizes take.
+    """Plan ``config`` for the rig that ``rig.profile`` names, without downloading weights. With
+    ``--table``: the memory of models of common sizes.
 
     Raises UserError where nothing fits, after the figures.
     """
@@ -29,7 +27,7 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     from fttrain.plan.choose import candidates, choose
     from fttrain.plan.cost import disk, run_steps, training_rows
     from fttrain.plan.rigs import find_rig
-    from fttrain.plan.suggestions import what_fits
+    from fttrain.plan.suggestions import suggest_change
     from fttrain.plan.table import as_json, notes, parts_table, summary, table
     from fttrain.strategy.zero_config import DEEPSPEED
     from fttrain.track import counting
@@ -39,49 +37,49 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
 
     if config.strategy.name == DEEPSPEED:
         raise UserError(
-            f"plan: strategy={DEEPSPEED}: what DeepSpeed takes is not reckoned; "
+            f"plan: strategy={DEEPSPEED}: what DeepSpeed takes is not computed; "
             "`fttrain train dry_run=20` measures it"
         )
     ranks = launch.ranks_wanted(config.launch)
     rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks)
     model = planned_config(config.model)
     check_length(config.data.seq_len, model)
-    own, architecture, loop = strategy_spec(config), Architecture(model), config.loop
+    spec, architecture, loop = strategy_spec(config), Architecture(model), config.loop
     rows_per_step = loop.micro_batch_size * loop.gradient_accumulation_steps * len(rig.cards)
     rows = training_rows(config.model, config.data)
     count = documents = None
     if rows is not None:
         count, documents = len(rows), int(rows.row_documents.max(initial=1))
         share = rows.target_share
-        own = replace(own, size=replace(own.size, target_share=share, row_documents=documents))
+        spec = replace(spec, size=replace(spec.size, target_share=share, row_documents=documents))
     steps = run_steps(loop.max_steps, loop.epochs, count, rows_per_step)
-    stored = disk(own, architecture, config.checkpoint.keep_last)
-    wanted = list(candidates(own, len(rig.cards)))
-    verdicts = choose(wanted, architecture, rig, counting("planning"))
+    stored = disk(spec, architecture, config.checkpoint.keep_last)
+    specs = list(candidates(spec, len(rig.cards)))
+    ranking = choose(specs, architecture, rig, counting("planning"))
     console = Console()
     if not console.is_terminal:  # a file has room for the table
         console = Console(width=WIDE)
-    console.print(table(verdicts, rig, steps))
+    console.print(table(ranking, rig, steps))
     for line in notes(rig, stored, steps, documents):
         console.print(line, highlight=False)
-    shown = next((verdict for verdict in verdicts if verdict.memory), None)
+    shown = next((candidate for candidate in ranking if candidate.memory), None)
     if shown is not None:
         console.print(parts_table(shown, rig))
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "plan.json", as_json(verdicts, rig, config.model.name, stored, steps))
-    best = verdicts[0]
+    write_json(output / "plan.json", as_json(ranking, rig, config.model.name, stored, steps))
+    best = ranking[0]
     if not best.fits:
         raise UserError(
             f"{config.model.name} does not fit {rig.name}; nearest is {best.settings}: "
-            f"{best.reason}; {what_fits(best, architecture, rig)}"
+            f"{best.reason}; {suggest_change(best, architecture, rig)}"
         )
     console.print(summary(best, rig, steps), highlight=False)
     return 0
 
 
 def _sizes(argv: Sequence[str]) -> int:
-    """What models of common sizes take, beside published figures; writes nothing."""
+    """Print the memory of models of common sizes beside published figures; write nothing."""
     from rich.console import Console
 
     from fttrain.plan.sizes_table import show
@@ -93,5 +91,5 @@ def _sizes(argv: Sequence[str]) -> int:
     console = Console()
     if not console.is_terminal:  # a file has room for the tables
         console = Console(width=WIDE)
-    show(console, counting("reckoning", Console(stderr=True)))
+    show(console, counting("computing", Console(stderr=True)))
     return 0

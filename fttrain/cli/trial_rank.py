@@ -11,23 +11,23 @@ from pathlib import Path
 from fttrain.config.run_config import compose
 from fttrain.launcher.launch import die_with_parent
 from fttrain.plan.architectures import planned_config
-from fttrain.plan.trial import take
+from fttrain.plan.trial import run_trial
 from fttrain.rig.device_setup import set_up_rank
 from fttrain.training.session import strategy_spec
 from fttrain.util.errors import UserError
 
 
-def main(overrides: Sequence[str], answer: str) -> int:
-    """Takes the trial; the exit code of the process."""
+def main(overrides: Sequence[str], result: str) -> int:
+    """Run the trial; return the exit code of the process."""
     die_with_parent()
     try:
         config = compose(overrides)
         device = set_up_rank(config.rig)
-        found = take(strategy_spec(config), planned_config(config.model), device)
+        trial = run_trial(strategy_spec(config), planned_config(config.model), device)
     except UserError as error:
         print(f"fttrain: error: {error}", file=sys.stderr)
         return error.exit_code
-    Path(answer).write_text(json.dumps(asdict(found)))
+    Path(result).write_text(json.dumps(asdict(trial)))
     return 0
 
 

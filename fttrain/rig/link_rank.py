@@ -25,7 +25,7 @@ from fttrain.util.errors import UserError
 
 
 def main(argument: str, load_run: Callable[[], object]) -> int:
-    """Do the job and write the answer; return the exit code of the process.
+    """Do the job and write the result; return the exit code of the process.
 
     argument: a ``LinkJob`` as JSON. load_run: imports what the process of a run imports.
     """
@@ -34,40 +34,41 @@ def main(argument: str, load_run: Callable[[], object]) -> int:
     try:
         device = set_up_rank(RigConfig(job.device, job.threads, job.backend))
         with process_group(device, job.backend) as group:
-            answer = _measure(job, group, load_run)
+            result = _measure(job, group, load_run)
     except UserError as error:
         print(f"fttrain: error: {error}", file=sys.stderr)
         return error.exit_code
-    Path(job.answer).write_text(json.dumps(answer))
+    Path(job.result_file).write_text(json.dumps(result))
     return 0
 
 
 def _measure(job: LinkJob, group: RankGroup, load_run: Callable[[], object]) -> dict[str, Any]:
-    answer: dict[str, Any] = {"wrong": "", "samples": {}, "gradients_s": None}
-    group.barrier()  # makes the communicator
-    answer["overhead_bytes"] = _overhead_bytes(job, group.device, load_run)
-    group.barrier()  # until here no rank has made a tensor
-    before, started = nvlink_bytes(group.device), time.monotonic()
+    result: dict[str, Any] = {"wrong": "", "samples": {}, "gradients_s": None}
+    group.barrier()  # creates the communicator
+    result["overhead_bytes"] = _overhead_bytes(job, group.device, load_run)
+    group.barrier()  # no rank makes a tensor before all have measured
+    nvlink_before, started = nvlink_bytes(group.device), time.monotonic()
     show = counting(job.label) if group.is_main else lambda done, total: None
     try:
-        samples_of = measure_link(group, job.true_bytes, job.most_bytes, job.budget_s, show)
+        by_collective = measure_link(group, job.true_bytes, job.most_bytes, job.budget_s, show)
         if "all_reduce" in job.true_bytes:
             gradient_bytes = job.true_bytes["all_reduce"]
-            answer["gradients_s"] = gradients_s(group, job.layers, gradient_bytes)
+            result["gradients_s"] = gradients_s(group, job.layers, gradient_bytes)
     except WrongResult as error:
-        answer["wrong"] = str(error)
-        return answer
-    answer["samples"] = {
-        name: [list(astuple(sample)) for sample in samples] for name, samples in samples_of.items()
+        result["wrong"] = str(error)
+        return result
+    result["samples"] = {
+        name: [list(astuple(sample)) for sample in samples]
+        for name, samples in by_collective.items()
     }
-    after, seconds = nvlink_bytes(group.device), time.monotonic() - started
-    if before is not None and after is not None:
-        answer["nvlink_bytes_per_s"] = (after - before) / seconds
+    nvlink_after, seconds = nvlink_bytes(group.device), time.monotonic() - started
+    if nvlink_before is not None and nvlink_after is not None:
+        result["nvlink_bytes_per_s"] = (nvlink_after - nvlink_before) / seconds
     if group.device.type == "cuda":  # NCCL connects for each collective at its first use
         group.barrier()
-        answer["overhead_bytes"] = _overhead_bytes(job, group.device, load_run)
+        result["overhead_bytes"] = _overhead_bytes(job, group.device, load_run)
         group.barrier()
-    return answer
+    return result
 
 
 def _overhead_bytes(job: LinkJob, device: torch.device, load_run: Callable[[], object]) -> int:

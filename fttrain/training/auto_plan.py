@@ -12,10 +12,10 @@ from fttrain.frozen.source import check_length
 from fttrain.model.decoder import Architecture
 from fttrain.plan.architectures import planned_config
 from fttrain.plan.auto import ChosenPlan, PlanRequest, check_fits, choose_plan
-from fttrain.plan.choose import reckoned
+from fttrain.plan.choose import estimate_step
 from fttrain.plan.rigs import MEASURED, find_rig
 from fttrain.rig.measure_report import links_table
-from fttrain.rig.profile import RigProfile, kept_profile
+from fttrain.rig.profile import RigProfile, measured_profile_path
 from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.builder import silent
 from fttrain.strategy.config import StrategyConfig
@@ -77,7 +77,7 @@ def with_target_share(config: RunConfig, plan: Plan | None, target_share: float)
     rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks, lambda text: None)
     question = _question(config, rig)
     size = replace(question.spec.size, target_share=target_share)
-    time = reckoned(replace(question.spec, size=size), question.architecture, rig)
+    time = estimate_step(replace(question.spec, size=size), question.architecture, rig)
     predicted |= {"step_s": time.seconds, "tokens_per_s": time.tokens_per_s}
     return plan
 
@@ -123,7 +123,7 @@ def _foretold(config: RunConfig, ranks: int) -> Plan | None:
     refusals are exact, so the run goes on.
     """
     cache_dir, profile = config.frozen.cache_dir, config.rig.profile
-    if profile == MEASURED and kept_profile(cache_dir, ranks) is None:
+    if profile == MEASURED and measured_profile_path(cache_dir, ranks) is None:
         return None
     try:
         rig = find_rig(profile, cache_dir, ranks)

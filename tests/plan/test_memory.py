@@ -18,7 +18,7 @@ from fttrain.model.attention_op import cuda_backward_bytes
 from fttrain.model.decoder import Architecture
 from fttrain.optim.config import OptimConfig
 from fttrain.plan import memory
-from fttrain.plan.fake import NoBase, full_batch
+from fttrain.plan.fake import EmptyBase, full_batch
 from fttrain.plan.live_bytes import LiveBytes
 from fttrain.strategy.builder import StrategyBuilder
 from fttrain.strategy.spec import StepSize, StrategySpec
@@ -63,7 +63,7 @@ def test_of_a_card_s_live_bytes_those_of_the_host_are_none() -> None:
     assert on_host.nbytes == 1000
 
 
-class Zeros(NoBase):
+class Zeros(EmptyBase):
     """Real bytes, all zero, and nothing beside them."""
 
     def read(self, layer: int, into: Tensor, offset_bytes: int = 0) -> None:
