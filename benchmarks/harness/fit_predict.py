@@ -5,7 +5,7 @@ from typing import Any
 
 from harness.fit_rank import CONTEXT_GIB
 from harness.fit_report import GIB, highest
-from harness.fit_steps import architecture_of, recipe_of
+from harness.fit_steps import architecture_of, trial_spec
 
 from fttrain.plan import memory
 from fttrain.util.errors import UserError
@@ -41,14 +41,14 @@ def predicted_bytes(job: Figures, ranks: int, room_bytes: int) -> int | None:
     """Of the fullest of ``ranks`` cards, without what lies outside torch's allocator; None where a
     part does not even fit by itself.
     """
-    spec, architecture = recipe_of(job), architecture_of(job["shape"])
+    spec, architecture = trial_spec(job), architecture_of(job["shape"])
     try:
         booked = memory.reserve_ranks(spec, architecture, "cuda", [room_bytes] * ranks)
     except UserError:
         return None
     taken = [memory.reserved_memory(own) for own in booked]
     taken = memory.with_workspace(taken, spec, architecture, "cuda")
-    return max(max(own.device_bytes, own.booked_bytes) for own in taken)
+    return max(max(own.device_bytes, own.reserved_device_bytes) for own in taken)
 
 
 def goal(found: list[Figures]) -> Figures:

@@ -31,7 +31,7 @@ def build(job: dict[str, Any], group: RankGroup, say: Say) -> Strategy:
 
     Raises UserError for a machine that is too small.
     """
-    spec, architecture = recipe_of(job), architecture_of(job["shape"])
+    spec, architecture = trial_spec(job), architecture_of(job["shape"])
     frozen_format = architecture.frozen_format(spec.quant, torch.bfloat16)
     blueprint = StrategyBuilder(spec, architecture, frozen_format, group)
 
@@ -47,7 +47,7 @@ def architecture_of(shape: dict[str, Any]) -> Architecture:
     return Architecture(LlamaConfig(**shape, max_position_embeddings=1 << 20))
 
 
-def recipe_of(job: dict[str, Any]) -> StrategySpec:
+def trial_spec(job: dict[str, Any]) -> StrategySpec:
     """What a job's strategy is built from."""
     strategy = StrategyConfig(**job["strategy"])
     return StrategySpec(

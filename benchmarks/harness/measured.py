@@ -51,7 +51,7 @@ def model_settings(job: dict[str, Any]) -> list[str]:
 
 def planned(job: dict[str, Any], rig: RigProfile) -> Any:
     """The planner's ``Verdict`` of ``job``, which is one of fttrain's own sides."""
-    from peers.native import recipe_of
+    from peers.native import trial_spec
 
     from fttrain.frozen.config import ModelConfig
     from fttrain.frozen.source import load_config, resolve
@@ -59,4 +59,4 @@ def planned(job: dict[str, Any], rig: RigProfile) -> Any:
     from fttrain.plan.choose import judge
 
     model = load_config(resolve(ModelConfig("benchmark", job["model"])))
-    return judge(recipe_of(job), Architecture(model), rig)
+    return judge(trial_spec(job), Architecture(model), rig)

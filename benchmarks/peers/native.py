@@ -19,7 +19,7 @@ from fttrain.strategy.spec import StepSize, StrategySpec
 from fttrain.util import schema
 
 
-def recipe_of(job: dict[str, Any]) -> StrategySpec:
+def trial_spec(job: dict[str, Any]) -> StrategySpec:
     """What the job says of a run."""
     return StrategySpec(
         schema.build(StrategyConfig, job["strategy"], "strategy"),
@@ -39,7 +39,7 @@ class Native:
     """One rank of fttrain."""
 
     def __init__(self, job: dict[str, Any], group: RankGroup) -> None:
-        spec = recipe_of(job)
+        spec = trial_spec(job)
         source = resolve(ModelConfig("benchmark", job["model"]))
         self._strategy, _ = build_strategy(spec, source, group)
         if not job["lora"]["use_dora"]:  # it has no magnitudes; the seed starts from the same A

@@ -1,4 +1,4 @@
-"""``fttrain measure``: what this machine can do, as a profile that plans are made from."""
+"""``fttrain measure``: the rates of this machine, as a profile for plans."""
 
 import time
 from pathlib import Path
@@ -20,7 +20,7 @@ def run(config: RunConfig, argv: list[str]) -> int:
     from rich.console import Console
 
     from fttrain.plan.links import step_table
-    from fttrain.rig.measure_report import tables, told, write_report
+    from fttrain.rig.measure_report import closing_line, tables, write_report
     from fttrain.training.measuring import measure_rig
     from fttrain.training.session import strategy_spec
 
@@ -33,6 +33,6 @@ def run(config: RunConfig, argv: list[str]) -> int:
         printed = [*tables(profile, shapes), *([over_links] if over_links else [])]
         for table in printed:
             table.show(console)
-        print(f"{told(profile, time.monotonic() - started)}\nprofile: {measurement.path}")
+        print(f"{closing_line(profile, time.monotonic() - started)}\nprofile: {measurement.path}")
         print(f"report: {write_report(Path(config.output), profile, shapes, printed)}")
     return int(any(link.wrong for link in profile.links))

@@ -1,6 +1,4 @@
-"""``fttrain plan [--table]``: what every strategy would take and how fast it would be, before
-anything is loaded.
-"""
+"""``fttrain plan [--table]``: memory and speed of every strategy, before anything is loaded."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +9,8 @@ WIDE = 150  # columns
 
 
 def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
-    """Plans ``config`` for the rig that ``rig.profile`` names; downloads no weights. With
-    ``--table``: what models of common sizes take.
+    """Plan ``config`` for the rig that ``rig.profile`` names, without downloading weights. With
+    ``--table``: the memory of models of common sizes.
 
     Raises UserError where nothing fits, after the figures.
     """
@@ -21,7 +19,7 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
 
     if "--table" in argv:
         return _sizes(argv)
-    from fttrain.plan.suggestions import what_fits
+    from fttrain.plan.suggestions import suggest_change
     from fttrain.plan.table import notes, parts_table, summary, table
     from fttrain.track import counting
     from fttrain.training.planning import plan_run
@@ -46,14 +44,14 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     if not best.fits:
         raise UserError(
             f"{config.model.name} does not fit {rig.name}; nearest is {best.settings}: "
-            f"{best.reason}; {what_fits(best, plan.architecture, rig)}"
+            f"{best.reason}; {suggest_change(best, plan.architecture, rig)}"
         )
     console.print(summary(best, rig, steps), highlight=False)
     return 0
 
 
 def _sizes(argv: Sequence[str]) -> int:
-    """What models of common sizes take, beside published figures; writes nothing."""
+    """Print the memory of models of common sizes beside published figures; write nothing."""
     from rich.console import Console
 
     from fttrain.plan.sizes_table import show
@@ -65,5 +63,5 @@ def _sizes(argv: Sequence[str]) -> int:
     console = Console()
     if not console.is_terminal:  # a file has room for the tables
         console = Console(width=WIDE)
-    show(console, counting("reckoning", Console(stderr=True)))
+    show(console, counting("computing", Console(stderr=True)))
     return 0

@@ -1,1 +1,1 @@
-"""``fttrain doctor``: is this machine fit for a run, and what mends it where it is not."""
+"""``fttrain doctor``: checks whether this machine is fit for a run, each with a remedy."""

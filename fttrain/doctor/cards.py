@@ -1,4 +1,4 @@
-"""The cards as the driver describes them: link, power, ECC, and what accelerate makes of them."""
+"""Checks of the cards by the driver's figures: link, power, ECC, and accelerate's P2P habit."""
 
 import os
 from collections.abc import Sequence
@@ -17,22 +17,22 @@ from fttrain.util.units import gib
 
 @dataclass(frozen=True)
 class Card:
-    """What the checks want to know of a card. None: not available."""
+    """The figures of a card that the checks need. None: not available."""
 
     name: str
     memory_bytes: int
     pcie_width: int | None = None
-    pcie_width_most: int | None = None  # that card and slot can do together
+    pcie_width_most: int | None = None  # of card and slot together
     pcie_generation_most: int | None = None
     power_limit_w: float | None = None
     power_default_w: float | None = None
     ecc: bool | None = None
-    ecc_errors: int | None = None  # that could not be corrected, since the driver was loaded
-    uuid: str = ""  # by which nvidia-smi finds it: its numbers may be others than torch's
+    ecc_errors: int | None = None  # uncorrected, since the driver was loaded
+    uuid: str = ""  # for nvidia-smi, whose numbers may differ from torch's
 
 
-def found_cards() -> list[Card]:
-    """By torch's numbers."""
+def list_cards() -> list[Card]:
+    """All cards, by torch's numbers."""
     return [_card(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
 
 
@@ -68,8 +68,8 @@ def _asked(card: Card, device: torch.device, handle: Any) -> Card:
     )
 
 
-def present(cards: Sequence[Card]) -> Finding:
-    """Which there are, by torch's numbers."""
+def listing(cards: Sequence[Card]) -> Finding:
+    """The names and sizes of the cards, by torch's numbers."""
     if not cards:
         return ok(f"{NOT_AVAILABLE}: no GPU that torch can use")
     return ok(
@@ -78,55 +78,57 @@ def present(cards: Sequence[Card]) -> Finding:
 
 
 def pcie(cards: Sequence[Card]) -> Finding:
-    """Side streams in use against what card and slot can do. The generation is no sign: a card that
-    rests turns it down.
+    """PCIe lanes in use against those of card and slot. The generation is not compared: an idle
+    card turns it down.
     """
     known = [(i, c) for i, c in enumerate(cards) if c.pcie_width and c.pcie_width_most]
     if not known:
         return ok(NOT_AVAILABLE)
-    told = [
+    figures = [
         f"card {i}: x{card.pcie_width} of x{card.pcie_width_most}, "
         f"generation {card.pcie_generation_most or 'unknown'}"
         for i, card in known
     ]
     if any((card.pcie_width or 0) < (card.pcie_width_most or 0) for _, card in known):
         return warning(
-            "; ".join(told),
+            "; ".join(figures),
             "x8 each is what a desktop board gives two cards; if this one gives more, seat card "
             "and riser anew, and look at slots and bifurcation in the BIOS",
         )
-    return ok("; ".join(told))
+    return ok("; ".join(figures))
 
 
 def power(cards: Sequence[Card]) -> Finding:
-    """The limit that holds against the one that the card comes with."""
+    """The power limit in force against the card's default."""
     known = [(i, c) for i, c in enumerate(cards) if c.power_limit_w and c.power_default_w]
     if not known:
         return ok(NOT_AVAILABLE)
-    told = [f"card {i}: {c.power_limit_w:.0f} of {c.power_default_w:.0f} W" for i, c in known]
+    figures = [f"card {i}: {c.power_limit_w:.0f} of {c.power_default_w:.0f} W" for i, c in known]
     for _, card in known:
         if (card.power_limit_w or 0.0) < (card.power_default_w or 0.0) - 1:
             remedy = f"sudo nvidia-smi -i {card.uuid} -pl {card.power_default_w:.0f}"
-            return warning("; ".join(told), f"{remedy} (unless it is wanted)")
-    return ok("; ".join(told))
+            return warning("; ".join(figures), f"{remedy} (unless it is wanted)")
+    return ok("; ".join(figures))
 
 
 def ecc(cards: Sequence[Card]) -> Finding:
-    """Errors of a card's memory that could not be corrected."""
+    """Uncorrected errors of a card's memory."""
     known = [(i, c) for i, c in enumerate(cards) if c.ecc is not None]
     if not known:
         return ok(NOT_AVAILABLE)
     bad = [i for i, card in known if card.ecc_errors]
-    told = "; ".join(f"card {i}: {'on' if card.ecc else 'off'}" for i, card in known)
+    states = "; ".join(f"card {i}: {'on' if card.ecc else 'off'}" for i, card in known)
     if bad:
         errors = "; ".join(f"card {i}: {cards[i].ecc_errors} uncorrected errors" for i in bad)
         reset = f"sudo nvidia-smi -r -i {cards[bad[0]].uuid}"
         return failure(errors, f"{reset}; if they come again, another card")
-    return ok(told)
+    return ok(states)
 
 
 def host_memory(cards: Sequence[Card], memory_bytes: int) -> Finding:
-    """At least twice what the cards have: frozen layers, layer inputs and page cache live there."""
+    """Host memory against twice that of the cards: it holds frozen layers, layer inputs, page
+    cache.
+    """
     if not cards:
         return ok(f"{gib(memory_bytes)}; no card to compare with")
     card_bytes = sum(card.memory_bytes for card in cards)
@@ -140,7 +142,7 @@ def host_memory(cards: Sequence[Card], memory_bytes: int) -> Finding:
 
 
 def accelerate_habit(cards: Sequence[Card], fit: bool) -> Finding:
-    """NCCL_P2P_DISABLE: what the environment says, and whether `accelerate launch` would set it.
+    """NCCL_P2P_DISABLE in the environment, and whether `accelerate launch` would set it.
 
     ``fit``: accelerate's own judgement of these cards and this driver.
     """

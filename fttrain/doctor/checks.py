@@ -1,4 +1,4 @@
-"""The list of all checks, and the course of an examination."""
+"""The list of all checks, and the loop that runs them."""
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,15 +21,15 @@ from fttrain.util.errors import first_line
 from fttrain.util.redact import redact
 
 Check = Callable[[], Finding]
-IMPORTS = "imports"  # the check that says which library is broken
-# They load what a run loads.
+IMPORTS = "imports"  # the check that names a broken library
+# Modules that load libraries of a run.
 DISK, KERNELS, LOCKED = (f"fttrain.doctor.{name}" for name in ("disk", "kernels", "locked"))
-Progress = Callable[[str, int, int], None]  # name of the check that begins, its place, how many
+Progress = Callable[[str, int, int], None]  # (name of the check that begins, its index, count)
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the run would have: its model, where it writes, what it saves."""
+class RunNeeds:
+    """The settings of a run that the checks need: its model, its output, its checkpoints."""
 
     model: ModelConfig
     quant: QuantConfig
@@ -39,12 +39,12 @@ class Wanted:
     keep_last: int
 
 
-def all_checks(rig: RigConfig, wanted: Wanted) -> list[tuple[str, Check]]:
+def all_checks(rig: RigConfig, needs: RunNeeds) -> list[tuple[str, Check]]:
     """Every check with its name, the quick ones first."""
     usable = torch.cuda.is_available()
     on_card = usable and rig.device != "cpu"
     device = torch.device("cuda" if on_card else "cpu")
-    there = _cards() if usable else []
+    present = _cards() if usable else []
     memory_bytes = psutil.virtual_memory().total
     driver, built_for = driver_version(), torch.version.cuda
     return [
@@ -52,39 +52,39 @@ def all_checks(rig: RigConfig, wanted: Wanted) -> list[tuple[str, Check]]:
         ("libraries", versions.libraries),
         (IMPORTS, versions.imports),
         ("cuda", lambda: versions.cuda(built_for, driver, usable, rig.device == "cuda")),
-        ("cards", lambda: cards.present(cards.found_cards() if usable else [])),
+        ("cards", lambda: cards.listing(cards.list_cards() if usable else [])),
         ("wsl", host.wsl),
-        ("pcie link", lambda: cards.pcie(there)),
-        ("power limit", lambda: cards.power(there)),
-        ("ecc", lambda: cards.ecc(there)),
-        ("iommu", lambda: host.iommu(len(there))),
-        ("accelerate and P2P", _late("accelerate.utils", partial(_accelerate_habit, there))),
-        ("host memory", lambda: cards.host_memory(there, memory_bytes)),
+        ("pcie link", lambda: cards.pcie(present)),
+        ("power limit", lambda: cards.power(present)),
+        ("ecc", lambda: cards.ecc(present)),
+        ("iommu", lambda: host.iommu(len(present))),
+        ("accelerate and P2P", _late("accelerate.utils", partial(_accelerate_habit, present))),
+        ("host memory", lambda: cards.host_memory(present, memory_bytes)),
         ("control group", host.control_group),
         ("locked memory", _late(LOCKED, partial(_on_device, "locked_memory", device))),
         ("shared memory", host.shared_memory),
         ("swap", host.swap),
         ("open files", host.open_files),
         ("cpu governor", host.governor),
-        ("disk, cache", _late(DISK, partial(_cache, wanted))),
-        ("disk, checkpoints", _late(DISK, partial(_checkpoints, wanted))),
-        *_of_kernels(len(there) if on_card else 0),
+        ("disk, cache", _late(DISK, partial(_cache, needs))),
+        ("disk, checkpoints", _late(DISK, partial(_checkpoints, needs))),
+        *_of_kernels(len(present) if on_card else 0),
         ("gloo", lambda: links.all_reduce("gloo", "cpu")),
         ("nccl", lambda: links.all_reduce("nccl", "cuda")),
-        ("copies between cards", lambda: links.peer_copy(len(there))),
+        ("copies between cards", lambda: links.peer_copy(len(present))),
     ]
 
 
 def _cards() -> list[cards.Card]:
-    """None where CUDA does not even start: the check of that name then says why."""
+    """The cards; [] where CUDA does not start, which the check "cuda" explains."""
     try:
-        return cards.found_cards()
+        return cards.list_cards()
     except RuntimeError:
         return []
 
 
 def _of_kernels(count: int) -> list[tuple[str, Check]]:
-    """On each of ``count`` cards; without any on the CPU."""
+    """Checks of kernels on each of ``count`` cards; without cards on the CPU."""
     cards_named = [(f", card {i}", torch.device("cuda", i)) for i in range(count)]
     checks = [("quantiser", "quantiser"), ("attention", "attention")]
     if count:
@@ -97,63 +97,63 @@ def _of_kernels(count: int) -> list[tuple[str, Check]]:
 
 
 def _late(module: str, check: Callable[[ModuleType], Finding]) -> Check:
-    """A check with a module that is loaded only then: a broken library ends no other check."""
+    """A check that imports ``module`` when it runs: a broken library fails no other check."""
 
-    def made() -> Finding:
+    def run() -> Finding:
         try:
             loaded = importlib.import_module(module)
-        except Exception as error:  # as in versions.imports, which tells what mends it
+        except Exception as error:  # as in versions.imports, which names the remedy
             return failure(f"not looked at: {first_line(error)}", f"first what {IMPORTS} names")
         return check(loaded)
 
-    return made
+    return run
 
 
 def examine(
     checks: Sequence[tuple[str, Check]], progress: Progress
 ) -> Iterator[tuple[str, Finding]]:
-    """The checks one after the other; one that breaks is a failure, and stops no other."""
-    for place, (name, check) in enumerate(checks):
-        progress(name, place, len(checks))
+    """Run the checks one after the other; one that raises counts as a failure."""
+    for index, (name, check) in enumerate(checks):
+        progress(name, index, len(checks))
         try:
-            found = check()
-        except Exception as error:  # the machine is what is in doubt here
-            found = failure(
+            finding = check()
+        except Exception as error:  # a broken machine may raise anything
+            finding = failure(
                 f"the check itself failed: {type(error).__name__}: {first_line(error)}",
                 f"please report it with the output of FTTRAIN_DEBUG=1 fttrain doctor ({name})",
             )
-        yield name, replace(found, figure=redact(found.figure), remedy=redact(found.remedy))
+        yield name, replace(finding, figure=redact(finding.figure), remedy=redact(finding.remedy))
 
 
 def summary(findings: Sequence[tuple[str, Finding]]) -> dict[str, object]:
-    """All of it as JSON values."""
-    verdicts = [found.verdict for _, found in findings]
+    """All findings as JSON values."""
+    verdicts = [finding.verdict for _, finding in findings]
     return {
-        "checks": [{"check": name, **asdict(found)} for name, found in findings],
+        "checks": [{"check": name, **asdict(finding)} for name, finding in findings],
         **{verdict: verdicts.count(verdict) for verdict in (OK, WARNING, FAILURE)},
     }
 
 
-def _accelerate_habit(there: Sequence[cards.Card], utils: ModuleType) -> Finding:
-    return cards.accelerate_habit(there, bool(utils.check_cuda_p2p_ib_support()))
+def _accelerate_habit(present: Sequence[cards.Card], utils: ModuleType) -> Finding:
+    return cards.accelerate_habit(present, bool(utils.check_cuda_p2p_ib_support()))
 
 
-def _cache(wanted: Wanted, disk: ModuleType) -> Finding:
-    found: Finding = disk.of_model(
-        wanted.model, wanted.quant, lambda base: disk.cache(base, wanted.cache_dir)
+def _cache(needs: RunNeeds, disk: ModuleType) -> Finding:
+    finding: Finding = disk.with_frozen_base(
+        needs.model, needs.quant, lambda base: disk.cache(base, needs.cache_dir)
     )
-    return found
+    return finding
 
 
-def _checkpoints(wanted: Wanted, disk: ModuleType) -> Finding:
-    found: Finding = disk.of_model(
-        wanted.model,
-        wanted.quant,
-        lambda base: disk.checkpoints(base, wanted.lora, wanted.keep_last, wanted.output),
+def _checkpoints(needs: RunNeeds, disk: ModuleType) -> Finding:
+    finding: Finding = disk.with_frozen_base(
+        needs.model,
+        needs.quant,
+        lambda base: disk.checkpoints(base, needs.lora, needs.keep_last, needs.output),
     )
-    return found
+    return finding
 
 
 def _on_device(check: str, device: torch.device, checks: ModuleType) -> Finding:
-    found: Finding = getattr(checks, check)(device)
-    return found
+    finding: Finding = getattr(checks, check)(device)
+    return finding

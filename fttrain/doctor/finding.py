@@ -1,4 +1,4 @@
-"""What a check says: how it went, the figure, and what mends it."""
+"""The result of a check: verdict, figure and remedy."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ NOT_AVAILABLE = "not available"
 
 @dataclass(frozen=True)
 class Finding:
-    """The answer of one check."""
+    """The result of one check."""
 
     verdict: str  # ok | warning (a run works, but slower or less safely) | failure
-    figure: str  # what was found
-    remedy: str = ""  # the command or setting that mends it; empty where nothing is to be mended
+    figure: str  # the measured value
+    remedy: str = ""  # the command or setting that helps; "" where nothing is wrong
 
 
 def ok(figure: str) -> Finding:

@@ -1,4 +1,4 @@
-"""The machine around the cards: limits, memory, swap, kernel."""
+"""Checks of the machine around the cards: limits, memory, swap, kernel."""
 
 import platform
 import resource
@@ -10,14 +10,14 @@ from fttrain.doctor.finding import NOT_AVAILABLE, Finding, ok, warning
 from fttrain.memory.host import cgroup_limit_bytes
 from fttrain.util.units import GIB, MIB, gib
 
-SHM_BYTES = 1 * GIB  # NCCL's buffers between ranks without peer access, and more than Docker gives
+SHM_BYTES = 1 * GIB  # NCCL's buffers between ranks without peer access; Docker's default is less
 OPEN_FILES = 1024  # one for each layer's file, libraries, connections of a few ranks
 SWAPPED_BYTES = 1 * GIB
 BYPASS = ("iommu=pt", "iommu.passthrough=1", "intel_iommu=off", "amd_iommu=off", "iommu=off")
 
 
 def open_files() -> Finding:
-    """RLIMIT_NOFILE."""
+    """The limit of open files (RLIMIT_NOFILE)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     figure = "no limit" if soft == resource.RLIM_INFINITY else f"{soft:,} open files"
     if soft == resource.RLIM_INFINITY or soft >= OPEN_FILES:
@@ -27,7 +27,7 @@ def open_files() -> Finding:
 
 
 def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
-    """What is free in /dev/shm, over which NCCL's ranks talk where cards have no peer access."""
+    """Free bytes of /dev/shm, which NCCL uses between cards without peer access."""
     if not folder.is_dir():
         return ok(NOT_AVAILABLE)
     free_bytes = psutil.disk_usage(str(folder)).free
@@ -39,16 +39,16 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
 
 
 def swap() -> Finding:
-    """Pages that were swapped out make a step wait for the disk."""
-    found = psutil.swap_memory()
-    if found.used < SWAPPED_BYTES:
-        return ok(f"{gib(found.used)} of {gib(found.total)} used")
+    """Swapped-out bytes: they make a step wait for the disk."""
+    memory = psutil.swap_memory()
+    if memory.used < SWAPPED_BYTES:
+        return ok(f"{gib(memory.used)} of {gib(memory.total)} used")
     remedy = "close other programs; then sudo swapoff -a && sudo swapon -a"
-    return warning(f"{gib(found.used)} of {gib(found.total)} used", remedy)
+    return warning(f"{gib(memory.used)} of {gib(memory.total)} used", remedy)
 
 
 def control_group(root: Path = Path("/sys/fs/cgroup")) -> Finding:
-    """The limit that a container or a batch system sets for memory."""
+    """The memory limit of a container or a batch system."""
     limit_bytes, total_bytes = cgroup_limit_bytes(root), psutil.virtual_memory().total
     if limit_bytes is None or limit_bytes >= total_bytes:
         return ok("no limit for memory")
@@ -59,8 +59,8 @@ def control_group(root: Path = Path("/sys/fs/cgroup")) -> Finding:
 
 
 def governor(root: Path = Path("/sys/devices/system/cpu")) -> Finding:
-    """How the kernel chooses the cores' clock. intel_pstate's powersave goes up with the load; that
-    of other drivers stays at the lowest clock.
+    """The kernel's governor of the cores' clock. powersave follows the load with intel_pstate; with
+    other drivers it stays at the lowest clock.
     """
     files = sorted(root.glob("cpu[0-9]*/cpufreq/scaling_governor"))
     governors = {file.read_text().strip() for file in files}
@@ -79,9 +79,9 @@ def governor(root: Path = Path("/sys/devices/system/cpu")) -> Finding:
 
 
 def wsl(release: str | None = None) -> Finding:
-    """Windows' Linux: half of the memory, little of it page-locked, no peer access.
+    """Linux on Windows (WSL2): half of the memory, little of it page-locked, no peer access.
 
-    ``release``: of the kernel; None: the one that runs.
+    ``release``: of the kernel; None: the running one.
     """
     name = release or platform.release()
     if "microsoft" not in name.lower():
@@ -97,8 +97,8 @@ def iommu(
     groups: Path = Path("/sys/kernel/iommu_groups"),
     command_line: Path = Path("/proc/cmdline"),
 ) -> Finding:
-    """An IOMMU that translates, or ACS, sends copies between cards through the root complex: slow,
-    and with some boards they hang or corrupt.
+    """IOMMU groups: a translating IOMMU, or ACS, sends copies between cards through the root
+    complex, where they are slow, and with some boards hang or corrupt.
     """
     options = command_line.read_text().split() if command_line.is_file() else []
     passing = [option for option in options if option in BYPASS]

@@ -1,4 +1,4 @@
-"""Do the kernels a run rests on work here: quantiser, attention, Liger's; called and compared."""
+"""Checks of a run's kernels: quantiser, attention, Liger's; each is called and compared."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,19 +27,21 @@ LENGTHS, HEADS, KV_HEADS, WIDTH = (37, 1, 90), 4, 2, 64
 
 
 def quantiser(device: torch.device) -> Finding:
-    """bitsandbytes' NF4 kernels on ``device``: values that are codes times a power of two come back
-    as they were, and their codes are known.
+    """bitsandbytes' NF4 kernels on ``device``: values that are codes times a power of two must come
+    back exactly, and their codes are known.
     """
     weight, packed = _known_weight()
     try:
         config = QuantConfig(blocksize=BLOCKSIZE, double_quant=False)
-        done = quantise(weight.to(device), config, "doctor's weight")
-        back = dequantise(done.packed, done.absmax, (ROWS, COLUMNS), config, torch.bfloat16)
-    except Exception as error:  # whatever a library that was built for another machine throws
+        quantised = quantise(weight.to(device), config, "doctor's weight")
+        restored = dequantise(
+            quantised.packed, quantised.absmax, (ROWS, COLUMNS), config, torch.bfloat16
+        )
+    except Exception as error:  # a library built for another machine may raise anything
         return failure(f"bitsandbytes does not run on {device}: {first_line(error)}", REINSTALL)
-    codes = int((done.packed.cpu() != packed).sum())
+    codes = int((quantised.packed.cpu() != packed).sum())
     expected = weight.bfloat16().float()
-    wrong = int(((back.cpu().float() - expected).abs() > expected.abs() / 128).sum())
+    wrong = int(((restored.cpu().float() - expected).abs() > expected.abs() / 128).sum())
     if codes or wrong:
         return failure(
             f"NF4 on {device}: {wrong} of {weight.numel()} values and {codes} of {packed.numel()} "
@@ -56,8 +58,8 @@ REINSTALL = (
 
 
 def _known_weight() -> tuple[Tensor, Tensor]:
-    """fp32 (ROWS, COLUMNS), whose blocks each have the largest code, and its codes uint8 (n / 2,),
-    the first of two in the high half.
+    """(weight, codes): fp32 (ROWS, COLUMNS) with the largest code in each block; uint8
+    (ROWS * COLUMNS / 2,), the first of two codes in the high half.
     """
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (ROWS * COLUMNS // BLOCKSIZE, BLOCKSIZE), generator=generator)
@@ -69,16 +71,16 @@ def _known_weight() -> tuple[Tensor, Tensor]:
 
 
 def attention(device: torch.device) -> Finding:
-    """The kernel that a run would use, forward and backward on three documents, against a plain
-    softmax in fp32.
+    """The kernel of a run, forward and backward on three documents, against a plain softmax in
+    fp32.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = [(sum(LENGTHS), heads, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     *qkv, grad = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
     try:
-        mine = [tensor.to(device).requires_grad_() for tensor in qkv]
-        out, _ = varlen_attention(*mine, list(LENGTHS), WIDTH**-0.5, 0)
-        found = [out, *torch.autograd.grad(out, mine, grad.to(device))]
+        inputs = [tensor.to(device).requires_grad_() for tensor in qkv]
+        out, _ = varlen_attention(*inputs, list(LENGTHS), WIDTH**-0.5, 0)
+        results = [out, *torch.autograd.grad(out, inputs, grad.to(device))]
     except Exception as error:  # as above
         return failure(
             f"{kernel_name(device)}: it does not run: {first_line(error)}",
@@ -87,8 +89,8 @@ def attention(device: torch.device) -> Finding:
     plain = [tensor.float().requires_grad_() for tensor in qkv]
     reference = _softmax_attention(*plain)
     expected = [reference, *torch.autograd.grad(reference, plain, grad.float())]
-    worst = max(_error(*pair) for pair in zip(found, expected, strict=True))
-    if not worst < ATTENTION_TOLERANCE:  # NaN is not
+    worst = max(_error(*pair) for pair in zip(results, expected, strict=True))
+    if not worst < ATTENTION_TOLERANCE:  # NaN fails as well
         return failure(
             f"{kernel_name(device)}: it is off by {worst:.3f} of the largest value",
             "another version of torch (fttrain's bounds: pip install 'torch>=2.11,<2.14')",
@@ -99,9 +101,13 @@ def attention(device: torch.device) -> Finding:
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """fp32 (N, H, D), (N, K, D), (N, K, D) -> (N, H, D): each document by itself, causal."""
     parts = []
-    for own_q, own_k, own_v in zip(*(t.split(LENGTHS) for t in (q, k, v)), strict=True):
-        wide_k, wide_v = (t.repeat_interleave(HEADS // KV_HEADS, 1) for t in (own_k, own_v))
-        scores = torch.einsum("qhd,khd->hqk", own_q, wide_k) * WIDTH**-0.5
+    for document_q, document_k, document_v in zip(
+        *(t.split(LENGTHS) for t in (q, k, v)), strict=True
+    ):
+        wide_k, wide_v = (
+            t.repeat_interleave(HEADS // KV_HEADS, 1) for t in (document_k, document_v)
+        )
+        scores = torch.einsum("qhd,khd->hqk", document_q, wide_k) * WIDTH**-0.5
         later = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
         weights = scores.masked_fill(later, float("-inf")).softmax(-1)
         parts.append(torch.einsum("hqk,khd->qhd", weights, wide_v))
@@ -123,9 +129,12 @@ def norm_rotary_swiglu(device: torch.device) -> Finding:
         "SwiGLU's gradient": lambda by: by.swiglu_backward(x.flatten(1), gate_up),
         "rotary embedding": lambda by: by.rotate_(x.clone(), angles.cos(), angles.sin()),
     }
-    with torch.cuda.device_of(x):  # where Triton launches
-        results = {name: (made(liger), made(functions)) for name, made in compute.items()}
-    apart = {name: _error(own, plain.cpu().float()) for name, (own, plain) in results.items()}
+    with torch.cuda.device_of(x):  # the device of Triton's launches
+        results = {name: (call(liger), call(functions)) for name, call in compute.items()}
+    apart = {
+        name: _error(liger_result, plain.cpu().float())
+        for name, (liger_result, plain) in results.items()
+    }
     wrong = {name: error for name, error in apart.items() if not error < KERNEL_TOLERANCE}
     if wrong:
         return failure(
@@ -136,7 +145,7 @@ def norm_rotary_swiglu(device: torch.device) -> Finding:
     return ok(f"Liger's, off by {max(apart.values()):.4f} of torch's in bf16")
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a part of the largest value."""
-    difference = found.detach().cpu().float() - expected.detach()
+def _error(result: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    difference = result.detach().cpu().float() - expected.detach()
     return float(difference.abs().max() / expected.detach().abs().max())

@@ -1,7 +1,7 @@
-"""One rank of a check: ``python -m fttrain.doctor.link_probe all_reduce BACKEND DEVICE SIZE_BYTES``
-or ``... copy FROM TO SIZE_BYTES``.
+"""One rank of a link's check: ``python -m fttrain.doctor.link_probe all_reduce BACKEND DEVICE
+SIZE_BYTES`` or ``... copy FROM TO SIZE_BYTES``.
 
-Rank 0 writes the median time in seconds, or raises where a result is not the known one.
+Rank 0 prints the median time in seconds. A wrong result raises RuntimeError.
 """
 
 import statistics
@@ -21,7 +21,7 @@ ROUNDS = 5
 
 
 def all_reduce(backend: str, kind: str, size_bytes: int) -> float:
-    """Median seconds of an all_reduce of so many bytes. Raises RuntimeError for a wrong sum."""
+    """Median seconds of an all_reduce of ``size_bytes``. Raises RuntimeError for a wrong sum."""
     torch_dist.init_process_group(backend)
     rank, ranks = torch_dist.get_rank(), torch_dist.get_world_size()
     device = torch.device(kind, rank % torch.cuda.device_count() if kind == "cuda" else 0)
@@ -49,7 +49,7 @@ def copy(source: int, target: int, size_bytes: int) -> float:
 
 
 def _timed(exchange: Exchange, where: str) -> float:
-    # For memory of the CPU no card is opened: it may be somebody else's.
+    # With CPU memory no card is opened: another program may own it.
     cards = range(torch.cuda.device_count() if exchange.result.is_cuda else 0)
 
     def once() -> float:
@@ -60,7 +60,7 @@ def _timed(exchange: Exchange, where: str) -> float:
         _wait_for(cards)
         return time.perf_counter() - began
 
-    once()  # connections are made at the first use
+    once()  # the first use makes connections
     seconds = statistics.median(once() for _ in range(ROUNDS))
     fault = exchange.fault()
     if fault:
@@ -74,7 +74,7 @@ def _wait_for(cards: Sequence[int]) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """See above."""
+    """Run one rank and print its seconds."""
     die_with_parent()
     name, *rest, size_bytes = arguments
     if name == "all_reduce":

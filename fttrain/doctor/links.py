@@ -1,4 +1,4 @@
-"""Do the links between ranks and between cards carry what they are given, right and in time?"""
+"""Checks of the links between ranks and between cards: correct results within a time limit."""
 
 import torch
 
@@ -16,7 +16,7 @@ REMEDIES = {
 
 
 def all_reduce(backend: str, kind: str, limit_s: float = LIMIT_S, probe: str = PROBE) -> Finding:
-    """Two ranks, each a fresh process on a device of this ``kind``, sum what is known."""
+    """An all_reduce of known values between two ranks, fresh processes on ``kind`` devices."""
     if backend == "nccl" and torch.cuda.device_count() < 2:
         return ok(f"{NOT_AVAILABLE}: NCCL needs two cards")
     arguments = ["all_reduce", backend, kind, str(SIZE_BYTES)]
@@ -27,8 +27,8 @@ def all_reduce(backend: str, kind: str, limit_s: float = LIMIT_S, probe: str = P
 
 
 def peer_copy(cards: int, limit_s: float = LIMIT_S, probe: str = PROBE) -> Finding:
-    """Both ways between every two of so many cards; right after a driver that claims peer access
-    and has none, such copies hang or deliver something else.
+    """Copies both ways between every two of ``cards``: where a driver claims peer access without
+    having it, they hang or deliver wrong bytes.
     """
     if cards < 2:
         return ok(f"{NOT_AVAILABLE}: it needs two cards")

@@ -1,4 +1,4 @@
-"""HostBuffer that a run page-locks: with the pool that it takes it from."""
+"""Check of page-locked memory, with the buffers that a run uses."""
 
 import warnings
 
@@ -9,28 +9,28 @@ from fttrain.memory.pinned import HostBuffer
 from fttrain.rig.timing import median_s
 from fttrain.util.units import GIB, gib
 
-LOCKED_BYTES = 1 * GIB  # what a run locks is some GiB to most of the host's memory
+LOCKED_BYTES = 1 * GIB  # a run locks some GiB up to most of the host's memory
 
 
 def locked_memory(device: torch.device) -> Finding:
-    """Page-locks memory as a run does, and asks how fast it is copied to ``device``. `ulimit -l` is
-    no sign: NVIDIA's driver locks pages itself, and the limit is not asked.
+    """Page-lock memory as a run does, and measure its copy rate to ``device``. `ulimit -l` does not
+    matter: NVIDIA's driver locks pages itself, without that limit.
     """
     if device.type != "cuda":
         return ok("a CPU run page-locks nothing")
     memory = HostBuffer(-1, LOCKED_BYTES)
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         memory.page_lock(buffer, "a buffer", speak=False)
-    if said:
+    if warned:
         return warning(
-            str(said[0].message),
+            str(warned[0].message),
             "Linux itself instead of WSL2, a container that lets the driver lock pages; "
             "strategy=shard or pipeline, embedding=device and layer_inputs=device need little of "
             "it",
         )
-    there = torch.empty(LOCKED_BYTES, dtype=torch.uint8, device=device)
-    seconds = median_s(lambda: there.copy_(buffer, non_blocking=True), device)
+    on_card = torch.empty(LOCKED_BYTES, dtype=torch.uint8, device=device)
+    seconds = median_s(lambda: on_card.copy_(buffer, non_blocking=True), device)
     rate = f"{LOCKED_BYTES / seconds / 1e9:.1f} GB/s"
     return ok(f"{gib(LOCKED_BYTES)} page-locked, copied to the card at {rate}")

@@ -1,4 +1,4 @@
-"""Processes with a time limit: what hangs there hangs no one here."""
+"""Processes with a time limit, so that a hanging check ends."""
 
 import contextlib
 import os
@@ -18,10 +18,10 @@ POLL_S = 0.05
 
 @dataclass(frozen=True)
 class Outcome:
-    """How some processes ended, together."""
+    """The common result of some processes."""
 
-    answer: str = ""  # what the first one wrote, where all ended well
-    problem: str = ""  # what went wrong; "" where nothing did
+    answer: str = ""  # output of the first process, where all succeeded
+    problem: str = ""  # the error; "" where all succeeded
 
 
 def run_module(
@@ -31,8 +31,8 @@ def run_module(
     limit_s: float,
     variables: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """``python -m module arguments`` as so many ranks of this machine, none of which outlives the
-    call. ``variables``: beside those of a rank.
+    """Run ``python -m module arguments`` as ``ranks`` ranks of this machine; none outlives the
+    call. ``variables``: of the environment, besides those of a rank.
     """
     environment = {
         **os.environ,
@@ -73,14 +73,14 @@ class _Process:
     errors: IO[bytes]
 
     def last_words(self) -> str:
-        """What it said last, or its exit code where it said nothing."""
+        """The last line of its errors, or its exit code without one."""
         self.errors.seek(0)
         lines = self.errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"exit code {self.process.returncode}"
 
 
 def _wait(started: Sequence[_Process], limit_s: float) -> Outcome:
-    """Until all have ended well, or the first has not: the others may wait for it for ever."""
+    """Wait until all have succeeded or one has failed: the others may wait for it forever."""
     deadline = time.monotonic() + limit_s
     while True:
         codes = [each.process.poll() for each in started]
@@ -88,8 +88,8 @@ def _wait(started: Sequence[_Process], limit_s: float) -> Outcome:
         if failed is not None:
             return Outcome(problem=failed.last_words())
         if None not in codes:
-            written, _ = started[0].process.communicate()
-            return Outcome(written.decode(errors="replace").strip())
+            output, _ = started[0].process.communicate()
+            return Outcome(output.decode(errors="replace").strip())
         if time.monotonic() > deadline:
             return Outcome(problem=f"no answer within {limit_s:.0f} s: it hangs")
         time.sleep(POLL_S)

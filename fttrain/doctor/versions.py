@@ -1,4 +1,4 @@
-"""Do Python, the libraries, CUDA and the driver fit together?"""
+"""Checks of versions: Python, the libraries, CUDA and the driver."""
 
 import importlib
 import importlib.metadata
@@ -14,7 +14,7 @@ from fttrain.doctor.finding import Finding, failure, ok, warning
 from fttrain.util.errors import first_line
 
 PROJECT = "fttrain"
-# Built against torch or against each other, so that versions may fit and the import still fail.
+# Built against torch or against each other: versions may fit and the import still fail.
 COMPANIONS = (
     "bitsandbytes",
     "transformers",
@@ -28,49 +28,54 @@ COMPANIONS = (
 # minor version compatibility).
 OLDEST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580"}
 NOT_INSTALLED = failure(
-    f"{PROJECT} is not installed, so nobody knows what it needs", "make setup, or pip install -e ."
+    f"{PROJECT} is not installed, so its requirements are unknown",
+    "make setup, or pip install -e .",
 )
 
 
 def python(project: str = PROJECT) -> Finding:
-    """Python against what the project asks for."""
-    found = platform.python_version()
+    """Python against the project's bounds."""
+    version = platform.python_version()
     try:
-        wanted = importlib.metadata.metadata(project)["Requires-Python"] or ""
+        bounds = importlib.metadata.metadata(project)["Requires-Python"] or ""
     except importlib.metadata.PackageNotFoundError:
         return NOT_INSTALLED
-    if Version(found) in SpecifierSet(wanted):
-        return ok(f"{found} ({wanted} is wanted)")
-    return failure(f"{found}, {wanted} is wanted", "make clean setup PYTHON=python3.12")
+    if Version(version) in SpecifierSet(bounds):
+        return ok(f"{version} ({bounds} is wanted)")
+    return failure(f"{version}, {bounds} is wanted", "make clean setup PYTHON=python3.12")
 
 
 def libraries(project: str = PROJECT) -> Finding:
-    """Every library against the bounds of the project; those of an extra where they are there."""
+    """Every library against the project's bounds; those of an extra only where installed."""
     try:
         texts = importlib.metadata.requires(project) or []
     except importlib.metadata.PackageNotFoundError:
         return NOT_INSTALLED
-    wanted = [Requirement(text) for text in texts]
-    misfits = {found: problem for found in wanted if (problem := _misfit(found))}
+    requirements = [Requirement(text) for text in texts]
+    misfits = {
+        requirement: problem for requirement in requirements if (problem := _misfit(requirement))
+    }
     if not misfits:
-        return ok(f"torch {torch.__version__}; {len(wanted)} requirements looked at, all fit")
-    remedy = "pip install " + " ".join(f"'{found.name}{found.specifier}'" for found in misfits)
-    # A run imports what an extra asks for only where a setting wants it.
-    tell = failure if any(map(_is_needed, misfits)) else warning
-    return tell("; ".join(misfits.values()), remedy)
+        return ok(f"torch {torch.__version__}; {len(requirements)} requirements looked at, all fit")
+    remedy = "pip install " + " ".join(
+        f"'{requirement.name}{requirement.specifier}'" for requirement in misfits
+    )
+    # A run imports libraries of an extra only where a setting needs them.
+    verdict = failure if any(map(_is_needed, misfits)) else warning
+    return verdict("; ".join(misfits.values()), remedy)
 
 
 def imports(names: Sequence[str] = COMPANIONS) -> Finding:
-    """Whether the libraries that runs compute and read with can be imported, each by itself."""
+    """Whether each library that runs compute and read with can be imported."""
     problems = {}
     for name in names:
         try:
             importlib.import_module(name)
-        except Exception as error:  # whatever a library that was built for another machine throws
+        except Exception as error:  # a library built for another machine may raise anything
             problems[name] = f"{name} cannot be imported: {first_line(error)}"
     if not problems:
         return ok(", ".join(names))
-    # Without their own needs: pip would bring another torch.
+    # --no-deps: pip would install another torch.
     return failure(
         "; ".join(problems.values()),
         f"pip install --force-reinstall --no-deps {' '.join(problems)}",
@@ -78,19 +83,19 @@ def imports(names: Sequence[str] = COMPANIONS) -> Finding:
 
 
 def _is_needed(requirement: Requirement) -> bool:
-    """Whether every run does, and not those of an extra alone."""
+    """Whether every run needs it, not only an extra."""
     return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 
 def _misfit(requirement: Requirement) -> str:
-    """What is wrong with it; "" where it fits, or is missing and only an extra asks for it."""
+    """The misfit in words; "" where it fits, or where a library of an extra is missing."""
     try:
-        found = importlib.metadata.version(requirement.name)
+        version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
         return f"{requirement.name} is missing" if _is_needed(requirement) else ""
-    if requirement.specifier.contains(found, prereleases=True):
+    if requirement.specifier.contains(version, prereleases=True):
         return ""
-    return f"{requirement.name} {found}, {requirement.specifier} is wanted"
+    return f"{requirement.name} {version}, {requirement.specifier} is wanted"
 
 
 def cuda(built_for: str | None, driver: str | None, usable: bool, wanted: bool = False) -> Finding:
@@ -129,8 +134,8 @@ def cuda(built_for: str | None, driver: str | None, usable: bool, wanted: bool =
 
 
 def _with_cuda(driver: str) -> str:
-    """How to come by a torch that is built for a CUDA this driver runs: PyPI has one for CUDA 13,
-    torch's own index one for CUDA 12 (pytorch/pytorch, issues 178665 and 190355).
+    """The command that installs a torch for a CUDA of this driver: PyPI has CUDA 13, torch's own
+    index CUDA 12 (pytorch/pytorch, issues 178665 and 190355).
     """
     wanted = "pip install --force-reinstall 'torch>=2.11,<2.14'"
     if Version(driver) >= Version(OLDEST_DRIVER[13]):

@@ -1,6 +1,4 @@
-"""The error of a rank that ran out of memory: its largest parts, and the settings that free
-most.
-"""
+"""The error of a rank that ran out of memory: its largest parts, and settings that shrink them."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -18,8 +16,8 @@ from fttrain.util.errors import UserError, first_line
 def explain_out_of_memory(
     reservations: Sequence[Reservation], rank: int, device: torch.device
 ) -> Iterator[None]:
-    """Raises UserError, with the largest parts and what frees most, where memory runs out
-    inside.
+    """Raise UserError, with the largest parts and the settings that shrink them, where memory runs
+    out inside.
     """
     try:
         yield
@@ -33,9 +31,7 @@ def explain_out_of_memory(
 def out_of_memory_advice(
     reservations: Sequence[Reservation], rank: int, device: torch.device, message: str
 ) -> tuple[str, str]:
-    """The event with the largest parts, and the settings that free most. ``message``: the
-    allocator's.
-    """
+    """(error with the largest parts, settings that shrink them). ``message``: the allocator's."""
     on_device = [r for r in reservations if r.location is Location.DEVICE]
     ordered = sorted(on_device, key=lambda reservation: -reservation.size_bytes)
     settings = [r.part.shrink for r in ordered if r.part.shrink][:2]

@@ -1,12 +1,12 @@
-"""Memory of the device: what is free for a rank, and how its end shows."""
+"""Memory of the device: the bytes free for a rank, and the errors of running out."""
 
 import torch
 
 from fttrain.memory.host import available_host_bytes
 
-# What errors say that are no torch.OutOfMemoryError: torch's allocator of the CPU; cuBLAS, which
-# makes a handle at its first use on a thread, and names either reason; the driver, of its calls and
-# of mapping segments; NCCL, whose buffers come with the first use of a connection
+# Messages of errors that are no torch.OutOfMemoryError: torch's CPU allocator; cuBLAS, which makes
+# a handle at its first use on a thread and names either reason; the driver, for calls and for
+# mapping segments; NCCL, which allocates buffers at the first use of a connection
 _RAN_OUT = (
     "can't allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -18,16 +18,16 @@ _RAN_OUT = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch's allocator, on the device or of the CPU, could not give what was asked, or
-    the driver and its libraries had no room for what they need beside it.
+    """Whether torch's allocator, of the device or of the CPU, or the driver and its libraries ran
+    out of memory.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _RAN_OUT)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _RAN_OUT)
 
 
 def free_device_bytes(device: torch.device, local_world_size: int) -> int:
-    """Memory that this rank can still have on ``device``: its share, where ranks share it."""
+    """Bytes that this rank can still allocate on ``device``: its share, where ranks share it."""
     if device.type != "cuda":
         return available_host_bytes() // local_world_size
     free, total = torch.cuda.mem_get_info(device)
@@ -37,8 +37,8 @@ def free_device_bytes(device: torch.device, local_world_size: int) -> int:
 
 
 def ranks_a_device(device: torch.device, local_world_size: int) -> int:
-    """That share ``device``: all of the machine a CPU, of GPUs more than one with ``backend=gloo``
-    alone.
+    """Ranks that share ``device``: a CPU is shared by all ranks of the machine, a GPU only with
+    ``backend=gloo``.
     """
     if device.type != "cuda":
         return local_world_size

@@ -1,4 +1,4 @@
-"""Host memory: of this process, and what a control group or the machine leaves it."""
+"""Host memory: of this process, and free within its control groups and the machine."""
 
 import re
 import resource
@@ -11,10 +11,10 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def peak_host_bytes() -> int:
-    """The most resident memory this process has had.
+    """Peak resident bytes of this process.
 
-    Linux's getrusage would count what its parent had when it started it, too (getrusage(2) keeps
-    the maximum over execve), so the kernel's own mark of this program is read where there is one.
+    Linux's getrusage keeps the maximum over execve (getrusage(2)) and so counts the parent's
+    memory. VmHWM of /proc/self/status counts this program alone and is read where it exists.
     """
     try:
         status = Path("/proc/self/status").read_text()
@@ -27,23 +27,21 @@ def peak_host_bytes() -> int:
 
 
 def available_host_bytes() -> int:
-    """Memory that programs can still have without swapping: the machine's, or what a control group
-    (a container, a batch system) leaves of its limit.
+    """Bytes that programs can still allocate without swapping: the machine's, or the rest of the
+    limit of a control group (a container, a batch system).
     """
     return min([psutil.virtual_memory().available, *_cgroup_rooms()])
 
 
 def cgroup_limit_bytes(root: Path = CGROUPS) -> int | None:
-    """The least memory that a control group (version 2) which this process is in may take; None
-    where none has a limit.
-    """
+    """The smallest memory limit of this process's control groups (version 2); None: no limit."""
     limits = [_limit_bytes(level) for level in _cgroup_levels(root)]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _cgroup_rooms() -> list[int]:
-    """Limit less use of each control group that this process is in; page cache that the kernel can
-    drop does not count as used.
+    """Limit minus use of each control group of this process; droppable page cache does not count as
+    used.
     """
     rooms = []
     for level in _cgroup_levels(CGROUPS):
@@ -61,16 +59,16 @@ def _cgroup_rooms() -> list[int]:
 def _cgroup_levels(root: Path) -> list[Path]:
     """The folders of the control groups (version 2) that this process is in, innermost first."""
     try:
-        own = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    path = next((line.split("::", 1)[1] for line in own if line.startswith("0::")), "/")
+    path = next((line.split("::", 1)[1] for line in lines if line.startswith("0::")), "/")
     folder = root / path.lstrip("/")
     return [level for level in (folder, *folder.parents) if level.is_relative_to(root)]
 
 
 def _limit_bytes(level: Path) -> int | None:
-    """Of one control group; None where it has none."""
+    """The memory limit of one control group; None: no limit."""
     try:
         return int((level / "memory.max").read_text())
     except (OSError, ValueError):

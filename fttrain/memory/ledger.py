@@ -30,7 +30,7 @@ class Reservation:
 
     @property
     def location(self) -> Location:
-        """Where the part lies."""
+        """The location of the part."""
         return self.part.location
 
 
@@ -46,17 +46,17 @@ class MemoryLedger:
 
     @property
     def device(self) -> torch.device:
-        """The rank's device, which computes with what the buffers hold."""
+        """The rank's device."""
         return self._group.device
 
     @property
     def free_device_bytes(self) -> int:
-        """Memory that this rank can still have on its device."""
+        """Bytes that this rank can still allocate on its device."""
         return free_device_bytes(self.device, local_world_size())
 
     def reserve(self, part: MemoryPart, size_bytes: int) -> None:
-        """Note that ``part`` will take ``size_bytes``; an earlier reservation of it is replaced.
-        A part of nothing on the device is left out.
+        """Reserve ``size_bytes`` for ``part``; an earlier reservation of it is replaced. An empty
+        part on the device is left out.
         """
         if size_bytes or part.location is not Location.DEVICE:
             self._reservations[part] = Reservation(part, size_bytes)
@@ -72,13 +72,13 @@ class MemoryLedger:
         return sum(r.size_bytes for r in self.reservations if r.location is Location.DEVICE)
 
     def check(self) -> None:
-        """Raises UserError, on all ranks alike, where a machine has too little memory free."""
+        """Raise UserError, on all ranks alike, where a machine has too little free memory."""
         self._group.raise_everywhere(self._device_shortage())
         self._group.raise_everywhere(self._host_shortage())
 
     def _device_shortage(self) -> str:
-        """An error text where this rank's card cannot hold what is certain; kernels and the
-        allocator add to that.
+        """An error text where this rank's card cannot hold the reserved parts, to which kernels and
+        the allocator add; else "".
         """
         if self.device.type != "cuda":
             return ""
@@ -92,12 +92,14 @@ class MemoryLedger:
         )
 
     def _host_shortage(self) -> str:
-        """An error text where this machine has too little host memory. All its ranks call it."""
+        """An error text where this machine has too little host memory, else "". Every rank calls
+        it.
+        """
         node, on_cpu = self._group.intra_node, self.device.type == "cpu"
         on_host = [r for r in self.reservations if on_cpu or r.location is not Location.DEVICE]
         private = sum(r.size_bytes for r in on_host if r.location is not Location.SHARED)
         shared = sum(r.size_bytes for r in on_host if r.location is Location.SHARED)
-        # The ranks share this machine, but maybe not their settings: each may keep other layers.
+        # Ranks of one machine may reserve different bytes: each may hold other layers.
         needed = node.sum(private) + shared
         available = node.minimum(available_host_bytes())
         if needed <= available:
@@ -107,11 +109,15 @@ class MemoryLedger:
         return (
             f"{where}host memory: {gib(needed)} are needed ({parts}), {gib(available)} are "
             "available; a smaller schedule.micro_batch_group, data.seq_len or "
-            "loop.micro_batch_size, "
-            "layer_inputs=device, activations=recompute, strategy.resident_layers nearer to all, "
-            "or "
-            "closing other programs helps"
+            f"loop.micro_batch_size, {''.join(f'{setting}, ' for setting in self._host_settings())}"
+            "or closing other programs helps"
         )
+
+    def _host_settings(self, count: int = 3) -> list[str]:
+        """Settings that shrink the largest parts in host memory, the most effective first."""
+        on_host = [r for r in self.reservations if r.location is not Location.DEVICE]
+        on_host.sort(key=lambda r: -r.size_bytes)
+        return list(dict.fromkeys(r.part.shrink for r in on_host if r.part.shrink))[:count]
 
     def _ranks_of(self, reservation: Reservation) -> str:
         ranks = self._group.intra_node.world_size

@@ -4,16 +4,16 @@ from enum import Enum
 
 
 class Location(Enum):
-    """Where a part lies."""
+    """The location of a part."""
 
-    DEVICE = "device"  # of a CPU that is host memory
+    DEVICE = "device"  # for a CPU that is host memory
     HOST = "host"  # in host memory, of this rank
     SHARED = "shared"  # in host memory, once for all ranks of the machine
 
 
 class MemoryPart(Enum):
-    """A part: its label in everything that people read, its location, and the settings that shrink
-    it ("" where nothing does).
+    """A part: its label in tables, JSON and messages, its location, and the settings that shrink it
+    ("" where none does).
     """
 
     # The frozen base
@@ -56,7 +56,7 @@ class MemoryPart(Enum):
         "a smaller lora.r",
     )
     OPTIMIZER_MOMENTS = ("optimizer moments", Location.HOST, "optim=adamw8bit")
-    # What a step leaves for backward
+    # Tensors that forward saves for backward
     ACTIVATIONS = (
         "activations",
         Location.DEVICE,
@@ -81,8 +81,8 @@ class MemoryPart(Enum):
         "strategy.zero.offload_optimizer=true",
     )
     HOST_OPTIMIZER_STATE = ("masters and moments in host memory", Location.HOST, "")
-    # Beside the ledger: measured, or run on fake tensors
-    WORKSPACE = ("workspace", Location.DEVICE, "")  # of kernels, and what they pass on
+    # Outside the ledger: measured, or run on fake tensors
+    WORKSPACE = ("workspace", Location.DEVICE, "")  # of kernels, and tensors between them
     ALLOCATOR_CACHE = ("held by the allocator", Location.DEVICE, "")
     CONTEXT = ("context, communication, other programs", Location.DEVICE, "")
     INTERPRETER = ("interpreter and libraries", Location.HOST, "")
@@ -99,4 +99,4 @@ class MemoryPart(Enum):
         for part in cls:
             if part.label == label:
                 return part
-        raise ValueError(f"{label}: no part of memory is called so")
+        raise ValueError(f"{label}: no part of memory has this label")

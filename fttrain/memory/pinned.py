@@ -20,20 +20,23 @@ from fttrain.distributed.rank_group import RankGroup
 from fttrain.util.errors import UserError
 from fttrain.util.units import GIB, MIB, gib
 
-PROBE_BYTES = 256 * MIB  # copied to say how fast memory is that is not page-locked
-TELL_BYTES = 4 * GIB  # page-locking that much takes seconds: say what is going on
+PROBE_BYTES = 256 * MIB  # copied to measure the rate of memory that is not page-locked
+TELL_BYTES = 4 * GIB  # page-locking takes seconds from here on: print a line first
 
 
 class HostBuffer(mmap.mmap):
-    """HostBuffer that is no longer page-locked before the system takes it back: what comes to lie
-    at its addresses later would pass for page-locked and be copied from where it is not.
+    """Host memory that ends its page-lock before it is unmapped. Memory mapped at the same
+    addresses later would pass for page-locked otherwise, and copies would read the wrong pages.
     """
 
-    _address = 0  # where it is page-locked
-    _device = 0  # for which: the last reference may go on a thread that asks another one
+    _address = 0  # of the page-locked memory; 0: not page-locked
+    _device = 0  # of the page-lock: the last reference may drop on a thread with another device
 
     def page_lock(self, buffer: Tensor, what: str, speak: bool) -> None:
-        """Register all of it (``buffer``) with CUDA. Where that fails copies still work, slower."""
+        """Page-lock all of it (``buffer``) with CUDA. Where that fails copies still work, slower.
+
+        what: names the buffer in messages. speak: whether to say that it takes seconds.
+        """
         size_bytes = len(buffer)
         if speak and size_bytes >= TELL_BYTES:
             print(f"page-locking {what}: {gib(size_bytes)}", file=sys.stderr, flush=True)
@@ -41,7 +44,7 @@ class HostBuffer(mmap.mmap):
         if not code:
             self._address, self._device = buffer.data_ptr(), torch.cuda.current_device()
             return
-        # The runtime remembers the failure and would blame the next kernel for it.
+        # The runtime keeps the error and would raise it at the next kernel: clear it here.
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device="cuda").add_(1)
         warnings.warn(
@@ -53,9 +56,9 @@ class HostBuffer(mmap.mmap):
 
     def __del__(self) -> None:
         if self._address and not sys.is_finalizing():
-            # A card that has failed answers nothing any more, and has been told of already.
+            # A failed card raises here as well; its error has been reported already.
             with contextlib.suppress(RuntimeError), torch.cuda.device(self._device):
-                torch.cuda.synchronize()  # copies may be under way
+                torch.cuda.synchronize()  # copies may be in flight
                 torch.cuda.cudart().cudaHostUnregister(self._address)
 
 

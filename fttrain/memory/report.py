@@ -21,7 +21,7 @@ class PartUsage:
     host_bytes: int = 0  # shared parts once, whoever fills them
 
     def to_json(self) -> dict[str, int | str]:
-        """As memory.json has it: the part by its label."""
+        """The entry of memory.json, with the part by its label."""
         return {
             "part": self.part.label,
             "device_bytes": self.device_bytes,
@@ -30,17 +30,17 @@ class PartUsage:
 
     @staticmethod
     def from_json(values: dict[str, int | str]) -> "PartUsage":
-        """The opposite of ``to_json``."""
+        """The inverse of ``to_json``."""
         part = MemoryPart.of_label(str(values["part"]))
         return PartUsage(part, int(values["device_bytes"]), int(values["host_bytes"]))
 
 
 def part_usage(reservations: Sequence[Reservation], device: torch.device) -> list[PartUsage]:
-    """All parts so far, the largest first, and last what no reservation accounts for.
+    """All reserved parts, the largest first, then the memory that no reservation accounts for.
 
-    On the device: the most that torch's allocator gave out beside the reservations, what it holds
-    and gave nobody, and what the driver counts beside that (context, communication buffers, other
-    programs). On the host: the interpreter, its libraries and, of a CPU, the kernels' workspace.
+    On the device: the peak of torch's allocator beyond the reservations, the bytes that it caches,
+    and the rest of the driver's count (context, communication buffers, other programs). On the
+    host: the interpreter, its libraries and, with a CPU, the kernels' workspace.
     """
     on_card = device.type == "cuda"
     reserved = [

@@ -1,7 +1,7 @@
-"""What ``strategy=auto`` and ``activations=auto`` become, and what is foretold of a run.
+"""The choice for ``strategy=auto`` and ``activations=auto``, and the prediction for a run.
 
-An answer is kept in the cache: it is made once, and all ranks, a dry run, the run after it and the
-same run as it goes on take the same one.
+A plan stays in the cache. All ranks, a dry run, the run after it and a resumed run read the same
+plan.
 """
 
 import hashlib
@@ -23,12 +23,25 @@ from fttrain.util.atomic_files import write_json
 from fttrain.util.cache_dir import cache_root, load_or_build
 from fttrain.util.errors import UserError
 
-_FILE = "answer.json"
+_FILE = "plan.json"
+# Fields of a config.json that no plan depends on; shipped configurations lack them
+SHAPELESS = {
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "pad_token_id",
+    "pretraining_tp",
+    "transformers_version",
+    "use_cache",
+}
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is planned, and for which rig."""
+    """The input of a plan: a model, a configuration and a rig."""
 
     model: str  # for messages
     spec: StrategySpec  # the configuration's
@@ -43,73 +56,73 @@ class PlanRequest:
 class ChosenPlan:
     """The candidate to run, as plain values."""
 
-    settings: dict[str, Any]  # of a RunConfig, what a candidate changes: name -> value
-    summary: str  # in one line; empty: it does not fit
-    problem: str  # why it does not fit; empty: it does
-    plan: dict[str, Any]  # content of the run's plan.json, see track/plan.py
+    settings: dict[str, Any]  # fields of a RunConfig that a candidate changes: name -> value
+    summary: str  # one line; "" where it does not fit
+    problem: str  # why it does not fit; "" where it fits
+    plan: dict[str, Any]  # content of the run's plan.json (track/plan.py)
 
 
-def ranked(question: PlanRequest, progress: Progress) -> list[Candidate]:
-    """Candidates that are as configured but for what is left open; the fastest that fits first,
-    then those that do not fit, by what they lack.
+def ranked(request: PlanRequest, progress: Progress) -> list[Candidate]:
+    """Candidates that differ from the configuration in its open settings alone: the fastest that
+    fits first, then those that do not fit, by missing bytes.
 
     Raises UserError for a rate that the rig's profile lacks.
     """
-    rig, architecture = question.rig, question.architecture
-    if not question.left_open:
-        return [judge(question.spec, architecture, rig)]
-    strategy_is_open = "strategy" in question.left_open
-    return choose(_wanted(question), architecture, rig, progress, strategy_is_open)
+    rig, architecture = request.rig, request.architecture
+    if not request.left_open:
+        return [judge(request.spec, architecture, rig)]
+    strategy_is_open = "strategy" in request.left_open
+    return choose(_wanted(request), architecture, rig, progress, strategy_is_open)
 
 
-def _wanted(question: PlanRequest) -> list[StrategySpec]:
-    spec, left_open = question.spec, question.left_open
-    every = list(candidates(spec, len(question.rig.cards)))
+def _wanted(request: PlanRequest) -> list[StrategySpec]:
+    spec, left_open = request.spec, request.left_open
+    every = list(candidates(spec, len(request.rig.cards)))
     if "strategy" not in left_open:
         placements = dict.fromkeys(candidate.placement for candidate in every)
         return [replace(spec, placement=placement) for placement in placements]
     if "activations" in left_open:
         return every
-    kept = spec.placement.activations
-    return [candidate for candidate in every if candidate.placement.activations == kept]
+    activations = spec.placement.activations
+    return [candidate for candidate in every if candidate.placement.activations == activations]
 
 
-def choose_plan(question: PlanRequest, cache_dir: str | None, progress: Progress) -> ChosenPlan:
-    """The first of ``ranked``, from the cache where the same was asked before.
+def choose_plan(request: PlanRequest, cache_dir: str | None, progress: Progress) -> ChosenPlan:
+    """The first of ``ranked``, from the cache where the same request was planned before.
 
-    Any number of ranks may ask at once: one plans, the others wait. ``cache_dir``: as
+    Any number of ranks may call it at once: one plans, the others wait. ``cache_dir``: as
     frozen.cache_dir. Raises UserError for a rate that the rig's profile lacks.
     """
 
     def write(folder: Path) -> None:
-        write_json(folder / _FILE, asdict(_answer(question, progress)))
+        write_json(folder / _FILE, asdict(_plan(request, progress)))
 
     folder = load_or_build(
-        cache_root(cache_dir), _key(question), write, kind="plans", setting="frozen.cache_dir"
+        cache_root(cache_dir), _key(request), write, kind="plans", setting="frozen.cache_dir"
     )
     return ChosenPlan(**json.loads((folder / _FILE).read_bytes()))
 
 
-def check_fits(question: PlanRequest, found: ChosenPlan) -> None:
-    """Raises UserError, with the figures, where nothing of what is left open fits."""
-    if found.problem:
-        asked = " ".join(f"{name}=auto" for name in question.left_open)
+def check_fits(request: PlanRequest, chosen: ChosenPlan) -> None:
+    """Raise UserError, with the figures, where no choice of the open settings fits."""
+    if chosen.problem:
+        open_settings = " ".join(f"{name}=auto" for name in request.left_open)
         raise UserError(
-            f"{asked}: {question.model} does not fit {question.rig.name}; nearest is "
-            f"{found.plan['ran']}: {found.problem}"
+            f"{open_settings}: {request.model} does not fit {request.rig.name}; nearest is "
+            f"{chosen.plan['ran']}: {chosen.problem}"
         )
 
 
-def _answer(question: PlanRequest, progress: Progress) -> ChosenPlan:
-    verdicts = ranked(question, progress)
-    best = verdicts[0]
-    stored = disk(question.spec, question.architecture, question.keep_last)
-    plan = as_json(verdicts, question.rig, question.model, stored, question.steps)
+def _plan(request: PlanRequest, progress: Progress) -> ChosenPlan:
+    ranking = ranked(request, progress)
+    best = ranking[0]
+    stored = disk(request.spec, request.architecture, request.keep_last)
+    plan = as_json(ranking, request.rig, request.model, stored, request.steps)
     plan["ran"] = best.settings
     ours = next(c for c in plan["candidates"] if c["settings"] == best.settings)
-    ours["predicted"] = _predicted(best, question.rig)
-    said = summary(best, question.rig, question.steps) if best.fits else ""
-    return ChosenPlan(_settings(best.spec), said, best.reason, plan)
+    ours["predicted"] = _predicted(best, request.rig)
+    line = summary(best, request.rig, request.steps) if best.fits else ""
+    return ChosenPlan(_settings(best.spec), line, best.reason, plan)
 
 
 def _settings(spec: StrategySpec) -> dict[str, Any]:
@@ -125,39 +138,40 @@ def _settings(spec: StrategySpec) -> dict[str, Any]:
     }
 
 
-def _predicted(verdict: Candidate, rig: RigProfile) -> dict[str, float]:
-    """What metrics.jsonl will say, under the names that it has there; what is not known is left
-    out: on a CPU, for one, what a process takes before its first tensor.
+def _predicted(candidate: Candidate, rig: RigProfile) -> dict[str, float]:
+    """Predicted figures under their names in metrics.jsonl; unknown ones are left out, such as the
+    memory of a CPU's process before its first tensor.
     """
-    if verdict.time is None:
+    if candidate.time is None:
         return {}
-    found: dict[str, float] = {
-        "step_s": verdict.time.seconds,
-        "tokens_per_s": verdict.time.tokens_per_s,
+    figures: dict[str, float] = {
+        "step_s": candidate.time.seconds,
+        "tokens_per_s": candidate.time.tokens_per_s,
     }
-    # A rank's resident memory has what it shares with others, too.
-    host = [sum(own.host.values()) + sum(own.shared.values()) for own in verdict.memory]
+    # A rank's resident memory includes the parts that ranks share.
+    hosts = [sum(rank.host.values()) + sum(rank.shared.values()) for rank in candidate.memory]
     if rig.cards[0].kind != "cpu":
-        found["peak_device_bytes"] = max(own.device_bytes for own in verdict.memory)
-        found["peak_host_bytes"] = max(host)
-        return found
-    before = [card.overhead_bytes for card in rig.cards]
-    if None not in before:
-        found["peak_host_bytes"] = max(
-            own.device_bytes + own_host + (first or 0)
-            for own, own_host, first in zip(verdict.memory, host, before, strict=True)
+        figures["peak_device_bytes"] = max(rank.device_bytes for rank in candidate.memory)
+        figures["peak_host_bytes"] = max(hosts)
+        return figures
+    overheads = [card.overhead_bytes for card in rig.cards]
+    if None not in overheads:
+        figures["peak_host_bytes"] = max(
+            rank.device_bytes + host_bytes + (overhead or 0)
+            for rank, host_bytes, overhead in zip(candidate.memory, hosts, overheads, strict=True)
         )
-    return found
+    return figures
 
 
-def _key(question: PlanRequest) -> str:
-    """Changes with everything that an answer depends on, this program's own text included."""
+def _key(request: PlanRequest) -> str:
+    """A hash of everything that a plan depends on, the text of this program included."""
     text = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         text.update(file.read_bytes())
-    shape = question.architecture.config.to_json_string(use_diff=False)
-    names = [field.name for field in fields(question) if field.name != "architecture"]
-    asked = [getattr(question, name) for name in names]
+    config = request.architecture.config.to_dict()
+    shape = {name: config[name] for name in sorted(config.keys() - SHAPELESS)}
+    names = [field.name for field in fields(request) if field.name != "architecture"]
+    settings = [getattr(request, name) for name in names]
     versions = (torch.__version__, transformers.__version__)
-    meaning = repr((text.hexdigest(), shape, asked, versions))
+    meaning = repr((text.hexdigest(), shape, settings, versions))
     return hashlib.sha256(meaning.encode()).hexdigest()[:32]

@@ -1,5 +1,5 @@
-"""What a profile learns from real steps (``trial.py``), each rank's in a fresh process: memory that
-the measuring before it has touched must not count.
+"""Rates of a profile that need real steps (``trial.py``). Each rank's trial runs in a fresh
+process: memory that earlier measurements touched must not count.
 """
 
 import json
@@ -16,13 +16,13 @@ from fttrain.distributed.rank_group import RankGroup
 from fttrain.launcher.environment import PARENT_PID
 from fttrain.model.decoder import Architecture
 from fttrain.plan import memory
-from fttrain.plan.trial import MICRO_BATCHES, Trial, recipe_of
+from fttrain.plan.trial import MICRO_BATCHES, Trial, trial_spec
 from fttrain.plan.work import dequantisations, head_flops, layer_values, layer_work, weight_bytes
 from fttrain.rig.measure import tell
 from fttrain.rig.profile import CardProfile, RigProfile
 from fttrain.strategy.spec import StrategySpec
 
-LIMIT_S = 600.0  # that a trial may take before it counts as hanging
+LIMIT_S = 600.0  # a longer trial counts as hanging
 
 
 def calibrate(
@@ -32,18 +32,18 @@ def calibrate(
     group: RankGroup,
     command: Sequence[str],
 ) -> RigProfile:
-    """``profile`` with what real steps of a small model of ``architecture``'s shape say of
-    each card. Every rank of ``group`` calls it and gets the same.
+    """``profile`` with each card's rates from real steps of a small model of ``architecture``'s
+    shape. Every rank of ``group`` calls it and gets the same profile.
 
-    command: starts a process that takes the trial and writes what it was told to the file whose
-        path is added to it. Where that fails it is told, and the card stays as it is.
+    command: starts a process that runs the trial and writes its result to the file whose path is
+        appended. Where that fails, a line says so and the card stays as it is.
     """
     say = tell if group.is_main else lambda text: None
     say("a few real steps")
     group.barrier()
-    problem, told = _run(command)
+    problem, mine = _run(command)
     ranks = [
-        json.loads(group.broadcast_str(json.dumps([problem, told]), r))
+        json.loads(group.broadcast_str(json.dumps([problem, mine]), r))
         for r in range(group.world_size)
     ]
     cards = list(profile.cards)
@@ -58,21 +58,27 @@ def calibrate(
 def calibrated(
     card: CardProfile, trial: Trial, spec: StrategySpec, architecture: Architecture
 ) -> CardProfile:
-    """``card``, which has its rates, with what is left of ``trial``'s seconds beside them."""
+    """``card`` with the rates that explain the seconds of ``trial`` that its GEMM and
+    dequantisation rates do not.
+    """
     assert card.gemm_flop_per_s is not None, "measured before"
-    own = recipe_of(spec)
-    context = memory.reserve_ranks(own, architecture, card.kind, [memory.ROOMY_BYTES])[0].context
-    tokens = own.size.micro_batch_size * own.size.seq_len
-    work = layer_work(architecture, own.lora, "recompute", own.size.seq_len)
-    known_s = tokens * (work.forward + work.backward) / card.gemm_flop_per_s
+    step_spec = trial_spec(spec)
+    context = memory.reserve_ranks(step_spec, architecture, card.kind, [memory.ROOMY_BYTES])[
+        0
+    ].context
+    tokens = step_spec.size.micro_batch_size * step_spec.size.seq_len
+    work = layer_work(architecture, step_spec.lora, "recompute", step_spec.size.seq_len)
+    gemm_s = tokens * (work.forward + work.backward) / card.gemm_flop_per_s
     if card.dequantise_bytes_per_s:
-        made = 2 * dequantisations(context, MICRO_BATCHES) / MICRO_BATCHES  # there and back
-        known_s += made * weight_bytes(context) / card.dequantise_bytes_per_s
-    beside_s = trial.layer_s - known_s
+        dequantised = (
+            2 * dequantisations(context, MICRO_BATCHES) / MICRO_BATCHES
+        )  # forward and backward
+        gemm_s += dequantised * weight_bytes(context) / card.dequantise_bytes_per_s
+    rest_s = trial.layer_s - gemm_s
     values = tokens * layer_values(architecture)
     return replace(
         card,
-        layer_values_per_s=values / beside_s if beside_s > 0 else None,
+        layer_values_per_s=values / rest_s if rest_s > 0 else None,
         head_flop_per_s=tokens * head_flops(architecture) / trial.head_s if trial.head_s else None,
         overhead_bytes=trial.overhead_bytes or card.overhead_bytes,
         allocator_bytes=trial.allocator_bytes,
@@ -80,13 +86,13 @@ def calibrated(
 
 
 def _run(command: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """What went wrong, or "" and what was told."""
+    """(problem, result): the problem is "" where there is a result."""
     with tempfile.TemporaryDirectory(prefix="fttrain-trial-") as folder:
-        answer = Path(folder) / "answer.json"
+        result = Path(folder) / "answer.json"
         environment = os.environ | {PARENT_PID: str(os.getpid())}
         try:
-            done = subprocess.run(
-                [*command, str(answer)],
+            process = subprocess.run(
+                [*command, str(result)],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
@@ -97,12 +103,12 @@ def _run(command: Sequence[str]) -> tuple[str, dict[str, Any]]:
             )
         except subprocess.TimeoutExpired:
             return "it hangs", {}
-        if done.returncode or not answer.is_file():
-            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            return said[-1].removeprefix("fttrain: error: "), {}
-        return "", json.loads(answer.read_text())
+        if process.returncode or not result.is_file():
+            errors = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
+            return errors[-1].removeprefix("fttrain: error: "), {}
+        return "", json.loads(result.read_text())
 
 
 def python(module: str, *arguments: str) -> list[str]:
-    """The command of ``module`` in a process like this one."""
+    """The command that runs ``module`` with this interpreter."""
     return [sys.executable, "-m", module, *arguments]

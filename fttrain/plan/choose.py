@@ -1,7 +1,8 @@
-"""Which strategy, with which knobs: each candidate's memory and time, the fastest that fits first.
+"""The choice of a strategy and its settings: each candidate's memory and time, the fastest that
+fits first.
 
-What a candidate changes: strategy, resident layers, G, activations, micro-batch (rows of a step
-stay as they are). Everything else is as the configuration says.
+A candidate changes strategy, resident layers, G, activations and the micro-batch (the rows of a
+step stay). Everything else is as configured.
 """
 
 from collections import Counter
@@ -26,16 +27,16 @@ Progress = Callable[[int, int], None]  # (done, total)
 
 @dataclass(frozen=True)
 class Candidate:
-    """What became of a candidate."""
+    """A configuration with its memory, its time, and whether it fits a rig."""
 
     spec: StrategySpec
-    settings: str  # as they are typed
-    memory: tuple[RankMemory, ...] = ()  # empty: the ledger could not even be made
+    settings: str  # as typed on the command line
+    memory: tuple[RankMemory, ...] = ()  # (): the settings do not go together
     host_bytes: int = 0
     time: StepTime | None = None
-    reason: str = ""  # why it does not fit; empty: it does
+    reason: str = ""  # why it does not fit; "" where it fits
     missing_bytes: int = 0  # of the fullest card or of the host
-    confirmed: bool = False  # whether its memory is that of a full run
+    confirmed: bool = False  # whether its memory comes from a full run on fake tensors
 
     @property
     def tokens_per_s(self) -> float:
@@ -47,41 +48,41 @@ class Candidate:
 
 
 def room_bytes(card: CardProfile) -> int:
-    """What a card has for tensors."""
+    """Bytes of a card that tensors can have."""
     return card.memory_bytes - card.beside_bytes
 
 
 def choose(
-    wanted: Sequence[StrategySpec],
+    specs: Sequence[StrategySpec],
     architecture: Architecture,
     rig: RigProfile,
     progress: Progress,
     more_resident: bool = True,
 ) -> list[Candidate]:
-    """The fastest that fits first; then those that do not fit, by what they lack.
+    """Candidates of ``specs``: the fastest that fits first, then those that do not fit, by missing
+    bytes.
 
-    wanted: such as ``candidates``
-    more_resident: whether a stream without resident layers may have as many as there is room for
+    more_resident: whether a stream without resident layers is also tried with as many as fit
 
     Raises UserError for a rate that ``rig`` lacks.
     """
-    total = len(wanted) + 1  # the winner is run in full
-    found = []
-    for done, candidate in enumerate(wanted, start=1):
-        verdict = judge(candidate, architecture, rig)
-        found.append(verdict)
-        own = candidate.strategy
-        if more_resident and (own.name, own.resident_layers) == ("stream", 0):
-            found += _more_resident(verdict, architecture, rig)
+    total = len(specs) + 1  # the winner runs in full as well
+    judged = []
+    for done, spec in enumerate(specs, start=1):
+        candidate = judge(spec, architecture, rig)
+        judged.append(candidate)
+        strategy = spec.strategy
+        if more_resident and (strategy.name, strategy.resident_layers) == ("stream", 0):
+            judged += _more_resident(candidate, architecture, rig)
         progress(done, total)
-    unique = list({verdict.settings: verdict for verdict in found}.values())
-    fitting = [verdict for verdict in unique if verdict.fits]
-    others = [verdict for verdict in unique if not verdict.fits]
-    fitting.sort(key=lambda verdict: -verdict.tokens_per_s)
-    fitting, refused = _first_confirmed(fitting, architecture, rig)
+    unique = list({candidate.settings: candidate for candidate in judged}.values())
+    fitting = [candidate for candidate in unique if candidate.fits]
+    others = [candidate for candidate in unique if not candidate.fits]
+    fitting.sort(key=lambda candidate: -candidate.tokens_per_s)
+    fitting, too_large = _first_confirmed(fitting, architecture, rig)
     progress(total, total)
     others = sorted(
-        others + refused, key=lambda verdict: (not verdict.memory, verdict.missing_bytes)
+        others + too_large, key=lambda candidate: (not candidate.memory, candidate.missing_bytes)
     )
     return fitting + others
 
@@ -89,18 +90,18 @@ def choose(
 def _first_confirmed(
     fitting: list[Candidate], architecture: Architecture, rig: RigProfile
 ) -> tuple[list[Candidate], list[Candidate]]:
-    """``fitting``, the first of which a full run has confirmed, and those that one has refused."""
-    refused: list[Candidate] = []
-    for place, verdict in enumerate(fitting):
-        whole = confirm(verdict, architecture, rig)
-        if whole.fits:
-            return [whole, *fitting[place + 1 :]], refused
-        refused.append(whole)
-    return [], refused
+    """``fitting`` from the first that a full run confirms, and those that one shows not to fit."""
+    too_large: list[Candidate] = []
+    for index, candidate in enumerate(fitting):
+        full = confirm(candidate, architecture, rig)
+        if full.fits:
+            return [full, *fitting[index + 1 :]], too_large
+        too_large.append(full)
+    return [], too_large
 
 
 def candidates(spec: StrategySpec, world_size: int) -> Iterator[StrategySpec]:
-    """The configuration's own first, then all others."""
+    """Variants of ``spec``: itself first, then all others."""
     yield spec
     names = SCHEDULES if world_size > 1 else ("replicate", "stream")
     activations = dict.fromkeys([spec.placement.activations, *POLICIES])
@@ -108,7 +109,7 @@ def candidates(spec: StrategySpec, world_size: int) -> Iterator[StrategySpec]:
         if name == "pipeline" and spec.optim.shard:
             continue
         for rows, steps in _splits(spec):
-            for kept in activations:
+            for policy in activations:
                 for group in ("all", 1) if SCHEDULES[name] == "grouped" and steps > 1 else ("all",):
                     yield replace(
                         spec,
@@ -117,129 +118,134 @@ def candidates(spec: StrategySpec, world_size: int) -> Iterator[StrategySpec]:
                         size=replace(
                             spec.size, micro_batch_size=rows, gradient_accumulation_steps=steps
                         ),
-                        placement=_keeping(spec, kept),
+                        placement=_with_policy(spec, policy),
                     )
 
 
-def _keeping(spec: StrategySpec, kept: str | tuple[str, ...]) -> Placement:
-    if kept == spec.placement.activations:
+def _with_policy(spec: StrategySpec, policy: str | tuple[str, ...]) -> Placement:
+    if policy == spec.placement.activations:
         return spec.placement
-    layer_inputs = spec.placement.layer_inputs if kept == "recompute" else "device"
-    return replace(spec.placement, activations=kept, layer_inputs=layer_inputs)
+    layer_inputs = spec.placement.layer_inputs if policy == "recompute" else "device"
+    return replace(spec.placement, activations=policy, layer_inputs=layer_inputs)
 
 
 def _splits(spec: StrategySpec) -> list[tuple[int, int]]:
-    """(rows of a micro-batch, micro-batches): as it is, halved and doubled."""
+    """(rows of a micro-batch, micro-batches): as configured, halved and doubled."""
     rows, steps = spec.size.micro_batch_size, spec.size.gradient_accumulation_steps
-    found = [(rows, steps)]
+    splits = [(rows, steps)]
     if rows % 2 == 0:
-        found.append((rows // 2, steps * 2))
+        splits.append((rows // 2, steps * 2))
     if steps % 2 == 0:
-        found.append((rows * 2, steps // 2))
-    return found
+        splits.append((rows * 2, steps // 2))
+    return splits
 
 
 def judge(spec: StrategySpec, architecture: Architecture, rig: RigProfile) -> Candidate:
-    """``spec`` on ``rig``: what it takes, whether that is there, how long a step lasts."""
-    settings, kind = written(spec), rig.cards[0].kind
+    """``spec`` on ``rig``: its memory, whether that fits, and the time of a step."""
+    settings, kind = settings_text(spec), rig.cards[0].kind
     rooms = [room_bytes(card) for card in rig.cards]
     try:
-        booked = memory.reserve_ranks(spec, architecture, kind, rooms)
+        reserved = memory.reserve_ranks(spec, architecture, kind, rooms)
     except UserError as error:
         return Candidate(spec, settings, reason=str(error))
-    taken = [memory.reserved_memory(own) for own in booked]
-    if not _lacking(taken, rig)[0]:  # else the ledger alone are too much
-        taken = memory.with_workspace(taken, spec, architecture, kind)
-    reason, missing_bytes = _lacking(taken, rig)
+    ranks = [memory.reserved_memory(rank) for rank in reserved]
+    if not _shortage(ranks, rig)[0]:  # else the reserved parts alone are too much
+        ranks = memory.with_workspace(ranks, spec, architecture, kind)
+    reason, missing_bytes = _shortage(ranks, rig)
     return Candidate(
         spec,
         settings,
-        tuple(taken),
-        memory.host_bytes(taken, kind),
-        step_time(booked, rig),
+        tuple(ranks),
+        memory.host_bytes(ranks, kind),
+        step_time(reserved, rig),
         reason,
         missing_bytes,
     )
 
 
-def reckoned(spec: StrategySpec, architecture: Architecture, rig: RigProfile) -> StepTime:
-    """How long a step of ``spec`` lasts, whether or not it fits. Raises UserError as
-    ``memory.book``, and for a rate that ``rig`` lacks.
+def estimate_step(spec: StrategySpec, architecture: Architecture, rig: RigProfile) -> StepTime:
+    """The time of a step of ``spec``, whether or not it fits. Raises UserError as
+    ``memory.reserve_ranks``, and for a rate that ``rig`` lacks.
     """
     rooms = [room_bytes(card) for card in rig.cards]
     return step_time(memory.reserve_ranks(spec, architecture, rig.cards[0].kind, rooms), rig)
 
 
-def confirm(verdict: Candidate, architecture: Architecture, rig: RigProfile) -> Candidate:
-    """``verdict`` by the memory of one full run."""
+def confirm(candidate: Candidate, architecture: Architecture, rig: RigProfile) -> Candidate:
+    """``candidate`` with the memory of one full run."""
     kind, rooms = rig.cards[0].kind, [room_bytes(card) for card in rig.cards]
-    taken = confirmed(verdict.memory, verdict.spec, architecture, kind, rooms)
-    reason, missing_bytes = _lacking(taken, rig)
+    ranks = confirmed(candidate.memory, candidate.spec, architecture, kind, rooms)
+    reason, missing_bytes = _shortage(ranks, rig)
     return replace(
-        verdict,
-        memory=tuple(taken),
-        host_bytes=memory.host_bytes(taken, kind),
+        candidate,
+        memory=tuple(ranks),
+        host_bytes=memory.host_bytes(ranks, kind),
         reason=reason,
         missing_bytes=missing_bytes,
         confirmed=True,
     )
 
 
-def _lacking(taken: Sequence[RankMemory], rig: RigProfile) -> tuple[str, int]:
-    """Why it does not fit, and what is missing; "" and 0 where it fits."""
-    on_cpu = rig.cards[0].kind == "cpu"  # its ranks have the host's memory, all of them together
-    for own, card in () if on_cpu else zip(taken, rig.cards, strict=True):
-        missing = own.needed_bytes - room_bytes(card)
+def _shortage(ranks: Sequence[RankMemory], rig: RigProfile) -> tuple[str, int]:
+    """Why ``ranks`` do not fit and how many bytes are missing; "" and 0 where they fit."""
+    on_cpu = rig.cards[0].kind == "cpu"  # all ranks together have the host's memory
+    for rank, card in () if on_cpu else zip(ranks, rig.cards, strict=True):
+        missing = rank.needed_bytes - room_bytes(card)
         if missing > 0:
-            parts = [Reservation(*item) for item in own.device.items()]
+            parts = [Reservation(*item) for item in rank.device.items()]
             return (
-                f"card {own.rank}: {gib(own.needed_bytes)} of {gib(room_bytes(card))}: "
+                f"card {rank.rank}: {gib(rank.needed_bytes)} of {gib(room_bytes(card))}: "
                 f"{largest_parts(parts)}",
                 missing,
             )
-    needed = memory.host_bytes(taken, rig.cards[0].kind)
-    there = rig.host.memory_bytes - sum(card.beside_bytes for card in rig.cards if on_cpu)
-    if needed > there:
-        own_parts = Counter(taken[0].shared)
-        for own in taken:
-            own_parts.update({**own.host, **(own.device if on_cpu else {})})
-        parts = [Reservation(*item) for item in own_parts.items()]
-        return f"host: {gib(needed)} of {gib(there)}: {largest_parts(parts)}", needed - there
+    needed = memory.host_bytes(ranks, rig.cards[0].kind)
+    available = rig.host.memory_bytes - sum(card.beside_bytes for card in rig.cards if on_cpu)
+    if needed > available:
+        host_parts = Counter(ranks[0].shared)
+        for rank in ranks:
+            host_parts.update({**rank.host, **(rank.device if on_cpu else {})})
+        parts = [Reservation(*item) for item in host_parts.items()]
+        return (
+            f"host: {gib(needed)} of {gib(available)}: {largest_parts(parts)}",
+            needed - available,
+        )
     return "", 0
 
 
 def _more_resident(
-    verdict: Candidate, architecture: Architecture, rig: RigProfile
+    candidate: Candidate, architecture: Architecture, rig: RigProfile
 ) -> list[Candidate]:
-    """A stream with as many resident layers as the cards have room for, if that is more."""
-    if not verdict.fits:
+    """A stream with as many resident layers as fit; none where that is no more."""
+    if not candidate.fits:
         return []
-    layer_bytes = memory.layer_bytes(verdict.spec, architecture)
+    layer_bytes = memory.layer_bytes(candidate.spec, architecture)
     rooms = [
-        (room_bytes(card) - own.needed_bytes) // layer_bytes
-        for own, card in zip(verdict.memory, rig.cards, strict=True)
+        (room_bytes(card) - rank.needed_bytes) // layer_bytes
+        for rank, card in zip(candidate.memory, rig.cards, strict=True)
     ]
-    fitting = tuple(min(room, architecture.layers) for room in rooms)
-    if not any(fitting):
+    counts = tuple(min(room, architecture.layers) for room in rooms)
+    if not any(counts):
         return []
-    kept = fitting[0] if len(set(fitting)) == 1 else fitting
-    strategy = replace(verdict.spec.strategy, resident_layers=kept)
-    return [judge(replace(verdict.spec, strategy=strategy), architecture, rig)]
+    resident_layers = counts[0] if len(set(counts)) == 1 else counts
+    strategy = replace(candidate.spec.strategy, resident_layers=resident_layers)
+    return [judge(replace(candidate.spec, strategy=strategy), architecture, rig)]
 
 
-def written(spec: StrategySpec) -> str:
-    """What makes a configuration this candidate, as it is typed."""
-    strategy, size, kept = spec.strategy, spec.size, spec.placement.activations
-    said = [f"strategy={strategy.name}"]
+def settings_text(spec: StrategySpec) -> str:
+    """The settings that a candidate may change, as typed on the command line."""
+    strategy, size, policies = spec.strategy, spec.size, spec.placement.activations
+    settings = [f"strategy={strategy.name}"]
     if strategy.resident_layers:
         resident = strategy.resident_layers
-        shown = list(resident) if isinstance(resident, tuple) else resident
-        said.append(f"strategy.resident_layers={str(shown).replace(' ', '')}")
+        layers = list(resident) if isinstance(resident, tuple) else resident
+        settings.append(f"strategy.resident_layers={str(layers).replace(' ', '')}")
     if spec.schedule.kind == "grouped":
-        said.append(f"schedule.micro_batch_group={spec.schedule.micro_batch_group}")
-    said.append(f"activations={kept if isinstance(kept, str) else '[' + ','.join(kept) + ']'}")
+        settings.append(f"schedule.micro_batch_group={spec.schedule.micro_batch_group}")
+    settings.append(
+        f"activations={policies if isinstance(policies, str) else '[' + ','.join(policies) + ']'}"
+    )
     if spec.placement.layer_inputs != "device":
-        said.append(f"layer_inputs={spec.placement.layer_inputs}")
-    said.append(f"loop.micro_batch_size={size.micro_batch_size}")
-    said.append(f"loop.gradient_accumulation_steps={size.gradient_accumulation_steps}")
-    return " ".join(said)
+        settings.append(f"layer_inputs={spec.placement.layer_inputs}")
+    settings.append(f"loop.micro_batch_size={size.micro_batch_size}")
+    settings.append(f"loop.gradient_accumulation_steps={size.gradient_accumulation_steps}")
+    return " ".join(settings)

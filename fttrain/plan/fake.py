@@ -1,8 +1,8 @@
-"""A rank that does not exist: the real strategy, built and stepped on fake tensors.
+"""Memory of one rank's step: the real strategy, built and stepped on fake tensors.
 
-A card is stood in for by the CPU, since fake CUDA tensors need a build with CUDA. What the
-``MemoryLedger`` allocates is host memory and does not count. Collectives go to torch's ``fake``
-backend, which answers at once; bytes are never read, for there are none.
+The CPU stands in for a card, since fake CUDA tensors need a build with CUDA. Buffers of the
+``MemoryLedger`` are host memory and do not count. Collectives go to torch's ``fake`` backend, which
+returns at once; no bytes are ever read.
 """
 
 import functools
@@ -37,19 +37,19 @@ from fttrain.strategy.spec import BuildContext, StepSize
 CPU = torch.device("cpu")
 
 
-class AsksOthers(Exception):
-    """A rank wants figures of the others which are not known yet."""
+class NeedsOtherRanks(Exception):
+    """A rank gathers figures of the other ranks, which are not known yet."""
 
-    def __init__(self, own: list[float]) -> None:
+    def __init__(self, values: list[float]) -> None:
         super().__init__()
-        self.own = own
+        self.values = values
 
 
 @dataclass(frozen=True)
 class PlannedGroup(RankGroup):
-    """A place among ranks that are all at the same point and differ in nothing but ``known``."""
+    """One of several ranks that are all at the same point and differ in ``known`` alone."""
 
-    known: tuple[tuple[float, ...], ...] = ()  # what each rank says in ``gather``
+    known: tuple[tuple[float, ...], ...] = ()  # each rank's values in ``gather``
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -65,8 +65,8 @@ class PlannedGroup(RankGroup):
 
     def gather(self, values: list[float]) -> list[list[float]]:
         if not self.known:
-            raise AsksOthers(values)
-        return [list(own) for own in self.known]
+            raise NeedsOtherRanks(values)
+        return [list(values) for values in self.known]
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         return tensor
@@ -76,7 +76,7 @@ class PlannedGroup(RankGroup):
 
 
 class PlannedLedger(MemoryLedger):
-    """Books, and buffers without memory. ``free_bytes``: of the card that is planned for."""
+    """Reservations, and buffers without memory. ``free_bytes``: of the planned card."""
 
     def __init__(self, group: RankGroup, free_bytes: int, live: LiveBytes | None = None) -> None:
         super().__init__(group)
@@ -93,8 +93,8 @@ class PlannedLedger(MemoryLedger):
             return torch.empty(size_bytes, dtype=torch.uint8)
 
 
-class NoBase:
-    """A ``FrozenBase`` of so many layers whose bytes nobody needs."""
+class EmptyBase:
+    """A ``FrozenBase`` without bytes."""
 
     def __init__(self, layers: int, tied: bool) -> None:
         self._layers, self.tied = layers, tied
@@ -103,7 +103,7 @@ class NoBase:
         return self._layers
 
     def read(self, layer: int, into: Tensor, offset_bytes: int = 0) -> None:
-        """There is nothing to read."""
+        """Leave ``into`` as it is."""
 
     def checksum(self, layer: int) -> None:
         return None
@@ -112,23 +112,23 @@ class NoBase:
         return Path("planned")
 
     def read_end(self, name: str, into: Tensor) -> None:
-        """There is nothing to read."""
+        """Leave ``into`` as it is."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that a rank's tensors took on its device."""
+    """The largest memory of a rank's tensors on its device."""
 
     building_bytes: int
     step_bytes: int
 
 
 def run(context: BuildContext, kind: str) -> Peak:
-    """Build ``context``'s strategy on fake tensors, update it once, so that the optimizer has its
-    state, and step it. ``context`` speaks of the CPU, which stands in for a card of ``kind``; its
-    pool is replaced.
+    """Build the strategy of ``context`` on fake tensors, update it once, so that the optimizer has
+    its state, and step it. The device of ``context`` is the CPU, which stands in for a card of
+    ``kind``; its ledger is replaced.
     """
-    dynamic_code(CPU)  # bitsandbytes makes it with real tensors and keeps it
+    dynamic_code(CPU)  # bitsandbytes makes it of real tensors and caches it
     group = context.group
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with _fake_ranks(group), fake, _FakeBytes(kind=kind) as live:
@@ -137,14 +137,14 @@ def run(context: BuildContext, kind: str) -> Peak:
         )
         page = strategy_page(context.spec.strategy.name)
         model_slice = page.reserve(context)
-        base = NoBase(context.architecture.layers, context.architecture.tied)
+        base = EmptyBase(context.architecture.layers, context.architecture.tied)
         strategy = page.build(context, base, model_slice, lambda done, total: None)
         building_bytes = live.peak
         if isinstance(strategy.update, DeviceUpdate):
             strategy.update.start(1.0, context.spec.optim.lr)
         _, places = strategy.data_parallel
         count = context.spec.size.gradient_accumulation_steps * (group.world_size // places)
-        with live.elsewhere():  # on the host until they are used, and small
+        with live.elsewhere():  # small, and on the host until used
             targets = _chunk_tokens(context)
             batches = [full_batch(context.spec.size, index, targets) for index in range(count)]
         live.start_peak()
@@ -154,7 +154,7 @@ def run(context: BuildContext, kind: str) -> Peak:
 
 
 def _chunk_tokens(context: BuildContext) -> int:
-    """Tokens that fill one chunk of the head, and one more: further chunks take what these take."""
+    """Tokens that fill one chunk of the head, and one more: further chunks need no more memory."""
     form = QuantizedHead if context.spec.placement.lm_head == "quantized" else ResidentHead
     vocabulary = int(context.architecture.config.vocab_size)
     tokens = context.spec.size.micro_batch_tokens
@@ -162,8 +162,8 @@ def _chunk_tokens(context: BuildContext) -> int:
 
 
 def full_batch(size: StepSize, index: int, targets: int | None = None) -> MicroBatch:
-    """A micro-batch of full rows of as many documents as ``size`` says, the first ``targets``
-    tokens with a target, None: all.
+    """A micro-batch of full rows of ``size.row_documents`` documents each; the first ``targets``
+    tokens have a target, None: all.
     """
     tokens = size.micro_batch_size * size.seq_len
     ids = torch.zeros(tokens, dtype=torch.int64)
@@ -177,13 +177,13 @@ def full_batch(size: StepSize, index: int, targets: int | None = None) -> MicroB
 
 
 class _FakeBytes(LiveBytes):
-    """Of fake tensors. What makes no storage is answered here, for the way through
-    ``FakeTensorMode`` is long and most operators need not go it.
+    """Bytes of fake tensors. Operators that make no storage are handled here: ``FakeTensorMode`` is
+    slow, and most operators do not need it.
     """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and asking costs more than an operator
+        return False  # nothing is compiled here, and the check costs more than an operator
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -201,12 +201,12 @@ class _FakeBytes(LiveBytes):
 
 
 def _view(func: Any, args: Any, kwargs: dict[str, Any]) -> FakeTensor:
-    """As ``FakeTensorMode`` makes it, in half the time: nothing is looked up and nothing counted,
-    for its storage is there. Two of three operators of a step are views.
+    """The view as ``FakeTensorMode`` makes it, in half the time: without a look-up and without
+    counting, since its storage exists. Two of three operators of a step are views.
     """
-    whole = args[0]
-    with in_kernel_invocation_manager(whole.fake_mode):
-        return FakeTensor(whole.fake_mode, func(*args, **kwargs), whole.fake_device)
+    base = args[0]
+    with in_kernel_invocation_manager(base.fake_mode):
+        return FakeTensor(base.fake_mode, func(*args, **kwargs), base.fake_device)
 
 
 @functools.cache
@@ -221,8 +221,8 @@ def _is_view(func: Any) -> bool:
 
 @functools.cache
 def _written(func: Any) -> int | str | None:
-    """The argument that ``func`` writes into and returns as it is (``add_``, ``out=``): its place,
-    or its name where it has none. None: it may return something else.
+    """The argument that ``func`` writes into and returns (``add_``, ``out=``): its index, or its
+    name where it is keyword-only. None: ``func`` may return something else.
     """
     schema = func._schema
     if len(schema.returns) != 1 or schema.name in ("aten::resize_", "aten::set_"):
@@ -230,9 +230,9 @@ def _written(func: Any) -> int | str | None:
     alias = schema.returns[0].alias_info
     if alias is None or not alias.is_write:
         return None
-    for place, argument in enumerate(schema.arguments):
+    for index, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            return argument.name if argument.kwarg_only else place
+            return argument.name if argument.kwarg_only else index
     return None
 
 

@@ -1,6 +1,4 @@
-"""What a link means: seconds of a step over each one that was measured, by the plan's own model of
-time.
-"""
+"""Seconds of a step over each measured link, by the plan's own model of time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +15,7 @@ from fttrain.strategy.config import SCHEDULES, StrategyConfig
 from fttrain.strategy.spec import StrategySpec
 from fttrain.util.errors import UserError
 
-COMPARED = ("replicate", "shard", "pipeline")  # beside the configured one
+COMPARED = ("replicate", "shard", "pipeline")  # besides the configured one
 
 
 @dataclass(frozen=True)
@@ -25,48 +23,51 @@ class StrategySteps:
     """A strategy's step over each of some links."""
 
     strategy: str
-    seconds: tuple[float | None, ...]  # None: a link that lacks what the strategy does
-    fits: bool  # as far as its books go
+    seconds: tuple[float | None, ...]  # None: the link lacks a collective of the strategy
+    fits: bool  # by its reservations
 
 
 def steps(
     spec: StrategySpec, architecture: Architecture, rig: RigProfile, links: Sequence[LinkProfile]
 ) -> list[StrategySteps]:
-    """The configured strategy first; those that cannot be reserved for ``rig`` are left out."""
-    found = []
-    for own in _recipes(spec):
+    """Steps of the configured strategy first, then of others; those that do not go with the
+    settings are left out.
+    """
+    compared = []
+    for variant in _variants(spec):
         rooms = [room_bytes(card) for card in rig.cards]
         try:
-            booked = memory.reserve_ranks(own, architecture, rig.cards[0].kind, rooms)
+            reserved = memory.reserve_ranks(variant, architecture, rig.cards[0].kind, rooms)
         except UserError:
             continue
-        taken = (memory.reserved_memory(one).booked_bytes for one in booked)
-        fits = all(size <= room for size, room in zip(taken, rooms, strict=True))
-        alone = (replace(rig, links=(link,)) for link in links)
-        seconds = tuple(_seconds(booked, over) for over in alone)
-        found.append(StrategySteps(own.strategy.name, seconds, fits))
-    return found
+        needed = (memory.reserved_memory(rank).reserved_device_bytes for rank in reserved)
+        fits = all(size <= room for size, room in zip(needed, rooms, strict=True))
+        link_rigs = (replace(rig, links=(link,)) for link in links)
+        seconds = tuple(_seconds(reserved, link_rig) for link_rig in link_rigs)
+        compared.append(StrategySteps(variant.strategy.name, seconds, fits))
+    return compared
 
 
 def step_table(
     spec: StrategySpec, architecture: Architecture, rig: RigProfile
 ) -> ReportTable | None:
-    """For people; None where no link was measured, or nothing can be said of any."""
+    """The table of ``steps``; None where no link was measured, or none covers a strategy."""
     links = [link for link in rig.links if not link.wrong]
-    found = steps(spec, architecture, rig, links) if links else []
+    compared = steps(spec, architecture, rig, links) if links else []
     rows = [
         [
-            f"strategy={one.strategy}" + ("" if one.fits else " (does not fit)"),
-            *("-" if second is None else f"{second:.3f}" for second in one.seconds),
+            f"strategy={strategy_steps.strategy}"
+            + ("" if strategy_steps.fits else " (does not fit)"),
+            *("-" if second is None else f"{second:.3f}" for second in strategy_steps.seconds),
         ]
-        for one in found
-        if any(one.seconds)
+        for strategy_steps in compared
+        if any(strategy_steps.seconds)
     ]
     if not rows:
         return None
     size = spec.size
     below = (
-        f"As `fttrain plan` reckons: {size.gradient_accumulation_steps} micro-batches of "
+        f"As `fttrain plan` computes: {size.gradient_accumulation_steps} micro-batches of "
         f"{size.micro_batch_size} rows of {size.seq_len:,} tokens a rank, the other settings as "
         "configured. What compute hides takes no time."
     )
@@ -74,11 +75,11 @@ def step_table(
         "A step over each link",
         ["seconds a step", *(link.transport for link in links)],
         rows,
-        "\n".join([below, *_savings(found, links)]),
+        "\n".join([below, *_savings(compared, links)]),
     )
 
 
-def _recipes(spec: StrategySpec) -> Iterator[StrategySpec]:
+def _variants(spec: StrategySpec) -> Iterator[StrategySpec]:
     if spec.strategy.name in SCHEDULES:
         yield spec
     for name in COMPARED:
@@ -89,24 +90,26 @@ def _recipes(spec: StrategySpec) -> Iterator[StrategySpec]:
         yield replace(spec, strategy=StrategyConfig(name), schedule=ScheduleConfig(group, kind))
 
 
-def _seconds(booked: Sequence[ReservedRank], rig: RigProfile) -> float | None:
+def _seconds(reserved: Sequence[ReservedRank], rig: RigProfile) -> float | None:
     try:
-        return step_time(booked, rig).seconds
+        return step_time(reserved, rig).seconds
     except UserError:
         return None
 
 
-def _savings(found: Sequence[StrategySteps], links: Sequence[LinkProfile]) -> list[str]:
-    """What the link as it comes saves beside each slower one."""
-    usual, *others = links
+def _savings(compared: Sequence[StrategySteps], links: Sequence[LinkProfile]) -> list[str]:
+    """A line for each link that is slower than the default: the part of a step that the default
+    saves.
+    """
+    default, *others = links
     lines = []
-    for one in (one for one in found if one.fits):
-        first_s, *others_s = one.seconds
+    for strategy_steps in (strategy_steps for strategy_steps in compared if strategy_steps.fits):
+        first_s, *others_s = strategy_steps.seconds
         for other, second in zip(others, others_s, strict=True):
             if first_s is not None and second is not None and second > first_s:
                 saved = (second - first_s) / second
                 lines.append(
-                    f"{usual.transport} ({usual.seen}) saves {saved:.1%} of a step of "
-                    f"strategy={one.strategy} beside {other.transport} ({other.seen})."
+                    f"{default.transport} ({default.seen}) saves {saved:.1%} of a step of "
+                    f"strategy={strategy_steps.strategy} beside {other.transport} ({other.seen})."
                 )
     return lines

@@ -1,7 +1,7 @@
-"""Bytes that tensors hold, counted as operators make and drop them: real tensors or fake ones.
+"""Bytes of live tensors, real or fake, counted as operators make and drop them.
 
-What a kernel takes inside itself is not seen; all that goes in and comes out is. The one that takes
-much, attention's backward on a GPU, counts by formula.
+The workspace inside a kernel is not seen, only its inputs and outputs. The one large workspace, of
+attention's backward on a GPU, is counted by formula.
 """
 
 import weakref
@@ -18,12 +18,11 @@ from fttrain.model.attention_op import cuda_backward_bytes
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators made and that something still holds."""
+    """Bytes of the storages that operators made and that are still referenced."""
 
     def __init__(self, device_type: str | None = None, kind: str | None = None) -> None:
-        """``device_type``: of the only tensors that count, such as cuda; None: all do.
-        ``kind``: of the device whose kernels run, where the CPU stands in for it; None: that of
-        their tensors.
+        """device_type: only tensors of this type count, such as cuda; None: all.
+        kind: the device whose kernels the CPU stands in for; None: that of the tensors.
         """
         super().__init__()
         self.now = self.peak = 0
@@ -33,9 +32,7 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
-        """What is made inside the block lies in other memory: neither it nor any view of it
-        counts.
-        """
+        """Count nothing inside the block: its tensors and their views lie in other memory."""
         self._counts = False
         try:
             yield
@@ -43,24 +40,24 @@ class LiveBytes(TorchDispatchMode):
             self._counts = True
 
     def start_peak(self) -> None:
-        """The peak begins anew with what is held now."""
+        """Reset the peak to the bytes that are live now."""
         self.peak = self.now
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in (made,) if isinstance(made, Tensor) else tree_leaves(made):
+        result = func(*args, **(kwargs or {}))
+        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 if id(storage) not in self._seen:
                     here = self._device_type in (None, tensor.device.type)
                     self._count(storage, storage.nbytes() if self._counts and here else 0)
         self.peak = max(self.peak, self.now + self._inside_bytes(func, args))
-        return made
+        return result
 
     def _inside_bytes(self, func: Any, args: Any) -> int:
-        """What ``func`` took beside its arguments and its result, and gave back."""
+        """Bytes of the workspace of ``func`` besides its arguments and its result."""
         if func is not torch.ops.fttrain.varlen_attention_backward.default:
             return 0
         _, q, k, _, _, _, lengths, *_ = args
@@ -70,11 +67,11 @@ class LiveBytes(TorchDispatchMode):
         return cuda_backward_bytes(tokens, len(lengths), heads, k.shape[1], width, q.dtype.itemsize)
 
     def _count(self, storage: torch.UntypedStorage, size_bytes: int) -> None:
-        place = id(storage)
+        key = id(storage)
 
         def gone(_: Any) -> None:
             self.now -= size_bytes
-            del self._seen[place]
+            del self._seen[key]
 
         self.now += size_bytes
-        self._seen[place] = weakref.ref(storage, gone)
+        self._seen[key] = weakref.ref(storage, gone)

@@ -1,8 +1,8 @@
-"""What a run takes of each card and of the host, part by part, before anything is loaded.
+"""Memory of a run on each card and on the host, part by part, before anything is loaded.
 
-reserved       by the strategy's own page, exactly, for the whole model
-workspace    what the real step takes on fake tensors (``fake.run``) beyond what is reserved: with a
-             few layers and micro-batches, and from there on straight lines
+reserved     exact, by the strategy's own page, for the whole model
+workspace    memory of the real step on fake tensors (``fake.run``) beyond the reserved parts: run
+             with a few layers and micro-batches, extrapolated along straight lines from there
 """
 
 import copy
@@ -17,7 +17,7 @@ import torch
 from fttrain.memory.parts import Location, MemoryPart
 from fttrain.model.decoder import Architecture
 from fttrain.plan import fake
-from fttrain.plan.fake import AsksOthers, PlannedGroup, PlannedLedger
+from fttrain.plan.fake import NeedsOtherRanks, PlannedGroup, PlannedLedger
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.schedule.pipeline_p2p import AHEAD
 from fttrain.store.activations import UNDER_WAY
@@ -27,12 +27,12 @@ from fttrain.strategy.model_slice import ModelSlice
 from fttrain.strategy.spec import BuildContext, StrategySpec
 
 STANDS_FOR_GROUPED = StrategyConfig("stream")
-ROOMY_BYTES = 1 << 50  # of a card that everything fits: a small model is divided evenly
+ROOMY_BYTES = 1 << 50  # a card that holds everything: a small model is divided evenly
 
 
 @dataclass(frozen=True)
 class ReservedRank:
-    """One rank's plan, reserved, and its part of the model."""
+    """One rank's context with its reservations, and its part of the model."""
 
     context: BuildContext
     model_slice: ModelSlice
@@ -43,9 +43,9 @@ class RankMemory:
     """Bytes of one rank, by part."""
 
     rank: int
-    layers: int  # that it computes
+    layers: int  # computed by the rank
     device: dict[MemoryPart, int]
-    host: dict[MemoryPart, int]  # its own
+    host: dict[MemoryPart, int]  # of this rank
     shared: dict[MemoryPart, int]  # in host memory, once for all ranks of the machine
 
     @property
@@ -53,36 +53,36 @@ class RankMemory:
         return sum(self.device.values())
 
     @property
-    def booked_bytes(self) -> int:
-        """Of the device, what a run refuses to start without."""
+    def reserved_device_bytes(self) -> int:
+        """Device bytes that must be free before a run starts."""
         return self.device_bytes - self.device.get(MemoryPart.WORKSPACE, 0)
 
     @property
     def needed_bytes(self) -> int:
-        """Of the device: the peak, and no less than what is reserved."""
-        return max(self.device_bytes, self.booked_bytes)
+        """Device bytes that the rank needs: the peak, and no less than the reserved parts."""
+        return max(self.device_bytes, self.reserved_device_bytes)
 
 
 def host_bytes(ranks: Sequence[RankMemory], kind: str) -> int:
-    """Host memory of all ``ranks`` together; of CPUs what stands for cards is part of it."""
-    own = sum(sum(rank.host.values()) for rank in ranks)
+    """Host memory of all ``ranks`` together; with CPUs, device parts are host memory as well."""
+    total = sum(sum(rank.host.values()) for rank in ranks)
     if kind == "cpu":
-        own += sum(rank.needed_bytes for rank in ranks)
-    return own + sum(ranks[0].shared.values())
+        total += sum(rank.needed_bytes for rank in ranks)
+    return total + sum(ranks[0].shared.values())
 
 
 def reserve_ranks(
     spec: StrategySpec, architecture: Architecture, kind: str, free_bytes: Sequence[int]
 ) -> list[ReservedRank]:
-    """For each rank; ``free_bytes``: what each one's card has for it.
+    """Reserve the memory of each rank. ``free_bytes``: of each rank's card.
 
     Raises UserError for settings that do not go together, and where a pipeline's stage does not
-    hold its part.
+    fit its card.
     """
     frozen_format = _frozen_format(spec, architecture)
     page = strategy_page(spec.strategy.name)
 
-    def booked(rank: int, known: tuple[tuple[float, ...], ...] = ()) -> ReservedRank:
+    def reserve(rank: int, known: tuple[tuple[float, ...], ...] = ()) -> ReservedRank:
         group = PlannedGroup(rank, len(free_bytes), rank, torch.device(kind), known=known)
         ledger = PlannedLedger(group, free_bytes[rank])
         context = BuildContext(spec, group, architecture, frozen_format, ledger)
@@ -90,22 +90,22 @@ def reserve_ranks(
 
     ranks = range(len(free_bytes))
     try:
-        return [booked(rank) for rank in ranks]
-    except AsksOthers:  # a pipeline's stages are balanced by what all of them say
-        known = tuple(_said(booked, rank) for rank in ranks)
-    return [booked(rank, known) for rank in ranks]
+        return [reserve(rank) for rank in ranks]
+    except NeedsOtherRanks:  # a pipeline's stages are balanced by figures of all ranks
+        known = tuple(_gathered(reserve, rank) for rank in ranks)
+    return [reserve(rank, known) for rank in ranks]
 
 
-def _said(booked: Any, rank: int) -> tuple[float, ...]:
+def _gathered(reserve: Any, rank: int) -> tuple[float, ...]:
     try:
-        booked(rank, ())
-    except AsksOthers as asked:
-        return tuple(asked.own)
+        reserve(rank, ())
+    except NeedsOtherRanks as error:
+        return tuple(error.values)
     raise AssertionError("every rank asks, or none")
 
 
 def layer_bytes(spec: StrategySpec, architecture: Architecture) -> int:
-    """Of one frozen layer."""
+    """Bytes of one frozen layer."""
     return _frozen_format(spec, architecture).layout.size_bytes
 
 
@@ -114,37 +114,35 @@ def _frozen_format(spec: StrategySpec, architecture: Architecture) -> FrozenForm
     return architecture.frozen_format(spec.quant, dtype)
 
 
-def reserved_memory(booked: ReservedRank) -> RankMemory:
-    """All that is reserved on a rank."""
+def reserved_memory(reserved: ReservedRank) -> RankMemory:
+    """The reservations of a rank as its memory."""
     parts: dict[str, dict[MemoryPart, int]] = {location.value: {} for location in Location}
-    for reservation in booked.context.ledger.reservations:
+    for reservation in reserved.context.ledger.reservations:
         parts[reservation.location.value][reservation.part] = reservation.size_bytes
-    return RankMemory(booked.context.group.rank, len(booked.model_slice.layers), **parts)
+    return RankMemory(reserved.context.group.rank, len(reserved.model_slice.layers), **parts)
 
 
 def with_workspace(
-    booked: Sequence[RankMemory], spec: StrategySpec, architecture: Architecture, kind: str
+    ranks: Sequence[RankMemory], spec: StrategySpec, architecture: Architecture, kind: str
 ) -> list[RankMemory]:
-    """``reserved`` and what kernels and what they pass on take beside it."""
-    together = _together(spec, len(booked))
-    workspaces = Workspaces.of(spec, architecture, kind, len(booked))
+    """``ranks`` with the workspace of kernels and of the tensors between them."""
+    together = _together(spec, len(ranks))
+    workspaces = Workspaces.of(spec, architecture, kind, len(ranks))
     return [
         replace(
-            own,
+            rank,
             device={
-                **own.device,
-                MemoryPart.WORKSPACE: workspaces.at(own.rank, own.layers, together),
+                **rank.device,
+                MemoryPart.WORKSPACE: workspaces.at(rank.rank, rank.layers, together),
             },
         )
-        for own in booked
+        for rank in ranks
     ]
 
 
 @dataclass(frozen=True)
 class _Lines:
-    """Bytes as they grow with layers, with micro-batches that pass a layer together, and with one
-    for each of the other.
-    """
+    """Bytes as a bilinear function of layers and of micro-batches that pass a layer together."""
 
     start: float
     of_layer: float
@@ -158,39 +156,45 @@ class _Lines:
 
 @dataclass(frozen=True)
 class Workspaces:
-    """What a rank's step takes beyond its books: less than nothing where parts that are reserved
-    are not there at the same time.
+    """Bytes of a rank's step beyond its reservations: negative where reserved parts never exist at
+    the same time.
     """
 
-    by_policy: tuple[tuple[_Lines, ...], ...]  # of each, the first, a middle and the last rank
+    by_policy: tuple[
+        tuple[_Lines, ...], ...
+    ]  # for each policy: the first, a middle and the last rank
     world_size: int
 
     def at(self, rank: int, layers: int, micro_batches: int) -> int:
-        """Of ``rank``: that of its hungriest policy."""
-        place = 0 if rank == 0 else -1 if rank == self.world_size - 1 else 1
-        return max(lines[place].at(layers, micro_batches) for lines in self.by_policy)
+        """Workspace of ``rank``: that of the policy that needs most."""
+        index = 0 if rank == 0 else -1 if rank == self.world_size - 1 else 1
+        return max(lines[index].at(layers, micro_batches) for lines in self.by_policy)
 
     @staticmethod
     def of(
         spec: StrategySpec, architecture: Architecture, kind: str, world_size: int
     ) -> "Workspaces":
-        """Measured on small models of the same shape.
+        """Workspaces measured on small models of the same shape.
 
-        What strategies of ``grouped`` differ in is reserved: one stands for all of them.
+        Strategies with the ``grouped`` schedule differ in their reservations alone: one stands for
+        all of them.
         """
         strategy = spec.strategy if spec.strategy.name == "pipeline" else STANDS_FOR_GROUPED
         together = _together(spec, world_size)
 
         def alone(policy: str) -> StrategySpec:
-            own = replace(spec, strategy=strategy, placement=_only(spec, policy))
-            # More micro-batches are extrapolated: steps that differ in their number alone are one.
-            count = together if strategy.name == "pipeline" else min(together, _few(own) + 1)
-            return replace(own, size=replace(spec.size, gradient_accumulation_steps=count))
+            policy_spec = replace(spec, strategy=strategy, placement=_only(spec, policy))
+            # More micro-batches are extrapolated: specs that differ in their number share one cache
+            # entry.
+            count = (
+                together if strategy.name == "pipeline" else min(together, _few(policy_spec) + 1)
+            )
+            return replace(policy_spec, size=replace(spec.size, gradient_accumulation_steps=count))
 
         policies = dict.fromkeys(spec.placement.policies(architecture.layers))
         return Workspaces(
             tuple(
-                _of_ranks(alone(policy), _Shape(architecture.config), kind, world_size)
+                _rank_lines(alone(policy), _Shape(architecture.config), kind, world_size)
                 for policy in policies
             ),
             world_size,
@@ -219,8 +223,8 @@ class _Shape:
 
 
 def _plain(config: Any, layers: int) -> dict[str, Any]:
-    found: dict[str, Any] = with_layers(config, layers).to_dict()
-    return found
+    fields: dict[str, Any] = with_layers(config, layers).to_dict()
+    return fields
 
 
 def with_layers(config: Any, layers: int) -> Any:
@@ -234,47 +238,51 @@ def with_layers(config: Any, layers: int) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _of_ranks(spec: StrategySpec, shape: _Shape, kind: str, world_size: int) -> tuple[_Lines, ...]:
-    """Of the first, a middle and the last rank. ``spec``: one policy for all layers."""
+def _rank_lines(
+    spec: StrategySpec, shape: _Shape, kind: str, world_size: int
+) -> tuple[_Lines, ...]:
+    """Lines of the first, a middle and the last rank. ``spec``: one policy for all layers."""
     if spec.strategy.name != "pipeline":
-        one = _of_rank(spec, shape, kind, world_size, 0)  # ranks differ in nothing
-        return (one,) * min(world_size, 3)
+        lines = _lines_of_rank(spec, shape, kind, world_size, 0)  # all ranks are alike
+        return (lines,) * min(world_size, 3)
     ranks = sorted({0, 1, world_size - 1} & set(range(world_size)))
-    return tuple(_of_rank(spec, shape, kind, world_size, rank) for rank in ranks)
+    return tuple(_lines_of_rank(spec, shape, kind, world_size, rank) for rank in ranks)
 
 
-def _of_rank(spec: StrategySpec, shape: _Shape, kind: str, world_size: int, rank: int) -> _Lines:
+def _lines_of_rank(
+    spec: StrategySpec, shape: _Shape, kind: str, world_size: int, rank: int
+) -> _Lines:
     pipeline = spec.strategy.name == "pipeline"
     together = spec.size.gradient_accumulation_steps
     few = together if pipeline else min(together, _few(spec))
     shallow = _shallow(spec)
     counts = (few, few + 1) if together > few else (few,)
     points = [(layers, count) for count in counts for layers in (shallow, shallow + 1)]
-    found = []
+    measured = []
     for layers, micro_batches in points:
         size = replace(spec.size, gradient_accumulation_steps=micro_batches)
         a = Architecture(with_layers(shape.config, layers * (world_size if pipeline else 1)))
-        own = replace(spec, size=size)
-        context = reserve_ranks(own, a, "cpu", [ROOMY_BYTES] * world_size)[rank].context
-        found.append(beyond_reserved(context, kind))
-    grow = together > few  # else nothing is asked of other numbers of micro-batches
+        point_spec = replace(spec, size=size)
+        context = reserve_ranks(point_spec, a, "cpu", [ROOMY_BYTES] * world_size)[rank].context
+        measured.append(beyond_reserved(context, kind))
+    grow = together > few  # else no other number of micro-batches is needed
     rows = [[1, layers, grow * count, grow * layers * count] for layers, count in points]
-    solved, *_ = np.linalg.lstsq(np.array(rows, float), np.array(found, float), rcond=None)
+    solved, *_ = np.linalg.lstsq(np.array(rows, float), np.array(measured, float), rcond=None)
     return _Lines(*(float(value) for value in solved))
 
 
 def _shallow(spec: StrategySpec) -> int:
-    """Layers, of a pipeline those of a stage, from which on memory grows evenly: the first and the
-    last one keep other things than those between. With ``offload`` a pipeline's stage has the
-    tensors of two under way as it turns round.
+    """The number of layers (of a pipeline: of a stage) from which on memory grows evenly. The first
+    and the last layer hold other tensors than those between. With ``offload`` a pipeline's stage
+    has the tensors of two layers in flight where forward turns into backward.
     """
     offloads = spec.placement.activations == "offload"
     return 3 if spec.strategy.name == "pipeline" and offloads else 2
 
 
 def _together(spec: StrategySpec, stages: int) -> int:
-    """Micro-batches of a rank's step as far as memory knows them: those of a group, and of a
-    pipeline as many as fill it and open all the receives that it opens ahead.
+    """Micro-batches of a rank's step that matter to memory: those of a group; for a pipeline as
+    many as fill it and post all the receives that it posts ahead.
     """
     steps = spec.size.gradient_accumulation_steps
     if spec.strategy.name == "pipeline":
@@ -283,7 +291,7 @@ def _together(spec: StrategySpec, stages: int) -> int:
 
 
 def evenly_from(spec: StrategySpec, layers: int, world_size: int) -> int:
-    """Micro-batches of a rank's step from which on memory is that of the lines."""
+    """Micro-batches of a rank's step from which on the lines give its memory."""
     together = _together(spec, world_size)
     if spec.strategy.name == "pipeline":
         return together
@@ -293,15 +301,15 @@ def evenly_from(spec: StrategySpec, layers: int, world_size: int) -> int:
 
 
 def _few(spec: StrategySpec) -> int:
-    """Micro-batches from which on memory grows evenly: with ``offload`` as many as have tensors on
-    the device that leave or come back.
+    """Micro-batches from which on memory grows evenly: with ``offload`` as many as have transfers
+    in flight.
     """
     return UNDER_WAY + 2 if spec.placement.activations == "offload" else 1
 
 
 def beyond_reserved(context: BuildContext, kind: str) -> int:
-    """What the step of ``context``, on the CPU in place of a card of ``kind``, takes beyond what is
-    reserved on the device.
+    """Bytes of the step of ``context`` beyond its device reservations. Its device is the CPU, which
+    stands in for a card of ``kind``.
     """
     peak = fake.run(context, kind)
     taken = max(peak.step_bytes, peak.building_bytes) if kind == "cpu" else peak.step_bytes

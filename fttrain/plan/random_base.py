@@ -1,4 +1,4 @@
-"""A frozen base of any shape without a checkpoint: random codes, scales of a usual size."""
+"""A frozen base of any shape without a checkpoint: random codes, typical scales."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from fttrain.quant.checksum import checksum
 from fttrain.quant.frozen_layer import FrozenFormat
 
-SCALE = 0.05  # of a block of weights: NF4 codes reach from -1 to 1
-DEVIATION = 0.02  # of the embedding and of the head
+SCALE = 0.05  # absmax of a block of weights: NF4 codes lie between -1 and 1
+DEVIATION = 0.02  # standard deviation of the embedding and of the head
 ENDS = ("embedding", "final_norm", "head")
-STEP = 0x0101_0101_0101_0101  # from a layer's words to the next layer's: 1 in every byte
-PIECE = 1 << 24  # values of an end that are drawn; a billion of them would take half a minute
-MOST_LAYERS = 255  # 255 times STEP may leave a byte as it is
+STEP = 0x0101_0101_0101_0101  # added to each word from layer to layer: 1 in every byte
+PIECE = 1 << 24  # values drawn for an end, then repeated: a billion would take half a minute
+MOST_LAYERS = 255  # more layers would repeat a byte
 
 
 class RandomBase:
@@ -21,8 +21,8 @@ class RandomBase:
     the packed weights, in wrapping 64-bit integers.
 
     Any two layers differ in each of these bytes, so a wrong or a half-filled slot fails the check
-    of its sum, and other weights give another loss; yet one copy is kept, and filling a slot costs
-    little more than copying it.
+    of its sum, and other weights give another loss. Still there is only one copy, and filling a
+    slot costs little more than copying it.
     """
 
     tied = False
@@ -60,7 +60,9 @@ class RandomBase:
         return self._layers
 
     def read(self, layer: int, into: Tensor, offset_bytes: int = 0) -> None:
-        """As ``FrozenBase``; ``offset_bytes`` and the length are multiples of 8."""
+        """Fill ``into``, as ``FrozenBase.read``; ``offset_bytes`` and the length are multiples of
+        8.
+        """
         into.copy_(self._flat[offset_bytes : offset_bytes + len(into)])
         for begin, end in self._packed:
             part = into[max(begin - offset_bytes, 0) : max(end - offset_bytes, 0)]
@@ -75,7 +77,7 @@ class RandomBase:
         return Path("random")
 
     def read_end(self, name: str, into: Tensor) -> None:
-        """The same on every rank, whichever ends it has: one piece, again and again."""
+        """Fill ``into`` alike on every rank, whichever ends it has: one piece, repeated."""
         if name == "final_norm":
             into.fill_(1)
             return
@@ -87,5 +89,5 @@ class RandomBase:
 
 
 def _wrapped(value: int) -> int:
-    """As int64."""
+    """``value`` wrapped to int64."""
     return (value + 2**63) % 2**64 - 2**63

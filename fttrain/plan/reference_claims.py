@@ -1,33 +1,33 @@
-"""What others publish of the memory that fine-tuning takes, beside what it takes here."""
+"""Published figures of the memory of fine-tuning, compared with the memory it takes here."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fttrain.memory.parts import MemoryPart
-from fttrain.plan.sizes import SizeEstimate, SizeQuestion
+from fttrain.plan.sizes import SizeEstimate, SizeRequest
 from fttrain.util.units import GIB
 
-TOLERANCE = 0.05  # a card that lacks more than this of what is needed runs out of memory
+TOLERANCE = 0.05  # of the needed bytes: a card that lacks more runs out of memory
 LOW, RIGHT, HIGH = "too low", "right", "too high"
-CARD = "GB card"  # said to be enough; cards are sold by GiB
+CARD = "GB card"  # a card that is claimed to suffice; cards are sold by GiB
 UNITS = {"GB": 10**9, "GiB": GIB, CARD: GIB}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A published figure, and how it is read."""
+    """A published figure, and the request that it is compared with."""
 
-    who: str
+    publisher: str
     source: str
-    question: SizeQuestion  # the model, the method and the settings that it is read for
+    request: SizeRequest  # the model, the method and the settings that the figure is for
     value: float
     unit: str = "GB"
-    if_low: str = ""  # why, should it be too low
-    if_high: str = ""  # why, should it be too high
-    by_torch: bool = False  # measured as torch counts: without the context
+    if_low: str = ""  # the reason where the figure is too low
+    if_high: str = ""  # the reason where the figure is too high
+    by_torch: bool = False  # measured by torch's allocator: without the context
 
     @property
-    def said(self) -> str:
+    def figure(self) -> str:
         return f"{self.value:g} {self.unit}"
 
     @property
@@ -35,28 +35,28 @@ class Claim:
         return self.value * UNITS[self.unit]
 
     def parts(self, need: SizeEstimate) -> dict[MemoryPart, int]:
-        """What of ``need`` it speaks of."""
-        left_out = {MemoryPart.CONTEXT} if self.by_torch else set()
-        return {part: size for part, size in need.card.items() if part not in left_out}
+        """The parts of ``need`` that the figure covers."""
+        excluded = {MemoryPart.CONTEXT} if self.by_torch else set()
+        return {part: size for part, size in need.card.items() if part not in excluded}
 
     def shown(self, size_bytes: float) -> str:
-        """``size_bytes`` in its unit."""
+        """``size_bytes`` in the claim's unit."""
         unit = "GiB" if self.unit == CARD else self.unit
         return f"{size_bytes / UNITS[unit]:.1f} {unit}"
 
 
 @dataclass(frozen=True)
 class ClaimVerdict:
-    """What a claim amounts to."""
+    """The result of comparing a claim."""
 
     word: str  # LOW, RIGHT or HIGH
     why: str
-    needed: str  # here, in the claim's unit
+    needed: str  # memory needed here, in the claim's unit
 
 
 def judge(claim: Claim, need: SizeEstimate) -> ClaimVerdict:
-    """``claim`` beside what is needed: right within TOLERANCE; a card is right where it suffices,
-    with whatever room to spare.
+    """Compare ``claim`` with the needed memory: right within TOLERANCE; a card is right where it
+    suffices, however much is to spare.
     """
     parts = claim.parts(need)
     needed_bytes = sum(parts.values())
@@ -71,9 +71,9 @@ def judge(claim: Claim, need: SizeEstimate) -> ClaimVerdict:
             HIGH, _joined(f"{difference} more than all parts", claim.if_high), needed
         )
     largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
-    told = ", ".join(f"{part.label} {claim.shown(size_bytes)}" for part, size_bytes in largest)
+    shares = ", ".join(f"{part.label} {claim.shown(size_bytes)}" for part, size_bytes in largest)
     return ClaimVerdict(
-        LOW, _joined(f"{difference} short; it takes {told} ...", claim.if_low), needed
+        LOW, _joined(f"{difference} short; it takes {shares} ...", claim.if_low), needed
     )
 
 
@@ -82,17 +82,19 @@ def _joined(figures: str, reason: str) -> str:
 
 
 def _several(
-    who: str,
+    publisher: str,
     source: str,
     method: str,
-    said: dict[str, float],
+    figures: dict[str, float],
     if_low: str = "",
     if_high: str = "",
-    place: str = "whole",
+    scenario: str = "whole",
 ) -> Iterable[Claim]:
-    """Figures in GB for models, read alike."""
-    for model, value in said.items():
-        yield Claim(who, source, SizeQuestion(model, method, place), value, "GB", if_low, if_high)
+    """Claims in GB for several models with the same settings."""
+    for model, value in figures.items():
+        yield Claim(
+            publisher, source, SizeRequest(model, method, scenario), value, "GB", if_low, if_high
+        )
 
 
 THUMB = ("rule of thumb", "repeated in many guides, without a source")
@@ -152,21 +154,21 @@ CLAIMS = (
         "QLoRA",
         {"Llama-3.1-8B": 6, "Llama-3.1-70B": 41},
         "frozen base, embedding and head are nearly all of it",
-        place="frugal",
+        scenario="frugal",
     ),
     *_several(*UNSLOTH, "LoRA", {"Llama-3.1-8B": 22, "Llama-3.1-70B": 164}, WEIGHTS_ALONE, ROUNDED),
-    Claim(*PAPER, SizeQuestion("LLaMA-65B", "QLoRA", seq_len=512, r=64), 48, CARD),
+    Claim(*PAPER, SizeRequest("LLaMA-65B", "QLoRA", seq_len=512, r=64), 48, CARD),
     Claim(
         *PAPER,
-        SizeQuestion("LLaMA-33B", "QLoRA", seq_len=512, r=64),
+        SizeRequest("LLaMA-33B", "QLoRA", seq_len=512, r=64),
         24,
         CARD,
         "the paper pages the optimizer's moments to the host for it",
     ),
-    Claim(*ANSWER_AI, SizeQuestion("Llama-3.1-70B", "QLoRA", "two"), 24, CARD),
+    Claim(*ANSWER_AI, SizeRequest("Llama-3.1-70B", "QLoRA", "two"), 24, CARD),
     Claim(
         *TORCHTUNE,
-        SizeQuestion("Llama-3.1-8B", "QLoRA", rows=2, r=8),
+        SizeRequest("Llama-3.1-8B", "QLoRA", rows=2, r=8),
         7.4,
         "GiB",
         BF16_ADAPTERS,

@@ -1,9 +1,9 @@
-"""The rig that is planned for: measured on this machine, shipped by name, or a file."""
+"""The rig of a plan: measured on this machine, shipped by name, or a file."""
 
 from pathlib import Path
 
 from fttrain.rig.machine import identity
-from fttrain.rig.profile import RigProfile, kept_profile, load_profile
+from fttrain.rig.profile import RigProfile, load_profile, measured_profile_path
 from fttrain.rig.profile_drift import changes, is_here
 from fttrain.track.metrics import Warn, to_stderr
 from fttrain.util.errors import UserError
@@ -19,15 +19,15 @@ def find_rig(
     ranks: int | None = None,
     warn: Warn = to_stderr,
 ) -> RigProfile:
-    """What ``rig.profile`` names.
+    """The profile that ``rig.profile`` names.
 
     Args:
-        cache_dir: as frozen.cache_dir.
-        ranks: that will train: of profiles that were measured here, theirs is taken; None: that of
-            the most.
-        warn: takes a line for each thing for which the figures may not be this machine's.
+        cache_dir: as frozen.cache_dir. ranks: the ranks of the run: chooses among the profiles
+        measured here; None: the profile with
+            the most ranks.
+        warn: called with a line for each reason for which the figures may not be this machine's.
 
-    Raises UserError where there is none, and where ``measured`` would be another machine's.
+    Raises UserError where there is none, and where ``measured`` is of another machine.
     """
     if profile == MEASURED:
         return _measured(cache_dir, ranks, warn)
@@ -35,11 +35,11 @@ def find_rig(
         return load_profile(_folder() / f"{profile}.json")
     path = Path(profile).expanduser()
     if path.suffix == ".json" or path.exists():
-        found = load_profile(path)
-        _flag(found, warn)
-        return found
-    near = nearest(profile, shipped())
-    advice = f"did you mean {near}? " if near else ""
+        rig = load_profile(path)
+        _flag(rig, warn)
+        return rig
+    suggestion = nearest(profile, shipped())
+    advice = f"did you mean {suggestion}? " if suggestion else ""
     raise UserError(
         f"rig.profile={profile}: no such rig; {advice}There are: {MEASURED}, "
         f"{', '.join(shipped())}, or the path of a profile"
@@ -52,30 +52,30 @@ def shipped() -> list[str]:
 
 
 def _measured(cache_dir: str | None, ranks: int | None, warn: Warn) -> RigProfile:
-    path = kept_profile(cache_dir, ranks)
+    path = measured_profile_path(cache_dir, ranks)
     if path is None:
         raise UserError(
             f"rig.profile={MEASURED}: this machine has not been measured; `fttrain measure` does "
             f"it, or take one of {', '.join(shipped())}"
         )
-    found = load_profile(path)
-    if found.measured is not None and not is_here(found):
+    rig = load_profile(path)
+    if rig.measured is not None and not is_here(rig):
         raise UserError(
-            f"rig.profile={MEASURED}: {path} is of machine {found.measured.machine} "
-            f"({found.name}, {found.measured.date}), this is {identity()}; `fttrain measure` "
+            f"rig.profile={MEASURED}: {path} is of machine {rig.measured.machine} "
+            f"({rig.name}, {rig.measured.date}), this is {identity()}; `fttrain measure` "
             f"measures it, or rig.profile={path} plans for the other one"
         )
-    _flag(found, warn)
-    if ranks not in (None, len(found.cards)):
+    _flag(rig, warn)
+    if ranks not in (None, len(rig.cards)):
         warn(
-            f"rig {found.name} was measured with {len(found.cards)} ranks, launch= has {ranks}: "
+            f"rig {rig.name} was measured with {len(rig.cards)} ranks, launch= has {ranks}: "
             "`fttrain measure` with the same launch= measures theirs"
         )
-    return found
+    return rig
 
 
 def _flag(rig: RigProfile, warn: Warn) -> None:
-    """Say what makes its figures doubtful."""
+    """Warn of each reason to doubt the figures of ``rig``."""
     if rig.measured is None:
         return
     if not is_here(rig):

@@ -1,11 +1,11 @@
-"""What a model of a size takes of a card and of the host, by method and by where its parts lie.
+"""Memory of models of common sizes on a card and on the host, by method and by scenario.
 
-QLoRA and LoRA: as a run books it and as its real step takes it (``memory``). What a run refuses to
-start without counts, also where not all of it is taken at the same time.
+QLoRA and LoRA: the reservations of a run and the workspace of its real step (``memory``). Every
+reserved part counts, also where not all of them exist at the same time.
 
 Full fine-tuning, which is not done here: by formula. The bytes of a parameter are those of mixed
-precision with Adam (Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054, section 3.1); what a step
-takes beside them is that of LoRA without its base and its adapters.
+precision with Adam (Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054, section 3.1). The rest of a
+step is that of LoRA without its base and its adapters.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,8 +34,8 @@ METHODS = (*QUANT, *FULL)
 
 
 @dataclass(frozen=True)
-class SizePlace:
-    """Where a model's parts lie. QLoRA and LoRA run so."""
+class SizeScenario:
+    """A way to place a model's parts, with the settings with which QLoRA and LoRA run so."""
 
     strategy: str
     cards: int
@@ -45,27 +45,27 @@ class SizePlace:
 
 _ON_HOST = Placement(layer_inputs="host", embedding="host", lm_head="host")
 _OFFLOADED = OptimConfig(offload=True)
-PLACES = {
-    # All on one card, layers recomputed: what is meant where nothing else is said
-    "whole": SizePlace("replicate", 1, Placement(), OptimConfig()),
-    # The same, but layer inputs on the host, and moments in 8 bits
-    "frugal": SizePlace(
+SCENARIOS = {
+    # All on one card, layers recomputed: the default of published figures
+    "whole": SizeScenario("replicate", 1, Placement(), OptimConfig()),
+    # As before, but layer inputs on the host and moments in 8 bits
+    "frugal": SizeScenario(
         "replicate", 1, Placement(layer_inputs="host"), OptimConfig(kind="adamw8bit")
     ),
-    # Two cards share the layers; whatever else can be in host memory is there
-    "two": SizePlace("shard", 2, _ON_HOST, _OFFLOADED),
-    # The layers are in host memory, too
-    "least": SizePlace("stream", 1, _ON_HOST, _OFFLOADED),
+    # Two cards share the layers; everything else that can lie in host memory does
+    "two": SizeScenario("shard", 2, _ON_HOST, _OFFLOADED),
+    # The layers lie in host memory as well
+    "least": SizeScenario("stream", 1, _ON_HOST, _OFFLOADED),
 }
 
 
 @dataclass(frozen=True)
-class SizeQuestion:
-    """What is asked for: a model, a method, a place, and the work of a step."""
+class SizeRequest:
+    """A model, a method, a scenario, and the work of a step."""
 
     model: str  # a name in shapes
     method: str  # of METHODS
-    place: str = "whole"  # of PLACES
+    scenario: str = "whole"  # of SCENARIOS
     rows: int = 1  # of a micro-batch
     seq_len: int = SEQ_LEN
     r: int = 16  # of LoRA, on all linears
@@ -84,26 +84,26 @@ class SizeEstimate:
 
 
 def estimate_sizes(
-    questions: Iterable[SizeQuestion], progress: Callable[[int, int], None]
-) -> dict[SizeQuestion, SizeEstimate]:
-    """What each takes. ``progress``: (done, total)."""
-    unique = list(dict.fromkeys(questions))
-    found = {}
-    for done, question in enumerate(unique, start=1):
-        found[question] = estimate_size(question)
+    requests: Iterable[SizeRequest], progress: Callable[[int, int], None]
+) -> dict[SizeRequest, SizeEstimate]:
+    """The estimate of each request. ``progress``: (done, total)."""
+    unique = list(dict.fromkeys(requests))
+    estimates = {}
+    for done, request in enumerate(unique, start=1):
+        estimates[request] = estimate_size(request)
         progress(done, len(unique))
-    return found
+    return estimates
 
 
-def estimate_size(question: SizeQuestion) -> SizeEstimate:
-    """What ``question`` asks for."""
-    if question.method in FULL:
-        return _full(question)
-    place, a = PLACES[question.place], shapes.architecture(question.model)
-    spec = _recipe(question, place)
-    rooms = [memory.ROOMY_BYTES] * place.cards
+def estimate_size(request: SizeRequest) -> SizeEstimate:
+    """The memory of ``request``."""
+    if request.method in FULL:
+        return _full(request)
+    scenario, a = SCENARIOS[request.scenario], shapes.architecture(request.model)
+    spec = _spec(request, scenario)
+    rooms = [memory.ROOMY_BYTES] * scenario.cards
     ranks = [memory.reserved_memory(rank) for rank in memory.reserve_ranks(spec, a, "cuda", rooms)]
-    # Ranks of these strategies differ in nothing: one is run on fake tensors, for all places alike.
+    # Ranks of these strategies are alike: one runs on fake tensors, for all of them.
     [first] = memory.with_workspace(ranks[:1], spec, a, "cuda")
     card = first.device | {
         MemoryPart.WORKSPACE: max(0, first.device[MemoryPart.WORKSPACE]),
@@ -112,49 +112,49 @@ def estimate_size(question: SizeQuestion) -> SizeEstimate:
     return SizeEstimate(card, memory.host_bytes(ranks, "cuda"))
 
 
-def _recipe(question: SizeQuestion, place: SizePlace) -> StrategySpec:
+def _spec(request: SizeRequest, scenario: SizeScenario) -> StrategySpec:
     return StrategySpec(
-        StrategyConfig(place.strategy),
-        QuantConfig(QUANT[question.method], dequant="tile"),
-        LoraConfig(r=question.r),
-        place.optim,
+        StrategyConfig(scenario.strategy),
+        QuantConfig(QUANT[request.method], dequant="tile"),
+        LoraConfig(r=request.r),
+        scenario.optim,
         ScheduleConfig(),
-        place.placement,
+        scenario.placement,
         FrozenConfig(),
-        StepSize(question.rows, question.seq_len),
+        StepSize(request.rows, request.seq_len),
         "bfloat16",
         seed=0,
     )
 
 
-def _full(question: SizeQuestion) -> SizeEstimate:
-    """By formula.
+def _full(request: SizeRequest) -> SizeEstimate:
+    """Full fine-tuning, by formula.
 
-    whole    all of a parameter's bytes on the card
-    two      half of them on each (ZeRO stage 3), and two layers' weights, gathered
+    whole    all bytes of a parameter on the card
+    two      half of them on each card (ZeRO stage 3), and two layers' gathered weights
     least    weights on the card, the rest on the host (Ren et al. 2021, ZeRO-Offload, arXiv
-             2101.06840), and gradients of two layers or of a table on their way there
+             2101.06840), and gradients of two layers or of a table in transfer
     """
-    a = shapes.architecture(question.model)
-    lora = estimate_size(replace(question, method="LoRA", place="whole"))
-    count, each = shapes.parameters(a), FULL[question.method]
+    a = shapes.architecture(request.model)
+    lora = estimate_size(replace(request, method="LoRA", scenario="whole"))
+    count, of_parameter = shapes.parameters(a), FULL[request.method]
     two_layers = 2 * shapes.layer_parameters(a)
     table = int(a.config.vocab_size) * a.hidden
-    states = {part: size * count for part, size in each.items()}
-    host_bytes = lora.host_bytes  # buffers that weights are loaded through
-    if question.place == "two":
+    states = {part: size * count for part, size in of_parameter.items()}
+    host_bytes = lora.host_bytes  # buffers for loading weights
+    if request.scenario == "two":
         states = {part: size_bytes // 2 for part, size_bytes in states.items()}
-        states[MemoryPart.SLOTS] = each[WEIGHTS] * two_layers
+        states[MemoryPart.SLOTS] = of_parameter[WEIGHTS] * two_layers
         host_bytes *= 2
-    elif question.place == "least":
+    elif request.scenario == "least":
         host_bytes += sum(states.values()) - states[WEIGHTS]
-        on_their_way = each[GRADIENTS] * max(two_layers, table)
-        states = {WEIGHTS: states[WEIGHTS], GRADIENTS: on_their_way}
+        in_transfer = of_parameter[GRADIENTS] * max(two_layers, table)
+        states = {WEIGHTS: states[WEIGHTS], GRADIENTS: in_transfer}
     return SizeEstimate(states | _step(lora), host_bytes)
 
 
 def _step(lora: SizeEstimate) -> dict[MemoryPart, int]:
-    """What a step takes beside what is trained and what is frozen."""
+    """Memory of a step besides trained and frozen weights."""
     model = {
         MemoryPart.FROZEN_LAYERS,
         MemoryPart.EMBEDDING,
@@ -165,5 +165,5 @@ def _step(lora: SizeEstimate) -> dict[MemoryPart, int]:
 
 
 def context_bytes() -> int:
-    """What a card has taken before the first tensor, as shipped profiles allow for."""
+    """Bytes of a card before the first tensor, as shipped profiles allow for."""
     return find_rig("one_24gb").cards[0].overhead_bytes or 0

@@ -1,4 +1,4 @@
-"""``fttrain plan --table``: what sizes of models take, beside what others publish."""
+"""``fttrain plan --table``: memory of models of common sizes, beside published figures."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -13,15 +13,15 @@ from fttrain.plan.sizes import (
     METHODS,
     SEQ_LEN,
     SizeEstimate,
-    SizeQuestion,
+    SizeRequest,
     context_bytes,
     estimate_sizes,
 )
 from fttrain.util.units import GIB, gib
 
-SHOWN = {"whole": "one card", "two": "two, each", "least": "least"}  # place -> column
+SHOWN = {"whole": "one card", "two": "two, each", "least": "least"}  # scenario -> column
 STYLES = {LOW: "red", RIGHT: "green", HIGH: "yellow"}
-NAMES = {  # part of a card -> as it is shown, in this order
+NAMES = {  # part of a card -> row of the table, in this order; several parts share a row
     MemoryPart.FROZEN_LAYERS: "frozen base",
     MemoryPart.EMBEDDING: "embedding and head",
     MemoryPart.HEAD: "embedding and head",
@@ -37,7 +37,7 @@ NAMES = {  # part of a card -> as it is shown, in this order
     MemoryPart.CONTEXT: "context, libraries",
 }
 
-Needs = Mapping[SizeQuestion, SizeEstimate]
+Needs = Mapping[SizeRequest, SizeEstimate]
 
 
 def show(
@@ -46,11 +46,11 @@ def show(
     models: Sequence[str] = tuple(shapes.SHAPES),
     claims: Sequence[Claim] = CLAIMS,
 ) -> None:
-    """Reckons and prints the tables of ``models`` and ``claims``. ``progress``: (done, total)."""
-    wanted = [
-        SizeQuestion(m, method, place) for m in models for method in METHODS for place in SHOWN
+    """Compute and print the tables of ``models`` and ``claims``. ``progress``: (done, total)."""
+    requests = [
+        SizeRequest(m, method, scenario) for m in models for method in METHODS for scenario in SHOWN
     ]
-    needs = estimate_sizes([*wanted, *(claim.question for claim in claims)], progress)
+    needs = estimate_sizes([*requests, *(claim.request for claim in claims)], progress)
     console.print(sizes_table(models, claims, needs))
     for method in METHODS:
         console.print(parts_table(models, method, needs))
@@ -59,7 +59,7 @@ def show(
 
 def sizes_table(models: Sequence[str], claims: Sequence[Claim], needs: Needs) -> Table:
     """A line for each model and method; GiB of a card and of the host."""
-    found = Table(
+    table = Table(
         title=f"GiB of memory, rows of {SEQ_LEN:,} tokens one by one, LoRA r=16 on all linears",
         title_justify="left",
         caption=(
@@ -75,29 +75,29 @@ def sizes_table(models: Sequence[str], claims: Sequence[Claim], needs: Needs) ->
         ),
         caption_justify="left",
     )
-    found.add_column("model", no_wrap=True)
-    found.add_column("method", no_wrap=True)
+    table.add_column("model", no_wrap=True)
+    table.add_column("method", no_wrap=True)
     for name in SHOWN.values():
-        found.add_column(name, justify="right")
-        found.add_column("host", justify="right", style="dim")
-    found.add_column("published")
+        table.add_column(name, justify="right")
+        table.add_column("host", justify="right", style="dim")
+    table.add_column("published")
     for model in models:
         for method in METHODS:
             figures = []
-            for place in SHOWN:
-                need = needs[SizeQuestion(model, method, place)]
+            for scenario in SHOWN:
+                need = needs[SizeRequest(model, method, scenario)]
                 figures += [f"{need.card_bytes / GIB:.1f}", f"{need.host_bytes / GIB:.1f}"]
-            of_these = (
-                c for c in claims if (c.question.model, c.question.method) == (model, method)
+            published = (
+                c for c in claims if (c.request.model, c.request.method) == (model, method)
             )
             name = model if method == METHODS[0] else ""
-            found.add_row(name, method, *figures, _said(of_these))
-        found.add_section()
-    return found
+            table.add_row(name, method, *figures, _figures(published))
+        table.add_section()
+    return table
 
 
-def _said(claims: Iterable[Claim]) -> str:
-    """Their figures, each once, by unit."""
+def _figures(claims: Iterable[Claim]) -> str:
+    """The figures of ``claims``, each once, by unit."""
     by_unit: dict[str, list[str]] = {}
     for claim in claims:
         values = by_unit.setdefault(claim.unit, [])
@@ -107,31 +107,31 @@ def _said(claims: Iterable[Claim]) -> str:
 
 
 def parts_table(models: Sequence[str], method: str, needs: Needs) -> Table:
-    """Where the memory of one card goes that has everything."""
+    """Memory of one card that holds everything, by part."""
     title = f"{method} on one card, GiB" + (", by formula" if method in FULL else "")
-    found = Table("", *map(shapes.size, models), title=title, title_justify="left")
-    for column in found.columns[1:]:
+    table = Table("", *map(shapes.size, models), title=title, title_justify="left")
+    for column in table.columns[1:]:
         column.justify = "right"
-    cards = [_named(needs[SizeQuestion(model, method)].card) for model in models]
+    cards = [_named(needs[SizeRequest(model, method)].card) for model in models]
     for part in cards[0]:
-        found.add_row(part, *(f"{card[part] / GIB:.2f}" for card in cards))
-    found.add_section()
-    found.add_row("together", *(f"{sum(card.values()) / GIB:.2f}" for card in cards))
-    return found
+        table.add_row(part, *(f"{card[part] / GIB:.2f}" for card in cards))
+    table.add_section()
+    table.add_row("together", *(f"{sum(card.values()) / GIB:.2f}" for card in cards))
+    return table
 
 
 def _named(card: Mapping[MemoryPart, int]) -> dict[str, int]:
-    """``card``'s parts as they are shown."""
-    found: dict[str, int] = {}
+    """Bytes of ``card`` by row of the table."""
+    rows: dict[str, int] = {}
     for part in sorted(card, key=list(NAMES).index):
-        found[NAMES[part]] = found.get(NAMES[part], 0) + card[part]
-    return found
+        rows[NAMES[part]] = rows.get(NAMES[part], 0) + card[part]
+    return rows
 
 
 def claims_table(claims: Sequence[Claim], needs: Needs) -> Table:
     """A line for each published figure, and where it comes from."""
-    sources = dict.fromkeys((claim.who, claim.source) for claim in claims)
-    found = Table(
+    sources = dict.fromkeys((claim.publisher, claim.source) for claim in claims)
+    table = Table(
         "published by",
         "for",
         "says",
@@ -139,36 +139,36 @@ def claims_table(claims: Sequence[Claim], needs: Needs) -> Table:
         "verdict",
         title=f"published; right: within {TOLERANCE:.0%} of what it takes, a card: it suffices",
         title_justify="left",
-        caption="\n".join(f"{who}: {source}" for who, source in sources),
+        caption="\n".join(f"{publisher}: {source}" for publisher, source in sources),
         caption_justify="left",
     )
-    for column in found.columns[2:4]:
+    for column in table.columns[2:4]:
         column.justify = "right"
     for claim in claims:
-        verdict = judge(claim, needs[claim.question])
+        verdict = judge(claim, needs[claim.request])
         why = f": {verdict.why}" if verdict.why else ""
         style = STYLES[verdict.word]
-        found.add_row(
-            claim.who,
+        table.add_row(
+            claim.publisher,
             _reading(claim),
-            claim.said,
+            claim.figure,
             verdict.needed,
             f"[{style}]{verdict.word}[/]{why}",
         )
-    return found
+    return table
 
 
 def _reading(claim: Claim) -> str:
-    """What ``claim`` is read for, where it is not what the tables are made for."""
-    asked, usual = claim.question, SizeQuestion(claim.question.model, claim.question.method)
-    places = {**SHOWN, "frugal": "inputs of layers on the host, 8-bit moments"}
-    said = [f"{asked.method} {asked.model}"]
-    if asked.place != usual.place:
-        said.append(places[asked.place])
-    if (asked.rows, asked.seq_len) != (usual.rows, usual.seq_len):
-        said.append(f"{asked.rows} x {asked.seq_len}")
-    if asked.r != usual.r and asked.method not in FULL:
-        said.append(f"r={asked.r}")
+    """The request of ``claim`` in words: what differs from the tables' settings."""
+    request, default = claim.request, SizeRequest(claim.request.model, claim.request.method)
+    names = {**SHOWN, "frugal": "inputs of layers on the host, 8-bit moments"}
+    texts = [f"{request.method} {request.model}"]
+    if request.scenario != default.scenario:
+        texts.append(names[request.scenario])
+    if (request.rows, request.seq_len) != (default.rows, default.seq_len):
+        texts.append(f"{request.rows} x {request.seq_len}")
+    if request.r != default.r and request.method not in FULL:
+        texts.append(f"r={request.r}")
     if claim.by_torch:
-        said.append("without context")
-    return ", ".join(said)
+        texts.append("without context")
+    return ", ".join(texts)

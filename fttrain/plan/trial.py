@@ -1,5 +1,5 @@
-"""A few real steps of a small model of the same shape: what a layer and the head take on this
-device beside their GEMMs, and what a process takes before its first tensor.
+"""A few real steps of a small model of the same shape: the time of a layer and of the head on this
+device outside GEMMs, and the memory of a process before its first tensor.
 """
 
 from dataclasses import dataclass, replace
@@ -28,19 +28,18 @@ BUDGET_S = 4.0  # of each median; timing.py takes a few runs at least
 
 @dataclass(frozen=True)
 class Trial:
-    """What was measured. Seconds of one micro-batch."""
+    """The measured figures. Seconds are those of one micro-batch."""
 
-    layer_s: float  # forward, recomputed, backward
+    layer_s: float  # forward, recompute, backward
     head_s: float  # loss and its gradient, every token a target
-    overhead_bytes: int | None = None  # of host memory, of a process on the CPU; None elsewhere
-    # That torch's allocator on a GPU held beyond live tensors: what it rounds up and cannot give
-    # out again, and workspaces of libraries; with them the kernels that the steps had loaded. None
-    # elsewhere
+    overhead_bytes: int | None = None  # host memory of a process on the CPU; None elsewhere
+    # Bytes that torch's allocator on a GPU held beyond live tensors (rounding, fragments,
+    # workspaces of libraries), and the kernels loaded by the steps; None elsewhere
     allocator_bytes: int | None = None
 
 
-def recipe_of(spec: StrategySpec) -> StrategySpec:
-    """``spec``'s shapes, everything on the device and nothing that another rank is needed for."""
+def trial_spec(spec: StrategySpec) -> StrategySpec:
+    """``spec`` with everything on the device, and without any need of another rank."""
     return replace(
         spec,
         strategy=StrategyConfig("replicate"),
@@ -51,37 +50,37 @@ def recipe_of(spec: StrategySpec) -> StrategySpec:
     )
 
 
-def take(spec: StrategySpec, config: Any, device: torch.device) -> Trial:
-    """Of ``recipe_of(recipe)`` with a model of the shape of transformers' ``config``.
+def run_trial(spec: StrategySpec, config: Any, device: torch.device) -> Trial:
+    """Measure ``trial_spec(spec)`` with a model of the shape of transformers' ``config``.
 
-    Ranks that share a device or a host take it at the same time.
+    Ranks that share a device or a host call it at the same time.
     """
-    spec = recipe_of(spec)
+    spec = trial_spec(spec)
     architecture = Architecture(with_layers(config, LAYERS))
     dtype: torch.dtype = getattr(torch, spec.dtype)
     frozen_format = architecture.frozen_format(spec.quant, dtype)
     alone = RankGroup(0, 1, 0, device)
     on_cpu = device.type == "cpu"
-    beside_bytes = 0
+    earlier_bytes = 0
     if not on_cpu:
         torch.cuda.reset_peak_memory_stats(device)
-        beside_bytes = beside_allocator_bytes(device)
+        earlier_bytes = beside_allocator_bytes(device)
     with LiveBytes(device.type) as live:
-        blueprint = StrategyBuilder(spec, architecture, frozen_format, alone)
-        strategy = blueprint.build(RandomBase(LAYERS, frozen_format), lambda done, total: None)
+        builder = StrategyBuilder(spec, architecture, frozen_format, alone)
+        strategy = builder.build(RandomBase(LAYERS, frozen_format), lambda done, total: None)
         _step(strategy, spec, None)
     if on_cpu:
         held_bytes = peak_host_bytes()
     else:
-        loaded_bytes = beside_allocator_bytes(device) - beside_bytes
+        loaded_bytes = beside_allocator_bytes(device) - earlier_bytes
         held_bytes = torch.cuda.max_memory_reserved(device) + loaded_bytes
     beyond_bytes = held_bytes - live.peak
-    # With a single target there is next to nothing to do behind the layers.
+    # With a single target the head takes next to no time.
     layers_s = median_s(lambda: _step(strategy, spec, 1), device, BUDGET_S)
-    whole_s = median_s(lambda: _step(strategy, spec, None), device, BUDGET_S)
+    full_s = median_s(lambda: _step(strategy, spec, None), device, BUDGET_S)
     return Trial(
         layers_s / (LAYERS * MICRO_BATCHES),
-        max(0.0, whole_s - layers_s) / MICRO_BATCHES,
+        max(0.0, full_s - layers_s) / MICRO_BATCHES,
         overhead_bytes=beyond_bytes if on_cpu else None,
         allocator_bytes=None if on_cpu else beyond_bytes,
     )

@@ -1,5 +1,5 @@
-"""What a layer computes and moves, in FLOPs and bytes: exact for the linears, by formula for
-attention (``tests/schedule/test_flops.py`` counts the same on fake tensors).
+"""FLOPs and bytes of a layer: exact for the linears, by formula for attention
+(``tests/schedule/test_flops.py`` counts the same on fake tensors).
 """
 
 import math
@@ -24,10 +24,10 @@ class LayerWork:
 
 
 def layer_work(a: Architecture, lora: LoraConfig, policy: str, seq_len: int) -> LayerWork:
-    """With rows of ``seq_len`` tokens, each one document.
+    """FLOPs of a layer with rows of ``seq_len`` tokens, each one document.
 
-    Backward has gradients of the inputs and of A and B, none of a frozen weight; A's projections
-    are made again; ``recompute`` runs the layer first, without ``down`` and its B.
+    Backward computes gradients of the inputs and of A and B, none of a frozen weight, and A's
+    projections again. ``recompute`` first runs the layer without ``down`` and its B.
     """
     frozen = lora_a = lora_b = 0
     targets = target_indices(a.groups, lora)
@@ -50,8 +50,8 @@ def layer_work(a: Architecture, lora: LoraConfig, policy: str, seq_len: int) -> 
 
 
 def layer_values(a: Architecture) -> int:
-    """That a layer's forward writes for one token: both residuals and what their norms make; q, k,
-    v; attention's output; gate, up and their product. What is not a GEMM grows with them.
+    """Values that a layer's forward writes for one token: both residuals and their norms; q, k, v;
+    attention's output; gate, up and their product. The time outside GEMMs grows with them.
     """
     attention = a.heads * a.head_dim
     qkv = attention + 2 * a.kv_heads * a.head_dim
@@ -59,25 +59,25 @@ def layer_values(a: Architecture) -> int:
 
 
 def head_flops(a: Architecture) -> float:
-    """Of a token: its logits, and the gradient of what was projected."""
+    """FLOPs of one token in the head: logits, and the gradient of the hidden state."""
     return 2.0 * 2 * a.hidden * int(a.config.vocab_size)
 
 
 def weight_bytes(context: BuildContext) -> int:
-    """A layer's linears in the compute dtype: what dequantising one makes."""
+    """Bytes of a layer's linears in the compute dtype, as dequantised."""
     shapes = context.frozen_format.groups.values()
     return sum(math.prod(group.shape) for group in shapes) * context.dtype.itemsize
 
 
 def dequantisations(context: BuildContext, micro_batches: int) -> int:
-    """Of a layer in a pass of so many micro-batches."""
+    """Dequantisations of a layer in a pass of ``micro_batches``."""
     if not context.spec.quant.is_quantised:
         return 0
     return 1 if context.spec.quant.dequant == "layer" else micro_batches
 
 
 def head_dequantised_bytes(context: BuildContext) -> int:
-    """What a head in 4 bits makes of its table for one micro-batch: all of it, twice a chunk."""
+    """Bytes that a head in 4 bits dequantises for one micro-batch: its table, twice a chunk."""
     if context.spec.placement.lm_head != "quantized":
         return 0
     size = context.spec.size

@@ -1,5 +1,5 @@
-"""How fast a device computes: GEMMs at a model's shapes, dequantisation, its own memory; and the
-update of adapters on the host.
+"""Rates of a device: GEMMs at a model's shapes, dequantisation, memory; and the rate of the
+adapters' update on the host.
 
 Legend: N tokens of a micro-batch.
 """
@@ -16,13 +16,13 @@ from fttrain.util.units import MIB
 
 COPY_BYTES = {"cuda": 512 * MIB, "cpu": 128 * MIB}  # far above any cache
 
-ADAMW_VALUES = 1 << 23  # with both moments and the gradient 128 MiB: not in a cache either
+ADAMW_VALUES = 1 << 23  # 128 MiB with both moments and the gradient: above any cache, too
 
 
 def gemm_flop_per_s(
     shapes: Sequence[tuple[int, int]], tokens: int, dtype: torch.dtype, device: torch.device
 ) -> float:
-    """Of the GEMMs that a layer consists of, those of forward and those of the inputs' gradients.
+    """FLOP/s of a layer's GEMMs, forward and gradients of the inputs.
 
     ``shapes``: (out, in) of each frozen weight. A GEMM is 2 * N * out * in FLOP, and frozen weights
     have no gradient of their own.
@@ -43,7 +43,7 @@ def gemm_flop_per_s(
 
 
 def dequantise_bytes_per_s(frozen_format: FrozenFormat, device: torch.device) -> float | None:
-    """Bytes of weights in the model's dtype that are made out of 4 bits, over a whole layer, scales
+    """Bytes/s of weights in the model's dtype, dequantised from 4 bits over a whole layer, scales
     included. None for a base that is not quantised.
     """
     if not frozen_format.quant.is_quantised:
@@ -53,7 +53,7 @@ def dequantise_bytes_per_s(frozen_format: FrozenFormat, device: torch.device) ->
     values = sum(rows * columns for rows, columns in _shapes(frozen_format))
 
     def layer() -> None:
-        frozen = FrozenLayer(flat, frozen_format)  # one that has nothing dequantised yet
+        frozen = FrozenLayer(flat, frozen_format)  # a new one: nothing is dequantised yet
         for group in frozen_format.groups:
             frozen.weight(group)
 
@@ -61,14 +61,14 @@ def dequantise_bytes_per_s(frozen_format: FrozenFormat, device: torch.device) ->
 
 
 def memory_bytes_per_s(device: torch.device) -> float:
-    """Bytes read and written by a large copy on the device; of a CPU, by this rank's threads."""
+    """Bytes/s read and written by a large copy on the device; on a CPU, by this rank's threads."""
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     return 2 * source.nbytes / median_s(lambda: target.copy_(source), device)
 
 
 def adamw_values_per_s() -> float:
-    """fp32 values that the CPU updates, by this rank's threads, as ``optim.offload`` does."""
+    """fp32 values/s that this rank's CPU threads update, as with ``optim.offload``."""
     values = torch.nn.Parameter(torch.ones(ADAMW_VALUES))
     values.grad = torch.full_like(values, 1e-3)
     optimizer = torch.optim.AdamW([values], fused=True)

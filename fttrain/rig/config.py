@@ -9,16 +9,16 @@ BACKENDS = ("auto", "nccl", "gloo")
 
 @dataclass(frozen=True)
 class RigConfig:
-    """Where the ranks compute."""
+    """The device, threads and backend of a rank, and the profile for plans."""
 
     device: str = "auto"  # auto (a GPU a rank if there is one) | cpu | cuda
     threads: int | None = None  # CPU threads of a rank; None: cores / ranks of this machine
-    # how ranks talk: auto (nccl between GPUs, gloo between CPUs) | nccl | gloo (also between GPUs,
-    # through host memory; ranks may share a GPU)
+    # backend of collectives: auto (nccl between GPUs, gloo between CPUs) | nccl | gloo (also
+    # between GPUs, through host memory; ranks may share a GPU)
     backend: str = "auto"
     link_s: float = 60.0  # seconds in which `fttrain measure` tries sizes over each transport
-    # what `fttrain plan` reckons with: measured (by `fttrain measure`, on this machine) | a name in
-    # conf/rig/profiles/ | path of a profile
+    # the profile that `fttrain plan` uses: measured (by `fttrain measure`, on this machine) | a
+    # name in conf/rig/profiles/ | path of a profile
     profile: str = "measured"
 
     def __post_init__(self) -> None:

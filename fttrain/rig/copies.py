@@ -1,6 +1,6 @@
 """Copies between a card and the host, from page-locked memory and from pageable memory.
 
-Ranks measure together: each card by itself while the others rest, then all of them at once.
+Ranks take turns, each card alone while the others rest; then all cards copy at once.
 """
 
 import functools
@@ -15,17 +15,17 @@ from fttrain.rig.timing import elapsed_s, median_s
 from fttrain.util.units import MIB
 
 COPY_BYTES = 256 * MIB
-COPIES = 8  # queued one after the other where directions or cards run beside each other
+COPIES = 8  # queued one after the other where directions or cards copy concurrently
 
 
 @dataclass(frozen=True)
-class _Way:
-    """One direction."""
+class _Copy:
+    """A copy in one direction."""
 
     target: Tensor
     source: Tensor
 
-    def copy(self) -> None:
+    def start(self) -> None:
         self.target.copy_(self.source, non_blocking=True)
 
 
@@ -36,16 +36,18 @@ def copy_rates(group: RankGroup, device: torch.device) -> tuple[CopyRates, CopyR
     """
     if device.type != "cuda":
         return CopyRates(), CopyRates()
-    on_card, away = (torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
-    locked, other = (torch.zeros(COPY_BYTES, dtype=torch.uint8).pin_memory() for _ in range(2))
+    on_card, leaving = (torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
+    locked, landing = (torch.zeros(COPY_BYTES, dtype=torch.uint8).pin_memory() for _ in range(2))
     pageable = torch.zeros(COPY_BYTES, dtype=torch.uint8)  # each page touched
-    to_card, to_host = _Way(on_card, locked), _Way(other, away)
+    to_card, to_host = _Copy(on_card, locked), _Copy(landing, leaving)
     both = (to_card, to_host)
     for turn in range(group.world_size):
         group.barrier()
         if turn == group.rank:
             pinned = [_rate(way, device) for way in both]
-            plain = [_rate(way, device) for way in (_Way(on_card, pageable), _Way(pageable, away))]
+            plain = [
+                _rate(way, device) for way in (_Copy(on_card, pageable), _Copy(pageable, leaving))
+            ]
             duplex = _both_ways(*both, device)
     together = []
     for way in both:
@@ -58,38 +60,37 @@ def copy_rates(group: RankGroup, device: torch.device) -> tuple[CopyRates, CopyR
     return first, second
 
 
-def _rate(way: _Way, device: torch.device) -> float:
-    return COPY_BYTES / median_s(way.copy, device)
+def _rate(way: _Copy, device: torch.device) -> float:
+    return COPY_BYTES / median_s(way.start, device)
 
 
-def _queue(way: _Way) -> None:
+def _queue(way: _Copy) -> None:
     for _ in range(COPIES):
-        way.copy()
+        way.start()
 
 
-def _both_ways(to_card: _Way, to_host: _Way, device: torch.device) -> list[float]:
-    """Bytes a second of each direction, while the other one is busy as well.
+def _both_ways(to_card: _Copy, to_host: _Copy, device: torch.device) -> list[float]:
+    """Bytes/s of each direction while the other is busy as well.
 
-    Both queues begin together. The one that is done first had company all the time; the other's
-    last copies had not, so of it only what fits into the first one's time is right: the rate is
-    taken from copies that ended before that.
+    Both queues begin together. When the first one ends, the last copies of the other run alone: its
+    rate counts only the copies that ended before.
     """
     torch.cuda.synchronize(device)
     streams = [torch.cuda.Stream(device) for _ in range(2)]
-    marks: list[list[torch.cuda.Event]] = [[], []]
-    for _ in range(COPIES + 1):  # in turn, so that no queue gets a head start
-        for way, stream, ends in zip((to_card, to_host), streams, marks, strict=True):
+    events: list[list[torch.cuda.Event]] = [[], []]
+    for _ in range(COPIES + 1):  # in turn: no queue gets a head start
+        for way, stream, recorded in zip((to_card, to_host), streams, events, strict=True):
             with torch.cuda.stream(stream):
-                way.copy()
+                way.start()
                 event = torch.cuda.Event(enable_timing=True)
                 event.record()
-                ends.append(event)
+                recorded.append(event)
     torch.cuda.synchronize(device)
-    # From the end of each way's first copy: by then both are under way.
-    times = [[ends[0].elapsed_time(end) / 1e3 for end in ends[1:]] for ends in marks]
-    shorter = min(found[-1] for found in times)
+    # From the end of each direction's first copy: by then both are in flight.
+    times = [[recorded[0].elapsed_time(end) / 1e3 for end in recorded[1:]] for recorded in events]
+    shorter = min(ends_s[-1] for ends_s in times)
     rates = []
-    for found in times:
-        inside = [seconds for seconds in found if seconds <= shorter] or found[:1]
+    for ends_s in times:
+        inside = [seconds for seconds in ends_s if seconds <= shorter] or ends_s[:1]
         rates.append(len(inside) * COPY_BYTES / inside[-1])
     return rates

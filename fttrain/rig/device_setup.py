@@ -30,7 +30,7 @@ def set_up_rank(config: RigConfig, deepspeed: bool = False) -> torch.device:
 def set_up(config: RigConfig, local_rank: int, local_world_size: int) -> torch.device:
     """Choose this rank's device and prepare the process for it.
 
-    Raises UserError where the device that was asked for is not there.
+    Raises UserError where the configured device does not exist.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.backend == "nccl" and not gpus:
@@ -70,12 +70,11 @@ def _share_of_cores(local_world_size: int) -> int:
 
 
 def _tune_host_arithmetic() -> None:
-    """Two settings without which a CPU rank spends much of its time outside arithmetic.
+    """Apply two settings without which a CPU rank spends much of its time outside arithmetic.
 
     Values below 1e-38 (softmax over a large vocabulary makes millions) take the processor's slow
-    path unless they are flushed to zero. And glibc gives buffers above 32 MB back to the kernel
-    after each use, so that every large tensor is paged in anew; keeping them costs no more than the
-    peak that was reached anyway.
+    path unless they are flushed to zero. glibc returns buffers above 32 MB to the kernel after each
+    use, so that every large tensor is paged in again; keeping them costs no more than the peak.
     """
     torch.set_flush_denormal(True)
     if sys.platform.startswith("linux"):

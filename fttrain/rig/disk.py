@@ -1,4 +1,4 @@
-"""How fast files are read that are not in memory."""
+"""The read rate of files that are not in the page cache."""
 
 import os
 import tempfile
@@ -9,28 +9,28 @@ from pathlib import Path
 from fttrain.util.units import MIB
 
 READ_BYTES = 1024 * MIB  # at most
-TEMPORARY_BYTES = 256 * MIB  # of a file that is made where there is none to read
+TEMPORARY_BYTES = 256 * MIB  # of a temporary file, where there is none to read
 PIECE_BYTES = 16 * MIB
 
 
 def disk_bytes_per_s(files: Sequence[Path], folder: Path) -> float | None:
     """Read rate of ``files``, or where there are none of a temporary file in ``folder``.
 
-    Pages are dropped from memory first. None where the system keeps them, as it does while another
-    process has them mapped and in a file system that lives in memory: what would be measured then
-    is no disk. None, too, where nothing can be read or written.
+    The page cache of the files is dropped first. None where the system keeps it, as while another
+    process maps the file or in a file system in memory: that would not be the rate of a disk. None,
+    too, where nothing can be read or written.
     """
     try:
         if files:
             return _read_rate(files)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="read-rate-") as made:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="read-rate-") as file:
             piece = os.urandom(PIECE_BYTES)
             for _ in range(TEMPORARY_BYTES // PIECE_BYTES):
-                made.write(piece)
-            made.flush()
-            os.fsync(made.fileno())
-            return _read_rate([Path(made.name)])
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+            return _read_rate([Path(file.name)])
     except OSError:
         return None
 
@@ -44,8 +44,8 @@ def _read_rate(files: Sequence[Path]) -> float | None:
             if _in_memory(descriptor, size_bytes):
                 return None
             started = time.perf_counter()
-            while got := file.readinto(piece):
-                done_bytes += got
+            while count := file.readinto(piece):
+                done_bytes += count
             seconds += time.perf_counter() - started
         if done_bytes >= READ_BYTES:
             break
@@ -53,14 +53,14 @@ def _read_rate(files: Sequence[Path]) -> float | None:
 
 
 def _in_memory(descriptor: int, size_bytes: int) -> bool:
-    """Whether some of a file's pages are still there: those are read without waiting."""
+    """Whether some of a file's pages are in the page cache: those are read without waiting."""
     page = bytearray(1)
-    for place in range(8):
+    for eighth in range(8):
         try:
-            if os.preadv(descriptor, [page], size_bytes * place // 8, os.RWF_NOWAIT):
+            if os.preadv(descriptor, [page], size_bytes * eighth // 8, os.RWF_NOWAIT):
                 return True
         except BlockingIOError:
-            continue  # the disk would have to be asked
+            continue  # not cached: the disk would have to be read
         except OSError:
-            return False  # a file system that cannot say
+            return False  # a file system without RWF_NOWAIT
     return False

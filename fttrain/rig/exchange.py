@@ -1,8 +1,8 @@
-"""One collective of one size, whose result is known beforehand.
+"""Collectives of one size with a known result, to measure a link and to check it.
 
-They are the product's own (``fttrain/distributed/collectives.py``) where a strategy uses one. Bytes
-are a random table that each rank can make for every other: a byte that changed, was left out or
-came to lie elsewhere is seen. Sums are of whole numbers from 0 to 255, exact in fp32.
+The collectives of strategies are those of ``fttrain/distributed/collectives.py``. Each rank's bytes
+are a random table that every other rank can make: a changed, missing or displaced byte is detected.
+Sums are of whole numbers from 0 to 255, exact in fp32.
 """
 
 from collections.abc import Callable
@@ -17,35 +17,35 @@ from fttrain.distributed.collectives import Handle, HandleGroup
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.util.units import round_up
 
-# Values until the table begins anew: a prime, so no power of two shifts it onto itself
+# Values until the table repeats: a prime, so that no shift by a power of two goes unnoticed
 PERIOD = 65521
-SUM_DTYPE = torch.float32  # adapter gradients
+SUM_DTYPE = torch.float32  # of adapter gradients
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A collective that can be run again and again."""
+    """A collective that can run repeatedly."""
 
     name: str  # of the collective
-    size_bytes: int  # as nccl-tests counts: of the whole tensor
-    reset: Callable[[], object]  # puts the data back that it begins with
+    size_bytes: int  # of the whole tensor, as nccl-tests counts
+    reset: Callable[[], object]  # restores the data before the collective
     start: Callable[[], Handle]
     result: Tensor
     expected: Tensor
 
     def fault(self) -> str:
-        """What is wrong with the result; "" where it is what it has to be."""
+        """The error in the result; "" where it is as expected."""
         if torch.equal(self.result, self.expected):
             return ""
-        places = (self.result != self.expected).nonzero().view(-1)
+        differing = (self.result != self.expected).nonzero().view(-1)
         return (
-            f"{self.name} of {self.size_bytes} bytes: {len(places)} of {self.result.numel()} "
-            f"values are not what they have to be, the first at {int(places[0])}"
+            f"{self.name} of {self.size_bytes} bytes: {len(differing)} of {self.result.numel()} "
+            f"values are not what they have to be, the first at {int(differing[0])}"
         )
 
 
 def pattern(rank: int, values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What ``rank`` gives: whole numbers from 0 to 255, (values,)."""
+    """The data of ``rank``: whole numbers from 0 to 255, (values,) of ``dtype``."""
     generator = torch.Generator().manual_seed(1 + rank)
     table = torch.randint(0, 256, (min(values, PERIOD),), generator=generator)
     return table.to(device, dtype).repeat(-(-values // len(table)))[:values]
@@ -57,18 +57,18 @@ def rounded_bytes(size_bytes: int, world_size: int) -> int:
 
 
 def make(collective: str, size_bytes: int, group: RankGroup) -> Exchange:
-    """``collective`` (one of ``profile.COLLECTIVES``) of ``size_bytes``, rounded up so that ranks
-    divide it. Every rank makes the same one.
+    """The exchange of ``collective`` (one of ``profile.COLLECTIVES``) with ``size_bytes``, rounded
+    up to divide among the ranks. Every rank makes the same one.
     """
     return _MAKERS[collective](rounded_bytes(size_bytes, group.world_size), group)
 
 
 def _all_reduce(size_bytes: int, group: RankGroup) -> Exchange:
-    flat, own, total = _summed(size_bytes, group)
+    flat, addend, total = _summed(size_bytes, group)
     return Exchange(
         "all_reduce",
         size_bytes,
-        lambda: flat.copy_(own),
+        lambda: flat.copy_(addend),
         lambda: collectives.all_reduce(flat),
         flat,
         total,
@@ -76,12 +76,12 @@ def _all_reduce(size_bytes: int, group: RankGroup) -> Exchange:
 
 
 def _reduce_scatter(size_bytes: int, group: RankGroup) -> Exchange:
-    flat, own, total = _summed(size_bytes, group)
+    flat, addend, total = _summed(size_bytes, group)
     part, expected = (whole.view(group.world_size, -1)[group.rank] for whole in (flat, total))
     return Exchange(
         "reduce_scatter",
         size_bytes,
-        lambda: flat.copy_(own),
+        lambda: flat.copy_(addend),
         lambda: collectives.reduce_scatter(flat),
         part,
         expected,
@@ -89,25 +89,27 @@ def _reduce_scatter(size_bytes: int, group: RankGroup) -> Exchange:
 
 
 def _summed(size_bytes: int, group: RankGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 (values,): a buffer, what this rank puts in, the sum over the ranks."""
+    """fp32 (values,) each: a buffer, this rank's addend, the sum over the ranks."""
     values = size_bytes // SUM_DTYPE.itemsize
     total = torch.zeros(values, dtype=SUM_DTYPE, device=group.device)
     for rank in range(group.world_size):
         total += pattern(rank, values, SUM_DTYPE, group.device)
-    own = pattern(group.rank, values, SUM_DTYPE, group.device)
-    return torch.empty_like(own), own, total
+    addend = pattern(group.rank, values, SUM_DTYPE, group.device)
+    return torch.empty_like(addend), addend, total
 
 
 def _all_gather(size_bytes: int, group: RankGroup) -> Exchange:
-    share = size_bytes // group.world_size
-    shards = [pattern(rank, share, torch.uint8, group.device) for rank in range(group.world_size)]
-    expected, own = torch.cat(shards), shards[group.rank]
+    shard_bytes = size_bytes // group.world_size
+    shards = [
+        pattern(rank, shard_bytes, torch.uint8, group.device) for rank in range(group.world_size)
+    ]
+    expected, shard = torch.cat(shards), shards[group.rank]
     out = torch.empty_like(expected)
     return Exchange(
         "all_gather",
         size_bytes,
         out.zero_,
-        lambda: collectives.all_gather(out, own),
+        lambda: collectives.all_gather(out, shard),
         out,
         expected,
     )
@@ -132,29 +134,31 @@ def _send_recv(size_bytes: int, group: RankGroup) -> Exchange:
     """Each rank sends to the next one and receives from the one before it, at the same time."""
     rank, ranks = group.rank, group.world_size
     to, source = (rank + 1) % ranks, (rank - 1) % ranks
-    own = pattern(rank, size_bytes, torch.uint8, group.device)
+    sent = pattern(rank, size_bytes, torch.uint8, group.device)
     expected = pattern(source, size_bytes, torch.uint8, group.device)
-    received = torch.empty_like(own)
+    received = torch.empty_like(sent)
     over_nccl = torch_dist.get_backend() == "nccl"
     staged = group.device.type == "cuda" and not over_nccl
 
     def start() -> Handle:
         if staged:
-            return _through_host(own, received, to, source)
+            return _through_host(sent, received, to, source)
         sides = [
             torch_dist.P2POp(torch_dist.irecv, received, source),  # first, as in collectives.py
-            torch_dist.P2POp(torch_dist.isend, own, to),
+            torch_dist.P2POp(torch_dist.isend, sent, to),
         ]
         return HandleGroup(torch_dist.batch_isend_irecv(sides))
 
     return Exchange("send_recv", size_bytes, received.zero_, start, received, expected)
 
 
-def _through_host(own: Tensor, received: Tensor, to: int, source: int) -> Handle:
-    """The way of ``PipelineP2P`` where the backend sends no CUDA tensors."""
-    leaving, arriving = (torch.empty(own.shape, dtype=own.dtype, pin_memory=True) for _ in range(2))
+def _through_host(sent: Tensor, received: Tensor, to: int, source: int) -> Handle:
+    """Exchange through host memory, as ``PipelineP2P`` where the backend sends no CUDA tensors."""
+    leaving, arriving = (
+        torch.empty(sent.shape, dtype=sent.dtype, pin_memory=True) for _ in range(2)
+    )
     arriving_work = torch_dist.irecv(arriving, source)
-    leaving.copy_(own)
+    leaving.copy_(sent)
     leaving_work = torch_dist.isend(leaving, to)
     HandleGroup([arriving_work, leaving_work]).wait()
     received.copy_(arriving)

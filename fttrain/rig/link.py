@@ -1,4 +1,4 @@
-"""How fast ranks talk: each collective at many sizes, its result compared with what is known."""
+"""The rate of a link: each collective at many sizes, with its result checked."""
 
 import dataclasses
 import statistics
@@ -16,32 +16,32 @@ from fttrain.rig.timing import LEAST, elapsed_s, repetitions
 from fttrain.util.units import KIB, MIB
 
 LEAST_BYTES = 64 * KIB
-MOST_BYTES = {"cuda": 512 * MIB, "cpu": 64 * MIB}  # by device; it grows by factors of 4
-RUNS = 4  # that one size takes at least: the first is not counted
+MOST_BYTES = {"cuda": 512 * MIB, "cpu": 64 * MIB}  # by device; sizes grow by factors of 4
+RUNS = 4  # at least, for each size; the first is not counted
 
 
 class WrongResult(Exception):
-    """A link brought something else than what was sent. The same on all ranks."""
+    """A link delivered other data than was sent. Raised alike on all ranks."""
 
 
 def plan(
     true_bytes: Mapping[str, int], most_bytes: int, world_size: int
 ) -> list[tuple[str, int, bool]]:
-    """(collective, bytes, whether it has to be measured) in the order of measuring: the model's own
-    sizes first, then all collectives size by size. ``true_bytes``: by collective.
+    """(collective, bytes, whether it must be measured) in the order of measuring: the model's own
+    sizes first, then all collectives size by size. ``true_bytes``: the model's, by collective.
     """
-    needed = [
+    own_sizes = [
         (name, exchange.rounded_bytes(true_bytes[name], world_size), True)
         for name in COLLECTIVES
         if name in true_bytes
     ]
-    known = {(name, size_bytes) for name, size_bytes, _ in needed}
-    wanted, size_bytes = list(needed), LEAST_BYTES
+    known = {(name, size_bytes) for name, size_bytes, _ in own_sizes}
+    sizes, size_bytes = list(own_sizes), LEAST_BYTES
     while size_bytes <= most_bytes:
         rounded = exchange.rounded_bytes(size_bytes, world_size)
-        wanted += [(name, rounded, False) for name in COLLECTIVES if (name, rounded) not in known]
+        sizes += [(name, rounded, False) for name in COLLECTIVES if (name, rounded) not in known]
         size_bytes *= 4 if size_bytes * 4 <= most_bytes else 2
-    return wanted
+    return sizes
 
 
 def measure_link(
@@ -53,33 +53,33 @@ def measure_link(
 ) -> dict[str, tuple[LinkSample, ...]]:
     """Medians by collective, sizes ascending. Every rank calls it and gets the same.
 
-    Sizes that ``budget_s`` leaves no time for are left out, but the model's own never are.
-    Raises WrongResult where a result is not what it has to be.
+    Sizes beyond the budget of ``budget_s`` are left out, except the model's own. Raises WrongResult
+    where a result is not the expected one.
     """
-    wanted = plan(true_bytes, most_bytes, group.world_size)
-    found: dict[str, list[LinkSample]] = {name: [] for name in COLLECTIVES}
+    sizes = plan(true_bytes, most_bytes, group.world_size)
+    samples: dict[str, list[LinkSample]] = {name: [] for name in COLLECTIVES}
     started = time.monotonic()
-    for done, (name, size_bytes, needed) in enumerate(wanted):
-        expected_s = RUNS * _expected_s(found[name], size_bytes)
+    for done, (name, size_bytes, required) in enumerate(sizes):
+        expected_s = RUNS * _expected_s(samples[name], size_bytes)
         left_s = budget_s - group.maximum(time.monotonic() - started)
-        if needed or expected_s <= left_s:
-            share_s = max(0.0, left_s) / (len(wanted) - done)
-            found[name].append(_measure(name, size_bytes, share_s, group))
-        show(done + 1, len(wanted))
+        if required or expected_s <= left_s:
+            part_s = max(0.0, left_s) / (len(sizes) - done)
+            samples[name].append(_measure(name, size_bytes, part_s, group))
+        show(done + 1, len(sizes))
     return {
         name: tuple(sorted(samples, key=lambda sample: sample.size_bytes))
-        for name, samples in found.items()
+        for name, samples in samples.items()
     }
 
 
 def gradients_s(group: RankGroup, layers: int, gradient_bytes: int) -> float:
-    """Seconds in which the adapter gradients of a step meet, as ``replicate`` launches them: a sum
-    a layer, all under way before the first is waited for. The compute that hides them is not there.
+    """Seconds of a step's gradient reduction, as ``replicate`` launches it: one all_reduce for each
+    layer, all in flight before the first is awaited, without compute to hide them.
     """
     trial = exchange.make("all_reduce", gradient_bytes, group)
     trial.reset()
-    own = trial.result.clone()
-    flats = [torch.empty_like(own) for _ in range(layers)]
+    addend = trial.result.clone()
+    flats = [torch.empty_like(addend) for _ in range(layers)]
 
     def step() -> None:
         HandleGroup([collectives.all_reduce(flat) for flat in flats]).wait()
@@ -87,7 +87,7 @@ def gradients_s(group: RankGroup, layers: int, gradient_bytes: int) -> float:
     times = []
     for _ in range(1 + LEAST):
         for flat in flats:
-            flat.copy_(own)
+            flat.copy_(addend)
         group.barrier()
         times.append(elapsed_s(step, group.device))
         faults = (dataclasses.replace(trial, result=flat).fault() for flat in flats)
@@ -96,16 +96,16 @@ def gradients_s(group: RankGroup, layers: int, gradient_bytes: int) -> float:
 
 
 def _refuse_faults(fault: str, group: RankGroup) -> None:
-    """Raises WrongResult on every rank where any has a ``fault``: that of the first of them."""
+    """Raise WrongResult on every rank where any has a ``fault``: that of the first one."""
     if not group.any(bool(fault)):
         return
     problem = f"rank {group.rank}: {fault}" if fault else ""
     problems = [group.broadcast_str(problem, rank) for rank in range(group.world_size)]
-    raise WrongResult(next(told for told in problems if told))
+    raise WrongResult(next(filter(None, problems)))
 
 
 def _expected_s(samples: Sequence[LinkSample], size_bytes: int) -> float:
-    """Of one run, at the rate of the largest size so far."""
+    """Seconds of one run, at the rate of the largest size so far."""
     if not samples:
         return 0.0
     largest = max(samples, key=lambda sample: sample.size_bytes)
@@ -113,10 +113,10 @@ def _expected_s(samples: Sequence[LinkSample], size_bytes: int) -> float:
 
 
 def _measure(name: str, size_bytes: int, budget_s: float, group: RankGroup) -> LinkSample:
-    """The median of some runs: that of the rank that took longest."""
+    """The median of some runs, of the slowest rank."""
     trial = exchange.make(name, size_bytes, group)
     warm_up_s = group.maximum(_once(trial, group)[0])
-    if group.device.type == "cuda":  # in the first run NCCL made its connections: seconds
+    if group.device.type == "cuda":  # in the first run NCCL makes its connections, for seconds
         warm_up_s = group.maximum(_once(trial, group)[0])
     times = [_once(trial, group) for _ in range(repetitions(warm_up_s, budget_s))]
     seconds, cores_s = map(statistics.median, zip(*times, strict=True))
@@ -124,8 +124,8 @@ def _measure(name: str, size_bytes: int, budget_s: float, group: RankGroup) -> L
 
 
 def _once(trial: exchange.Exchange, group: RankGroup) -> tuple[float, float]:
-    """Seconds of one run, from when all ranks are ready until this one has its result; and those
-    of the processor's cores, by all threads of this process.
+    """(seconds from when all ranks are ready until this one has its result, CPU seconds of all
+    threads of this process).
     """
     trial.reset()
     group.barrier()

@@ -1,4 +1,4 @@
-"""Which machine this is, and with what it runs."""
+"""The identity of this machine, and the versions of its software."""
 
 import hashlib
 import importlib.metadata
@@ -13,46 +13,44 @@ import torch
 from fttrain.rig.nvml import driver_version
 from fttrain.rig.profile import HostProfile
 
-# Containers often have none of the first two and another host name each time; their root may read
-# the third, the mainboard's.
+# Containers often lack the first two, and their host name changes; their root may read the third,
+# of the mainboard.
 _IDENTITIES = ("/etc/machine-id", "/var/lib/dbus/machine-id", "/sys/class/dmi/id/product_uuid")
 _LIBRARIES = ("torch", "bitsandbytes", "transformers", "fttrain")
 
 
 def identity() -> str:
-    """Sixteen hex digits that stay the same over reboots; hashed, as the system asks for its own
-    (machine-id(5)).
-    """
+    """Sixteen hex digits that stay the same over reboots; a hash, as machine-id(5) demands."""
     for file in _IDENTITIES:
         try:
-            found = Path(file).read_text().strip()
+            text = Path(file).read_text().strip()
         except OSError:
             continue
-        if found:
+        if text:
             break
     else:
-        found = platform.node()
-    return hashlib.sha256(f"fttrain {found}".encode()).hexdigest()[:16]
+        text = platform.node()
+    return hashlib.sha256(f"fttrain {text}".encode()).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
-    """Of what a rate depends on; what is not there is left out."""
-    found = {name: importlib.metadata.version(name) for name in _LIBRARIES if _installed(name)}
+    """Versions of the libraries and drivers that rates depend on; absent ones are left out."""
+    known = {name: importlib.metadata.version(name) for name in _LIBRARIES if _installed(name)}
     if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
+        known["cuda"] = torch.version.cuda
     if torch.cuda.is_available():
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        known["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     driver = driver_version()
-    return found | ({"driver": driver} if driver else {}) | {"kernel": platform.release()}
+    return known | ({"driver": driver} if driver else {}) | {"kernel": platform.release()}
 
 
 def host() -> HostProfile:
-    """What the machine is; its rates are still to be measured."""
+    """The host without its rates, which are measured later."""
     return HostProfile(cpu_name(), _cores(), psutil.virtual_memory().total)
 
 
 def cpu_name() -> str:
-    """As the processor calls itself."""
+    """The name of the processor."""
     try:
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -61,7 +59,7 @@ def cpu_name() -> str:
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

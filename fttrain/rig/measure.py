@@ -1,4 +1,4 @@
-"""Everything that ``fttrain measure`` measures, put together into a ``RigProfile``."""
+"""The measurements of ``fttrain measure``, put together into a ``RigProfile``."""
 
 import dataclasses
 import json
@@ -38,26 +38,26 @@ from fttrain.rig.transports import TRANSPORTS, measure_transport, transports
 from fttrain.util.units import GIB, gib
 
 Say = Callable[[str], None]
-BUSY = 0.3  # of the cores, in the minute before: above that others spoil what is measured
-MUCH_BYTES = 2 * GIB  # of a card: more than a display takes
+BUSY = 0.3  # of the cores, in the last minute: above it other programs distort the rates
+MUCH_BYTES = 2 * GIB  # of a card: more than a display uses
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class MeasuredShapes:
-    """What the model makes a rig do; all that has to be known of it."""
+    """The sizes of the model's work on a rig."""
 
     name: str
     layers: int
     tokens: int  # of a micro-batch
-    micro_batches: int  # of a rank in a step
+    micro_batches: int  # of a rank's step
     frozen_format: FrozenFormat  # of a layer
     gradient_bytes: int  # of a layer's adapters, fp32
-    boundary_bytes: int  # a micro-batch between two stages
+    boundary_bytes: int  # of a micro-batch between two stages
 
     @property
     def layer_bytes(self) -> int:
-        """Of a layer in the frozen base."""
+        """Bytes of a layer in the frozen base."""
         return self.frozen_format.layout.size_bytes
 
     @property
@@ -67,12 +67,12 @@ class MeasuredShapes:
 
     @property
     def gemm_flop(self) -> int:
-        """Of a layer's frozen weights for a micro-batch, forward."""
+        """FLOP of a layer's frozen weights for a micro-batch, forward."""
         return sum(2 * self.tokens * out * width for out, width in self.shapes)
 
     @property
     def true_bytes(self) -> dict[str, int]:
-        """By collective: the size in which a strategy uses it."""
+        """Bytes of each collective as a strategy uses it."""
         return {
             "all_reduce": self.gradient_bytes,
             "reduce_scatter": self.gradient_bytes,
@@ -84,10 +84,10 @@ class MeasuredShapes:
 
 @dataclass(frozen=True)
 class DiskPaths:
-    """What the read rate is measured on."""
+    """The files for the read rate of the disk."""
 
     files: Sequence[Path]  # of the frozen cache
-    folder: Path  # for a temporary file, where there are none
+    folder: Path  # for a temporary file, where ``files`` is empty
 
 
 def measure(
@@ -97,36 +97,38 @@ def measure(
     device: torch.device,
     backend: str,
     budget_s: float,
+    link_command: Sequence[str],
 ) -> RigProfile:
     """The profile of the ranks of ``group``, the same on each of them. Every rank calls it.
 
     Args:
-        group: joins the ranks over gloo on the CPU; nothing of the links that are measured is used.
-        device: this rank's, ``backend``: as rig.backend.
+        group: joins the ranks over gloo on the CPU, independent of the measured links.
+        device: this rank's. backend: as rig.backend.
         budget_s: for each transport.
+        link_command: starts a process that calls ``link_rank.main`` with the job added to it.
     """
     say: Say = tell if group.is_main else lambda text: None
     load, cores = os.getloadavg()[0], machine.host().cores
     if load > BUSY * cores:
         say(f"other programs are at work (load {load:.1f} on {cores} cores): rates will be too low")
     say(f"computing as {work.name} does")
-    card = _card(work, group, device)
+    mine = _card(work, group, device)
     say("memory, copies and disk")
     to_card, to_host = copy_rates(group, device)
     host = _host(disk, group)
-    links, overhead_bytes = _links(work, group, device, backend, budget_s, say)
-    card = dataclasses.replace(
-        card, to_card=to_card, to_host=to_host, overhead_bytes=overhead_bytes
+    links, overhead_bytes = _links(work, group, device, backend, budget_s, link_command, say)
+    mine = dataclasses.replace(
+        mine, to_card=to_card, to_host=to_host, overhead_bytes=overhead_bytes
     )
-    cards = tuple(card_of(json.loads(text)) for text in _each(group, json.dumps(asdict(card))))
-    for rank, own in enumerate(cards):
-        if (own.others_bytes or 0) > MUCH_BYTES:
+    cards = tuple(card_of(json.loads(text)) for text in _each(group, json.dumps(asdict(mine))))
+    for rank, card in enumerate(cards):
+        if (card.others_bytes or 0) > MUCH_BYTES:
             say(
-                f"other programs hold {gib(own.others_bytes or 0)} of the card of rank {rank}: "
+                f"other programs hold {gib(card.others_bytes or 0)} of the card of rank {rank}: "
                 "plans leave it to them; without them measure anew"
             )
     return RigProfile(
-        name=f"{group.world_size}x {card.name}",
+        name=f"{group.world_size}x {mine.name}",
         cards=cards,
         host=host,
         links=links,
@@ -137,7 +139,7 @@ def measure(
 
 
 def _card(work: MeasuredShapes, group: RankGroup, device: torch.device) -> CardProfile:
-    """All ranks compute at the same time: of a CPU each has a share, and cards share the power."""
+    """Rates of this rank's card while all ranks compute: CPUs share cores, cards share power."""
     dtype, frozen_format = work.frozen_format.dtype, work.frozen_format
     group.barrier()
     gemm = gemm_flop_per_s(work.shapes, work.tokens, dtype, device)
@@ -148,7 +150,7 @@ def _card(work: MeasuredShapes, group: RankGroup, device: torch.device) -> CardP
     rate = memory_bytes_per_s(device)
     name, memory_bytes = machine.cpu_name(), psutil.virtual_memory().total
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # for the processes that come
+        torch.cuda.empty_cache()  # for the processes that measure links
         facts["others_bytes"] = others_bytes(device)
         properties = torch.cuda.get_device_properties(device)
         name, memory_bytes = properties.name, properties.total_memory
@@ -157,7 +159,7 @@ def _card(work: MeasuredShapes, group: RankGroup, device: torch.device) -> CardP
 
 
 def _host(disk: DiskPaths, group: RankGroup) -> HostProfile:
-    """Memory and update by all ranks at once, the disk by one of them."""
+    """Rates of the host: memory and update by all ranks at once, the disk by one of them."""
     group.barrier()
     copied = memory_bytes_per_s(_CPU)
     group.barrier()
@@ -179,13 +181,16 @@ def _links(
     device: torch.device,
     backend: str,
     budget_s: float,
+    link_command: Sequence[str],
     say: Say,
 ) -> tuple[tuple[LinkProfile, ...], int | None]:
-    """Each transport; and what the first one's processes took of this rank's card."""
+    """(links of all transports, bytes that the first one's process took of this rank's card)."""
     if group.world_size == 1:
         say("one rank: there is no link to measure")
-        # The process alone still says what is taken before the first tensor.
-        link, overhead_bytes = measure_transport(TRANSPORTS[-1], group, device, 0, {}, 0, 0.0)
+        # The process alone still measures the memory before the first tensor.
+        link, overhead_bytes = measure_transport(
+            TRANSPORTS[-1], group, device, 0, {}, 0, 0.0, link_command
+        )
         if link.wrong:
             say(f"what a run's process takes could not be measured: {link.wrong}")
         return (), overhead_bytes
@@ -199,6 +204,7 @@ def _links(
             work.true_bytes,
             MOST_BYTES[device.type],
             budget_s,
+            link_command,
         )
         links.append(link)
         overheads.append(overhead_bytes)
@@ -213,5 +219,5 @@ def _each(group: RankGroup, text: str) -> list[str]:
 
 
 def tell(text: str) -> None:
-    """How far it is, beside what is printed as a result."""
+    """Print a line of progress, apart from the results on stdout."""
     print(text, file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ NONE = "not available"
 PASSES = 3  # of a layer's frozen GEMMs in a step: forward, recomputed, gradients of the inputs
 
 
-_COPIES = {  # how it is called -> field of CopyRates
+_COPIES = {  # row of the table -> field of CopyRates
     "page-locked": "pinned_bytes_per_s",
     "pageable": "pageable_bytes_per_s",
     "both ways at once": "both_ways_bytes_per_s",
@@ -58,20 +58,20 @@ class ReportTable:
 
 
 def tables(profile: RigProfile, work: MeasuredShapes) -> list[ReportTable]:
-    """Those that are printed; the report has every size, too."""
-    found = [_cards(profile), _copies(profile), _host(profile)]
+    """The tables on the terminal; the report adds one of every size."""
+    result = [_cards(profile), _copies(profile), _host(profile)]
     if profile.links:
-        found.append(links_table(profile))
+        result.append(links_table(profile))
     if any(not link.wrong for link in profile.links):
-        found.append(_meaning(profile, work))
-    return found
+        result.append(_meaning(profile, work))
+    return result
 
 
 def write_report(
     folder: Path, profile: RigProfile, work: MeasuredShapes, printed: Sequence[ReportTable]
 ) -> Path:
-    """measure.md and its plot in ``folder``; returns the first. ``printed``: the tables above that
-    of all sizes.
+    """Write measure.md and its plot into ``folder``; return the path of measure.md. ``printed``:
+    the tables above that of all sizes.
     """
     assert profile.measured is not None
     versions = ", ".join(f"{name} {value}" for name, value in profile.measured.versions.items())
@@ -180,7 +180,7 @@ def _host(profile: RigProfile) -> ReportTable:
 
 
 def links_table(profile: RigProfile) -> ReportTable:
-    """What carried each, and the best bus bandwidth of each collective."""
+    """The carrier of each link, and the best bus bandwidth of each collective."""
     seen = [
         link.seen if link.as_asked else f"{link.seen} (not what was asked for)"
         for link in profile.links
@@ -196,16 +196,17 @@ def links_table(profile: RigProfile) -> ReportTable:
 
 
 def _sizes(profile: RigProfile, work: MeasuredShapes) -> ReportTable:
-    """Every sample."""
+    """A row for every sample."""
     rows = []
     for link in profile.links:
         for name, samples in link.samples.items():
             for sample in samples:
-                own = sample.size_bytes - work.true_bytes.get(name, -1)
+                difference_bytes = sample.size_bytes - work.true_bytes.get(name, -1)
                 rows.append(
                     [
                         f"{link.transport}: {name}",
-                        _size(sample.size_bytes) + (" (the model's)" if 0 <= own < 64 else ""),
+                        _size(sample.size_bytes)
+                        + (" (the model's)" if 0 <= difference_bytes < 64 else ""),
                         f"{sample.seconds * 1e3:.3f}",
                         f"{algorithm_bytes_per_s(sample) / 1e9:.3f}",
                         f"{bus_bytes_per_s(name, sample, link.ranks) / 1e9:.3f}",
@@ -216,7 +217,7 @@ def _sizes(profile: RigProfile, work: MeasuredShapes) -> ReportTable:
 
 
 def _meaning(profile: RigProfile, work: MeasuredShapes) -> ReportTable:
-    """What each link costs a step of this model."""
+    """The cost of each link in a step of this model."""
     compute_s = _compute_s(profile, work)
     links = [link for link in profile.links if not link.wrong]
     rows = []
@@ -243,7 +244,9 @@ def _meaning(profile: RigProfile, work: MeasuredShapes) -> ReportTable:
 
 
 def _savings(links: Sequence[LinkProfile], compute_s: float) -> list[str]:
-    """What the link as it comes saves beside each slower one, if nothing hides the gradients."""
+    """A line for each link slower than the default: the part of a step that the default saves, if
+    nothing hides the gradients.
+    """
     usual, *others = links
     lines = []
     for other in others:
@@ -260,13 +263,13 @@ def _savings(links: Sequence[LinkProfile], compute_s: float) -> list[str]:
 
 
 def _compute_s(profile: RigProfile, work: MeasuredShapes) -> float:
-    """Of a step's GEMMs with frozen weights, on the slowest card."""
+    """Seconds of a step's GEMMs with frozen weights, on the slowest card."""
     rates = [card.gemm_flop_per_s for card in profile.cards if card.gemm_flop_per_s]
     return PASSES * work.layers * work.micro_batches * work.gemm_flop / min(rates)
 
 
-def told(profile: RigProfile, seconds: float) -> str:
-    """One line for the end."""
+def closing_line(profile: RigProfile, seconds: float) -> str:
+    """The last line of the output."""
     good = sum(not link.wrong for link in profile.links)
     links = f"{good} of {len(profile.links)} links work; " if profile.links else ""
     return f"{links}measured in {duration(seconds)}"

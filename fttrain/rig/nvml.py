@@ -1,4 +1,4 @@
-"""The NVIDIA driver's answers (NVML). None: not available, be it the driver or one figure."""
+"""Queries to the NVIDIA driver (NVML). None: not available, be it the driver or one figure."""
 
 import ctypes
 from collections.abc import Callable
@@ -9,15 +9,15 @@ import pynvml
 T = TypeVar("T")
 
 
-def ask(question: Callable[[], T]) -> T | None:
-    """The driver's answer; None where there is no driver, or it has none."""
+def ask(query: Callable[[], T]) -> T | None:
+    """The result of ``query``; None where there is no driver, or it fails."""
     try:
-        pynvml.nvmlInit()  # counts its calls, and costs nothing after the first
-        return question()
+        pynvml.nvmlInit()  # reference-counted; costs nothing after the first call
+        return query()
     except (pynvml.NVMLError, OSError, AttributeError, ctypes.ArgumentError):
         return None
 
 
 def driver_version() -> str | None:
-    """Of the NVIDIA driver."""
+    """The version of the NVIDIA driver."""
     return ask(lambda: str(pynvml.nvmlSystemGetDriverVersion()))

@@ -1,10 +1,10 @@
-"""What a rig can do, in numbers: a ``RigProfile``, measured here or shipped with its sources.
+"""Rates and sizes of a rig: a ``RigProfile``, measured here or shipped with its sources.
 
     profile.json    {"form": 1, "name": ..., "measured": {date, machine, versions ...} | null,
                      "cards": [...], "host": {...}, "links": [...], "sources": {...}}
 
-Rates are per second and in bytes or FLOP of SI (1e9, 1e12); times are seconds, medians. A rate that
-nobody has measured is None: whoever needs it says so by name.
+Rates are per second, with SI prefixes (1e9, 1e12); times are seconds, medians. A rate that was not
+measured is None; the error of its first use names it.
 """
 
 import bisect
@@ -18,8 +18,8 @@ from typing import Any
 from fttrain.util.cache_dir import cache_root
 from fttrain.util.errors import UserError
 
-FILE_NAME = "rig_{ranks}.json"  # in the cache folder: fewer ranks never replace more
-OLD_FILE_NAME = "rig.json"  # of any number of ranks, where there is no other
+FILE_NAME = "rig_{ranks}.json"  # in the cache folder, one for each number of ranks
+OLD_FILE_NAME = "rig.json"  # for any number of ranks, read where there is no other
 FORM = 1  # of the file; another one is refused
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send_recv")
 
@@ -28,9 +28,9 @@ COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send_
 class CopyRates:
     """Copies between host and card, bytes a second of one card."""
 
-    pinned_bytes_per_s: float | None = None  # out of or into page-locked memory, nothing beside it
+    pinned_bytes_per_s: float | None = None  # from or into page-locked memory, alone
     pageable_bytes_per_s: float | None = None
-    both_ways_bytes_per_s: float | None = None  # page-locked, while the other direction copies, too
+    both_ways_bytes_per_s: float | None = None  # page-locked, while the other direction copies
     all_cards_bytes_per_s: float | None = None  # page-locked, while all other cards do the same
 
 
@@ -40,13 +40,13 @@ class CardProfile:
 
     name: str
     kind: str  # cuda | cpu
-    memory_bytes: int  # that the card has; the share of a rank, where ranks share it, as a CPU
+    memory_bytes: int  # of the card; a rank's share where ranks share it, as with a CPU
     gemm_flop_per_s: float | None = None  # in the training dtype, at the model's shapes
-    dequantise_bytes_per_s: float | None = None  # bytes of bf16 made out of 4 bits
+    dequantise_bytes_per_s: float | None = None  # bytes of bf16 dequantised from 4 bits
     memory_bytes_per_s: float | None = None  # read and written, of a large copy on the device
     to_card: CopyRates = field(default_factory=CopyRates)
     to_host: CopyRates = field(default_factory=CopyRates)
-    # None: not available. pcie_generation and pcie_width: now; *_most: what card and slot can do
+    # None: not available. pcie_generation and pcie_width: current; *_most: of card and slot
     pcie_generation: int | None = None
     pcie_generation_most: int | None = None
     pcie_width: int | None = None
@@ -56,21 +56,21 @@ class CardProfile:
     peer_access: bool | None = None  # whether it can read every other card's memory
     power_limit_w: float | None = None
     price_per_h: float | None = None  # US dollars, of renting one
-    # Of one rank, beside its tensors: context and communication buffers; of a CPU all that is
-    # resident of a process with its libraries
+    # Of one rank, outside its tensors: context and communication buffers; on a CPU the resident
+    # bytes of a process with its libraries
     overhead_bytes: int | None = None
-    # That torch's allocator holds beyond live tensors, and kernels that were loaded for them, of
-    # real steps; None: not measured
+    # Bytes that torch's allocator holds beyond live tensors in real steps, and loaded kernels;
+    # None: not measured
     allocator_bytes: int | None = None
-    # That other programs held while it was measured, a display for one; None: nobody knows
+    # Bytes of other programs during the measurement, such as a display; None: unknown
     others_bytes: int | None = None
-    # Of real steps (fttrain/plan/trial.py). None: what is not a GEMM takes no time
+    # From real steps (fttrain/plan/trial.py). None: work outside GEMMs takes no time
     layer_values_per_s: float | None = None  # as plan/work.py counts them: all but GEMMs
     head_flop_per_s: float | None = None  # the head's GEMMs, the loss and its gradient included
 
     @property
     def beside_bytes(self) -> int:
-        """Of its memory, what tensors cannot have."""
+        """Bytes of its memory that tensors cannot use."""
         return sum(
             size or 0 for size in (self.overhead_bytes, self.allocator_bytes, self.others_bytes)
         )
@@ -78,7 +78,7 @@ class CardProfile:
 
 @dataclass(frozen=True)
 class HostProfile:
-    """The machine that the cards are in."""
+    """The machine of the cards."""
 
     cpu: str
     cores: int
@@ -90,63 +90,63 @@ class HostProfile:
 
 @dataclass(frozen=True)
 class LinkSample:
-    """A collective of one size."""
+    """A measured collective of one size."""
 
     size_bytes: int  # of the whole tensor, as nccl-tests counts: all_gather's output, for example
     seconds: float  # median
-    cores_s: float = 0.0  # that it keeps the processor's cores busy, of the busiest rank
+    cores_s: float = 0.0  # CPU seconds of the busiest rank
 
 
 @dataclass(frozen=True)
 class LinkProfile:
-    """How ranks talk over one transport."""
+    """The rates of one transport between ranks."""
 
-    transport: str  # as it was asked for: default | no_p2p | sockets | gloo
-    seen: str  # what really carried the bytes, by the library's own log or the driver's counters
+    transport: str  # as requested: default | no_p2p | sockets | gloo
+    seen: str  # the carrier of the bytes, by the library's log or the driver's counters
     ranks: int
     samples: dict[str, tuple[LinkSample, ...]]  # by collective, sizes ascending
-    wrong: str = ""  # what was wrong with a result; such a link is named, and not timed
-    as_asked: bool = True  # whether what was seen is what the transport's name says
-    # Adapter gradients of a step of the model that was measured, layer after layer, nothing beside
+    wrong: str = ""  # the error in a result; such a link has no times
+    as_asked: bool = True  # whether the carrier is one that the transport allows
+    # Seconds of a step's adapter gradients of the measured model, layer after layer, alone
     gradients_s: float | None = None
 
     def seconds(self, collective: str, size_bytes: float) -> float:
-        """Of a ``collective`` of ``size_bytes``: between two measured sizes on the line through
-        them, beyond the ends at the rate of the last one and no faster than the smallest.
+        """Seconds of a ``collective`` of ``size_bytes``: interpolated between two measured sizes;
+        above the largest at its rate, below the smallest as long as that.
 
         Raises UserError where it was not measured.
         """
         return self._between(collective, size_bytes, lambda sample: sample.seconds)
 
     def cores_s(self, collective: str, size_bytes: float) -> float:
-        """Of a processor's core, as ``seconds``: what a CPU cannot compute meanwhile."""
+        """CPU seconds of a ``collective``, as ``seconds``: a CPU cannot compute meanwhile."""
         return self._between(collective, size_bytes, lambda sample: sample.cores_s)
 
     def _between(
-        self, collective: str, size_bytes: float, of: Callable[[LinkSample], float]
+        self, collective: str, size_bytes: float, value: Callable[[LinkSample], float]
     ) -> float:
-        found = self.samples.get(collective, ())
-        if not found:
+        samples = self.samples.get(collective, ())
+        if not samples:
             raise UserError(f"link {self.transport}: {collective} was not measured")
-        sizes = [sample.size_bytes for sample in found]
-        place = bisect.bisect_left(sizes, size_bytes)
-        if place == 0:
-            return of(found[0])
-        if place == len(found):
-            return of(found[-1]) * size_bytes / found[-1].size_bytes
-        low, high = found[place - 1], found[place]
+        sizes = [sample.size_bytes for sample in samples]
+        index = bisect.bisect_left(sizes, size_bytes)
+        if index == 0:
+            return value(samples[0])
+        if index == len(samples):
+            return value(samples[-1]) * size_bytes / samples[-1].size_bytes
+        low, high = samples[index - 1], samples[index]
         share = (size_bytes - low.size_bytes) / (high.size_bytes - low.size_bytes)
-        return of(low) + share * (of(high) - of(low))
+        return value(low) + share * (value(high) - value(low))
 
 
 def algorithm_bytes_per_s(sample: LinkSample) -> float:
-    """Size over time, nccl-tests' "algbw"."""
+    """Size over time in bytes/s, nccl-tests' "algbw"."""
     return sample.size_bytes / sample.seconds
 
 
 def bus_bytes_per_s(collective: str, sample: LinkSample, ranks: int) -> float:
-    """nccl-tests' "busbw" (its doc/PERFORMANCE.md): what each link would carry if it were the
-    limit, comparable between collectives and rank counts.
+    """nccl-tests' "busbw" in bytes/s (its doc/PERFORMANCE.md): the rate of each link if it were the
+    limit, comparable between collectives and numbers of ranks.
     """
     part = (ranks - 1) / ranks
     factor = {
@@ -161,26 +161,26 @@ def bus_bytes_per_s(collective: str, sample: LinkSample, ranks: int) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """When, where and with what a profile was made."""
+    """The date, machine and software of a measured profile."""
 
     date: str  # ISO 8601, UTC
-    machine: str  # an identity that does not change with a reboot, hashed
-    versions: dict[str, str]  # of torch, CUDA, the driver, NCCL, bitsandbytes
+    machine: str  # hashed identity, the same after a reboot
+    versions: dict[str, str]  # torch, CUDA, the driver, NCCL, bitsandbytes
 
 
 @dataclass(frozen=True)
 class RigProfile:
-    """Everything that a plan is made from."""
+    """The cards, host and links of a rig: the input of a plan."""
 
     name: str
     cards: tuple[CardProfile, ...]  # by local rank
     host: HostProfile
     links: tuple[LinkProfile, ...] = ()
-    measured: Measured | None = None  # None: shipped, its figures are those of ``sources``
-    sources: dict[str, str] = field(default_factory=dict)  # figure -> where it is from
+    measured: Measured | None = None  # None: shipped, with figures from ``sources``
+    sources: dict[str, str] = field(default_factory=dict)  # figure -> its source
 
     def link(self, transport: str = "") -> LinkProfile:
-        """That of ``transport``; without one the first whose results are right.
+        """The working link of ``transport``; with "" the first one that works.
 
         Raises UserError where there is none.
         """
@@ -199,20 +199,20 @@ class RigProfile:
 
 
 def profile_path(ranks: int, cache_dir: str | None = None) -> Path:
-    """Where `fttrain measure` keeps what so many ranks have. ``cache_dir``: as frozen.cache_dir."""
+    """The file of `fttrain measure` for ``ranks``. ``cache_dir``: as frozen.cache_dir."""
     return cache_root(cache_dir) / FILE_NAME.format(ranks=ranks)
 
 
-def kept_profile(cache_dir: str | None = None, ranks: int | None = None) -> Path | None:
-    """The file of so many ``ranks``; where it is not there, or None is asked for, that of the most.
-    None where nothing was measured.
+def measured_profile_path(cache_dir: str | None = None, ranks: int | None = None) -> Path | None:
+    """The measured profile for ``ranks``; without one, or with None, that of the most ranks. None
+    where nothing was measured.
     """
     root = cache_root(cache_dir)
     paths = root.glob(FILE_NAME.format(ranks="*"))
-    numbers = {path.stem.rpartition("_")[2]: path for path in paths}
-    found = {int(number): path for number, path in numbers.items() if number.isdecimal()}
-    if found:
-        return found.get(ranks or 0, found[max(found)])
+    by_suffix = {path.stem.rpartition("_")[2]: path for path in paths}
+    by_ranks = {int(number): path for number, path in by_suffix.items() if number.isdecimal()}
+    if by_ranks:
+        return by_ranks.get(ranks or 0, by_ranks[max(by_ranks)])
     old = root / OLD_FILE_NAME
     return old if old.is_file() else None
 
@@ -247,15 +247,15 @@ def _profile(content: dict[str, Any]) -> RigProfile:
 
 
 def card_of(content: dict[str, Any]) -> CardProfile:
-    """A card from what ``asdict`` makes of it."""
+    """The card whose ``asdict`` is ``content``."""
     ways = {way: CopyRates(**content.pop(way)) for way in ("to_card", "to_host")}
     return CardProfile(**{**content, **ways})
 
 
 def _link(content: dict[str, Any]) -> LinkProfile:
     samples = {
-        name: tuple(LinkSample(**sample) for sample in found)
-        for name, found in _pairs(content.pop("samples"))
+        name: tuple(LinkSample(**sample) for sample in entries)
+        for name, entries in _pairs(content.pop("samples"))
     }
     return LinkProfile(**content, samples=samples)
 

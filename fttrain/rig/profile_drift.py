@@ -1,30 +1,30 @@
-"""Whether a measured profile still speaks of the machine that it is read on."""
+"""Whether a measured profile still describes this machine."""
 
 import psutil
 import torch
 
 from fttrain.memory.device import ranks_a_device
 from fttrain.rig import machine
-from fttrain.rig.profile import RigProfile, kept_profile, load_profile
+from fttrain.rig.profile import RigProfile, load_profile, measured_profile_path
 from fttrain.util.errors import UserError
 from fttrain.util.units import GIB
 
-SAME = 0.02  # memory that differs by no more: what a kernel or a driver keeps for itself
+SAME = 0.02  # relative difference of memory sizes that kernels and drivers explain
 WATCHED = ("torch", "driver")  # versions that rates depend on most
 
 Kind = tuple[str, int]  # name and memory of a rank's card
 
 
 def is_here(profile: RigProfile) -> bool:
-    """Whether it was measured on this machine, or nowhere: one that is shipped."""
+    """Whether it was measured on this machine, or is a shipped one."""
     return profile.measured is None or profile.measured.machine == machine.identity()
 
 
-def own_profile(cache_dir: str | None, ranks: int | None = None) -> RigProfile | None:
-    """What `fttrain measure` found on this machine (as ``kept_profile``); None where it did not, or
-    left what cannot be read any more: no reason to stop a run.
+def machine_profile(cache_dir: str | None, ranks: int | None = None) -> RigProfile | None:
+    """The profile measured on this machine (see ``measured_profile_path``); None without one, and
+    where it cannot be read: no reason to stop a run.
     """
-    path = kept_profile(cache_dir, ranks)
+    path = measured_profile_path(cache_dir, ranks)
     try:
         profile = None if path is None else load_profile(path)
     except UserError:
@@ -35,7 +35,7 @@ def own_profile(cache_dir: str | None, ranks: int | None = None) -> RigProfile |
 
 
 def changes(profile: RigProfile) -> list[str]:
-    """A line for each thing that is another one since this machine's ``profile`` was measured:
+    """A line for each difference from the time when ``profile`` was measured on this machine:
     cards, memory, versions.
     """
     if profile.measured is None:
@@ -57,19 +57,19 @@ def changes(profile: RigProfile) -> list[str]:
 
 
 def _cards_now(profile: RigProfile) -> list[Kind]:
-    """What as many ranks would find, as ``measure`` counts it."""
+    """The cards of as many ranks now, as ``measure`` describes them."""
     ranks = len(profile.cards)
     if profile.cards[0].kind == "cpu":
         return [(machine.cpu_name(), psutil.virtual_memory().total // ranks)] * ranks
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not there:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
         return []
-    found = []
+    cards = []
     for rank in range(ranks):
-        device = torch.device("cuda", rank % there)
+        device = torch.device("cuda", rank % count)
         properties = torch.cuda.get_device_properties(device)
-        found.append((properties.name, properties.total_memory // ranks_a_device(device, ranks)))
-    return found
+        cards.append((properties.name, properties.total_memory // ranks_a_device(device, ranks)))
+    return cards
 
 
 def _alike(before: list[Kind], now: list[Kind]) -> bool:
@@ -80,5 +80,5 @@ def _alike(before: list[Kind], now: list[Kind]) -> bool:
 
 
 def _listed(cards: list[Kind]) -> str:
-    told = [f"{name} ({size / GIB:.1f} GiB)" for name, size in cards]
-    return ", ".join(told) or "not there"
+    texts = [f"{name} ({size / GIB:.1f} GiB)" for name, size in cards]
+    return ", ".join(texts) or "not there"

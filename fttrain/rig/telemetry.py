@@ -1,11 +1,11 @@
-"""How a card fares while it trains: power, temperature, clocks, what holds it back.
+"""Samples of a card while it trains: power, temperature, clocks, throttling.
 
     sample  {"power_w": 341.2, "temperature_c": 78, "sm_clock_mhz": 1695, "memory_clock_mhz": 9501,
              "throttle_reasons": 4, "throttled": 0, "pcie_generation": 4, "pcie_width": 16}
 
 ``throttle_reasons`` are the driver's bits (nvml.h, nvmlClocksEventReason...), ``throttled`` whether
-one of ``THROTTLES`` is among them. What the driver does not say of a card is left out; of a CPU
-nothing is known.
+one of ``THROTTLES`` is among them. Figures that the driver does not provide are left out; a CPU has
+none.
 """
 
 import math
@@ -20,11 +20,11 @@ from fttrain.distributed.rank_group import RankGroup
 from fttrain.rig.card import handle_of
 from fttrain.rig.nvml import ask
 from fttrain.rig.profile import CardProfile
-from fttrain.rig.profile_drift import own_profile
+from fttrain.rig.profile_drift import machine_profile
 
 GPU_SENSOR = pynvml.NVML_TEMPERATURE_GPU
-# A card at its power limit (SwPowerCap) is a card at work: it is written down, and no reason to
-# warn. These are faults of cooling or supply.
+# A card at its power limit (SwPowerCap) is recorded without a warning: it is at work. These are
+# faults of cooling or supply.
 THROTTLES = {
     pynvml.nvmlClocksEventReasonHwSlowdown: "the hardware slows it down",
     pynvml.nvmlClocksEventReasonSwThermalSlowdown: "it is too hot",
@@ -34,14 +34,14 @@ THROTTLES = {
 
 
 def _slowed_by(card: Any) -> int:
-    """Bits of ``THROTTLES`` and others; drivers before 535 know the question by its older name."""
+    """Bits of ``THROTTLES`` and others; drivers before 535 have the older function only."""
     try:
         return int(pynvml.nvmlDeviceGetCurrentClocksEventReasons(card))
     except pynvml.NVMLError_FunctionNotFound:
         return int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(card))
 
 
-FIGURES: dict[str, Callable[[Any], float]] = {  # name -> what the driver is asked of a card
+FIGURES: dict[str, Callable[[Any], float]] = {  # name -> query of a card's handle
     "power_w": lambda card: pynvml.nvmlDeviceGetPowerUsage(card) / 1e3,
     "temperature_c": lambda card: pynvml.nvmlDeviceGetTemperature(card, GPU_SENSOR),
     "sm_clock_mhz": lambda card: pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_SM),
@@ -54,7 +54,7 @@ FIGURES: dict[str, Callable[[Any], float]] = {  # name -> what the driver is ask
 
 
 def sample(device: torch.device) -> dict[str, float]:
-    """The figures of this moment, by name; nothing waits for work on the device."""
+    """The figures of this moment, by name; the call does not wait for the device."""
     card = handle_of(device)
     if card is None:
         return {}
@@ -63,31 +63,31 @@ def sample(device: torch.device) -> dict[str, float]:
 
 
 def gather_samples(group: RankGroup) -> list[dict[str, float]]:
-    """Every rank's ``sample``, by rank; of CPUs nothing. Every rank calls it."""
+    """Every rank's ``sample``, by rank; [] for CPUs. Every rank calls it."""
     if group.device.type != "cuda":
         return []
-    own = sample(group.device)
-    # One driver may know what another does not; ranks exchange equally many figures all the same.
-    ranks = group.gather([own.get(name, math.nan) for name in FIGURES])
+    figures_now = sample(group.device)
+    # Drivers may provide different figures; ranks exchange equally many all the same.
+    ranks = group.gather([figures_now.get(name, math.nan) for name in FIGURES])
     named = [dict(zip(FIGURES, figures, strict=True)) for figures in ranks]
     return [{k: v for k, v in card.items() if not math.isnan(v)} for card in named]
 
 
 class CardWatch:
-    """Says once of each card that it throttles, and once that its link is slower than it was."""
+    """Warnings of cards, each once: a throttled card, a link slower than measured."""
 
     def __init__(self, profiles: Sequence[CardProfile] = ()) -> None:
-        """``profiles``: the cards as they were measured, by rank; () where nobody measured them."""
+        """``profiles``: the cards as measured, by rank; (): not measured."""
         self._profiles = profiles
-        self._told: set[tuple[int, str]] = set()
+        self._reported: set[tuple[int, str]] = set()
 
     def look(self, cards: Sequence[Mapping[str, float]]) -> list[str]:
-        """A line for each thing that is new in these samples, by rank."""
+        """A line for each new problem in ``cards``, the samples by rank."""
         lines = []
         for rank, card in enumerate(cards):
             for kind, text in (("throttle", _throttle(card)), ("link", self._link(rank, card))):
-                if text and (rank, kind) not in self._told:
-                    self._told.add((rank, kind))
+                if text and (rank, kind) not in self._reported:
+                    self._reported.add((rank, kind))
                     lines.append(f"the card of rank {rank} {text}")
         return lines
 
@@ -109,11 +109,11 @@ class CardWatch:
 
 
 def card_watch(device: torch.device, cache_dir: str | None) -> CardWatch:
-    """One that knows the cards as `fttrain measure` found them on this machine, if it did.
+    """The watch of this machine's cards, with their measured profile where there is one.
 
-    ``cache_dir``: where the profile is, as frozen.cache_dir.
+    ``cache_dir``: of the profile, as frozen.cache_dir.
     """
-    profile = own_profile(cache_dir) if device.type == "cuda" else None
+    profile = machine_profile(cache_dir) if device.type == "cuda" else None
     return CardWatch(profile.cards if profile else ())
 
 

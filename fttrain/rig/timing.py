@@ -1,4 +1,4 @@
-"""How long work takes on a device: by the device's own clock on CUDA, by the host's on the CPU."""
+"""Timing of work on a device: by CUDA events on CUDA, by the host's clock on the CPU."""
 
 import statistics
 import time
@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import torch
 
-LEAST, MOST = 3, 20  # repetitions that a median is taken of
-WARM_UP_S = 0.2  # of a card: from the clocks at which it rests to those at which it works
+LEAST, MOST = 3, 20  # repetitions of a median
+WARM_UP_S = 0.2  # of a card: from its idle clocks to its working clocks
 
 
 def elapsed_s(work: Callable[[], object], device: torch.device) -> float:
     """Seconds from the call of ``work`` to the end of what it launched on the current stream.
 
-    It waits for what was launched earlier, so the time is that of this work alone.
+    Work launched earlier is awaited first, so the time is that of ``work`` alone.
     """
     if device.type != "cuda":
         started = time.perf_counter()
@@ -29,14 +29,14 @@ def elapsed_s(work: Callable[[], object], device: torch.device) -> float:
 
 
 def repetitions(once_s: float, budget_s: float) -> int:
-    """How often what takes ``once_s`` is repeated in ``budget_s``: ``LEAST`` to ``MOST`` times."""
+    """Repetitions in ``budget_s`` of work that takes ``once_s``: ``LEAST`` to ``MOST``."""
     return max(LEAST, min(MOST, int(budget_s / max(once_s, 1e-9))))
 
 
 def median_s(work: Callable[[], object], device: torch.device, budget_s: float = 0.5) -> float:
-    """The median of some repetitions, after one that is not counted, on CUDA after several."""
+    """The median of some repetitions, after one that is not counted (on CUDA several)."""
     once_s = elapsed_s(work, device)
-    if device.type == "cuda":  # the first one had libraries start and kernels loaded
+    if device.type == "cuda":  # the first one starts libraries and loads kernels
         began = time.perf_counter()
         once_s = elapsed_s(work, device)
         while time.perf_counter() - began < WARM_UP_S:

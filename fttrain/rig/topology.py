@@ -1,7 +1,7 @@
-"""What the NVIDIA driver says of cards and their links (NVML). None: not available.
+"""Cards and their links by the NVIDIA driver (NVML). None: not available.
 
-A machine without a driver, a driver without some figure, a container that hides it: all the same
-None, one figure at a time.
+Each figure is None by itself: without a driver, where the driver lacks it, where a container hides
+it.
 """
 
 from pathlib import Path
@@ -19,15 +19,15 @@ PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Those fields of ``CardProfile`` that the driver knows, by name.
+    """The fields of ``CardProfile`` that the driver provides, by name.
 
-    PCIe generation and width are those of this moment: a card that rests turns its link down, so
-    ask while it works. What card and slot can do together is ``*_most``.
+    PCIe generation and width are current values: an idle card turns its link down, so call this
+    while it works. ``*_most`` are the limits of card and slot together.
     """
     handle = handle_of(device)
     if handle is None:
         return {}
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "pcie_generation": ask(lambda: pynvml.nvmlDeviceGetCurrPcieLinkGeneration(handle)),
         "pcie_generation_most": ask(lambda: pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)),
         "pcie_width": ask(lambda: pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle)),
@@ -37,11 +37,11 @@ def facts(device: torch.device) -> dict[str, Any]:
         "power_limit_w": ask(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3),
         "peer_access": _peer_access(device),
     }
-    return found
+    return figures
 
 
 def nvlink_bytes(device: torch.device) -> int | None:
-    """Payload that the card has sent and received over NVLink since the driver began to count."""
+    """Payload bytes that the card sent and received over NVLink, counted by the driver."""
     handle = handle_of(device)
     if handle is None:
         return None
@@ -56,26 +56,26 @@ def nvlink_bytes(device: torch.device) -> int | None:
 
 
 def _nvlink_lanes(handle: Any) -> int | None:
-    """Links that are up; 0 for a card that has none."""
+    """NVLink lanes that are up; 0 for a card without NVLink."""
 
     def is_up(link: int) -> bool | None:
         return ask(lambda: bool(pynvml.nvmlDeviceGetNvLinkState(handle, link)))
 
-    # A card refuses the number of a link that it does not have.
+    # A card returns an error for a link that it does not have.
     states = [is_up(link) for link in range(pynvml.NVML_NVLINK_MAX_LINKS)]
     return sum(state for state in states if state)
 
 
 def _numa_node(handle: Any) -> int | None:
-    """The host's that the card's slot belongs to. NVML's own NUMA id is of cards that are a node
-    themselves. The kernel says -1 where the host has one node only.
+    """The host's NUMA node of the card's slot. NVML's NUMA id is for cards that are nodes
+    themselves. The kernel has -1 where the host has a single node.
     """
     slot = ask(lambda: pynvml.nvmlDeviceGetPciInfo(handle))
     if slot is None:
         return None
-    place = f"{slot.domain:04x}:{slot.bus:02x}:{slot.device:02x}.0"
+    address = f"{slot.domain:04x}:{slot.bus:02x}:{slot.device:02x}.0"
     try:
-        node = int((PCI_DEVICES / place / "numa_node").read_text())
+        node = int((PCI_DEVICES / address / "numa_node").read_text())
     except (OSError, ValueError):
         return None
     return node if node >= 0 else None

@@ -1,10 +1,10 @@
-"""Each way in which ranks can talk, measured in processes of its own: NCCL reads its environment
+"""Transports between ranks, each measured in processes of its own: NCCL reads its environment
 once.
 
-    this rank ── python -m fttrain.rig.link_rank JOB, in the transport's environment ──> its answer
+    this rank ── COMMAND JOB, in the transport's environment ──> its answer
 
-Each rank starts one such process and waits for it. What really carried the bytes is read from
-NCCL's own log and from the driver's NVLink counters.
+Each rank starts one such process and waits for it. The carrier of the bytes is read from NCCL's log
+and from the driver's NVLink counters.
 """
 
 import json
@@ -12,9 +12,8 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,21 +27,21 @@ from fttrain.launcher.launch import free_port
 from fttrain.rig.profile import LinkProfile, LinkSample
 from fttrain.util.units import MIB
 
-RUN = "fttrain.training.train"  # what a process of a run has imported; by name, for it is far above
-START_S = 120.0  # for the imports, the first collective, and a slow first size
-GRACE = 4.0  # how many times its budget a transport may take before it counts as hanging
-# Less is the link's own: two RTX 3090 at rest exchange 1.2 MiB/s (Syllo/nvtop, pull request 469)
+START_S = 120.0  # for imports, the first collective, and a slow first size
+GRACE = 4.0  # times its budget: a transport that takes longer counts as hanging
+# Background traffic is below this: two RTX 3090 at rest exchange 1.2 MiB/s (Syllo/nvtop, pull
+# request 469)
 _NVLINK_LEAST_BYTES_PER_S = 8 * MIB
 
 
 @dataclass(frozen=True)
 class Transport:
-    """How ranks are asked to talk."""
+    """A way for ranks to communicate."""
 
     name: str  # as in ``LinkProfile.transport``
     backend: str  # nccl | gloo
     environment: Mapping[str, str]
-    carriers: tuple[str, ...] = ()  # the only ones that NCCL's log may name; (): any
+    carriers: tuple[str, ...] = ()  # allowed carriers in NCCL's log; (): any
 
 
 TRANSPORTS = (
@@ -55,24 +54,24 @@ TRANSPORTS = (
 
 @dataclass(frozen=True)
 class LinkJob:
-    """What ``link_rank`` is told."""
+    """The input of ``link_rank``."""
 
     device: str  # cpu | cuda
     backend: str
     threads: int
-    label: str  # for its progress
+    label: str  # of the progress bar
     layers: int  # of the model
     true_bytes: dict[str, int]  # by collective
     most_bytes: int
     budget_s: float
-    taken_bytes: int  # of the card, by all programs, before the process was there
-    answer: str  # file that it writes
+    taken_bytes: int  # of the card, used by all programs before the process started
+    result_file: str  # path, written by the process
 
 
 def transports(device: torch.device, backend: str) -> list[Transport]:
-    """Those that ranks on ``device`` have. ``backend``: as rig.backend."""
-    only = "gloo" if device.type == "cpu" or backend == "gloo" else ""
-    return [found for found in TRANSPORTS if only in ("", found.backend)]
+    """The transports of ranks on ``device``. ``backend``: as rig.backend."""
+    backend_only = "gloo" if device.type == "cpu" or backend == "gloo" else ""
+    return [transport for transport in TRANSPORTS if backend_only in ("", transport.backend)]
 
 
 def measure_transport(
@@ -83,12 +82,15 @@ def measure_transport(
     true_bytes: dict[str, int],
     most_bytes: int,
     budget_s: float,
+    command: Sequence[str],
 ) -> tuple[LinkProfile, int | None]:
-    """The link, and the bytes of this rank's card that it takes beside tensors (context, buffers of
-    the transport; on the CPU the process with its libraries), None where it failed.
+    """(link, bytes of this rank's card outside tensors: context and buffers of the transport; on
+    the CPU the process with its libraries; None where the link failed).
 
-    ``group``: the ranks that start the processes; every rank calls it, and gets the same link. One
-    that fails, hangs or corrupts is told in ``wrong``.
+    group: the ranks that start the processes; every rank calls it and gets the same link.
+    command: starts ``link_rank.main`` with the job as JSON appended.
+
+    A link that fails, hangs or corrupts has the reason in ``wrong``.
     """
     port = group.broadcast_str(str(free_port()))
     with tempfile.TemporaryDirectory(prefix="fttrain-link-") as name:
@@ -103,59 +105,64 @@ def measure_transport(
             most_bytes=most_bytes,
             budget_s=budget_s,
             taken_bytes=_taken_bytes(device),
-            answer=str(folder / "answer.json"),
+            result_file=str(folder / "result.json"),
         )
-        problem = _run(job, {**transport.environment, "MASTER_PORT": port}, folder)
-        answer = {} if problem else json.loads(Path(job.answer).read_text())
-        seen = _seen(transport, folder, answer.get("nvlink_bytes_per_s"))
+        problem = _run(command, job, {**transport.environment, "MASTER_PORT": port}, folder)
+        result = {} if problem else json.loads(Path(job.result_file).read_text())
+        seen = _seen(transport, folder, result.get("nvlink_bytes_per_s"))
     problems = [group.broadcast_str(problem, rank) for rank in range(group.world_size)]
-    wrong = next((told for told in problems if told), "") or answer["wrong"]
+    fault = next((text for text in problems if text), "") or result["wrong"]
     seen = group.broadcast_str(seen)
     link = LinkProfile(
         transport.name,
         seen,
         group.world_size,
-        {} if wrong else _samples(answer["samples"]),
-        wrong,
-        bool(wrong) or is_as_asked(transport, seen),
-        None if wrong else answer["gradients_s"],
+        {} if fault else _samples(result["samples"]),
+        fault,
+        bool(fault) or is_as_asked(transport, seen),
+        None if fault else result["gradients_s"],
     )
-    return link, answer.get("overhead_bytes")
+    return link, result.get("overhead_bytes")
 
 
-def _run(job: LinkJob, variables: Mapping[str, str], folder: Path) -> str:
-    """What went wrong; "" where an answer is there."""
+def _run(command: Sequence[str], job: LinkJob, variables: Mapping[str, str], folder: Path) -> str:
+    """Run the process of ``job``; return what went wrong, "" where the result is there."""
     environment = {
         **os.environ,
         "NCCL_DEBUG": "INFO",
-        "NCCL_DEBUG_SUBSYS": "INIT",  # in which it names carriers, whatever the user wants to read
+        "NCCL_DEBUG_SUBSYS": "INIT",  # names the carriers, whatever the user's own setting
         "NCCL_DEBUG_FILE": str(folder / "nccl.log"),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         **variables,
         "TORCHELASTIC_USE_AGENT_STORE": "False",  # accelerate's store is not at the new port
         PARENT_PID: str(os.getpid()),
     }
-    command = [sys.executable, "-m", "fttrain.rig.link_rank", json.dumps(asdict(job))]
     limit_s = START_S + GRACE * job.budget_s
     errors = folder / "stderr"
     with open(errors, "w") as stream:
-        rank = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=stream)
+        process = subprocess.Popen(
+            [*command, json.dumps(asdict(job))],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stderr=stream,
+        )
         try:
-            code = rank.wait(limit_s)
+            code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             return f"no answer within {limit_s:.0f} s: it hangs, or needs a larger rig.link_s"
         finally:
-            rank.kill()
-            rank.wait()
+            process.kill()
+            process.wait()
     if code == 0:
         return ""
-    said = errors.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
-    return f"it did not run: {said[-1].removeprefix('fttrain: error: ')}"
+    lines = errors.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
+    return f"it did not run: {lines[-1].removeprefix('fttrain: error: ')}"
 
 
-def _samples(found: Mapping[str, Any]) -> dict[str, tuple[LinkSample, ...]]:
+def _samples(by_collective: Mapping[str, Any]) -> dict[str, tuple[LinkSample, ...]]:
     return {
-        name: tuple(LinkSample(*sample) for sample in samples) for name, samples in found.items()
+        name: tuple(LinkSample(*sample) for sample in samples)
+        for name, samples in by_collective.items()
     }
 
 
@@ -167,9 +174,9 @@ def _seen(transport: Transport, folder: Path, nvlink_bytes_per_s: float | None) 
 
 
 def carriers(log: str, nvlink_bytes_per_s: float | None) -> str:
-    """What NCCL's log names, such as "P2P/CUMEM over NVLink".
+    """The carriers in NCCL's log, such as "P2P/CUMEM over NVLink".
 
-    ``nvlink_bytes_per_s``: how fast the card's counters grew meanwhile; None: it has none.
+    ``nvlink_bytes_per_s``: the growth of the card's counters meanwhile; None: it has none.
     """
     # NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM, SHM/direct/direct, NET/Socket/0/GDRDMA
     named = sorted(set(re.findall(r"Channel \S+ : .* via ((?:P2P|SHM|NET)(?:/[A-Za-z]+)*)", log)))
@@ -183,21 +190,21 @@ def carriers(log: str, nvlink_bytes_per_s: float | None) -> str:
 
 
 def is_as_asked(transport: Transport, seen: str) -> bool:
-    """Whether every carrier of ``seen`` is one that the transport's name stands for."""
+    """Whether every carrier in ``seen`` is one that the transport allows."""
     named = re.findall(r"\b(P2P|SHM|NET)\b", seen)
     return not transport.carriers or (bool(named) and set(named) <= set(transport.carriers))
 
 
 def gloo_interface() -> str:
-    """The network interface that gloo binds to: GLOO_SOCKET_IFNAME, or that of the host's name."""
+    """The network interface that gloo binds to: GLOO_SOCKET_IFNAME, or that of the host name."""
     if name := os.environ.get("GLOO_SOCKET_IFNAME"):
         return name
     try:
         address = socket.gethostbyname(socket.gethostname())
     except OSError:
-        return "the loopback interface"  # gloo takes it where the name has no address
+        return "the loopback interface"  # gloo uses it where the name has no address
     for name, addresses in psutil.net_if_addrs().items():
-        if any(own.address == address for own in addresses):
+        if any(entry.address == address for entry in addresses):
             return name
     return address
 

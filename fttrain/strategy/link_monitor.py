@@ -2,7 +2,7 @@
 
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.rig.profile import RigProfile, bus_bytes_per_s
-from fttrain.rig.profile_drift import own_profile
+from fttrain.rig.profile_drift import machine_profile
 from fttrain.store import Traffic
 
 SLOW = 2.0  # ratio of the wait to the profile's time from which a link counts as slow
@@ -78,7 +78,7 @@ def link_monitor(group: RankGroup, cache_dir: str | None) -> LinkMonitor:
     """
     on_card = group.device.type == "cuda"
     ranks = group.intra_node.world_size
-    profile = own_profile(cache_dir, ranks) if on_card else None
+    profile = machine_profile(cache_dir, ranks) if on_card else None
     if profile is None or [card.kind for card in profile.cards] != ["cuda"] * ranks:
         return LinkMonitor()
     return LinkMonitor(profile)

@@ -8,14 +8,14 @@ from typing import Any
 
 from fttrain.config.run_config import RunConfig
 from fttrain.distributed.rank_group import local_world_size, rank_from_environment
-from fttrain.frozen.hub import SHAPES
-from fttrain.frozen.source import check_length, load_config, resolve
+from fttrain.frozen.source import check_length
 from fttrain.model.decoder import Architecture
+from fttrain.plan.architectures import planned_config
 from fttrain.plan.auto import ChosenPlan, PlanRequest, check_fits, choose_plan
-from fttrain.plan.choose import reckoned
+from fttrain.plan.choose import estimate_step
 from fttrain.plan.rigs import MEASURED, find_rig
 from fttrain.rig.measure_report import links_table
-from fttrain.rig.profile import RigProfile, kept_profile
+from fttrain.rig.profile import RigProfile, measured_profile_path
 from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.builder import silent
 from fttrain.strategy.config import StrategyConfig
@@ -76,7 +76,7 @@ def with_target_share(config: RunConfig, plan: Plan | None, target_share: float)
     rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks, lambda text: None)
     request = _request(config, rig)
     size = replace(request.spec.size, target_share=target_share)
-    time = reckoned(replace(request.spec, size=size), request.architecture, rig)
+    time = estimate_step(replace(request.spec, size=size), request.architecture, rig)
     predicted |= {"step_s": time.seconds, "tokens_per_s": time.tokens_per_s}
     return plan
 
@@ -124,7 +124,7 @@ def _plan_of_given(config: RunConfig, ranks: int) -> Plan | None:
     the run goes on: the stores' own refusals are exact.
     """
     cache_dir, profile = config.frozen.cache_dir, config.rig.profile
-    if profile == MEASURED and kept_profile(cache_dir, ranks) is None:
+    if profile == MEASURED and measured_profile_path(cache_dir, ranks) is None:
         return None
     try:
         rig = find_rig(profile, cache_dir, ranks)
@@ -149,7 +149,7 @@ def _choose(config: RunConfig, request: PlanRequest) -> ChosenPlan:
 
 
 def _request(config: RunConfig, rig: RigProfile) -> PlanRequest:
-    model = load_config(resolve(config.model, SHAPES))
+    model = planned_config(config.model)
     check_length(config.data.seq_len, model)
     return PlanRequest(
         config.model.name,

@@ -7,7 +7,7 @@ broken, a check says so.
 from pathlib import Path
 
 from fttrain.config.run_config import RunConfig, compose
-from fttrain.doctor.checks import Check, Wanted, all_checks, examine
+from fttrain.doctor.checks import Check, RunNeeds, all_checks, examine
 from fttrain.doctor.finding import Finding
 
 
@@ -22,7 +22,7 @@ def doctor(config: RunConfig | None = None) -> list[tuple[str, Finding]]:
 
 def checks_of(config: RunConfig) -> list[tuple[str, Check]]:
     """Every check with its name, the quick ones first."""
-    wanted = Wanted(
+    wanted = RunNeeds(
         config.model,
         config.quant,
         config.lora,

@@ -11,11 +11,10 @@ import torch
 from fttrain.config.run_config import RunConfig, to_yaml
 from fttrain.data.batch import ROW_MULTIPLE
 from fttrain.distributed.process_group import process_group
-from fttrain.frozen.hub import SHAPES
-from fttrain.frozen.source import load_config, resolve
 from fttrain.launcher.launch import require_ranks
 from fttrain.model.decoder import Architecture
 from fttrain.model.layer_adapters import LayerAdapters
+from fttrain.plan.architectures import planned_config
 from fttrain.plan.calibrate import calibrate, python
 from fttrain.rig.device_setup import set_up_rank
 from fttrain.rig.measure import DiskPaths, MeasuredShapes
@@ -53,13 +52,14 @@ def measure_rig(config: RunConfig) -> RigMeasurement:
     """Measure as ``measure`` does."""
     require_ranks(config.launch)
     device = set_up_rank(config.rig)
-    architecture = Architecture(load_config(resolve(config.model, SHAPES)))
+    architecture = Architecture(planned_config(config.model))
     shapes, disk = _shapes(config, architecture), _disk(config)
     # The ranks agree over gloo: the links that are measured may not work.
     with process_group(torch.device("cpu"), "gloo") as group:
         if group.inter_node.world_size > 1:
             raise UserError("measure: one machine at a time; start it on each without the others")
-        profile = measure_ranks(shapes, disk, group, device, config.rig.backend, config.rig.link_s)
+        link_rank, rig = python("fttrain.training.link_rank"), config.rig
+        profile = measure_ranks(shapes, disk, group, device, rig.backend, rig.link_s, link_rank)
         with _settings_file(config) as file:
             trial = python("fttrain.training.trial_rank", str(file))
             profile = calibrate(profile, strategy_spec(config), architecture, group, trial)

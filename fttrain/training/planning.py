@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fttrain.config.run_config import RunConfig
-from fttrain.frozen.hub import SHAPES
-from fttrain.frozen.source import check_length, load_config, resolve
+from fttrain.frozen.source import check_length
 from fttrain.launcher.launch import ranks_wanted
 from fttrain.model.decoder import Architecture
+from fttrain.plan.architectures import planned_config
 from fttrain.plan.choose import Candidate, candidates, choose
 from fttrain.plan.cost import DiskNeed, disk, run_steps, training_rows
 from fttrain.plan.rigs import find_rig
@@ -53,11 +53,11 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None]) -> RunPlan
     """
     if config.strategy.name == DEEPSPEED:
         raise UserError(
-            f"plan: strategy={DEEPSPEED}: what DeepSpeed takes is not reckoned; "
+            f"plan: strategy={DEEPSPEED}: what DeepSpeed takes is not computed; "
             "`fttrain train dry_run=20` measures it"
         )
     rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks_wanted(config.launch))
-    model = load_config(resolve(config.model, SHAPES))
+    model = planned_config(config.model)
     check_length(config.data.seq_len, model)
     spec, architecture, loop = strategy_spec(config), Architecture(model), config.loop
     rows_per_step = loop.micro_batch_size * loop.gradient_accumulation_steps * len(rig.cards)

@@ -11,10 +11,9 @@ from pathlib import Path
 import yaml
 
 from fttrain.config.run_config import checked
-from fttrain.frozen.hub import SHAPES
-from fttrain.frozen.source import load_config, resolve
 from fttrain.launcher.launch import die_with_parent
-from fttrain.plan.trial import take
+from fttrain.plan.architectures import planned_config
+from fttrain.plan.trial import run_trial
 from fttrain.rig.device_setup import set_up_rank
 from fttrain.strategy.zero_config import DEEPSPEED
 from fttrain.training.session import strategy_spec
@@ -27,7 +26,7 @@ def main(settings: str, answer: str) -> int:
     try:
         config = checked(yaml.safe_load(Path(settings).read_text()))
         device = set_up_rank(config.rig, config.strategy.name == DEEPSPEED)
-        trial = take(strategy_spec(config), load_config(resolve(config.model, SHAPES)), device)
+        trial = run_trial(strategy_spec(config), planned_config(config.model), device)
     except UserError as error:
         print(f"fttrain: error: {error}", file=sys.stderr)
         return error.exit_code

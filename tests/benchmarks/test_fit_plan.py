@@ -48,9 +48,9 @@ def test_a_run_stands_beside_what_a_plan_of_the_same_says(module: Module) -> Non
     host = HostProfile("cpu", 8, 64 << 30, adamw_values_per_s=1e9)
     rig = RigProfile("two", (card, card), host, (LinkProfile("default", "", 2, samples),))
     for pair, seq_len in ((shard, 64), (long_rows, 128), (too_big, 64)):
-        spec = steps.recipe_of({**runs[0], "seq_len": seq_len})
+        spec = steps.trial_spec({**runs[0], "seq_len": seq_len})
         planned = judge(spec, steps.architecture_of(shape), rig)
-        peak = max(max(own.device_bytes, own.booked_bytes) for own in planned.memory)
+        peak = max(max(own.device_bytes, own.reserved_device_bytes) for own in planned.memory)
         assert (pair["predicted_bytes"], pair["predicted_to_fit"]) == (peak, planned.fits)
         assert (pair["side"], pair["seq_len"]) == (runs[0]["side"], seq_len)
 

@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import tiny
@@ -19,6 +22,7 @@ from fttrain.data.dataset import prepare
 from fttrain.frozen.config import ModelConfig
 from fttrain.frozen.source import load_tokenizer
 from fttrain.plan.rigs import find_rig
+from fttrain.strategy.spec import StrategySpec
 
 RIG = "rig.profile=one_24gb"
 
@@ -101,6 +105,27 @@ def test_the_nearest_thing_that_fits_is_named_and_fits(
     told = re.search(r"it fits with (\S+=.*)", capsys.readouterr().err)
     assert told
     assert plan(least * 3 // 4, *told[1].split()) == 0
+
+
+def test_a_shipped_model_needs_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise AssertionError("a socket is opened")
+
+    def configured_only(spec: StrategySpec, world_size: int) -> Iterator[StrategySpec]:
+        yield spec  # one candidate of dozens: the test is quick
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("fttrain.plan.choose.candidates", configured_only)
+    settings = ("model=llama3_70b", "rig.profile=2x3090_nvlink", "strategy=stream")
+    small = ("loop.micro_batch_size=1", "loop.gradient_accumulation_steps=1")
+    assert main(["plan", *settings, *small, f"output={tmp_path}"]) == 0
+    assert "strategy=stream" in capsys.readouterr().out
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["candidates"][0]["fits"]
 
 
 def test_a_hub_behind_a_closed_port(tmp_path: Path) -> None:

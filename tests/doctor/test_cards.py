@@ -41,8 +41,8 @@ def test_what_mends_a_card_names_it_as_nvidia_smi_finds_it(check, change: dict) 
 
 
 def test_the_cards_are_listed() -> None:
-    assert cards.present([GOOD]).figure == "0: RTX 3090, 24.00 GiB"
-    assert "no GPU" in cards.present([]).figure
+    assert cards.listing([GOOD]).figure == "0: RTX 3090, 24.00 GiB"
+    assert "no GPU" in cards.listing([]).figure
 
 
 def test_host_memory_against_the_cards() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from fttrain.cli import main
 from fttrain.doctor import links
-from fttrain.doctor.checks import Wanted, all_checks, examine, summary
+from fttrain.doctor.checks import RunNeeds, all_checks, examine, summary
 from fttrain.doctor.finding import FAILURE, OK, WARNING, Finding, failure, ok, warning
 from fttrain.frozen.config import ModelConfig
 from fttrain.model.config import LoraConfig
@@ -47,7 +47,7 @@ def test_a_secret_in_what_was_found_is_not_shown(monkeypatch: pytest.MonkeyPatch
 
 def test_a_model_that_is_not_there_leaves_the_disk_unknown(tmp_path: Path) -> None:
     model = ModelConfig("none", str(tmp_path / "none"))
-    wanted = Wanted(model, QuantConfig(), LoraConfig(), str(tmp_path), tmp_path, 2)
+    wanted = RunNeeds(model, QuantConfig(), LoraConfig(), str(tmp_path), tmp_path, 2)
     checks = dict(all_checks(RigConfig(), wanted))
     for name in ("disk, cache", "disk, checkpoints"):
         assert checks[name]().verdict == WARNING
@@ -66,7 +66,7 @@ def test_cuda_that_does_not_start_is_a_failure_and_stops_no_other_check(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", busy)
     model = ModelConfig("none", str(tmp_path / "none"))
-    wanted = Wanted(model, QuantConfig(), LoraConfig(), str(tmp_path), tmp_path, 2)
+    wanted = RunNeeds(model, QuantConfig(), LoraConfig(), str(tmp_path), tmp_path, 2)
     checks = [(name, check) for name, check in all_checks(RigConfig(), wanted) if name != "gloo"]
     quick = [(name, check) for name, check in checks if name != "nccl"]
     found = dict(examine(quick, lambda *_: None))

@@ -30,7 +30,9 @@ def test_what_does_not_fit_is_refused_with_figures(monkeypatch: pytest.MonkeyPat
     expected = (
         r"3\.00 GiB are needed \(frozen layers in host memory 2\.00 GiB, layer inputs 1\.00 GiB, "
         r"head 0\.00 GiB\), "
-        r"3\.00 GiB are available; a smaller schedule\.micro_batch_group, data"
+        r"3\.00 GiB are available; a smaller schedule\.micro_batch_group, data\.seq_len or "
+        r"loop\.micro_batch_size, strategy\.resident_layers nearer to all, layer_inputs=device, or "
+        r"closing other programs helps"
     )
     with pytest.raises(UserError, match=expected):
         ledger.check()

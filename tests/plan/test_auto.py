@@ -92,6 +92,10 @@ def test_an_answer_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name in ("choose", "judge"):
         monkeypatch.setattr(auto, name, planned_again)
     assert choose_plan(asked, str(tmp_path), silent) == found
+    published = tiny.model(num_hidden_layers=4).config  # with what a shipped config.json lacks
+    published.bos_token_id, published.architectures = 7, ["LlamaForCausalLM"]
+    same = replace(asked, architecture=Architecture(published))
+    assert choose_plan(same, str(tmp_path), silent) == found
     others = {
         "rig": replace(asked, rig=tiny_cpu_rig.rig(sums_bytes_per_s=1e8)),
         "rows": replace(asked, spec=replace(STREAM, size=StepSize(2, 64, 1))),

@@ -34,7 +34,7 @@ def planned_s(spec: StrategySpec, layers: int, card: CardProfile) -> float:
 
 
 def test_a_plan_of_the_trials_own_steps_says_what_the_trial_measured() -> None:
-    own = trial.recipe_of(RECIPE)
+    own = trial.trial_spec(RECIPE)
     per_layer = planned_s(own, 4, CARD) - planned_s(own, 3, CARD)
     found = Trial(1.5 * per_layer / trial.MICRO_BATCHES, 0.25, overhead_bytes=1000)
     card = calibrated(CARD, found, RECIPE, A)
@@ -53,7 +53,7 @@ def test_steps_as_fast_as_their_gemms_have_nothing_beside_them() -> None:
 
 def test_real_steps_of_a_small_model() -> None:
     """They take more than their GEMMs would at an endless rate, and memory beside tensors."""
-    found = trial.take(RECIPE, CONFIG, torch.device("cpu"))
+    found = trial.run_trial(RECIPE, CONFIG, torch.device("cpu"))
     assert found.layer_s > 0
     assert found.overhead_bytes is not None
     assert found.overhead_bytes > 50 << 20  # Python and torch alone
@@ -64,7 +64,7 @@ def test_what_a_card_holds_beside_tensors_is_something_and_not_much() -> None:
     """Steps load kernels, and the allocator takes 2 MiB at least; the host's bytes do not count."""
     device = torch.device("cuda", torch.cuda.current_device())
     config = with_layers(tiny.model(hidden_size=512).config, 2)
-    found = trial.take(replace(RECIPE, dtype="bfloat16"), config, device)
+    found = trial.run_trial(replace(RECIPE, dtype="bfloat16"), config, device)
     assert found.overhead_bytes is None
     assert found.allocator_bytes is not None
     assert 0 < found.allocator_bytes < 1 << 30

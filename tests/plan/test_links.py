@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_said_and_saves_nothing() -> None:
     held = [
         memory.reserved_memory(
             memory.reserve_ranks(spec(name), A, "cuda", [1 << 50] * 2)[0]
-        ).booked_bytes
+        ).reserved_device_bytes
         for name in ("shard", "replicate")
     ]
     table = step_table(own, A, rig(sum(held) // 2))

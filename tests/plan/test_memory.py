@@ -18,7 +18,7 @@ from fttrain.model.attention_op import cuda_backward_bytes
 from fttrain.model.decoder import Architecture
 from fttrain.optim.config import OptimConfig
 from fttrain.plan import memory
-from fttrain.plan.fake import NoBase, full_batch
+from fttrain.plan.fake import EmptyBase, full_batch
 from fttrain.plan.live_bytes import LiveBytes
 from fttrain.strategy.builder import StrategyBuilder
 from fttrain.strategy.spec import StepSize, StrategySpec
@@ -63,7 +63,7 @@ def test_of_a_card_s_live_bytes_those_of_the_host_are_none() -> None:
     assert on_host.nbytes == 1000
 
 
-class Zeros(NoBase):
+class Zeros(EmptyBase):
     """Real bytes, all zero, and nothing beside them."""
 
     def read(self, layer: int, into: Tensor, offset_bytes: int = 0) -> None:
@@ -178,7 +178,7 @@ def test_a_70b_models_parts_are_those_of_the_design() -> None:
         assert rank.device[MemoryPart.EMBEDDING] == pytest.approx(2.1e9, rel=1e-2)
         assert rank.shared[MemoryPart.HOST_HEAD] == rank.device[MemoryPart.STREAMED_HEAD]
         assert rank.host[MemoryPart.LAYER_INPUTS] == pytest.approx(8 * 80 * 33.6e6, rel=1e-2)
-        assert rank.host["adapter masters"] == pytest.approx(4 * 207e6, rel=1e-2)
+        assert rank.host[MemoryPart.ADAPTER_MASTERS] == pytest.approx(4 * 207e6, rel=1e-2)
     own_bytes = sum(sum(rank.host.values()) for rank in ranks)
     assert memory.host_bytes(ranks, "cuda") == own_bytes + ranks[0].shared[MemoryPart.HOST_HEAD]
 

@@ -14,9 +14,9 @@ from fttrain.plan import shapes
 from fttrain.plan.reference_claims import CARD, CLAIMS, HIGH, LOW, RIGHT, Claim, judge
 from fttrain.plan.sizes import (
     METHODS,
-    PLACES,
+    SCENARIOS,
     SizeEstimate,
-    SizeQuestion,
+    SizeRequest,
     context_bytes,
     estimate_size,
     estimate_sizes,
@@ -52,7 +52,7 @@ def test_shapes_are_those_of_the_models(name: str) -> None:
 
 def test_a_70b_model_on_one_card_is_the_sum_of_its_known_parts() -> None:
     """Each part from figures of its own; a layer's step alone is the engine's."""
-    found = estimate_size(SizeQuestion(LARGE, "QLoRA"))
+    found = estimate_size(SizeRequest(LARGE, "QLoRA"))
     adapter_values = 207e6  # r=16 on all linears
     table_bytes = 128256 * 8192 * 2
     expected = {
@@ -74,44 +74,44 @@ def test_a_70b_model_on_one_card_is_the_sum_of_its_known_parts() -> None:
 
 def test_full_fine_tuning_is_bytes_of_a_parameter_and_a_step() -> None:
     count = shapes.parameters(shapes.architecture(SMALL))
-    lora = estimate_size(SizeQuestion(SMALL, "LoRA"))
+    lora = estimate_size(SizeRequest(SMALL, "LoRA"))
     base = (MemoryPart.FROZEN_LAYERS, MemoryPart.EMBEDDING, MemoryPart.HEAD, MemoryPart.ADAPTERS)
     step_bytes = lora.card_bytes - sum(lora.card[part] for part in base)
-    whole = estimate_size(SizeQuestion(SMALL, "full"))
+    whole = estimate_size(SizeRequest(SMALL, "full"))
     assert whole.card_bytes == 16 * count + step_bytes
     assert (
-        estimate_size(SizeQuestion(SMALL, "full, 8-bit Adam")).card_bytes == 10 * count + step_bytes
+        estimate_size(SizeRequest(SMALL, "full, 8-bit Adam")).card_bytes == 10 * count + step_bytes
     )
-    least = estimate_size(SizeQuestion(SMALL, "full", "least"))
+    least = estimate_size(SizeRequest(SMALL, "full", "least"))
     assert least.host_bytes == whole.host_bytes + 14 * count
     assert least.card_bytes > 2 * count + step_bytes
 
 
 def test_more_parameters_and_wider_ones_take_more_and_fewer_places_less() -> None:
-    qlora, lora = SizeQuestion(SMALL, "QLoRA"), SizeQuestion(SMALL, "LoRA")
-    full = SizeQuestion(SMALL, "full")
+    qlora, lora = SizeRequest(SMALL, "QLoRA"), SizeRequest(SMALL, "LoRA")
+    full = SizeRequest(SMALL, "full")
     rising = [
-        [replace(qlora, place="least"), replace(qlora, place="two"), qlora, lora],
-        [replace(full, place="least"), replace(full, place="two"), full],
-        [qlora, SizeQuestion(LARGE, "QLoRA")],
+        [replace(qlora, scenario="least"), replace(qlora, scenario="two"), qlora, lora],
+        [replace(full, scenario="least"), replace(full, scenario="two"), full],
+        [qlora, SizeRequest(LARGE, "QLoRA")],
     ]
-    asked = [question for row in rising for question in row]
+    requests = [request for row in rising for request in row]
     told: list[tuple[int, int]] = []
-    found = estimate_sizes(asked, lambda done, total: told.append((done, total)))
-    assert told[-1] == (len(set(asked)), len(set(asked)))
+    found = estimate_sizes(requests, lambda done, total: told.append((done, total)))
+    assert told[-1] == (len(set(requests)), len(set(requests)))
     for row in rising:
         sizes = [found[question].card_bytes for question in row]
         assert sizes == sorted(sizes)
         assert len(set(sizes)) == len(sizes)
     # What is not on the card is on the host: the frozen layers.
     assert (
-        found[replace(qlora, place="least")].host_bytes
+        found[replace(qlora, scenario="least")].host_bytes
         > found[qlora].card[MemoryPart.FROZEN_LAYERS]
     )
 
 
 def claim(value: float, unit: str = "GB", **more: bool | str) -> Claim:
-    return Claim("someone", "somewhere", SizeQuestion(SMALL, "QLoRA"), value, unit, **more)  # type: ignore[arg-type]
+    return Claim("someone", "somewhere", SizeRequest(SMALL, "QLoRA"), value, unit, **more)  # type: ignore[arg-type]
 
 
 NEED = SizeEstimate({MemoryPart.FROZEN_LAYERS: 9 * 10**9, MemoryPart.CONTEXT: 10**9}, 0)
@@ -133,12 +133,12 @@ def test_a_card_is_right_where_it_suffices() -> None:
     assert judge(claim(16, CARD), NEED).why == "6.7 GiB to spare"
 
 
-def test_every_claim_can_be_asked_and_says_where_it_is_from() -> None:
+def test_every_claim_has_a_request_and_a_source() -> None:
     for own in CLAIMS:
-        asked = own.question
-        assert shapes.size(asked.model), own
-        assert asked.method in METHODS, own
-        assert asked.place in PLACES, own
+        request = own.request
+        assert shapes.size(request.model), own
+        assert request.method in METHODS, own
+        assert request.scenario in SCENARIOS, own
         assert own.source.startswith("https://") or "without a source" in own.source, own
         assert (
             judge(own, SizeEstimate({MemoryPart.FROZEN_LAYERS: round(2 * own.size_bytes)}, 0)).word
@@ -146,15 +146,15 @@ def test_every_claim_can_be_asked_and_says_where_it_is_from() -> None:
         ), own
 
 
-def test_the_tables_say_what_was_asked_for() -> None:
+def test_the_tables_show_the_requests() -> None:
     written = io.StringIO()
     console = Console(file=written, width=150)
-    claims = [own for own in CLAIMS if own.question == SizeQuestion(SMALL, "QLoRA")]
-    assert {own.said for own in claims} == {"12 GB", "6 GB"}
-    wrong = replace(claims[0], value=0.7 * estimate_size(claims[0].question).card_bytes / 1e9)
+    claims = [own for own in CLAIMS if own.request == SizeRequest(SMALL, "QLoRA")]
+    assert {own.figure for own in claims} == {"12 GB", "6 GB"}
+    wrong = replace(claims[0], value=0.7 * estimate_size(claims[0].request).card_bytes / 1e9)
     show(console, lambda done, total: None, [SMALL], [*claims, wrong])
     printed = written.getvalue()
-    one = estimate_size(SizeQuestion(SMALL, "QLoRA"))
+    one = estimate_size(SizeRequest(SMALL, "QLoRA"))
     row = next(line for line in printed.splitlines() if " 12, 6, " in line)
     assert f" {one.card_bytes / GIB:.1f} " in row
     assert f"{one.card_bytes / GIB:.2f} │" in printed  # the sum of the parts

@@ -5,7 +5,7 @@ from dataclasses import replace
 from tiny_rig import RECIPE, ROOMY, A, chosen, rig
 
 from fttrain.plan.choose import judge
-from fttrain.plan.suggestions import what_fits
+from fttrain.plan.suggestions import suggest_change
 from fttrain.strategy.spec import StepSize, StrategySpec
 
 
@@ -19,26 +19,26 @@ def test_what_can_move_to_the_host_moves_there_first() -> None:
     short = rig(taken_bytes(offloaded))
     nearest = judge(RECIPE, A, short)
     assert not nearest.fits
-    assert what_fits(nearest, A, short) == "it fits with optim.offload=true"
+    assert suggest_change(nearest, A, short) == "it fits with optim.offload=true"
 
 
 def test_levers_add_up_until_it_fits() -> None:
     placement = replace(RECIPE.placement, layer_inputs="host", embedding="host")
     optim = replace(RECIPE.optim, offload=True)
     short = rig(taken_bytes(replace(RECIPE, optim=optim, placement=placement)))
-    said = what_fits(judge(RECIPE, A, short), A, short)
+    said = suggest_change(judge(RECIPE, A, short), A, short)
     assert said == "it fits with optim.offload=true layer_inputs=host embedding=host"
 
 
 def test_a_layer_that_keeps_everything_leaves_no_boundary_to_move() -> None:
     kept = replace(RECIPE, placement=replace(RECIPE.placement, activations="keep"))
     short = rig(1000)
-    assert "layer_inputs" not in what_fits(judge(kept, A, short), A, short)
+    assert "layer_inputs" not in suggest_change(judge(kept, A, short), A, short)
 
 
 def test_where_nothing_smaller_helps_a_larger_rig_is_named() -> None:
     tight = rig(100_000)
-    assert "the smallest rig of conf/rig/profiles" in what_fits(chosen(tight)[0], A, tight)
+    assert "the smallest rig of conf/rig/profiles" in suggest_change(chosen(tight)[0], A, tight)
 
 
 def test_shorter_rows_hold_fewer_documents() -> None:
@@ -50,4 +50,4 @@ def test_shorter_rows_hold_fewer_documents() -> None:
         for seq_len, documents in ((1024, 200), (256, 50))
     )
     tight = rig(taken_bytes(short))
-    assert what_fits(judge(long, A, tight), A, tight) == "it fits with data.seq_len=256"
+    assert suggest_change(judge(long, A, tight), A, tight) == "it fits with data.seq_len=256"

@@ -1,6 +1,7 @@
 """A process for each transport: what carried the bytes, and those that fail or hang."""
 
 import os
+import sys
 from pathlib import Path
 
 import pynvml
@@ -12,6 +13,7 @@ from fttrain.rig import link_rank, transports
 from fttrain.rig.transports import TRANSPORTS, LinkJob, Transport, carriers, is_as_asked
 from fttrain.util.units import MIB
 
+LINK_RANK = (sys.executable, "-m", "fttrain.training.link_rank")
 CPU = torch.device("cpu")
 BY_NAME = {transport.name: transport for transport in TRANSPORTS}
 # As NCCL 2.27 writes them (src/transport/p2p.cc, shm.cc, net.cc; a log of two cards without peer
@@ -77,6 +79,7 @@ def test_a_gpu_that_is_missing_is_told_as_the_link_s_fault(
         {},
         0,
         0.0,
+        LINK_RANK,
     )
     assert link.wrong.startswith("it did not run: rig.backend=nccl: this machine has no GPU")
     assert link.samples == {}
@@ -87,7 +90,7 @@ def test_a_link_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)  # the other one never comes
     job = LinkJob("cpu", "gloo", 1, "test", 0, {}, 0, 0.0, 0, str(tmp_path / "answer.json"))
-    told = transports._run(job, {"MASTER_PORT": str(transports.free_port())}, tmp_path)
+    told = transports._run(LINK_RANK, job, {"MASTER_PORT": str(transports.free_port())}, tmp_path)
     assert told.startswith("no answer within 1 s: it hangs")
 
 
@@ -110,7 +113,7 @@ def test_what_a_user_reads_of_nccl_hides_no_carrier(
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     monkeypatch.setenv("NCCL_DEBUG_SUBSYS", "COLL")
     job = LinkJob("cuda", "nccl", 1, "test", 0, {}, 0, 0.0, 0, "")
-    assert transports._run(job, {}, tmp_path) == ""
+    assert transports._run(LINK_RANK, job, {}, tmp_path) == ""
     assert (told["NCCL_DEBUG"], told["NCCL_DEBUG_SUBSYS"]) == ("INFO", "INIT")
 
 
@@ -140,4 +143,4 @@ def test_a_shared_card_s_context_is_that_of_one_rank(
     """By the driver, where it knows the process; else the growth is divided."""
     SharedCard(monkeypatch, os.getpid() if known else 1)
     job = LinkJob("cuda", "gloo", 1, "", 0, {}, 0, 0.0, 1024 * MIB, str(tmp_path))
-    assert link_rank._overhead_bytes(job, torch.device("cuda", 0)) == taken_mib * MIB
+    assert link_rank._overhead_bytes(job, torch.device("cuda", 0), lambda: None) == taken_mib * MIB
