@@ -1,4 +1,4 @@
-"""One rank of a transport, in a process that ``transports.py`` starts (``training/link_rank.py``)."""
+"""One rank of a transport, in a process that ``transports.py`` starts."""
 
 import json
 import sys

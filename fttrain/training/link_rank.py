@@ -1,5 +1,5 @@
-"""``python -m fttrain.training.link_rank JOB``: one rank of a transport (``rig/link_rank.py``), with
-all that the process of a run imports; ``measure`` starts it.
+"""``python -m fttrain.training.link_rank JOB``: one rank of a transport, with all that the process
+of a run imports. ``measure`` starts it.
 """
 
 import importlib
