@@ -1,6 +1,6 @@
-"""Store x grouped(G) x all_reduce: each rank passes its own micro-batches through all layers.
+"""Store x grouped(G) x all_reduce: each rank passes its micro-batches through all layers.
 
-replicate, shard and stream are this, over different stores.
+replicate, shard and stream are this strategy over different stores.
 """
 
 import torch
@@ -17,17 +17,17 @@ from fttrain.strategy.model_slice import ModelSlice, reserve_slice
 from fttrain.strategy.native import NativeStrategy, StrategyParts, build_parts
 from fttrain.strategy.spec import BuildContext
 
-EVALUATION_GROUP = 8  # micro-batches that pass a layer together when nothing is kept for backward
+EVALUATION_GROUP = 8  # G where nothing is saved for backward
 
 
 class DataParallel(NativeStrategy):
-    """A strategy whose ranks differ in nothing but the micro-batches they get."""
+    """A strategy whose ranks differ in their micro-batches alone."""
 
     def __init__(self, parts: StrategyParts, schedule: ScheduleConfig) -> None:
         super().__init__(parts)
         self._schedule = schedule
         self._sharded = parts.optim.shard
-        self._own_next_tokens = generate.whole_model(self.decoder, self._store)
+        self._local_next_tokens = generate.whole_model(self.decoder, self._store)
 
     @property
     def data_parallel(self) -> tuple[int, int]:
@@ -49,13 +49,13 @@ class DataParallel(NativeStrategy):
         return runner, -(-len(micro_batches) // EVALUATION_GROUP)
 
     def _next_tokens(self, cache: KeyValueCache, fresh: NewTokens) -> list[int]:
-        # Ranks must not come to differ in how many passes they make: rank 0 decides.
-        own = torch.tensor(self._own_next_tokens(cache, fresh))
-        agreed: list[int] = self._group.broadcast(own).tolist()
-        return agreed
+        # Rank 0 decides, so that all ranks make the same number of passes.
+        local = torch.tensor(self._local_next_tokens(cache, fresh))
+        tokens: list[int] = self._group.broadcast(local).tolist()
+        return tokens
 
     def _of_all_layers(self, norms: Tensor) -> Tensor:
-        """Those of this rank's parts -> those of the whole."""
+        """Norms of this rank's shards -> norms of the whole gradients, fp32 (layers,)."""
         if not self._sharded:
             return norms
         return self._group.all_reduce_(norms.square()).sqrt()
@@ -65,21 +65,21 @@ class DataParallel(NativeStrategy):
 
 
 def reserve_data_parallel(context: BuildContext) -> ModelSlice:
-    """Every rank has the whole model; host memory of all but the layers."""
+    """Reserve all but the frozen layers. Return the slice: every rank has the whole model."""
     model_slice = ModelSlice(range(context.architecture.layers))
-    reserve_slice(context, model_slice, _kept(context))
+    reserve_slice(context, model_slice, _in_flight(context))
     return model_slice
 
 
 def build_data_parallel(
     context: BuildContext, base: FrozenBase, model_slice: ModelSlice, store: Store
 ) -> DataParallel:
-    """Join ``store`` with the parts that it shares with its like."""
+    """Build the strategy around ``store``."""
     sync = gradient_sync(context.group, context.spec.optim.shard)
-    parts = build_parts(context, base, model_slice, store, _kept(context), sync)
+    parts = build_parts(context, base, model_slice, store, _in_flight(context), sync)
     return DataParallel(parts, context.spec.schedule)
 
 
-def _kept(context: BuildContext) -> int:
-    """G: micro-batches that are kept between forward and backward."""
+def _in_flight(context: BuildContext) -> int:
+    """G: the most micro-batches between forward and backward."""
     return context.spec.schedule.size(context.spec.size.gradient_accumulation_steps)

@@ -1,4 +1,4 @@
-"""The two ends of the model, embedding and head: what they take, and how they are loaded."""
+"""Embedding and head: their reservations, and their loading."""
 
 import torch
 from torch import Tensor
@@ -20,14 +20,15 @@ from fttrain.strategy.config import Placement
 from fttrain.strategy.spec import BuildContext
 from fttrain.util.errors import UserError
 
-# Names of the two ends in the frozen base
+# Names in the frozen base
 EMBEDDING, HEAD = "embedding", "head"
 
 
 def reserve_ends(context: BuildContext, has_embedding: bool, has_head: bool) -> None:
-    """Embedding and head of this rank; tied and in one place, the head is the embedding's table.
+    """Reserve embedding and head of this rank. Where they are tied and both on the device, or both
+    on the host, they are one table.
 
-    Raises UserError for a head that cannot be quantised, also where another rank has it.
+    Raises UserError, on all ranks, for a head that cannot be quantised.
     """
     ledger, placement = context.ledger, context.spec.placement
     quantised = placement.lm_head == "quantized"
@@ -37,12 +38,12 @@ def reserve_ends(context: BuildContext, has_embedding: bool, has_head: bool) -> 
         ledger.reserve(MemoryPart.HOST_EMBEDDING, context.table_bytes)
     elif has_embedding:
         ledger.reserve(MemoryPart.EMBEDDING, context.table_bytes)
-    one_table = context.architecture.tied and _in_one_place(placement)
+    one_table = context.architecture.tied and _same_placement(placement)
     if placement.lm_head == "host" and not one_table:
         ledger.reserve(MemoryPart.HOST_HEAD, context.table_bytes)
     if has_head:
         _reserve_head(context, one_table and has_embedding)
-    if context.group.device.type == "cpu":  # a table is read where it stays
+    if context.group.device.type == "cpu":  # a table is read into its final memory
         loading = quantised and has_head
     else:
         loading = placement.embedding == "device" or placement.lm_head != "host"
@@ -51,8 +52,8 @@ def reserve_ends(context: BuildContext, has_embedding: bool, has_head: bool) -> 
 
 
 def _reserve_head(context: BuildContext, is_embedding: bool) -> None:
-    """What this rank's head takes on the device. ``is_embedding``: its table is reserved as
-    such.
+    """Reserve this rank's head on the device. ``is_embedding``: the table is reserved as the
+    embedding.
     """
     ledger, form = context.ledger, context.spec.placement.lm_head
     (vocabulary, _), tokens = _shape(context), context.spec.size.micro_batch_tokens
@@ -74,17 +75,17 @@ def _reserve_head(context: BuildContext, is_embedding: bool) -> None:
 def load_ends(
     context: BuildContext, base: FrozenBase, has_embedding: bool, has_head: bool
 ) -> tuple[Tensor | None, Projection | None]:
-    """The embedding's table (V, C) and the head's projection, None for an end that another rank
-    has.
+    """The embedding's table (V, C) and the head's projection; None for one that this rank does not
+    have.
     """
     placement, device = context.spec.placement, context.group.device
-    # A shared table is made by all ranks together, so each must come to the same answer.
+    # All ranks of a node load a shared table together, whether they use it or not.
     embedding = None
     if placement.embedding == "host":
         embedding = _load_shared_table(context, base, EMBEDDING, MemoryPart.HOST_EMBEDDING)
     elif has_embedding:
         embedding = _load_table(context, base, EMBEDDING).to(device)
-    table = embedding if base.tied and _in_one_place(placement) else None
+    table = embedding if base.tied and _same_placement(placement) else None
     if table is None and placement.lm_head == "host":
         table = _load_shared_table(context, base, HEAD, MemoryPart.HOST_HEAD)
     projection = _projection(context, base, table) if has_head else None
@@ -92,7 +93,7 @@ def load_ends(
 
 
 def _projection(context: BuildContext, base: FrozenBase, table: Tensor | None) -> Projection:
-    """This rank's. ``table``: the head's, where it is there already."""
+    """This rank's head. ``table`` (V, C): the head's, where it is loaded already."""
     form, device = context.spec.placement.lm_head, context.group.device
     if form == "quantized":
         return QuantizedHead(_load_table(context, base, HEAD), _quantised_format(context), device)
@@ -101,13 +102,13 @@ def _projection(context: BuildContext, base: FrozenBase, table: Tensor | None) -
     return StreamedHead(table, device) if form == "host" else ResidentHead(table)
 
 
-def _in_one_place(placement: Placement) -> bool:
-    """Whether embedding and head can be one table."""
+def _same_placement(placement: Placement) -> bool:
+    """Whether tied embedding and head can be one table."""
     return (placement.embedding, placement.lm_head) in (("device", "device"), ("host", "host"))
 
 
 def _load_table(context: BuildContext, base: FrozenBase, name: str) -> Tensor:
-    """Embedding or head (V, C), in host memory of this rank."""
+    """The embedding's or the head's table (V, C), in host memory of this rank."""
     if context.group.device.type == "cpu":
         table = torch.empty(_shape(context), dtype=context.dtype)
     else:
@@ -123,7 +124,9 @@ def _load_table(context: BuildContext, base: FrozenBase, name: str) -> Tensor:
 def _load_shared_table(
     context: BuildContext, base: FrozenBase, name: str, part: MemoryPart
 ) -> Tensor:
-    """Embedding or head (V, C) in the machine's one host copy, which its first rank fills."""
+    """The embedding's or the head's table (V, C) in the node's one host copy, which its first rank
+    fills.
+    """
     table = context.ledger.allocate(part).view(context.dtype).view(_shape(context))
     if context.group.intra_node.is_main:
         base.read_end(name, table)
@@ -132,12 +135,12 @@ def _load_shared_table(
 
 
 def _quantised_format(context: BuildContext) -> FrozenFormat:
-    """How a head in 4 bits is laid out."""
+    """The layout of a head in 4 bits."""
     return tiled_format(*_shape(context), _head_quant(context), context.dtype)
 
 
 def _head_quant(context: BuildContext) -> QuantConfig:
-    """As the layers; NF4 where they are not quantised."""
+    """The head's quantisation: that of the layers; NF4 where they are not quantised."""
     quant = context.spec.quant
     return quant if quant.is_quantised else QuantConfig(blocksize=quant.blocksize)
 

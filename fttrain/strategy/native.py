@@ -1,6 +1,6 @@
-"""What all native strategies share: the course of a step, of an evaluation and of an answer.
+"""Base class of native strategies: the sequence of a step, an evaluation and a generation.
 
-A kind of strategy (``data_parallel``, ``pipeline_stage``) says who computes what in it.
+The subclasses (``data_parallel``, ``pipeline_stage``) divide the compute among the ranks.
 """
 
 import time
@@ -60,10 +60,8 @@ class StrategyParts:
     policies: Policies
     gradients: GradientBuffers
     seed: int  # of the run
-    files: Sequence[str] = ()  # where each layer of the whole model lies on disk
-    reservations: Sequence[
-        Reservation
-    ] = ()  # what this rank takes of the memory of device and host
+    files: Sequence[str] = ()  # the file of each layer of the whole model
+    reservations: Sequence[Reservation] = ()  # this rank's memory on device and host
 
 
 def build_parts(
@@ -74,15 +72,17 @@ def build_parts(
     micro_batches: int,
     sync: GradientSync,
 ) -> StrategyParts:
-    """Load the ends and make what surrounds ``store``. ``micro_batches``: kept for backward."""
-    built = build_decoder(context, base, model_slice)
+    """Load embedding and head, and build the parts around ``store``. ``micro_batches``: the most in
+    flight.
+    """
+    decoder = build_decoder(context, base, model_slice)
     return StrategyParts(
-        built,
+        decoder,
         verified_store(context, base, store, model_slice.layers),
         context.group,
         context.spec.optim,
         build_policies(context, model_slice, micro_batches),
-        trainable_state.gradients(context, built, sync),
+        trainable_state.gradients(context, decoder, sync),
         context.spec.seed,
         layer_files(base),
         context.ledger.reservations,
@@ -90,7 +90,7 @@ def build_parts(
 
 
 class NativeStrategy(ABC):
-    """A strategy whose schedule calls the layers itself. Methods of ``Strategy`` are said there."""
+    """A strategy whose schedule calls the layers itself. ``Strategy`` documents its methods."""
 
     def __init__(self, parts: StrategyParts) -> None:
         self.decoder, self.reservations = parts.decoder, parts.reservations
@@ -99,14 +99,14 @@ class NativeStrategy(ABC):
         self._gradients, self._seed = parts.gradients, parts.seed
         layers = self.decoder.layers
         adapters = [layer.adapters for layer in layers]
-        own = [(layer.flat, layer.layout.own_sections()) for layer in adapters]
-        self._optimizer = Optimizer(own, parts.optim, layers[0].index)
+        parameters = [(layer.flat, layer.layout.own_sections()) for layer in adapters]
+        self._optimizer = Optimizer(parameters, parts.optim, layers[0].index)
         self.update: Update = (
             HostUpdate(adapters, self._optimizer, self._group.device)
             if parts.optim.offload
             else DeviceUpdate(adapters, self._optimizer)
         )
-        self._ending = StepFinalizer(
+        self._finalizer = StepFinalizer(
             self.update,
             parts.optim.max_grad_norm,
             parts.store,
@@ -118,24 +118,24 @@ class NativeStrategy(ABC):
             self._start_magnitudes()
 
     def _start_magnitudes(self) -> None:
-        """DoRA's begin with the frozen weights, which are only here: one pass over the layers."""
+        """Initialise DoRA's magnitudes from the frozen weights: one pass over the layers."""
         for layer in layer_pass.iterate_layers(self.decoder, self._store, range(len(self._store))):
             frozen = self.decoder.layers[layer].state.frozen
             assert frozen is not None
             self.decoder.layers[layer].adapters.start_magnitudes(frozen)
-        self._ending.check()
-        self._store.take_traffic()  # it belongs to no step
+        self._finalizer.check()
+        self._store.take_traffic()  # traffic of no step
 
     @abstractmethod
     def _forward_backward(self, micro_batches: list[MicroBatch], dropout: Dropout) -> StepRunner:
-        """Add a step's gradients, as far as memory suffices; with this rank's part of the loss
-        sum.
+        """Forward and backward of a step. Return the runner, with this rank's part of the loss sum
+        and whether memory ran out.
         """
 
     @abstractmethod
     def _forward(self, micro_batches: list[MicroBatch]) -> tuple[StepRunner, int]:
-        """This rank's part of the metrics' sums, as far as memory suffices, and the passes over the
-        layers it took.
+        """Forward of an evaluation. Return the runner, with this rank's part of the metrics' sums
+        and whether memory ran out, and the number of passes over the layers.
         """
 
     @abstractmethod
@@ -143,7 +143,7 @@ class NativeStrategy(ABC):
         """The most likely next token of each prompt, the same on every rank."""
 
     def _counted(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        """Those whose tokens this rank counts: over all ranks each one once."""
+        """The micro-batches whose tokens this rank counts: each one is counted by one rank."""
         return micro_batches
 
     def _of_all_layers(self, norms: Tensor) -> Tensor:
@@ -151,16 +151,16 @@ class NativeStrategy(ABC):
         return norms
 
     def _take_traffic(self) -> Traffic:
-        """What this rank moved since the last call."""
-        of_policies = [policy.take_traffic() for policy in dict.fromkeys(self._policies)]
-        return sum(of_policies, self._store.take_traffic())
+        """This rank's traffic since the last call."""
+        by_policy = [policy.take_traffic() for policy in dict.fromkeys(self._policies)]
+        return sum(by_policy, self._store.take_traffic())
 
     def train_step(
         self, micro_batches: list[MicroBatch], step: int, lr: float, accept: Judge
     ) -> StepStats:
         self._store.start_step(step)
         self._gradients.start()
-        with self._explained():
+        with self._explain_out_of_memory():
             runner = self._forward_backward(
                 micro_batches, lambda batch: DropoutKey(self._seed, step, batch.index)
             )
@@ -168,10 +168,10 @@ class NativeStrategy(ABC):
         try:
             totals = self._totals(runner.loss_sum.view(1), micro_batches, runner.ran_out)
         except OutOfMemory:
-            self._take_traffic()  # the next attempt counts its own
+            self._take_traffic()  # traffic of the failed attempt
             raise
         norms = self._of_all_layers(norms)
-        stats = self._ending.finish(totals, norms, sync, lr, accept)
+        stats = self._finalizer.finish(totals, norms, sync, lr, accept)
         return replace(stats, traffic=self._take_traffic(), update=self.update.take_stats())
 
     def resize(self, pieces: int) -> None:
@@ -180,36 +180,38 @@ class NativeStrategy(ABC):
 
     def evaluate(self, micro_batches: list[MicroBatch]) -> EvaluationSums:
         started = time.perf_counter()
-        with self._explained():
+        with self._explain_out_of_memory():
             runner, passes = self._forward(micro_batches)
         try:
             totals = self._totals(runner.metric_sums, micro_batches, runner.ran_out)
         finally:
-            self._take_traffic()  # it belongs to no step
+            self._take_traffic()  # traffic of no step
         self.pass_s = (time.perf_counter() - started) / max(1, passes)
         return EvaluationSums(totals.targets, dict(zip(METRICS, totals.sums, strict=True)))
 
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, stop: set[int]
     ) -> list[list[int]]:
-        with self._explained():
+        with self._explain_out_of_memory():
             answers = generate.greedy(prompts, max_new_tokens, stop, self._next_tokens)
-        self._ending.check()
+        self._finalizer.check()
         self._take_traffic()
         return answers
 
-    def _explained(self) -> AbstractContextManager[None]:
+    def _explain_out_of_memory(self) -> AbstractContextManager[None]:
         return explain_out_of_memory(self.reservations, self._group.rank, self._group.device)
 
-    def _totals(self, sums: Tensor, micro_batches: list[MicroBatch], said: str = "") -> Totals:
-        """``said``: by the allocator, where memory ran out on this rank."""
+    def _totals(self, sums: Tensor, micro_batches: list[MicroBatch], ran_out: str = "") -> Totals:
+        """Totals over all ranks. ``ran_out``: the allocator's message where memory ran out on this
+        rank.
+        """
         counted = self._counted(micro_batches)
         targets = sum(batch.valid_tokens for batch in counted)
         tokens = sum(sum(batch.lengths) for batch in counted)
-        group, told = self._group, None
-        if said:
-            told = out_of_memory_advice(self.reservations, group.rank, group.device, said)
-        return self._ending.totals(sums, targets, tokens, told)
+        group, advice = self._group, None
+        if ran_out:
+            advice = out_of_memory_advice(self.reservations, group.rank, group.device, ran_out)
+        return self._finalizer.totals(sums, targets, tokens, advice)
 
     def adapter_state(self) -> dict[str, Tensor]:
         self.update.settle()
@@ -221,8 +223,10 @@ class NativeStrategy(ABC):
 
     def optimizer_state(self) -> dict[str, Tensor]:
         self.update.settle()
-        own = self._optimizer.state()
-        return own if has_all(self.decoder) else assemble(own, holders(self.decoder, self._group))
+        local = self._optimizer.state()
+        if has_all(self.decoder):
+            return local
+        return assemble(local, holders(self.decoder, self._group))
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         self.update.settle()

@@ -1,4 +1,4 @@
-"""What a strategy is."""
+"""The protocol of strategies, and the results of a step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,17 +16,18 @@ from fttrain.util.errors import UserError
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimizer step did, the same on every rank but for ``sync``, ``traffic`` and
-    ``update``."""
+    """Figures of one optimizer step, the same on every rank but for ``sync``, ``traffic`` and
+    ``update``.
+    """
 
     loss: float  # nats per target token over all ranks; 0 where the step had no target
     targets: int  # tokens that were trained on, over all ranks
-    tokens: int  # all tokens that passed the model, over all ranks; there is no padding among them
+    tokens: int  # tokens that passed the model, without padding, over all ranks
     grad_norm: float  # of the mean loss, before clipping
-    updated: bool  # False: no target, a gradient that is not finite, or the judge said no
+    updated: bool  # False: no target, a gradient that is not finite, or refused by the judge
     sync: SyncStats = field(default_factory=SyncStats)  # this rank's gradient traffic
-    traffic: Traffic = field(default_factory=Traffic)  # what this rank's layers made it move
-    update: UpdateStats = field(default_factory=UpdateStats)  # this rank's, of the step before
+    traffic: Traffic = field(default_factory=Traffic)  # this rank's traffic for its layers
+    update: UpdateStats = field(default_factory=UpdateStats)  # this rank's last complete update
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class EvaluationSums:
 
 
 class OutOfMemory(UserError):
-    """Memory ran out on some rank in a step or an evaluation; raised on all of them. Nothing was
-    updated, and it can be taken again with smaller micro-batches.
+    """Memory ran out on some rank in a step or an evaluation; raised on all ranks. Nothing was
+    updated, and the step can be repeated with smaller micro-batches.
     """
 
     def __init__(self, what: str, helps: str) -> None:
@@ -51,10 +52,10 @@ class OutOfMemory(UserError):
         self.what = what  # the rank and its largest parts
 
     def pieces(self, micro_batch_size: int, halve: bool) -> int:
-        """What a micro-batch of so many rows is to be divided by, for it to be taken again: 2, or
-        where that does not divide them as little as does.
+        """The number of pieces into which a micro-batch of so many rows is divided before the step
+        is repeated: the smallest divisor above 1, which is 2 for an even number.
 
-        Raises this error where there is one row, or where it is not to be (not ``halve``).
+        Raises this error for one row, and without ``halve``.
         """
         if micro_batch_size == 1 or not halve:
             raise self
@@ -65,11 +66,15 @@ Judge = Callable[[float, float], bool]  # (loss, grad_norm) -> whether the updat
 
 
 class Strategy(Protocol):
-    """Trains, evaluates, answers, wherever the frozen base lives. Every rank makes every call."""
+    """Training, evaluation and generation over a placement of the frozen base. All methods are
+    collective calls.
+    """
 
     @property
     def data_parallel(self) -> tuple[int, int]:
-        """(this rank's place, number of places) among which the micro-batches are divided."""
+        """(this rank's index, world size) of the data parallelism: the micro-batches are divided
+        among so many.
+        """
         ...
 
     def train_step(
@@ -84,8 +89,8 @@ class Strategy(Protocol):
         ...
 
     def resize(self, pieces: int) -> None:
-        """Micro-batches have 1 / ``pieces`` of the rows from here on, and a step as many times more
-        of them.
+        """Prepare for micro-batches with 1 / ``pieces`` of the rows, and a step of as many times
+        more of them.
         """
         ...
 
@@ -95,12 +100,12 @@ class Strategy(Protocol):
 
     @property
     def reservations(self) -> Sequence[Reservation]:
-        """What this rank takes of the memory of its device and of the host, part by part."""
+        """The reserved memory of this rank on its device and on the host, part by part."""
         ...
 
     @property
     def pass_s(self) -> float:
-        """Seconds that the last pass over the layers took in ``evaluate``; 0 before it."""
+        """Seconds of a pass over the layers in the last ``evaluate``; 0 before it."""
         ...
 
     def generate(
@@ -110,13 +115,13 @@ class Strategy(Protocol):
         ...
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """fp32 masters by name: A (r, in), B (out, r), with DoRA magnitudes (out,). Whole on rank
-        0; others may get less.
+        """The fp32 masters by name: A (r, in), B (out, r), with DoRA magnitudes (out,). Whole on
+        rank 0; others may get less.
         """
         ...
 
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:
-        """Takes what ``adapter_state`` gave, under any strategy and rank count."""
+        """Load the result of ``adapter_state``, of any strategy and world size."""
         ...
 
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -124,5 +129,5 @@ class Strategy(Protocol):
         ...
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Takes what ``optimizer_state`` gave, under any strategy and rank count."""
+        """Load the result of ``optimizer_state``, of any strategy and world size."""
         ...

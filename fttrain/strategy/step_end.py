@@ -1,4 +1,4 @@
-"""What every native strategy does once backward has run: meet, check, judge, update."""
+"""The end of a native strategy's step: totals over the ranks, checks, judge, update."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Totals(NamedTuple):
 
 
 class StepFinalizer:
-    """The end of a step, and of any pass over the frozen base. Every rank calls it."""
+    """The end of a step, and of any pass over the frozen base. Its methods are collective calls."""
 
     def __init__(
         self,
@@ -36,8 +36,8 @@ class StepFinalizer:
         files: Sequence[str],
         group: RankGroup,
     ) -> None:
-        """``first_layer``: of ``store``'s, among those of the whole model; ``files``: where each of
-        those lies on disk.
+        """``first_layer``: the index in the whole model of ``store``'s first layer; ``files``: the
+        file of each layer of the whole model.
         """
         self._update, self._first_layer = update, first_layer
         self._max_grad_norm = max_grad_norm  # 0: no clipping
@@ -48,23 +48,24 @@ class StepFinalizer:
     ) -> Totals:
         """Sums over all ranks. ``sums`` fp64 (sums,) on the device.
 
-        ``ran_out``: what ``usage.ran_out`` tells where memory ran out on this rank. Raises, on
-        every rank, UserError where a layer that was checked since the last call is not what the
-        manifest says, and OutOfMemory where memory ran out on any.
+        ``ran_out``: the arguments of ``OutOfMemory`` where memory ran out on this rank. Raises, on
+        every rank, UserError where a layer's checksum since the last call is not the manifest's,
+        and OutOfMemory where memory ran out on any rank.
         """
         ranks, rank = self._group.world_size, self._group.rank
         by_rank = torch.zeros(2, ranks, dtype=torch.float64)
         by_rank[:, rank] = torch.tensor([self._first_damaged(), ran_out is not None])
-        own = torch.cat([torch.tensor([targets, tokens], dtype=torch.float64), by_rank.flatten()])
-        figures = torch.cat([sums, own.to(sums.device)])
+        counts = torch.tensor([targets, tokens], dtype=torch.float64)
+        local = torch.cat([counts, by_rank.flatten()])
+        figures = torch.cat([sums, local.to(sums.device)])
         values = self._group.all_reduce_(figures).tolist()
-        all_sums, (all_targets, all_tokens, *found) = values[: len(sums)], values[len(sums) :]
-        self._refuse_damaged(found[:ranks])
-        self._refuse_short(found[ranks:], ran_out or ("", ""))
+        all_sums, (all_targets, all_tokens, *flags) = values[: len(sums)], values[len(sums) :]
+        self._refuse_damaged(flags[:ranks])
+        self._refuse_out_of_memory(flags[ranks:], ran_out or ("", ""))
         return Totals(all_sums, int(all_targets), int(all_tokens))
 
     def check(self) -> None:
-        """After a pass without figures: only what ``totals`` raises."""
+        """Raise the errors of ``totals``, after a pass without sums."""
         self.totals(torch.zeros(1, dtype=torch.float64, device=self._group.device), 0, 0)
 
     def finish(
@@ -75,35 +76,37 @@ class StepFinalizer:
         lr: float,
         accept: Judge,
     ) -> StepStats:
-        """Judge the step and update. ``totals``: of the loss sum; ``norms`` fp32 (layers of the
-        whole model,): of the summed gradients.
+        """Judge the step and start the update. ``totals``: of the loss sum; ``norms`` fp32 (layers
+        of the whole model,): of the reduced gradients.
         """
         ((loss,), targets, tokens) = totals
         scale = 1 / max(1, targets)
-        # Rank 0's for all: cards of two models may differ in its last bit, and ranks that clip or
-        # judge differently drift apart.
+        # All ranks take rank 0's norm: different cards may differ in its last bit, and ranks that
+        # clip or judge differently drift apart.
         norm = float(self._group.broadcast(torch.linalg.vector_norm(norms))) * scale
-        # A step without any target has no loss to judge, and nothing to learn from. A gradient that
-        # is not finite would destroy the adapter, whatever the judge thinks of it.
+        # A step without targets has no loss to judge, and nothing to learn from. A gradient that is
+        # not finite would destroy the adapter, whatever the judge says.
         updated = targets > 0 and accept(loss * scale, norm) and math.isfinite(norm)
         if updated:
             self._update.start(scale * clip_factor(norm, self._max_grad_norm), lr)
         return StepStats(loss * scale, targets, tokens, norm, updated, sync)
 
     def _first_damaged(self) -> int:
-        """1 + the first damaged layer of this rank, 0 for none."""
-        found = self._store.mismatched()
-        return 1 + self._first_layer + min(found) if found else 0
+        """1 + the first damaged layer of this rank, in the whole model; 0: none."""
+        damaged = self._store.mismatched()
+        return 1 + self._first_layer + min(damaged) if damaged else 0
 
-    def _refuse_short(self, found: list[float], own: tuple[str, str]) -> None:
-        """``found``: of each rank whether memory ran out; the first of them tells."""
-        for rank, short in enumerate(found):
-            if short:
-                raise OutOfMemory(*(self._group.broadcast_str(text, rank) for text in own))
+    def _refuse_out_of_memory(self, ran_out: list[float], texts: tuple[str, str]) -> None:
+        """Raise OutOfMemory with the ``texts`` of the first rank that ran out of memory.
+        ``ran_out``: 1 for each rank that did.
+        """
+        for rank, flag in enumerate(ran_out):
+            if flag:
+                raise OutOfMemory(*(self._group.broadcast_str(text, rank) for text in texts))
 
-    def _refuse_damaged(self, found: list[float]) -> None:
-        """``found``: of each rank what ``_first_damaged`` gave."""
-        for rank, number in enumerate(found):
+    def _refuse_damaged(self, damaged: list[float]) -> None:
+        """Raise UserError for a damaged layer. ``damaged``: each rank's ``_first_damaged``."""
+        for rank, number in enumerate(damaged):
             if number:
                 layer = int(number) - 1
                 raise UserError(

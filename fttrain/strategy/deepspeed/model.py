@@ -42,7 +42,7 @@ class Causal(nn.Module):
         self._dropouts = dropouts
 
     def forward(self, batch: MicroBatch, tokens: list[int] | None = None) -> Tensor:
-        """In training the loss sum, fp64 (); else the metrics' sums, fp64 (metrics,). With
+        """The loss sum, fp64 (), in training; else the metrics' sums, fp64 (metrics,). With
         ``tokens``, rows of the batch, their logits (len(tokens), V) instead.
         """
         hidden = self.model.model(

@@ -74,7 +74,7 @@ class DeepSpeed:
         targets, tokens = group.all_reduce_(local_counts).tolist()
         scale = 1 / max(1, targets)
         total = torch.zeros((), dtype=torch.float64, device=group.device)
-        with self._explained():
+        with self._explain_out_of_memory():
             for number, batch in enumerate(micro_batches, 1):
                 self._model.set_dropout_key(DropoutKey(self._seed, step, batch.index))
                 loss = self._run(batch, training=True)
@@ -86,7 +86,7 @@ class DeepSpeed:
         # As in native strategies: a step without targets has nothing to learn from, and a gradient
         # that is not finite destroys the weights.
         updated = targets > 0 and accept(loss_mean, norm) and math.isfinite(norm)
-        with self._explained():
+        with self._explain_out_of_memory():
             self._engine.step(lr) if updated else self._engine.skip_step()
         updating = self._backend.take()
         return StepStats(
@@ -107,7 +107,7 @@ class DeepSpeed:
         started = time.perf_counter()
         # The metrics' sums, then the target tokens
         total = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=self._group.device)
-        with self._explained(), torch.no_grad():
+        with self._explain_out_of_memory(), torch.no_grad():
             for batch in micro_batches:
                 total[:-1] += self._run(batch, training=False)
                 total[-1] += batch.valid_tokens
@@ -124,7 +124,7 @@ class DeepSpeed:
         # in any case, and the answers are short.
         answers: list[list[int]] = [[] for _ in prompts]
         unfinished = list(range(len(prompts)))
-        with self._explained():
+        with self._explain_out_of_memory():
             for _ in range(max_new_tokens):
                 if not unfinished:
                     break
@@ -155,7 +155,7 @@ class DeepSpeed:
         result: Tensor = self._engine.run(padded.to(self._group.device), tokens, training=training)
         return result
 
-    def _explained(self) -> AbstractContextManager[None]:
+    def _explain_out_of_memory(self) -> AbstractContextManager[None]:
         return explain_out_of_memory(self.reservations, self._group.rank, self._group.device)
 
     def adapter_state(self) -> dict[str, Tensor]:
