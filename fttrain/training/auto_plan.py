@@ -23,7 +23,6 @@ from fttrain.strategy.zero_config import DEEPSPEED
 from fttrain.track import Table, counting, read_metrics
 from fttrain.track import plan as track_plan
 from fttrain.track.metrics import to_stderr
-from fttrain.training.session import strategy_spec
 from fttrain.util import atomic_files, schema
 from fttrain.util.errors import UserError
 
@@ -153,7 +152,7 @@ def _request(config: RunConfig, rig: RigProfile) -> PlanRequest:
     check_length(config.data.seq_len, model)
     return PlanRequest(
         config.model.name,
-        strategy_spec(config),
+        config.strategy_spec(),
         Architecture(model),
         rig,
         config.left_open,

@@ -17,7 +17,6 @@ from fttrain.launcher.launch import die_with_parent
 from fttrain.plan.trial import take
 from fttrain.rig.device_setup import set_up_rank
 from fttrain.strategy.zero_config import DEEPSPEED
-from fttrain.training.session import strategy_spec
 from fttrain.util.errors import UserError
 
 
@@ -27,7 +26,7 @@ def main(settings: str, answer: str) -> int:
     try:
         config = checked(yaml.safe_load(Path(settings).read_text()))
         device = set_up_rank(config.rig, config.strategy.name == DEEPSPEED)
-        trial = take(strategy_spec(config), load_config(resolve(config.model, SHAPES)), device)
+        trial = take(config.strategy_spec(), load_config(resolve(config.model, SHAPES)), device)
     except UserError as error:
         print(f"fttrain: error: {error}", file=sys.stderr)
         return error.exit_code

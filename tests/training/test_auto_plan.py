@@ -15,7 +15,6 @@ from tiny_run import Fault, adapter, arguments, exit_codes, losses, two_ranks
 from fttrain.cli import main
 from fttrain.config.run_config import compose
 from fttrain.training.auto_plan import link_table, resolve_auto
-from fttrain.training.session import strategy_spec
 
 ONE_ROW = ("loop.micro_batch_size=1", "loop.gradient_accumulation_steps=1")
 
@@ -140,9 +139,10 @@ def test_a_plan_of_what_is_left_open_starts_from_the_defaults() -> None:
     """So `fttrain plan strategy=auto` plans as `fttrain plan` does."""
     left_open = compose(["strategy=auto", "activations=auto", "layer_inputs=host"])
     assert left_open.left_open == ("strategy", "activations")
-    assert strategy_spec(left_open) == strategy_spec(compose(["layer_inputs=host"]))
-    assert strategy_spec(compose(["strategy=pipeline", "activations=auto"])) == strategy_spec(
-        compose(["strategy=pipeline"])
+    assert left_open.strategy_spec() == compose(["layer_inputs=host"]).strategy_spec()
+    assert (
+        compose(["strategy=pipeline", "activations=auto"]).strategy_spec()
+        == compose(["strategy=pipeline"]).strategy_spec()
     )
 
 
