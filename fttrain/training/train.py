@@ -29,7 +29,7 @@ from fttrain.training.held_out import (
     measure_tuned,
     write_evaluation,
 )
-from fttrain.training.inputs import prepare_inputs
+from fttrain.training.inputs import prepare_inputs, rows_per_step
 from fttrain.training.monitor import Monitor, results_of, session_trackers
 from fttrain.training.session import TrainSession, build_session, describe, halve
 from fttrain.training.stop_signals import StopSignals
@@ -62,7 +62,7 @@ def train(config: RunConfig) -> TrainResult:
     require_ranks(config.launch)
     device = set_up_rank(config.rig, config.strategy.name == DEEPSPEED)
     config, plan = resolve_auto(config)
-    inputs = prepare_inputs(config)
+    inputs = prepare_inputs(config, rows_per_step(config))
     plan = with_target_share(config, plan, inputs.dataset.train.target_share)
     lock, ranks = lock_for_training(config), process_group(device, config.rig.backend)
     # Ranks that still wait for each other have nothing to save: a signal ends them at once.

@@ -296,6 +296,23 @@ def test_data_edited_between_save_and_resume_is_refused(
     assert run(folder, output, f"data.path={data}", "loop.max_steps=6") == 0
 
 
+def test_data_that_does_not_fill_a_step_is_refused(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over all ranks: two ask for twice the rows. A dry run takes what there is."""
+    assert run(folder, tmp_path / "run", "loop.gradient_accumulation_steps=50") == 2
+    assert "one optimizer step takes 100" in error_of(capsys)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # refused before the ranks meet
+    assert run(folder, tmp_path / "run", "loop.gradient_accumulation_steps=50") == 2
+    assert "one optimizer step takes 200" in error_of(capsys)
+    monkeypatch.delenv("WORLD_SIZE")
+    assert not (tmp_path / "run").exists()
+    assert run(folder, tmp_path / "run", "loop.gradient_accumulation_steps=50", "dry_run=4") == 0
+
+
 def test_a_loss_that_rises_stops_the_run_with_advice(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
