@@ -1,6 +1,4 @@
-"""``fttrain plan [--table]``: what every strategy would take and how fast it would be, before
-anything is loaded.
-"""
+"""``fttrain plan [--table]``: memory and speed of every strategy, before anything is loaded."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +9,12 @@ WIDE = 150  # columns
 
 
 def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
-    """Plans ``config`` for the rig that ``rig.profile`` names; downloads no weights. With
-    ``--table``: what models of common sizes take.
+    """Plan ``config`` for the rig that ``rig.profile`` names, without downloading weights. With
+    ``--table``: print the memory of models of common sizes.
 
-    Raises UserError where nothing fits, after the figures.
+    Raises UserError, after printing the figures, where no strategy fits.
     """
-    # Late: these load torch and transformers, and help does without.
+    # Late: these load torch and transformers, which help does not need.
     from rich.console import Console
 
     if "--table" in argv:
@@ -53,7 +51,7 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
 
 
 def _sizes(argv: Sequence[str]) -> int:
-    """What models of common sizes take, beside published figures; writes nothing."""
+    """Print the memory of models of common sizes, beside published figures; write no file."""
     from rich.console import Console
 
     from fttrain.plan.sizes_table import show
