@@ -1,7 +1,5 @@
 """HostBuffer that a run page-locks: with the pool that it takes it from."""
 
-import warnings
-
 import torch
 
 from fttrain.doctor.finding import Finding, ok, warning
@@ -20,12 +18,11 @@ def locked_memory(device: torch.device) -> Finding:
         return ok("a CPU run page-locks nothing")
     memory = HostBuffer(-1, LOCKED_BYTES)
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        memory.page_lock(buffer, "a buffer", speak=False)
-    if said:
+    problems: list[str] = []
+    memory.page_lock(buffer, "a buffer", speak=False, warn=problems.append)
+    if problems:
         return warning(
-            str(said[0].message),
+            problems[0],
             "Linux itself instead of WSL2, a container that lets the driver lock pages; "
             "strategy=shard or pipeline, embedding=device and layer_inputs=device need little of "
             "it",

@@ -11,7 +11,6 @@ import mmap
 import os
 import sys
 import time
-import warnings
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.util.errors import UserError
 from fttrain.util.units import GIB, MIB, gib
+from fttrain.util.warn import Warn, warn_of_rank
 
 PROBE_BYTES = 256 * MIB  # copied to say how fast memory is that is not page-locked
 TELL_BYTES = 4 * GIB  # page-locking that much takes seconds: say what is going on
@@ -32,8 +32,10 @@ class HostBuffer(mmap.mmap):
     _address = 0  # where it is page-locked
     _device = 0  # for which: the last reference may go on a thread that asks another one
 
-    def page_lock(self, buffer: Tensor, what: str, speak: bool) -> None:
-        """Register all of it (``buffer``) with CUDA. Where that fails copies still work, slower."""
+    def page_lock(self, buffer: Tensor, what: str, speak: bool, warn: Warn = warn_of_rank) -> None:
+        """Register all of it (``buffer``) with CUDA. Where that fails, ``warn`` is called, and
+        copies still work, slower.
+        """
         size_bytes = len(buffer)
         if speak and size_bytes >= TELL_BYTES:
             print(f"page-locking {what}: {gib(size_bytes)}", file=sys.stderr, flush=True)
@@ -44,11 +46,10 @@ class HostBuffer(mmap.mmap):
         # The runtime remembers the failure and would blame the next kernel for it.
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device="cuda").add_(1)
-        warnings.warn(
+        warn(
             f"{what}: {gib(size_bytes)} could not be page-locked (cudaHostRegister answered "
             f"{code}); copies go through the driver's own bounce buffer, at "
-            f"{_copy_rate(buffer[:PROBE_BYTES]) / 1e9:.1f} GB/s, and the compute waits for them",
-            stacklevel=2,
+            f"{_copy_rate(buffer[:PROBE_BYTES]) / 1e9:.1f} GB/s, and the compute waits for them"
         )
 
     def __del__(self) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from fttrain.track.base import Results, Table, TrackConfig, Tracker, Trackers
-from fttrain.track.metrics import MetricsFile, Warn, read_metrics, to_stderr
+from fttrain.track.metrics import MetricsFile, read_metrics
 from fttrain.track.progress import counting, progress
 from fttrain.track.results import read_results
 from fttrain.track.tensorboard import open_tensorboard
 from fttrain.track.wandb import open_wandb
+from fttrain.util.warn import Warn, warn
 
 __all__ = [
     "MetricsFile",
@@ -32,7 +33,7 @@ def open_trackers(
     total_steps: int,
     resumed_step: int = 0,
     run_config: Mapping[str, Any] | None = None,
-    warn: Warn = to_stderr,
+    warn: Warn = warn,
 ) -> Trackers:
     """Open all trackers of a run, for rank 0. Other ranks use ``Trackers()``, which does nothing.
 
@@ -42,7 +43,7 @@ def open_trackers(
         total_steps: optimizer steps of the whole run.
         resumed_step: steps done before; lines past it are dropped, for these steps run again.
         run_config: the run's settings for the trackers to show, without secrets.
-        warn: takes warnings.
+        warn: called with each warning.
     """
     trackers: list[Tracker] = [MetricsFile(Path(folder) / "metrics.jsonl", resumed_step, warn)]
     trackers.append(progress(total_steps, resumed_step))

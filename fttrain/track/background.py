@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fttrain.track.base import Results, Tracker, plain
-from fttrain.track.metrics import Warn, to_stderr
 from fttrain.util.errors import first_line
+from fttrain.util.warn import Warn, warn
 
 QUEUE_LENGTH = 1000  # steps that may wait for a slow tracker; further ones are dropped
 FINISH_S = 60.0  # longest wait for a tracker at the end of a run
@@ -34,7 +34,7 @@ class Background(Tracker):
         self,
         name: str,
         start: Callable[[], Tracker],
-        warn: Warn = to_stderr,
+        warn: Warn = warn,
         finish_s: float = FINISH_S,
         release: Callable[[], None] = no_release,
     ) -> None:

@@ -2,20 +2,13 @@
 
 import json
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fttrain.track.base import Tracker, plain
 from fttrain.util.errors import UserError
-
-Warn = Callable[[str], None]
-
-
-def to_stderr(text: str) -> None:
-    """The usual way to warn."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+from fttrain.util.warn import Warn, warn
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
@@ -40,7 +33,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 class MetricsFile(Tracker):
     """The writer of metrics.jsonl. A full disk costs one warning, not the run."""
 
-    def __init__(self, path: Path | str, resumed_step: int = 0, warn: Warn = to_stderr) -> None:
+    def __init__(self, path: Path | str, resumed_step: int = 0, warn: Warn = warn) -> None:
         """Open ``path`` and drop lines past ``resumed_step``: these steps run again.
 
         Raises UserError where the file cannot be written.

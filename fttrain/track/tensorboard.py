@@ -13,7 +13,7 @@ import yaml
 
 from fttrain.track.background import Background
 from fttrain.track.base import Results, Tracker
-from fttrain.track.metrics import Warn, to_stderr
+from fttrain.util.warn import Warn, warn
 
 FOLDER = "tensorboard"
 FLUSH_S = 30  # longest delay of TensorBoard's figures
@@ -24,7 +24,7 @@ def open_tensorboard(
     folder: Path | str,
     resumed_step: int,
     run_config: Mapping[str, Any],
-    warn: Warn = to_stderr,
+    warn: Warn = warn,
     finish_s: float = FINISH_S,
 ) -> Background:
     """Open a tracker that writes event files from a background thread.

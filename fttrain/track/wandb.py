@@ -24,9 +24,9 @@ import psutil
 
 from fttrain.track.background import FINISH_S, Background
 from fttrain.track.base import Results, TrackConfig, Tracker
-from fttrain.track.metrics import Warn, to_stderr
 from fttrain.util.errors import first_line
 from fttrain.util.redact import redact
+from fttrain.util.warn import Warn, warn
 
 ID_FILE = "wandb_run_id"
 INIT_S = 30.0  # longest wait for the server's answer before logging goes offline
@@ -69,7 +69,7 @@ def open_wandb(
     config: TrackConfig,
     folder: Path | str,
     run_config: Mapping[str, Any],
-    warn: Warn = to_stderr,
+    warn: Warn = warn,
     tell: Callable[[str], None] = print,
     finish_s: float = FINISH_S,
 ) -> Background:

@@ -18,6 +18,7 @@ from fttrain.track import counting
 from fttrain.training.evaluation import Evaluation, HoldOut
 from fttrain.training.inputs import RunInputs
 from fttrain.training.spike_guard import SpikeGuard
+from fttrain.util.warn import warn
 
 
 @dataclass
@@ -137,8 +138,8 @@ def halve(session: TrainSession, error: OutOfMemory) -> None:
     Raises ``error`` where a micro-batch has one row, or where the settings forbid it.
     """
     divide(session, error.pieces(session.loader.micro_batch_size, session.config.loop.halve_on_oom))
-    session.say(
-        f"warning: step {session.step + 1}: {error.what}; it is taken again, and the run goes on, "
+    warn(
+        f"step {session.step + 1}: {error.what}; it is taken again, and the run goes on, "
         f"with {split(session)} (put them into the configuration to start with them)"
     )
 

@@ -34,6 +34,7 @@ from fttrain.training.monitor import Monitor, results_of, session_trackers
 from fttrain.training.session import TrainSession, build_session, describe, halve
 from fttrain.training.stop_signals import StopSignals
 from fttrain.util.errors import UserError
+from fttrain.util.warn import warn
 
 SPIKE_EXIT_CODE = 3
 
@@ -112,7 +113,7 @@ def _take_steps(session: TrainSession, trackers: Trackers, signals: StopSignals)
         session.step += 1
         monitor.after_step(stats, lr, step_s)
         if eval_every and session.step % eval_every == 0 and session.step < total_steps:
-            figures = session.holdout.loss(session.strategy, session.say)
+            figures = session.holdout.loss(session.strategy)
             add_to_history(session, figures)
             trackers.log(session.step, {"holdout_nll": figures["nll"]})
             write_evaluation(session)
@@ -149,7 +150,7 @@ def _accept(session: TrainSession, loss: float, grad_norm: float) -> bool:
     if verdict.action == "stop":
         raise UserError(f"step {session.step + 1}: {verdict.message}", SPIKE_EXIT_CODE)
     if verdict.message:
-        session.say(f"warning: step {session.step + 1}: {verdict.message}")
+        warn(f"step {session.step + 1}: {verdict.message}")
     return verdict.action == "ok"
 
 

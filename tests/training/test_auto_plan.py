@@ -115,7 +115,7 @@ def test_a_run_that_does_not_fit_by_its_plan_is_warned_and_goes_on(
     rig = tiny_cpu_rig.saved(tmp_path, tiny_cpu_rig.rig(memory_bytes=10_000))
     output = tmp_path / "run"
     assert main(arguments(folder, output, rig, "loop.max_steps=1", "data.holdout=0")) == 0
-    assert "warning: by its plan this run does not fit made up: " in capsys.readouterr().out
+    assert "warning: by its plan this run does not fit made up: " in capsys.readouterr().err
     (ours,) = plan_of(output)["candidates"]
     assert not ours["fits"]
     assert ours["measured"]["step_s"] > 0
@@ -132,7 +132,7 @@ def test_without_a_profile_that_says_something_there_is_no_plan(
     (tmp_path / "rig.json").write_text("{}")
     config = compose(arguments(folder, tmp_path / "run", own)[1:])
     assert resolve_auto(config) == (config, None)
-    assert "warning: the run is not planned: " in capsys.readouterr().out
+    assert "warning: the run is not planned: " in capsys.readouterr().err
 
 
 def test_a_plan_of_what_is_left_open_starts_from_the_defaults() -> None:

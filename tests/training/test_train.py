@@ -163,7 +163,7 @@ def test_a_card_that_throttles_is_told_once_and_written_down(
     hot = {"throttle_reasons": 64.0, "temperature_c": 97.0}
     monkeypatch.setattr(monitor, "gather_samples", lambda group: [hot])
     assert run(folder, tmp_path / "run", "loop.max_steps=4", "track.memory_every=1") == 0
-    told = re.findall(r"warning: step (\d+): the card of rank 0 (.*)", capsys.readouterr().out)
+    told = re.findall(r"warning: step (\d+): the card of rank 0 (.*)", capsys.readouterr().err)
     assert told == [("1", "throttles (97 °C): it is far too hot")]
     lines = (tmp_path / "run" / "memory.jsonl").read_text().splitlines()
     assert [json.loads(line)["cards"] for line in lines] == [[hot]] * 4
