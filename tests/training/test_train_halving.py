@@ -34,7 +34,7 @@ def run(folder: Path, output: Path, *more: str) -> int:
 
 @pytest.fixture(scope="module")
 def halved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a run that had memory for micro-batches of one row, and what it said on stderr."""
+    """The folder of a run that had memory for micro-batches of one row, and its stderr."""
     output, said = tmp_path_factory.mktemp("halved") / "run", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
         short_memory.limit(patch, "backward", SEQ_LEN, layer=1)
