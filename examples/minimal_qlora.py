@@ -90,7 +90,7 @@ def main() -> list[float]:
     policies = [Recompute()] * len(store)  # only a layer's input is kept for its backward
     gradients = ResidentGradients(adapters, NoSync())  # fp32; one rank has nothing to sum
     optimizer = Optimizer(
-        [(layer.flat, layer.layout.own_sections()) for layer in adapters], OptimConfig(lr=LR)
+        [(layer.flat, layer.layout.local_sections()) for layer in adapters], OptimConfig(lr=LR)
     )
 
     batches, losses = micro_batches(), []

@@ -13,17 +13,16 @@ from fttrain.checkpoint.lineage import branched_at
 from fttrain.checkpoint.snapshot import (
     FORM,
     Snapshot,
-    Warn,
     assemble,
     load_snapshot,
     newest_first,
     state_of,
     step_of,
-    to_stderr,
 )
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.util.errors import UserError
 from fttrain.util.manifest import fault
+from fttrain.util.warn import Warn, warn
 
 AUTO, NONE = "auto", "none"  # values of ``resume`` beside the path of a snapshot
 
@@ -58,7 +57,7 @@ def branches_off(resume: str) -> bool:
     return resume not in (AUTO, NONE)
 
 
-def find_snapshot(checkpoints: Path | str, resume: str, warn: Warn = to_stderr) -> Path | None:
+def find_snapshot(checkpoints: Path | str, resume: str, warn: Warn = warn) -> Path | None:
     """The folder of the snapshot that ``resume`` (auto, none or a path) names on this node, read
     and verified; None to start afresh. ``warn`` is called with the newer ones that are damaged.
 

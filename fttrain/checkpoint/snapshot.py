@@ -18,8 +18,6 @@ import dataclasses
 import json
 import re
 import shutil
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,13 +31,12 @@ from fttrain.util import atomic_files
 from fttrain.util.errors import UserError
 from fttrain.util.manifest import fault, seal_folder
 from fttrain.util.tensor_files import tensor_bytes, write_tensors
+from fttrain.util.warn import Warn, warn
 
 FORM = {"format": "fttrain-snapshot", "version": 1}
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 FOLDER = re.compile(r"step_(?P<step>\d{8,})(?P<aside>\.replaced)?")
 PART, LEFT = ".part_", ".left_"
-
-Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -60,13 +57,8 @@ class Snapshot:
     revision: str | None = None  # of the base on its hub
 
 
-def to_stderr(text: str) -> None:
-    """Print a warning."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
 def save_snapshot(
-    checkpoints: Path | str, snapshot: Snapshot, keep_last: int = 2, warn: Warn = to_stderr
+    checkpoints: Path | str, snapshot: Snapshot, keep_last: int = 2, warn: Warn = warn
 ) -> Path:
     """Save ``snapshot`` and delete old ones; one rank calls it.
 

@@ -1,7 +1,7 @@
 """The command line: ``fttrain COMMAND [key=value ...]``.
 
-Each command is a module here with ``run(config, argv) -> exit code``, imported only when it is
-asked for.
+Each command is a module here with ``run(config, argv) -> exit code``, imported only for that
+command.
 """
 
 import importlib
@@ -26,22 +26,22 @@ COMMANDS = {
     "quantize": "quantise a model into the cache that runs start from, or verify the cache",
     "doctor": "is this machine fit for a run, and what mends it (--json for programs)",
     "data": "show a few examples as the model sees them, and their lengths",
-    "measure": "measure cards, host and links, and keep the figures as this machine's profile",
+    "measure": "measure cards, host and links, and save the figures as this machine's profile",
     "plan": "memory and speed of every strategy on a rig (--table: memory of common sizes)",
     "report": "write report.md and the loss plot of a run",
 }
-FLAGS = {"doctor": {"--json"}, "plan": {"--table"}}  # what a command takes beside key=value
-SWEEP = ("-m", "--multirun")  # of train, as Hydra has it
+FLAGS = {"doctor": {"--json"}, "plan": {"--table"}}  # of a command, beside key=value
+SWEEP = ("-m", "--multirun")  # flags of train, as in Hydra
 _LATER_S = 5.0  # see _report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code of the process."""
+    """Run one command; return the exit code of the process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if is_owned():
         die_with_parent()  # before anything slow: a rank never outlives its launcher
-        os.environ.pop(PARENT_PID, None)  # of this process, not of those that it starts
-        # Whoever started the starter may have held back what asks for a stop (Ray does SIGINT).
+        os.environ.pop(PARENT_PID, None)  # is for this process, not for its children
+        # A parent process may have blocked stop signals (Ray blocks SIGINT).
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     try:
         return _dispatch(arguments)
@@ -82,12 +82,12 @@ def _dispatch(arguments: list[str]) -> int:
             print(f"{SWEEPING}\n")
         print(settings())
         return 0
-    # bitsandbytes misses an optional package on the CPU and says so on import, on every rank;
-    # nothing here calls it.
+    # On the CPU every rank's import of bitsandbytes warns of a missing optional package, which is
+    # not needed here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if {*SWEEP} & {*overrides}:
         return _sweep(command, [text for text in overrides if text not in SWEEP])
-    # Help and a wrong command do without Hydra, and without what a command needs.
+    # Late: help and a wrong command need neither Hydra nor the imports of a command.
     from fttrain.config.run_config import compose
 
     flags = FLAGS.get(command, set())
@@ -103,10 +103,10 @@ def _sweep(command: str, overrides: list[str]) -> int:
         raise UserError(f"{command} -m: only `fttrain train` sweeps")
     if is_rank():
         ranks = f"launch.processes={os.environ['WORLD_SIZE']}"
-        own = redact(shlex.join(["fttrain", "train", "-m", ranks, *overrides]))
+        command_line = redact(shlex.join(["fttrain", "train", "-m", ranks, *overrides]))
         raise UserError(
             "-m: a sweep starts the ranks of each trial itself and cannot run inside a launcher; "
-            f"write: {own}"
+            f"write: {command_line}"
         )
     from fttrain.cli.sweep import sweep  # loads Hydra
 
@@ -115,7 +115,7 @@ def _sweep(command: str, overrides: list[str]) -> int:
 
 def _usage() -> str:
     lines = ["usage: fttrain COMMAND [group=option ...] [group.key=value ...]", "", "commands:"]
-    lines += [f"  {name:10}{what}" for name, what in COMMANDS.items()]
+    lines += [f"  {name:10}{purpose}" for name, purpose in COMMANDS.items()]
     lines += [
         "",
         "fttrain train --help    lists every setting with its options and defaults",
@@ -126,10 +126,10 @@ def _usage() -> str:
 
 
 def _report(error: UserError) -> None:
-    """One line on stderr, once for all ranks of a machine.
+    """Print one line on stderr, once for all ranks of a machine.
 
-    Ranks usually fail alike. The first one speaks at once; the launcher then ends the others, so
-    another rank speaks only if it is still alive after a while, that is, if it failed alone.
+    Ranks usually fail alike. Rank 0 prints at once, and the launcher then ends the others. Another
+    rank prints only if it is still alive after a while, that is, if it failed alone.
     """
     rank = os.environ.get("RANK", "0") if is_rank() else "0"
     if rank != "0" and os.environ.get("LOCAL_RANK") != "0":

@@ -1,5 +1,5 @@
-"""``fttrain data``: a few examples as the model sees them, what was left out, and the lengths as a
-table.
+"""``fttrain data``: a few examples as the model sees them, the report of the rows, and a table of
+lengths.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from fttrain.config.run_config import RunConfig
 
 EXAMPLES = 3
-EXAMPLE_TOKENS = 400  # of an example are shown
+EXAMPLE_TOKENS = 400  # tokens shown of an example
 
 
 def run(config: "RunConfig", argv: Sequence[str] = ()) -> int:
-    """Prepares the data set of ``config`` and shows it.
+    """Prepare the data set of ``config`` and show it.
 
     Raises UserError for data that cannot be used.
     """
@@ -39,7 +39,7 @@ def run(config: "RunConfig", argv: Sequence[str] = ()) -> int:
 def show(
     console: Console, dataset: Dataset, tokenizer: Any, seq_len: int, rows_per_step: int
 ) -> None:
-    """Prints examples, the report and the table.
+    """Print examples, the report and the table.
 
     ``rows_per_step``: rows of one step on one rank.
     """

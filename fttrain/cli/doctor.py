@@ -1,4 +1,4 @@
-"""``fttrain doctor [--json]``: is this machine fit for the run that the settings describe?"""
+"""``fttrain doctor [--json]``: checks that this machine can do the run of these settings."""
 
 import json
 
@@ -14,9 +14,9 @@ STYLES = {OK: "green", WARNING: "yellow", FAILURE: "bold red"}
 
 
 def run(config: RunConfig, argv: list[str]) -> int:
-    """Makes every check, shows a line each (``--json``: all of them as one JSON object).
+    """Make every check and print a line for each (``--json``: one JSON object for all).
 
-    Exit code 0, or 1 where a check failed; warnings are none.
+    Exit code 0, or 1 where a check failed; a warning is no failure.
     """
     checks = checks_of(config)
     as_json = "--json" in argv
@@ -25,13 +25,13 @@ def run(config: RunConfig, argv: list[str]) -> int:
     findings = []
     with progress.status("") as status:
 
-        def tell(name: str, place: int, count: int) -> None:
-            status.update(f"check {place + 1} of {count}: {name}")
+        def show(name: str, index: int, count: int) -> None:
+            status.update(f"check {index + 1} of {count}: {name}")
 
-        for name, found in examine(checks, tell):
-            findings.append((name, found))
+        for name, finding in examine(checks, show):
+            findings.append((name, finding))
             if not as_json:
-                out.print(line(name, found, width), soft_wrap=True)
+                out.print(line(name, finding, width), soft_wrap=True)
     figures = summary(findings)
     if as_json:
         print(json.dumps(figures, indent=1))
@@ -40,10 +40,10 @@ def run(config: RunConfig, argv: list[str]) -> int:
     return 1 if figures[FAILURE] else 0
 
 
-def line(name: str, found: Finding, width: int) -> Text:
-    """Verdict, name (``width`` characters), figure and, after an arrow, what mends it."""
-    text = Text(f"{found.verdict:8}", STYLES[found.verdict])
-    text.append(f"{name:{width}}  {found.figure}", "default")
-    if found.remedy:
-        text.append(f"  -> {found.remedy}", "bold")
+def line(name: str, finding: Finding, width: int) -> Text:
+    """Verdict, name (``width`` characters), figure and, after an arrow, the remedy."""
+    text = Text(f"{finding.verdict:8}", STYLES[finding.verdict])
+    text.append(f"{name:{width}}  {finding.figure}", "default")
+    if finding.remedy:
+        text.append(f"  -> {finding.remedy}", "bold")
     return text

@@ -1,5 +1,5 @@
-"""What ``fttrain COMMAND --help`` prints: the groups, their options, their keys with the comments
-of ``conf/``.
+"""The text of ``fttrain COMMAND --help``: groups, their options, their keys with the comments of
+``conf/``.
 """
 
 import yaml
@@ -18,7 +18,7 @@ fttrain train -m [group.key=value,value ...]   a sweep: a run for each combinati
 
 
 def settings() -> str:
-    """Every group with its options, and the file of the default one as it stands."""
+    """The settings as text: every group with its options, and the file of its default."""
     root = (conf_folder() / "config.yaml").read_text(encoding="utf-8")
     defaults = [item for item in yaml.safe_load(root)["defaults"] if isinstance(item, dict)]
     pages = ["settings without a group:\n" + _indent(root.split("\n\n", 1)[1])]

@@ -22,14 +22,13 @@ def run(config: RunConfig, argv: list[str]) -> int:
     from fttrain.plan.links import step_table
     from fttrain.rig.measure_report import closing_line, tables, write_report
     from fttrain.training.measuring import measure_rig
-    from fttrain.training.session import strategy_spec
 
     started = time.monotonic()
     measurement = measure_rig(config)
     profile, shapes = measurement.profile, measurement.shapes
     if measurement.is_main:
         console = Console()
-        over_links = step_table(strategy_spec(config), measurement.architecture, profile)
+        over_links = step_table(config.strategy_spec(), measurement.architecture, profile)
         printed = [*tables(profile, shapes), *([over_links] if over_links else [])]
         for table in printed:
             table.show(console)

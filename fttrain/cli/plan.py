@@ -10,11 +10,11 @@ WIDE = 150  # columns
 
 def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
     """Plan ``config`` for the rig that ``rig.profile`` names, without downloading weights. With
-    ``--table``: the memory of models of common sizes.
+    ``--table``: print the memory of models of common sizes.
 
-    Raises UserError where nothing fits, after the figures.
+    Raises UserError, after printing the figures, where no strategy fits.
     """
-    # Late: these load torch and transformers, and help does without.
+    # Late: these load torch and transformers, which help does not need.
     from rich.console import Console
 
     if "--table" in argv:
@@ -51,7 +51,7 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> int:
 
 
 def _sizes(argv: Sequence[str]) -> int:
-    """Print the memory of models of common sizes beside published figures; write nothing."""
+    """Print the memory of models of common sizes, beside published figures; write no file."""
     from rich.console import Console
 
     from fttrain.plan.sizes_table import show

@@ -1,4 +1,4 @@
-"""``fttrain quantize``: make the frozen base of a model, or verify the one that is there."""
+"""``fttrain quantize``: build the frozen base of a model in the cache, or verify it there."""
 
 import time
 
@@ -7,13 +7,14 @@ from fttrain.launcher import launch
 
 
 def run(config: RunConfig, argv: list[str]) -> int:
-    """Quantise ``config.model`` into the frozen cache, on this rank or on those that ``launch=``
-    asks for. A cache that exists is compared with its SHA-256 file by file; what is missing or
-    damaged is made again.
+    """Quantise ``config.model`` into the frozen cache, on this rank or on the ranks of ``launch=``.
+
+    An existing cache is verified file by file against its SHA-256; missing and damaged files are
+    built anew.
     """
     if launch.wanted(config.launch):
         return launch.start(config.launch, argv)
-    # Late: these load torch and transformers, and a launcher does without.
+    # Late: these load torch and transformers, which a launcher does not need.
     from fttrain.distributed.process_group import process_group
     from fttrain.frozen.build import open_or_build
     from fttrain.frozen.source import resolve
@@ -27,11 +28,11 @@ def run(config: RunConfig, argv: list[str]) -> int:
     started = time.monotonic()
     with process_group(device, config.rig.backend) as group:
         show = counting if group.intra_node.is_main else silent
-        made = 0
+        built = 0  # files
 
         def progress(done: int, total: int) -> None:
-            nonlocal made
-            made = total
+            nonlocal built
+            built = total
             shown(done, total)
 
         shown = show(f"quantising {config.model.name}")
@@ -39,6 +40,6 @@ def run(config: RunConfig, argv: list[str]) -> int:
         if group.intra_node.is_main:
             print(
                 f"{cache.folder}: {len(cache)} layers, {gib(cache.size_bytes)}, verified; "
-                f"{made} file(s) made in {duration(time.monotonic() - started)}"
+                f"{built} file(s) made in {duration(time.monotonic() - started)}"
             )
     return 0

@@ -1,4 +1,4 @@
-"""``fttrain report output=DIR``: report.md and plots of a run, also of one that still goes on."""
+"""``fttrain report output=DIR``: report.md and plots of a run, which need not be over."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 def run(config: "RunConfig", argv: Sequence[str] = ()) -> int:
-    """Writes the report of the run in ``config.output`` and says where it is.
+    """Write the report of the run in ``config.output`` and print its path.
 
-    Raises UserError when there is no run.
+    Raises UserError where there is no run.
     """
     print(f"wrote {write_report(config.output)}")
     return 0

@@ -1,4 +1,4 @@
-"""``fttrain train -m``: a run for each combination of values, or each that a sweeper chooses."""
+"""``fttrain train -m``: a sweep, one run for each combination of values or sweeper's choice."""
 
 import os
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from fttrain.util.errors import UserError
 
 
 def sweep(arguments: Sequence[str]) -> int:
-    """Runs the sweep that ``arguments`` ask for; the exit code of the process.
+    """Run the sweep that ``arguments`` describe; return the exit code of the process.
 
-    That is 0 where at least one trial was finished and none failed, 1 otherwise, and 130 or 143
-    after a signal. Raises UserError, before the first trial, for what is wrong with it.
+    Exit code 0 where at least one trial is finished and none failed, 1 otherwise, 130 or 143 after
+    a signal. Raises UserError, before the first trial, for invalid arguments.
     """
     request = axes.read(arguments)
     config = multirun.search_config(request.search, request.hydra)
@@ -39,10 +39,10 @@ def sweep(arguments: Sequence[str]) -> int:
     )
     check.check_folder(planned.folder)
     listed = len(samples) if all(axis.discrete for axis in request.axes.values()) else None
-    watch = Watch(planned, multirun.trials_wanted(config, listed), max(1, len(places)))
+    watch = Watch(planned, multirun.trial_count(config, listed), max(1, len(places)))
     with lock_output(planned.folder, "auto"):
         check.check_earlier(planned, cards.ALONE if places else ())
-        with stop.telling(planned.folder) as stops, watch.watching():
+        with stop.forward_signals(planned.folder) as stops, watch.watching():
             multirun.run(planned, request.axes, request.search, request.hydra, places)
         print(f"sweep: {planned.folder / 'sweep.md'}")
     if stops.signum is not None:
@@ -57,7 +57,7 @@ def _folder(output: str | None, config: RunConfig) -> Path:
 
 
 def _places(settings: SweepConfig, request: axes.Request, config: RunConfig) -> list[TrialPlace]:
-    """Those of trials that run side by side; none where one follows the other."""
+    """The places of trials that run side by side; none where trials run one after the other."""
     if settings.parallel == "none":
         return []
     clash = [text for text in request.hydra if text.lstrip("+").startswith("hydra/launcher=")]

@@ -30,14 +30,8 @@ from fttrain.optim.config import OptimConfig
 from fttrain.quant.config import QuantConfig
 from fttrain.rig.config import RigConfig
 from fttrain.schedule.config import ScheduleConfig
-from fttrain.strategy.config import (
-    AUTO,
-    Placement,
-    StrategyConfig,
-    check_kernels,
-    check_together,
-    check_trained,
-)
+from fttrain.strategy.config import AUTO, Placement, StrategyConfig
+from fttrain.strategy.spec import StepSize, StrategySpec
 from fttrain.strategy.zero_config import DEEPSPEED
 from fttrain.track import TrackConfig
 from fttrain.util import schema
@@ -76,10 +70,7 @@ class RunConfig:
     dry_run: int = 0  # examples of a trial that writes nothing; 0: the run itself
 
     def __post_init__(self) -> None:
-        placement = self.placement  # its own checks come first
-        check_together(self.strategy, self.schedule, self.optim)
-        check_kernels(self.kernels, self.strategy)
-        check_trained(self.strategy, self.quant, self.lora, self.optim, self.schedule, placement)
+        self._spec(self.strategy, self.schedule)  # refuses settings that do not go together
         if self.strategy.name == DEEPSPEED and self.activations == AUTO:
             raise UserError(
                 f"activations=auto with strategy={DEEPSPEED}: the planner knows native strategies; "
@@ -117,6 +108,29 @@ class RunConfig:
         activations = "recompute" if self.activations == AUTO else self.activations
         return Placement(
             activations, self.layer_inputs, self.embedding, self.lm_head, self.mlp_tile_tokens
+        )
+
+    def strategy_spec(self) -> StrategySpec:
+        """The settings that a strategy is built from; strategy=auto starts from replicate."""
+        if self.strategy.name == AUTO:
+            return self._spec(StrategyConfig(), ScheduleConfig())
+        return self._spec(self.strategy, self.schedule)
+
+    def _spec(self, strategy: StrategyConfig, schedule: ScheduleConfig) -> StrategySpec:
+        loop = self.loop
+        return StrategySpec(
+            strategy,
+            self.quant,
+            self.lora,
+            self.optim,
+            schedule,
+            self.placement,
+            self.frozen,
+            StepSize(loop.micro_batch_size, self.data.seq_len, loop.gradient_accumulation_steps),
+            self.model.dtype,
+            loop.seed,
+            loop.z_loss,
+            self.kernels,
         )
 
     @property

@@ -1,1 +1,1 @@
-"""From files of records to micro-batches of token ids."""
+"""Data: files of records become micro-batches of token ids."""

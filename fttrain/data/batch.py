@@ -1,4 +1,4 @@
-"""What the model is fed: documents laid end to end, without padding.
+"""Micro-batches, the input of the model: documents end to end, without padding.
 
 Legend: N tokens of a micro-batch, all its documents together.
 """
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fttrain.util.units import round_up
 
-# Matrix kernels are made anew for each number of rows, which costs milliseconds and megabytes: a
-# few rows too many are cheaper than a new number of them in every micro-batch.
+# Matrix kernels are set up anew for each number of rows, which costs milliseconds and megabytes: a
+# few padding rows are cheaper than another number of rows in every micro-batch.
 ROW_MULTIPLE = 64
-IGNORE = -100  # the target of a token that is not trained on
+IGNORE = -100  # target of a token that is not trained on
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class MicroBatch:
     targets: Tensor  # int64 (N,): the next token of the same document, or IGNORE
     position_ids: Tensor  # int64 (N,): restarts at 0 in each document
     lengths: tuple[int, ...]  # tokens of each document; they sum to N
-    index: int  # place in the optimizer step over all ranks: what dropout is seeded by
-    # int64 (M,): places of the tokens that have a target; known on the host, so that no device has
-    # to be asked how many there are
+    index: int  # number in the optimizer step over all ranks; seeds dropout
+    # int64 (M,): positions of the tokens that have a target. Computed on the host, so that no
+    # device is waited for to learn M
     trained: Tensor
     target_counts: tuple[int, ...]  # targets of each document, padding apart; they sum to M
 
@@ -51,7 +51,7 @@ class MicroBatch:
     def padded(self, multiple: int = ROW_MULTIPLE) -> "MicroBatch":
         """The same micro-batch with N a multiple of ``multiple``.
 
-        The tokens added are a document of their own without targets: they change nothing.
+        The padding is a document without targets, so it changes no result.
         """
         count = round_up(len(self.input_ids), multiple) - len(self.input_ids)
         if not count:
@@ -68,15 +68,15 @@ class MicroBatch:
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """``tensor`` on ``device``; the host does not wait for it."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # out of other memory it would
+        tensor = tensor.pin_memory()  # a copy from pageable memory would make the host wait
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def collate(documents: list[tuple[list[int], list[int]]], index: int) -> MicroBatch:
-    """Documents of (token ids, labels) -> one micro-batch.
+    """Return ``documents``, pairs of (token ids, labels), as one micro-batch.
 
-    Labels are aligned with the ids (label i is token i, or IGNORE); targets are labels moved one to
-    the left within each document, so no token ever predicts the first token of the next document.
+    Labels are aligned with the ids (label i is token i, or IGNORE). Targets are the labels moved
+    one to the left within each document, so no token predicts the first token of the next document.
     """
     documents = [document for document in documents if document[0]]
     lengths = tuple(len(ids) for ids, _ in documents)

@@ -1,8 +1,7 @@
-"""Records -> tokenised documents -> hold-out and training rows, written as flat arrays that are
-mapped, not loaded.
+"""The builder of a data set: tokenises records and writes the rows of both splits as flat arrays.
 
-One pass over the source. Documents lie end to end in flat arrays from the first moment on: a Python
-object per token would need a hundred times the memory.
+One pass over the source. The arrays are memory-mapped by their readers. Documents lie end to end in
+flat arrays from the start: a Python object per token would need a hundred times the memory.
 """
 
 import hashlib
@@ -28,13 +27,13 @@ from fttrain.data.report import Report
 from fttrain.data.shapes import Example, detect, to_example
 from fttrain.util.errors import UserError
 
-DETECT_ROWS = 20  # the shape of the data set is the shape of most of these
+DETECT_ROWS = 20  # the majority of these decides the shape of the data set
 BATCH_ROWS = 128  # rows tokenised at once
 SPLITS = ("train", "holdout")
 
 
 class Builder:
-    """Fills a folder with the arrays of a data set. One use."""
+    """Writer of the arrays of one data set into a folder. For a single use."""
 
     def __init__(
         self,
@@ -51,14 +50,12 @@ class Builder:
         self._ids = array("i")  # int32, all documents end to end
         self._trained = bytearray()  # one byte a token: 1 where the token is trained on
         self._lengths = array("q")  # tokens of each document
-        self._rows = array("q")  # for each document the example it came from
-        self._hashes = array(
-            "Q"
-        )  # for each example a seeded hash of its content: the hold-out goes by it
-        self._record_ends = array("q")  # for each example where its line in the records file ends
+        self._rows = array("q")  # example of each document
+        self._hashes = array("Q")  # seeded hash of each example's content; decides the hold-out
+        self._record_ends = array("q")  # end of each example's line in the records file, in bytes
 
     def write(self, folder: Path) -> None:
-        """Reads, tokenises, splits and packs.
+        """Read, tokenise, split and pack the source into ``folder``.
 
         Raises UserError for a bad row when the policy is ``error``.
         """
@@ -99,7 +96,7 @@ class Builder:
         return chain(first, rows)
 
     def _encode(self, batch: list[tuple[Located, Example]], records: Any) -> None:
-        """Tokenises some examples and adds their documents, or refuses them."""
+        """Tokenise the examples of ``batch`` and add their documents, or refuse them."""
         rendered: list[Rendered | BadRow | None] = [self._render(example) for _, example in batch]
         encoded = iter(self._encoder.encode([row for row in rendered if isinstance(row, Rendered)]))
         for (located, example), row in zip(batch, rendered, strict=True):
@@ -118,7 +115,7 @@ class Builder:
             self._add(example, documents, records)
 
     def _render(self, example: Example) -> Rendered | BadRow | None:
-        """None for plain text, which no template touches."""
+        """The chat-formatted example; None for plain text, which has no template."""
         if not example.messages:
             return None
         if self._chat is None:
@@ -157,8 +154,8 @@ class Builder:
         return ids, trained
 
     def _text(self, example: Example, located: Located) -> list[tuple[list[int], list[bool]]]:
-        """Plain text, cut into pieces of seq_len that share one token, so that each token is a
-        target exactly once.
+        """The documents of a plain text: pieces of seq_len tokens. Neighbours share one token, so
+        that each token is a target exactly once.
         """
         ids, seq_len = self._encoder.document(example.text), self._config.seq_len
         if len(ids) < 2:
@@ -215,8 +212,9 @@ class Builder:
         raise UserError(f"data.path={self._config.path}: {what}")
 
     def _held(self) -> NDArray[np.bool_]:
-        """Which examples are held out, bool (examples,): those of the smallest hashes, so copies
-        stay together.
+        """The mask of the examples that are held out, bool (examples,).
+
+        These have the smallest hashes, so copies of an example stay together.
         """
         hashes = np.frombuffer(self._hashes, dtype=np.uint64)
         distinct = np.unique(hashes)
@@ -244,14 +242,14 @@ class Builder:
             self._write_split(folder, split, chosen[split][rows])
         ends = np.frombuffer(self._record_ends, dtype=np.int64)
         sizes = []
-        with open(records, "rb") as whole, open(folder / "holdout.jsonl", "wb") as kept:
+        with open(records, "rb") as whole, open(folder / "holdout.jsonl", "wb") as holdout:
             for example in np.flatnonzero(chosen["holdout"]).tolist():
                 whole.seek(int(ends[example - 1]) if example else 0)
-                sizes.append(kept.write(whole.readline()))
+                sizes.append(holdout.write(whole.readline()))
         np.save(folder / "holdout.records.npy", np.cumsum([0, *sizes], dtype=np.int64))
 
     def _write_split(self, folder: Path, split: str, chosen: NDArray[np.bool_]) -> None:
-        """``chosen`` bool (documents,)."""
+        """Write the arrays of ``split``; ``chosen``: bool (documents,)."""
         all_lengths = np.frombuffer(self._lengths, dtype=np.int64)
         tokens = np.repeat(chosen, all_lengths)  # bool (tokens,)
         lengths = all_lengths[chosen]
@@ -271,9 +269,9 @@ class Builder:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[], None]]:
-    """A count of rows on the terminal while rows are tokenised; gone when done.
+    """A count of tokenised rows on the terminal, removed at the end.
 
-    Yields the step of one row.
+    Yields a function that counts one row.
     """
     columns = (
         TextColumn("tokenising"),

@@ -1,16 +1,17 @@
-"""Messages -> one string, and the characters of it that are trained: the assistant's turns.
+"""Chat templates: messages become one string and the spans of it that are trained, the assistant's
+turns.
 
 The tokenizer's own sandboxed template engine renders. Few templates carry ``{% generation %}``
-marks, so the turns are found without them, and what is found is verified:
+marks, so the turns are located without them and verified:
 
-1. Each message is rendered between private marks. If taking the marks out again gives the unmarked
-   rendering, they show where each content went. A turn starts after the generation prompt before it
-   (so a ``<think>`` the model has to write itself is trained) and ends behind the end-of-turn token
-   that follows.
+1. Each message is rendered between private marks. If the text without the marks equals the unmarked
+   rendering, the marks show the span of each content. A turn starts after the generation prompt
+   before it (so a ``<think>`` that the model has to write itself is trained) and ends behind the
+   end-of-turn token that follows.
 2. Where a template rewrites a marked content (Qwen3 splits at ``</think>``), the turn is the
    difference of two renderings: up to the message, and including it. Both must be prefixes of the
-   whole and the turn must hold all that was said; otherwise the template drops something and the
-   row is refused.
+   whole, and the turn must contain the whole message; otherwise the template drops something and
+   the row is refused.
 """
 
 import re
@@ -25,11 +26,11 @@ from fttrain.data.records import BadRow
 from fttrain.data.shapes import Message
 from fttrain.util.errors import UserError
 
-# Private-use characters, as no text has them: number of the message between OPEN and START, or OPEN
-# and END.
+# Private-use characters, which texts do not contain. The number of the message stands between OPEN
+# and START, and between OPEN and END.
 OPEN, START, END = "\U0010f8f0", "\U0010f8f1", "\U0010f8f2"
 _MARK = re.compile(f"{OPEN}(\\d+)([{START}{END}])")
-# Templates that print today's date print this one, so that a row is the same on every day and rank.
+# Replaces today's date in templates that print it, so that a row is the same on every day and rank.
 FIXED_DATE = "26 Jul 2024"
 KEEP_ADVICE = (
     "data.loss_on=last trains on the last turn only; or take <think> parts out of earlier turns; "
@@ -44,14 +45,14 @@ def load_template(tokenizer: Any, path: str | None) -> str | None:
             return Path(path).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.chat_template={path}: cannot be read ({error})") from None
-    own = tokenizer.chat_template
-    if isinstance(own, dict):  # several by name
-        own = own.get("default")
-    return own
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several templates by name
+        template = template.get("default")
+    return template
 
 
 class Chat:
-    """Renders conversations. Raises UserError for a template that cannot be trained on at all."""
+    """Renderer of conversations. Raises UserError for a template that cannot be trained with."""
 
     def __init__(self, tokenizer: Any, template: str | None, loss_on: str = "all") -> None:
         if not template:
@@ -74,7 +75,7 @@ class Chat:
         self._probe()
 
     def _probe(self) -> None:
-        """Refuses what no row could be trained on, and learns the generation prompt."""
+        """Refuse a template that no row can be trained with, and find its generation prompt."""
         question: list[Message] = [{"role": "user", "content": "Question?"}]
         answer: list[Message] = [*question, {"role": "assistant", "content": "Answer."}]
         try:
@@ -121,11 +122,11 @@ class Chat:
         if self._loss_on == "last":
             turns = turns[-1:]
         text = self.render(messages)
-        found = self._locate(messages, text)
-        edges = sorted(span for spans in found.values() for span in spans)
+        contents = self._locate(messages, text)
+        edges = sorted(span for spans in contents.values() for span in spans)
         trained = []
         for i in turns:
-            spans = found.get(i, [])
+            spans = contents.get(i, [])
             verbatim = len(spans) == 1 and text[slice(*spans[0])] == messages[i]["content"].strip()
             trained.append(
                 self._extend(text, spans[0], edges)
@@ -139,8 +140,8 @@ class Chat:
         return Rendered(text, tuple(edges), tuple(trained))
 
     def _locate(self, messages: list[Message], text: str) -> dict[int, list[Span]]:
-        """Where in ``text`` each message's content stands; a message whose marks were lost is left
-        out.
+        """The spans of each message's content in ``text``; a message whose marks were lost has
+        none.
         """
         if any(mark in message["content"] for message in messages for mark in (OPEN, START, END)):
             return {}
@@ -156,7 +157,7 @@ class Chat:
             return {}
         spans: dict[int, list[Span]] = {}
         at = 0
-        opened: tuple[int, int] | None = None  # (message, start) of the content we are in
+        opened: tuple[int, int] | None = None  # (message, start) of the content that is open
         for piece, number, kind in zip(
             pieces[::3], [*pieces[1::3], ""], [*pieces[2::3], ""], strict=True
         ):
@@ -169,8 +170,8 @@ class Chat:
         return spans
 
     def _extend(self, text: str, content: Span, edges: list[Span]) -> Span:
-        """The turn around a content: from the end of the generation prompt to the end of the end-
-        of-turn token.
+        """The turn around ``content``: from the end of the generation prompt to the end of the
+        end-of-turn token.
         """
         start, end = content
         floor = max((b for _, b in edges if b <= start), default=0)
@@ -181,11 +182,13 @@ class Chat:
         return start, self._end(text, end, ceiling)
 
     def _end(self, text: str, end: int, ceiling: int) -> int:
-        found = self._end_of_turn.match(text, end, ceiling)
-        return found.end() if found else end
+        match = self._end_of_turn.match(text, end, ceiling)
+        return match.end() if match else end
 
     def _difference(self, messages: list[Message], i: int, text: str) -> Span:
-        """The turn as what message ``i`` adds to the rendering; verified, see the file's top."""
+        """The turn as the text that message ``i`` adds to the rendering; verified, see the top of
+        this file.
+        """
         where = f"assistant turn {i + 1} of {len(messages)}"
         content = messages[i]["content"]
         prompt = self.render(messages[:i], add_generation_prompt=True) if i else ""
@@ -198,38 +201,38 @@ class Chat:
             )
         body = turn.rstrip()
         ends = [
-            found.end() for found in self._end_of_turn.finditer(body) if found.end() == len(body)
+            match.end() for match in self._end_of_turn.finditer(body) if match.end() == len(body)
         ]
         return len(prompt), len(prompt) + (ends[-1] if ends else len(body))
 
     def check_special(self, row: Rendered, messages: list[Message], encoder: Encoder) -> None:
-        """Raises BadRow when a content that could not be located writes a special token."""
+        """Raise BadRow when a content that was not located contains a special token."""
         if len(row.contents) >= len(messages):
             return
         located = {row.text[a:b] for a, b in row.contents}
         for message in messages:
-            found = encoder.holds_special(message["content"])
-            if found and message["content"].strip() not in located:
+            token = encoder.special_in(message["content"])
+            if token and message["content"].strip() not in located:
                 advice = "take it out of the text"
                 raise BadRow(
                     "special token in the text",
-                    f"{found} in a turn that the template rewrites",
+                    f"{token} in a turn that the template rewrites",
                     advice,
                 )
 
     def prompt(self, messages: list[Message]) -> Rendered:
-        """The conversation up to where the assistant answers, for generation; special tokens in it
-        stay text.
+        """The conversation up to the assistant's next answer, for generation. Special tokens that
+        users wrote stay text.
         """
         text = self.render(messages, add_generation_prompt=True)
         spans = self._locate(messages, self.render(messages))
-        edges = sorted(span for found in spans.values() for span in found)
-        kept = edges if text.startswith(self.render(messages)) else []
-        return Rendered(text, tuple(kept), ())
+        edges = sorted(span for message_spans in spans.values() for span in message_spans)
+        contents = edges if text.startswith(self.render(messages)) else []
+        return Rendered(text, tuple(contents), ())
 
 
 def _mark(number: int, content: str) -> str:
-    """Marks around what a template's trim would leave, so that trimming does not disturb them."""
+    """``content`` with marks inside its surrounding space, so that a template's trim keeps them."""
     core = content.strip()
     if not core:
         return content

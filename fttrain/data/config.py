@@ -10,7 +10,7 @@ FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where examples come from and how they become rows of tokens."""
+    """The source of examples and the rules that make rows of tokens of them."""
 
     kind: str = "stdlib"  # stdlib (docstrings of Python's own library) | file | hub
     # file: a .jsonl .json .csv .tsv .parquet file (the text ones also as .gz), or a folder of them;
@@ -19,7 +19,7 @@ class DataConfig:
     split: str = "train"  # split of a hub data set
     format: str = "auto"  # auto | messages | prompt_completion | alpaca | sharegpt | text
     seq_len: int = 1024  # tokens of a row
-    holdout: float = 0.1  # fraction of the examples kept for evaluation, in [0, 1)
+    holdout: float = 0.1  # fraction of the examples held out for evaluation, in [0, 1)
     packing: bool = True  # fill a row with several examples (attention never crosses them)
     loss_on: str = "all"  # which assistant turns are trained: all | last
     # error: stop and name the row | skip: leave it out and count it | truncate: cut what is longer

@@ -1,4 +1,4 @@
-"""The tokenised data set that the settings of the data make."""
+"""The tokenised data set, built once and cached."""
 
 import hashlib
 import json
@@ -21,32 +21,25 @@ from fttrain.data.stdlib import stdlib_source
 from fttrain.util.cache_dir import cache_root, find, load_or_build
 from fttrain.util.errors import UserError
 
-FORMAT_VERSION = (
-    1  # of the cached files and of the rules that make them: raise it when either changes
-)
-Document = tuple[
-    list[int], list[int]
-]  # token ids and labels of one document, aligned; IGNORE where masked
+# Version of the cached files and of the rules that make them: raise it when either changes.
+FORMAT_VERSION = 1
+# Token ids and labels of one document, aligned; IGNORE where masked.
+Document = tuple[list[int], list[int]]
 
 
 class Rows:
-    """Packed rows of one split, mapped from disk.
+    """The packed rows of one split, memory-mapped.
 
-    Row i is a list of documents of seq_len tokens together at most.
+    A row is a list of documents with at most seq_len tokens in total.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
         self._ids = _load(folder / f"{split}.ids.npy")  # int32 (tokens,)
         self._trained = _load(folder / f"{split}.trained.npy")  # bool (tokens,)
-        self._documents = _load(
-            folder / f"{split}.documents.npy"
-        )  # int64 (documents + 1,): where each starts
-        self._order = _load(
-            folder / f"{split}.order.npy"
-        )  # int64 (documents,): documents, row after row
-        self._rows = _load(
-            folder / f"{split}.rows.npy"
-        )  # int64 (rows + 1,): where each row starts in order
+        # int64 (documents + 1,): first token of each document
+        self._documents = _load(folder / f"{split}.documents.npy")
+        self._order = _load(folder / f"{split}.order.npy")  # int64 (documents,): row after row
+        self._rows = _load(folder / f"{split}.rows.npy")  # int64 (rows + 1,): starts in _order
 
     def __len__(self) -> int:
         return len(self._rows) - 1
@@ -63,7 +56,7 @@ class Rows:
         return (self[index] for index in range(len(self)))
 
     def document(self, which: int) -> Document:
-        """Ids and labels of one document, in the order of the source."""
+        """Token ids and labels of document ``which`` in the order of the source."""
         span = slice(self._documents[which], self._documents[which + 1])
         ids = self._ids[span]
         return ids.tolist(), np.where(self._trained[span], ids, IGNORE).tolist()
@@ -90,18 +83,18 @@ class Rows:
 
     @property
     def trained_tokens(self) -> int:
-        """Targets that count: a document's first token is never one."""
+        """The number of targets that are not masked. A document's first token is no target."""
         first = self._documents[:-1]
         return int(np.count_nonzero(self._trained)) - int(np.count_nonzero(self._trained[first]))
 
     @property
     def target_share(self) -> float:
-        """Of all tokens, those that are trained on."""
+        """The fraction of all tokens that are trained on."""
         return self.trained_tokens / max(1, self.tokens)
 
 
 class Records(Sequence[list[dict[str, str]]]):
-    """The conversations of the held-out examples, read from disk one by one; plain text has the
+    """The conversations of the held-out examples, read from disk one by one. Plain text has the
     role ``text``.
     """
 
@@ -136,12 +129,12 @@ class Dataset:
 def prepare(
     config: DataConfig, tokenizer: Any, tokenizer_id: str, rows_per_step: int | None = None
 ) -> Dataset:
-    """Reads, tokenises, splits and packs once; later calls, and other processes at the same time,
-    map the result.
+    """Return the data set that ``config`` describes, tokenised and packed at most once.
 
-    ``rows_per_step``: rows that one optimizer step takes over all ranks, to refuse a data set that
-    does not fill one. Raises UserError for a bad row (by policy), an unusable template, a missing
-    file, or an empty training split.
+    Later calls, and other processes at the same time, map the cached result. ``tokenizer_id``: part
+    of the cache key; changes with the tokenizer. ``rows_per_step``: rows of one optimizer step over
+    all ranks; None: any number of rows will do. Raises UserError for a bad row (by policy), an
+    unusable template, a missing file, an empty training split, or one that does not fill a step.
     """
     fingerprint, builder = _described(config, tokenizer, tokenizer_id)
     folder = load_or_build(cache_root(config.cache_dir), fingerprint, builder.write)
@@ -154,9 +147,9 @@ def prepare(
 
 
 def cached_rows(config: DataConfig, tokenizer: Any, tokenizer_id: str) -> Rows | None:
-    """Those to train on of a data set that is in the cache already; None: it is not there.
+    """The training rows of a data set that is in the cache already; None where it is not.
 
-    Raises UserError as ``prepare``, of what says which data set it is.
+    Raises UserError as ``prepare`` does for a missing file or an unusable template.
     """
     fingerprint, _ = _described(config, tokenizer, tokenizer_id)
     folder = find(cache_root(config.cache_dir), fingerprint)
@@ -164,14 +157,13 @@ def cached_rows(config: DataConfig, tokenizer: Any, tokenizer_id: str) -> Rows |
 
 
 def _described(config: DataConfig, tokenizer: Any, tokenizer_id: str) -> tuple[str, Builder]:
-    """What the tokenised data set is known by, and what would build it."""
+    """The fingerprint of the tokenised data set, and its builder."""
     source = _source(config)
     encoder = Encoder(tokenizer)
     template = load_template(tokenizer, config.chat_template)
     named = Path(config.path).name if config.path and config.kind == "file" else config.path
-    settings = asdict(
-        replace(config, path=named, chat_template=None, cache_dir=None)
-    )  # contents count, places do not
+    # The contents of files count, not their paths.
+    settings = asdict(replace(config, path=named, chat_template=None, cache_dir=None))
     meaning = [FORMAT_VERSION, settings, source.identity, tokenizer_id, encoder.identity, template]
     meaning += [sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())]
     fingerprint = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,12 +1,12 @@
-"""Text -> token ids, with the special tokens of the scaffold parsed and those that users wrote kept
-as text.
+"""The encoder: text becomes token ids. Special tokens of the template are parsed; special tokens
+that users wrote stay text.
 
-The template's text must be tokenised as one string (merges cross the borders between scaffold and
-content, as they do at inference), yet a user who writes ``<|im_end|>`` must not end a turn. So: a
-string whose content holds no special token is encoded as a whole; only the rare other one is cut at
-the scaffold's special tokens, and the pieces between are encoded with special tokens switched off.
-The cut is verified, for each such string, on a copy of it in which the content's special tokens are
-spoiled: there both ways must give the same ids.
+The rendered text must be tokenised as one string (merges cross the borders between template and
+content, as they do at inference), yet a user who writes ``<|im_end|>`` must not end a turn. So a
+string whose content has no special token is encoded as a whole. The rare other string is cut at the
+template's special tokens, and the pieces between are encoded with special tokens switched off. The
+cut is verified for each such string on a copy in which the content's special tokens are broken up:
+there both ways must give the same ids.
 """
 
 import hashlib
@@ -30,13 +30,11 @@ class Rendered:
 
     text: str
     contents: tuple[Span, ...]  # written by users: no special token is parsed here
-    trained: tuple[Span, ...]  # what the loss is taken on
+    trained: tuple[Span, ...]  # spans that the loss counts
 
 
 class Encoder:
-    """The fast tokenizer behind a transformers tokenizer, untouched by its padding and truncation
-    settings.
-    """
+    """The fast tokenizer behind a transformers tokenizer, without its padding and truncation."""
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -47,7 +45,7 @@ class Encoder:
                 "use a model that ships one"
             )
         settings = json.loads(backend.to_str())
-        settings["truncation"] = settings["padding"] = None  # change with use, never with meaning
+        settings["truncation"] = settings["padding"] = None  # state of earlier calls
         serialised = json.dumps(settings, sort_keys=True)
         self.identity = hashlib.sha256(serialised.encode()).hexdigest()
         self._parsing = Tokenizer.from_str(serialised)
@@ -65,8 +63,8 @@ class Encoder:
         self.prefix, self.suffix = self._frame(tokenizer.eos_token_id)
 
     def _frame(self, eos_token_id: int | None) -> tuple[list[int], list[int]]:
-        """What stands around a whole document: BOS where the tokenizer writes one, and always EOS
-        if there is one.
+        """The ids before and after a whole document: BOS where the tokenizer writes one; EOS
+        wherever the tokenizer has one.
         """
         bare = self._parsing.encode("a", add_special_tokens=False).ids
         framed = self._parsing.encode("a", add_special_tokens=True).ids
@@ -84,8 +82,8 @@ class Encoder:
         return [*self.prefix, *self._plain.encode(text, add_special_tokens=False).ids, *self.suffix]
 
     def encode(self, batch: list[Rendered]) -> list[tuple[list[int], list[bool]] | BadRow]:
-        """For each string its token ids and which of them are trained: those that overlap a trained
-        span.
+        """Token ids and mask of each string of ``batch``. The mask is True where a token overlaps a
+        trained span. A string whose special tokens cannot be kept apart gives its BadRow.
         """
         rare = [i for i, row in enumerate(batch) if self._in_content(row)]
         whole = self._parsing.encode_batch([row.text for row in batch], add_special_tokens=False)
@@ -101,14 +99,14 @@ class Encoder:
                 results[i] = bad
         return results
 
-    def holds_special(self, text: str) -> str | None:
-        """The first special token written in ``text``, if any."""
-        found = self._special.search(text)
-        return found.group() if found else None
+    def special_in(self, text: str) -> str | None:
+        """The first special token in ``text``; None where there is none."""
+        match = self._special.search(text)
+        return match.group() if match else None
 
     def _in_content(self, row: Rendered) -> bool:
         return any(
-            _touches(found.span(), row.contents) for found in self._special.finditer(row.text)
+            _touches(match.span(), row.contents) for match in self._special.finditer(row.text)
         )
 
     def _encode_cut(self, row: Rendered) -> tuple[list[int], list[Span]]:
@@ -117,46 +115,50 @@ class Encoder:
             reference = self._parsing.encode(spoiled.text, add_special_tokens=False).ids
             if self._cut(spoiled, anchor)[0] == reference:
                 return self._cut(row, anchor)
-        found = next(
-            f.group() for f in self._special.finditer(row.text) if _touches(f.span(), row.contents)
+        token = next(
+            match.group()
+            for match in self._special.finditer(row.text)
+            if _touches(match.span(), row.contents)
         )
         raise BadRow(
             "special token in the text",
-            f"this tokenizer cannot write {found} as plain text",
+            f"this tokenizer cannot write {token} as plain text",
             "reword it",
         )
 
     def _cut(self, row: Rendered, anchor: str) -> tuple[list[int], list[Span]]:
-        """Pieces between the scaffold's special tokens encoded as plain text, those tokens by their
-        id.
+        """Encode the pieces between the template's special tokens as plain text, and each of these
+        tokens as its id.
         """
         ids: list[int] = []
         offsets: list[Span] = []
         start = 0
-        scaffold = [
-            f for f in self._special.finditer(row.text) if not _touches(f.span(), row.contents)
+        template_tokens = [
+            match
+            for match in self._special.finditer(row.text)
+            if not _touches(match.span(), row.contents)
         ]
-        for found in [*scaffold, None]:
-            end = found.start() if found else len(row.text)
+        for token in [*template_tokens, None]:
+            end = token.start() if token else len(row.text)
             stop = end
-            if found and self._specials[found.group()].lstrip:
+            if token and self._specials[token.group()].lstrip:
                 stop = start + len(row.text[start:end].rstrip())
             piece_ids, piece_offsets = self._piece(row.text[start:stop], anchor if start else "")
             ids += piece_ids
             offsets += [(a + start, b + start) for a, b in piece_offsets]
-            if found is None:
+            if token is None:
                 break
-            start = found.end()
-            if self._specials[found.group()].rstrip:
+            start = token.end()
+            if self._specials[token.group()].rstrip:
                 start += len(row.text[start:]) - len(row.text[start:].lstrip())
-            ids.append(self._special_ids[found.group()])
-            offsets.append((found.start(), start))
+            ids.append(self._special_ids[token.group()])
+            offsets.append((token.start(), start))
         return ids, offsets
 
     def _piece(self, text: str, anchor: str) -> tuple[list[int], list[Span]]:
-        """A piece from the middle of a string.
+        """Ids and offsets of a piece from the middle of a string.
 
-        The anchor keeps SentencePiece from writing a leading space there.
+        ``anchor``: text before the piece that keeps SentencePiece from adding a leading space.
         """
         if not text:
             return [], []
@@ -168,15 +170,15 @@ class Encoder:
         ]
 
     def _spoil(self, row: Rendered) -> Rendered:
-        """The same string with an x in the middle of each special token that content holds."""
+        """The same string with an x inside each special token that the content contains."""
         cuts = []
-        for found in self._special.finditer(row.text):
-            if _touches(found.span(), row.contents):
+        for match in self._special.finditer(row.text):
+            if _touches(match.span(), row.contents):
                 inside = (
-                    range(max(a, found.start() + 1), min(b, found.end() - 1) + 1)
+                    range(max(a, match.start() + 1), min(b, match.end() - 1) + 1)
                     for a, b in row.contents
                 )
-                cuts += [at for places in inside for at in places[:1]][:1]
+                cuts += [at for positions in inside for at in positions[:1]][:1]
         edges = zip([0, *cuts], [*cuts, len(row.text)], strict=True)
         text = "x".join(row.text[start:end] for start, end in edges)
         contents = tuple(
@@ -191,7 +193,7 @@ class Encoder:
 
 
 def _any_of(tokens: Any) -> re.Pattern[str]:
-    """Any of the texts, the longest first; matches nothing when there is none."""
+    """The pattern that matches any of ``tokens``, the longest first; without any, nothing."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
@@ -200,10 +202,10 @@ def _touches(span: Span, spans: tuple[Span, ...]) -> bool:
 
 
 def _mark(offsets: list[Span], spans: tuple[Span, ...]) -> list[bool]:
-    """Which tokens overlap one of the sorted spans.
+    """The mask of the tokens that overlap one of the sorted spans.
 
-    Byte-level tokenizers may leave leading spaces out of a token's offsets; the gap belongs to the
-    token after it.
+    Byte-level tokenizers may leave leading spaces out of a token's offsets: such a gap belongs to
+    the token after it.
     """
     marks: list[bool] = []
     reached = which = 0

@@ -1,4 +1,4 @@
-"""A few examples of a data set as a run would meet them: whole rows, drawn as an epoch does it."""
+"""An excerpt of a data set: a few whole rows, drawn at random as an epoch draws them."""
 
 import numpy as np
 
@@ -6,14 +6,12 @@ from fttrain.data.dataset import Document, Rows
 
 
 class Excerpt:
-    """Rows that hold ``documents`` documents together, or all there are; the last row may lack some
-    of its own.
-    """
+    """Rows with ``documents`` documents in total, or all rows. The last row may be cut."""
 
     def __init__(self, rows: Rows, documents: int, seed: int) -> None:
-        """``seed``: draws the rows."""
+        """Draw the rows by ``seed``."""
         self._rows: list[list[Document]] = []
-        # A source may be sorted by length: its first rows would not be those of a run.
+        # A source may be sorted by length: its first rows would not be typical of a run.
         for row in np.random.RandomState(seed & 0xFFFFFFFF).permutation(len(rows)).tolist():
             if documents <= 0:
                 break

@@ -9,13 +9,12 @@ from fttrain.util.errors import UserError
 
 
 def elements(path: Path, text: str, at: int) -> Iterator[tuple[int, bytes]]:
-    """(line, text) of each element of the array whose ``[`` stands before ``at``, one by one.
+    """Yield (line, text) of each element of the array whose ``[`` stands before ``at``.
 
-    ``path``: for messages. Raises UserError, with the line, for what is no JSON.
+    ``path``: for messages. Raises UserError, with the line, for invalid JSON.
     """
-    decoder = (
-        json.JSONDecoder()
-    )  # NaN is looked for afterwards, so that one bad element does not hide the next
+    # Accepts NaN, which the caller refuses element by element: one does not hide the next.
+    decoder = json.JSONDecoder()
     space = re.compile(r"[\s]*")
     line, counted, first = 1, 0, True
     while True:

@@ -1,10 +1,10 @@
-"""Rows -> micro-batches, as a pure function of (seed, step).
+"""The loader: micro-batches of rows, as a pure function of (seed, step).
 
 One optimizer step takes ``R = micro_batch_size * gradient_accumulation_steps * world_size`` rows,
 the next R of the epoch's order. Micro-batch ``m = a * world_size + rank`` of the step takes the
 m-th ``micro_batch_size`` of them, so the rows of a step do not depend on how they are split. The
-last step of an epoch takes what is left; the micro-batches it does not fill are short or empty, on
-every rank the same number of them.
+last step of an epoch takes the remaining rows: its last micro-batches are short or empty. Every
+rank has the same number of micro-batches.
 """
 
 from typing import Protocol
@@ -18,7 +18,7 @@ from fttrain.util.errors import UserError
 
 
 class PackedRows(Protocol):
-    """Packed rows: a row is a list of documents."""
+    """Packed rows. A row is a list of documents."""
 
     def __len__(self) -> int: ...
 
@@ -26,10 +26,10 @@ class PackedRows(Protocol):
 
 
 class Loader:
-    """Yields the micro-batches of one rank, step after step, without end.
+    """The micro-batches of one rank, step after step, without end.
 
-    ``position`` is the number of optimizer steps done: saving it is enough to go on where one
-    stopped. Raises UserError when there are no rows.
+    ``position``: optimizer steps done; the only state that a resumed run needs. Raises UserError
+    when there are no rows.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Loader:
         self.micro_batch_size, self._accumulation = micro_batch_size, gradient_accumulation_steps
         self._rank, self._world_size = rank, world_size
         self.position = position
-        self._order: tuple[int, NDArray[np.int64]] | None = None  # (epoch, order of its rows)
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # (epoch, its permutation)
 
     @property
     def rows_per_step(self) -> int:
@@ -68,7 +68,7 @@ class Loader:
         return -(-len(self._rows) // self.rows_per_step)
 
     def next_step(self) -> list[MicroBatch]:
-        """This rank's ``gradient_accumulation_steps`` micro-batches of the next step; some may be
+        """The rank's ``gradient_accumulation_steps`` micro-batches of the next step; some may be
         empty.
         """
         epoch, step = divmod(self.position, self.steps_per_epoch)
@@ -76,12 +76,12 @@ class Loader:
             step * self.rows_per_step : (step + 1) * self.rows_per_step
         ]
         self.position += 1
-        places = (a * self._world_size + self._rank for a in range(self._accumulation))
-        return [_micro_batch(self._rows, chosen, place, self.micro_batch_size) for place in places]
+        indices = (a * self._world_size + self._rank for a in range(self._accumulation))
+        return [_micro_batch(self._rows, chosen, index, self.micro_batch_size) for index in indices]
 
     def divide(self, pieces: int) -> None:
-        """Micro-batches of 1 / ``pieces`` of the rows from here on, and as many times more of them:
-        a step takes the rows that it would have taken. ``pieces`` divides ``micro_batch_size``.
+        """Divide each micro-batch into ``pieces`` from the next step on. A step takes the same rows
+        as before. ``pieces`` divides ``micro_batch_size``.
         """
         self.micro_batch_size //= pieces
         self._accumulation *= pieces
@@ -90,8 +90,8 @@ class Loader:
         if self._order is None or self._order[0] != epoch:
             order = np.arange(len(self._rows))
             if self._shuffle:
-                # RandomState's stream is frozen by numpy's promise, so a resume after an upgrade
-                # sees the same order.
+                # numpy guarantees RandomState's stream, so a resume after an upgrade sees the same
+                # order.
                 words = [self._seed & 0xFFFFFFFF, (self._seed >> 32) & 0xFFFFFFFF, epoch]
                 order = np.random.RandomState(words).permutation(len(self._rows))
             self._order = epoch, order
@@ -101,15 +101,15 @@ class Loader:
 def evaluation_batches(
     rows: PackedRows, micro_batch_size: int, rank: int, world_size: int
 ) -> list[MicroBatch]:
-    """All rows once, in order, over all ranks: the same number of micro-batches on each, the last
-    ones maybe empty.
+    """The rank's micro-batches of all rows, once and in order. Every rank has the same number of
+    them; the last ones may be empty.
     """
     order = np.arange(len(rows))
     rounds = -(-len(rows) // (micro_batch_size * world_size))
-    places = (a * world_size + rank for a in range(rounds))
-    return [_micro_batch(rows, order, place, micro_batch_size) for place in places]
+    indices = (a * world_size + rank for a in range(rounds))
+    return [_micro_batch(rows, order, index, micro_batch_size) for index in indices]
 
 
-def _micro_batch(rows: PackedRows, chosen: NDArray[np.int64], place: int, size: int) -> MicroBatch:
-    mine = chosen[place * size : (place + 1) * size]
-    return collate([document for row in mine.tolist() for document in rows[row]], place)
+def _micro_batch(rows: PackedRows, chosen: NDArray[np.int64], index: int, size: int) -> MicroBatch:
+    members = chosen[index * size : (index + 1) * size]
+    return collate([document for row in members.tolist() for document in rows[row]], index)

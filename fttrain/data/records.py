@@ -1,7 +1,7 @@
-"""Files and hub data sets -> records, each with the place it came from.
+"""Records of files and hub data sets, each with its file and line.
 
-A record is one JSON object. Reading never drops a row in silence: a row that cannot be read is
-yielded as a ``BadRow`` in its place, and the caller's policy decides.
+A record is one JSON object. No row is dropped in silence: an unreadable row is yielded as a
+``BadRow``, and the caller's policy decides.
 """
 
 import csv
@@ -27,7 +27,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 class BadRow(Exception):
     """A row that cannot be trained on.
 
-    ``reason`` is a short name to count by, ``advice`` says what would help.
+    ``reason``: a short name, under which such rows are counted; ``advice``: a remedy.
     """
 
     def __init__(self, reason: str, detail: str, advice: str = "") -> None:
@@ -37,8 +37,8 @@ class BadRow(Exception):
 
 @dataclass(frozen=True)
 class Located:
-    """One row and where it stands: ``line`` counts from 1 (lines of text, rows of Parquet and hub
-    data).
+    """One row with its position. ``line`` counts from 1: lines of a text file, rows of Parquet and
+    hub data.
     """
 
     file: str
@@ -52,9 +52,9 @@ class Located:
 
 @dataclass(frozen=True)
 class RecordSource:
-    """Where records come from.
+    """A source of records.
 
-    ``identity`` changes when the content does; ``read`` may be called again.
+    ``identity`` changes with the content; ``read`` may be called several times.
     """
 
     identity: str
@@ -63,9 +63,10 @@ class RecordSource:
 
 
 def file_source(path: str) -> RecordSource:
-    """A file, or a folder of files, of JSONL, JSON, CSV or Parquet (text formats also as ``.gz``).
+    """The source of a file, or of a folder of files, of JSONL, JSON, CSV or Parquet (text formats
+    also as ``.gz``).
 
-    Raises UserError when nothing is there or the format is unknown.
+    Raises UserError for a path without a data file and for an unknown format.
     """
     root = Path(path).expanduser()
     if not root.exists():
@@ -104,9 +105,10 @@ def file_source(path: str) -> RecordSource:
 
 
 def hub_source(path: str, split: str) -> RecordSource:
-    """A data set of the hub, ``owner/name`` or ``owner/name:config``, through ``datasets``.
+    """The source of a hub data set, ``owner/name`` or ``owner/name:config``, through ``datasets``.
 
-    Its own cache is keyed by the hub's commit.
+    ``datasets`` has a cache of its own, keyed by the hub's commit. Raises UserError where the data
+    set does not load.
     """
     import datasets
 
@@ -160,9 +162,8 @@ def _read_files(files: list[Path]) -> Iterator[Located]:
 
 def _read_jsonl(path: Path) -> Iterator[Located]:
     with _open(path) as stream:
-        for number, line in enumerate(
-            stream, 1
-        ):  # splits at \n only: U+2028 inside a string is no line end
+        # A binary stream splits at \n only: U+2028 inside a string is no line end.
+        for number, line in enumerate(stream, 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
@@ -201,7 +202,7 @@ def _object(value: Any) -> dict[str, Any] | BadRow:
 
 
 def _read_json(path: Path) -> Iterator[Located]:
-    """An array of objects, an object with one array of objects in it, or in truth JSONL."""
+    """Yield the records of an array of objects, of an object with one such array, or of JSONL."""
     with _open(path) as stream:
         data = stream.read().removeprefix(b"\xef\xbb\xbf")
     try:
@@ -234,8 +235,8 @@ def _one_object(path: Path, text: str) -> Iterator[Located]:
 
 
 def _read_csv(path: Path) -> Iterator[Located]:
-    """One record a row, named by the header; a cell is text exactly as written (no 'NA' turned into
-    a hole).
+    """Yield one record for each row, with the header's names. A cell is text exactly as written:
+    'NA' is no missing value.
     """
     csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if _kind(path) == ".tsv" else ","
@@ -270,8 +271,8 @@ def _read_csv(path: Path) -> Iterator[Located]:
 
 
 def _read_parquet(path: Path) -> Iterator[Located]:
-    """Row by row through ``datasets`` in streaming mode, which keeps no copy on disk that could go
-    stale.
+    """Yield the rows through ``datasets`` in streaming mode, which leaves no copy on disk that
+    could become stale.
     """
     import datasets
 

@@ -1,29 +1,29 @@
-"""What became of the rows that were read: nothing is left out without a count."""
+"""The report of a preparation: counts of all rows that were read, left out or cut."""
 
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-PLACES = 5  # file:line kept of each reason
+PLACES = 5  # file:line listed for each reason
 
 
 @dataclass
 class Tally:
-    """How often something happened, and where first."""
+    """A count, with the first places as ``file:line``."""
 
     count: int = 0
     places: list[str] = field(default_factory=list)
 
-    def add(self, place: str) -> None:
+    def add(self, location: str) -> None:
         self.count += 1
         if len(self.places) < PLACES:
-            self.places.append(place)
+            self.places.append(location)
 
 
 @dataclass
 class Report:
-    """Counts of one preparation of a data set. JSON-able by ``to_json``."""
+    """Counts of one preparation of a data set. ``to_json`` and ``from_json`` store it."""
 
     shape: str = ""  # messages | sharegpt | alpaca | prompt_completion | text
     read: int = 0  # rows of the source
@@ -31,18 +31,16 @@ class Report:
     holdout: int = 0  # rows held out
     skipped: dict[str, Tally] = field(default_factory=dict)  # by reason
     truncated: Tally = field(default_factory=Tally)  # cut to seq_len
-    cut: Tally = field(
-        default_factory=Tally
-    )  # plain text longer than seq_len, in several documents; nothing is lost
-    ignored_fields: dict[str, int] = field(
-        default_factory=dict
-    )  # fields of the records that are not used -> rows
+    # plain text longer than seq_len, divided into several documents; nothing is lost
+    cut: Tally = field(default_factory=Tally)
+    # fields of the records that are not used -> rows
+    ignored_fields: dict[str, int] = field(default_factory=dict)
     duplicates_removed: int = 0  # exact copies of held-out rows: they are in neither split
-    duplicates_in_train: int = 0  # exact copies within the training split: kept
+    duplicates_in_train: int = 0  # exact copies within the training split; they stay
     notes: list[str] = field(default_factory=list)
 
-    def skip(self, reason: str, place: str) -> None:
-        self.skipped.setdefault(reason, Tally()).add(place)
+    def skip(self, reason: str, location: str) -> None:
+        self.skipped.setdefault(reason, Tally()).add(location)
 
     def ignore(self, fields: Iterable[str]) -> None:
         for name in fields:
@@ -53,7 +51,7 @@ class Report:
         return sum(tally.count for tally in self.skipped.values())
 
     def lines(self) -> list[str]:
-        """One line for each thing a user should know; the first is the balance."""
+        """The report for a user, one line for each count; the first is the balance of rows."""
         out = [f"{self.read:,} rows read: {self.train:,} to train on, {self.holdout:,} held out"]
         for reason, tally in sorted(self.skipped.items()):
             out.append(f"{tally.count:,} skipped, {reason}: {_where(tally)}")

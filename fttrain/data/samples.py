@@ -1,4 +1,4 @@
-"""Prompts for a look at what the model says before and after training."""
+"""Held-out prompts, answered by the model before and after training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,22 +9,22 @@ from fttrain.data.dataset import Dataset
 from fttrain.data.encode import Encoder
 from fttrain.data.records import BadRow
 
-TEXT_PROMPT_TOKENS = 32  # of a plain text: its beginning is the prompt
+TEXT_PROMPT_TOKENS = 32  # the beginning of a plain text is the prompt, at most so long
 
 
 @dataclass(frozen=True)
 class HoldoutSample:
-    """One held-out prompt and the answer the data gives."""
+    """One held-out prompt and its answer in the data."""
 
-    prompt: str  # what the user said last, or the beginning of a text
+    prompt: str  # the user's last message, or the beginning of a text
     reference: str
-    ids: list[int]  # the prompt with everything before it, ready for generation
+    ids: list[int]  # token ids of the whole conversation up to the answer
 
 
 def holdout_samples(
     config: DataConfig, dataset: Dataset, tokenizer: Any, count: int
 ) -> list[HoldoutSample]:
-    """The first ``count`` held-out examples that can be asked, up to the last assistant turn."""
+    """The first ``count`` held-out examples that have a prompt, up to the last assistant turn."""
     encoder = Encoder(tokenizer)
     template = load_template(tokenizer, config.chat_template)
     chat = None
@@ -40,7 +40,7 @@ def holdout_samples(
         try:
             encoded = encoder.encode([chat.prompt(messages[:last])]) if last else []
         except BadRow:
-            continue  # a prompt that the template only writes together with its answer
+            continue  # the template writes this prompt only together with its answer
         for row in encoded:
             if not isinstance(row, BadRow):
                 samples.append(

@@ -1,4 +1,6 @@
-"""A record of any known shape -> an ``Example``: a conversation, or plain text."""
+"""The shapes of records. A record of any of them becomes an ``Example``: a conversation or plain
+text.
+"""
 
 import json
 from collections import Counter
@@ -25,8 +27,8 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-# Fields that change what a turn says. They are refused by name, because leaving them out would
-# train on half a turn.
+# Fields that are part of a turn. They are refused by name: without them half a turn would be
+# trained.
 REFUSED_FIELDS = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
 
 
@@ -39,7 +41,7 @@ class Example:
     ignored: frozenset[str] = frozenset()  # fields of the record that were not used
 
     def conversation(self) -> list[Message]:
-        """As chat messages; plain text has the single role ``text``."""
+        """The example as chat messages; plain text is one message with the role ``text``."""
         if not self.messages:
             return [{"role": "text", "content": self.text}]
         return [{"role": role, "content": content} for role, content in self.messages]
@@ -50,9 +52,9 @@ class Example:
 
 
 def detect(records: Iterable[dict[str, Any]], where: str) -> str:
-    """The shape of most of the given first records (the earlier one when even).
+    """The shape of the majority of ``records``; the earlier one where two are even.
 
-    UserError when none is known.
+    Raises UserError where no record has a known shape.
     """
     first: list[dict[str, Any]] = list(records)
     votes = Counter(shape for shape in map(shape_of, first) if shape)
@@ -67,7 +69,7 @@ def detect(records: Iterable[dict[str, Any]], where: str) -> str:
 
 
 def shape_of(record: dict[str, Any]) -> str | None:
-    """The first shape whose fields are all there."""
+    """The first shape whose fields ``record`` has; None where there is none."""
     for shape, fields in FIELDS.items():
         if all(field in record for field in fields):
             return shape
@@ -75,7 +77,7 @@ def shape_of(record: dict[str, Any]) -> str | None:
 
 
 def to_example(record: dict[str, Any], shape: str) -> Example:
-    """A record of the given shape -> an Example. Raises BadRow."""
+    """Return ``record``, of the given shape, as an Example. Raises BadRow."""
     for field in FIELDS[shape]:
         if record.get(field) is None:
             other = shape_of(record)
@@ -173,7 +175,7 @@ def _plain(record: dict[str, Any]) -> Example:
 
 
 def _system(record: dict[str, Any], turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """A ``system`` field beside the turns becomes the first message."""
+    """The ``system`` field beside the turns as the first message; [] without one."""
     text = record.get("system")
     if not text:
         return []
@@ -187,7 +189,7 @@ def _rest(record: dict[str, Any], *used: str) -> frozenset[str]:
 
 
 def _text(value: Any, where: str) -> str:
-    """Text, or a list of text parts ({"type": "text", "text": ...}) joined."""
+    """``value`` as text; it may be a list of text parts ({"type": "text", "text": ...})."""
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         kinds = {str(part.get("type", "text")) for part in value}
         if kinds != {"text"}:

@@ -1,8 +1,8 @@
 """The built-in data set: questions about Python's own standard library, answered by its docstrings.
 
-Modules are parsed, never imported, so nothing runs; only built-in types and a few modules written
-in C, whose docstrings are not in any source file, are looked at as objects. The same Python gives
-the same pairs in the same order.
+Modules are parsed, not imported, so nothing runs. Only built-in types and a few modules written in
+C, whose docstrings are in no source file, are inspected as objects. The same Python gives the same
+pairs in the same order.
 """
 
 import ast
@@ -21,7 +21,7 @@ from fttrain.data.records import Located, RecordSource
 from fttrain.util.errors import UserError
 
 PAIRS = 2000
-FEWEST = 500  # fewer than this and the library's sources are not there
+FEWEST = 500  # fewer pairs mean that the library's sources are missing
 ANSWER_CHARS = (20, 600)
 
 MODULES = """
@@ -74,14 +74,14 @@ class Entry:
     """A documented name of the library."""
 
     kind: str  # module | class | function | method
-    name: str  # dotted, as one would write it
+    name: str  # dotted
     docstring: str
 
 
 def stdlib_source(seed: int) -> RecordSource:
-    """About 2,000 question/answer pairs as chat records.
+    """The source of about 2,000 question/answer pairs as chat records.
 
-    The seed chooses which, and how each is asked.
+    The seed chooses the pairs and the wording of each question.
     """
 
     def read() -> Iterator[Located]:
@@ -92,19 +92,18 @@ def stdlib_source(seed: int) -> RecordSource:
             ]
             yield Located("stdlib", number, {"messages": turns})
 
-    text = Path(__file__).read_bytes()  # the rules below are part of what makes the data
+    text = Path(__file__).read_bytes()  # this file's rules determine the data
     python = f"{platform.python_implementation()} {platform.python_version()}"
     build = f"{python} {hashlib.sha256(text).hexdigest()}"
     return RecordSource(f"stdlib\0{build}\0{seed}", read)
 
 
 def pairs(seed: int = 0, count: int = PAIRS) -> list[tuple[str, str]]:
-    """(question, answer) pairs, ``count`` or as many as there are, without duplicates, ordered by
-    the seed.
+    """The (question, answer) pairs in an order by the seed: ``count`` of them or as many as there
+    are, without duplicates. Raises UserError where the library's sources are missing.
     """
-    chosen: dict[
-        str, tuple[str, str]
-    ] = {}  # by answer: aliases and overridden methods share one docstring
+    # by answer: aliases and overridden methods share one docstring
+    chosen: dict[str, tuple[str, str]] = {}
     names: set[str] = set()
     for entry in sorted(
         entries(), key=lambda entry: (entry.name.count("."), entry.name, entry.kind)
@@ -127,7 +126,7 @@ def pairs(seed: int = 0, count: int = PAIRS) -> list[tuple[str, str]]:
 
 
 def entries() -> Iterator[Entry]:
-    """Every public documented name of the listed modules."""
+    """Yield every public documented name of the listed modules."""
     root = _library()
     for module in sorted(MODULES):
         file = root.joinpath(*module.split("."))
@@ -190,16 +189,15 @@ def _members(owner: object, prefix: str) -> Iterator[Entry]:
 
 
 def first_paragraph(docstring: str) -> str | None:
-    """The first paragraph on one line, or None when it is no good answer."""
+    """The first paragraph on one line; None where it is unfit as an answer."""
     paragraph = inspect.cleandoc(docstring).split("\n\n", 1)[0]
     answer = " ".join(paragraph.split())
     shortest, longest = ANSWER_CHARS
     if not shortest <= len(answer) <= longest or len(answer.split()) < 4:
         return None
     if not answer[0].isalpha() or not answer.isascii() or answer.endswith((":", ",", "...")):
-        return None  # a list follows, or it is cut off
-    # Signatures, examples, markup, version-control lines and tests tell nothing about the name
-    # itself.
+        return None  # a list follows, or the sentence is cut off
+    # Signatures, examples, markup, version-control lines and tests do not explain the name.
     if re.search(
         r"->|>>>|\$|::|={3}|-{3}|Internal|deprecated|XXX|TODO|not implemented",
         answer,
@@ -212,6 +210,6 @@ def first_paragraph(docstring: str) -> str | None:
 
 
 def _number(*parts: object) -> int:
-    """A stable pseudo-random number of its arguments."""
+    """A pseudo-random number that depends on ``parts`` alone."""
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")

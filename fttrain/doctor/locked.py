@@ -1,7 +1,5 @@
 """Check of page-locked memory, with the buffers that a run uses."""
 
-import warnings
-
 import torch
 
 from fttrain.doctor.finding import Finding, ok, warning
@@ -20,12 +18,11 @@ def locked_memory(device: torch.device) -> Finding:
         return ok("a CPU run page-locks nothing")
     memory = HostBuffer(-1, LOCKED_BYTES)
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        memory.page_lock(buffer, "a buffer", speak=False)
-    if warned:
+    problems: list[str] = []
+    memory.page_lock(buffer, "a buffer", speak=False, warn=problems.append)
+    if problems:
         return warning(
-            str(warned[0].message),
+            problems[0],
             "Linux itself instead of WSL2, a container that lets the driver lock pages; "
             "strategy=shard or pipeline, embedding=device and layer_inputs=device need little of "
             "it",

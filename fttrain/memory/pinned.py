@@ -11,7 +11,6 @@ import mmap
 import os
 import sys
 import time
-import warnings
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.util.errors import UserError
 from fttrain.util.units import GIB, MIB, gib
+from fttrain.util.warn import Warn, warn_of_rank
 
 PROBE_BYTES = 256 * MIB  # copied to measure the rate of memory that is not page-locked
 TELL_BYTES = 4 * GIB  # page-locking takes seconds from here on: print a line first
@@ -32,10 +32,9 @@ class HostBuffer(mmap.mmap):
     _address = 0  # of the page-locked memory; 0: not page-locked
     _device = 0  # of the page-lock: the last reference may drop on a thread with another device
 
-    def page_lock(self, buffer: Tensor, what: str, speak: bool) -> None:
-        """Page-lock all of it (``buffer``) with CUDA. Where that fails copies still work, slower.
-
-        what: names the buffer in messages. speak: whether to say that it takes seconds.
+    def page_lock(self, buffer: Tensor, what: str, speak: bool, warn: Warn = warn_of_rank) -> None:
+        """Register all of it (``buffer``) with CUDA. Where that fails, ``warn`` is called, and
+        copies still work, slower.
         """
         size_bytes = len(buffer)
         if speak and size_bytes >= TELL_BYTES:
@@ -47,11 +46,10 @@ class HostBuffer(mmap.mmap):
         # The runtime keeps the error and would raise it at the next kernel: clear it here.
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device="cuda").add_(1)
-        warnings.warn(
+        warn(
             f"{what}: {gib(size_bytes)} could not be page-locked (cudaHostRegister answered "
             f"{code}); copies go through the driver's own bounce buffer, at "
-            f"{_copy_rate(buffer[:PROBE_BYTES]) / 1e9:.1f} GB/s, and the compute waits for them",
-            stacklevel=2,
+            f"{_copy_rate(buffer[:PROBE_BYTES]) / 1e9:.1f} GB/s, and the compute waits for them"
         )
 
     def __del__(self) -> None:

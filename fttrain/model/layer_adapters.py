@@ -42,10 +42,10 @@ class LayerAdapters(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         on_host: OnHost | None = None,
-        portion: Shard | None = None,
+        shard: Shard | None = None,
     ) -> None:
         """``device`` and ``dtype``: of the compute copies. ``on_host``: where the masters are,
-        None: on ``device``. ``portion``: what this rank updates, None: everything.
+        None: on ``device``. ``shard``: what this rank updates, None: everything.
         """
         super().__init__()
         groups = list(groups)
@@ -60,9 +60,9 @@ class LayerAdapters(nn.Module):
         }
         sizes = [group.sizes for group in self.groups.values()]
         sections = {name: [own[name] for own in sizes] for name in sizes[0]}
-        self.layout = FlatLayout(sections, portion)
+        self.layout = FlatLayout(sections, shard)
         made = (
-            torch.zeros(self.layout.own_values, device=device)
+            torch.zeros(self.layout.shard_values, device=device)
             if on_host is None
             else on_host.masters
         )
@@ -106,13 +106,13 @@ class LayerAdapters(nn.Module):
             assert adapter.magnitudes is not None
             weight = frozen.weight(adapter.group.shape.name)
             parts["m"].copy_(adapter.magnitudes.frozen_norms(weight))
-        self.flat.add_(self.layout.portion.of(whole).to(self.flat.device))
+        self.flat.add_(self.layout.shard.view(whole).to(self.flat.device))
         self.refresh()
 
     @torch.no_grad()
     def load(self, whole: Tensor) -> None:
         """Take masters from ``whole`` fp32 (values in the layer,). Every rank calls it."""
-        self.flat.copy_(self.layout.portion.of(whole))
+        self.flat.copy_(self.layout.shard.view(whole))
         self.refresh()
 
     def refresh(self) -> None:
@@ -132,30 +132,30 @@ class LayerAdapters(nn.Module):
     @property
     def copy_bytes(self) -> int:
         """Of this rank's part of the compute copies."""
-        return self.layout.portion.of(self._copies).nbytes
+        return self.layout.shard.view(self._copies).nbytes
 
     @torch.no_grad()
     def stage(self) -> None:
         """Round this rank's masters to what computes, where they lie; B's times ``scaling``."""
-        own = self.layout.portion.of(self._copies) if self._staging is None else self._staging
-        for section in self.layout.own_sections():
+        own = self.layout.shard.view(self._copies) if self._staging is None else self._staging
+        for section in self.layout.local_sections():
             scale = self._scaling if section.name == "b" else 1.0
-            own[section.own].copy_(self.flat[section.own] * scale)
+            own[section.span].copy_(self.flat[section.span] * scale)
 
     def send(self) -> None:
         """Copy what is staged on the host to the device; the host does not wait for it."""
         if self._staging is not None:
-            copy(self.layout.portion.of(self._copies), self._staging)
+            copy(self.layout.shard.view(self._copies), self._staging)
 
     def gather(self) -> Handle:
         """Start fetching the parts that other ranks update. Every rank calls it, in one order."""
-        if self.layout.portion.world_size == 1:
+        if self.layout.shard.world_size == 1:
             return HandleGroup(())
-        return all_gather(self._copies, self.layout.portion.of(self._copies))
+        return all_gather(self._copies, self.layout.shard.view(self._copies))
 
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:
         """As they are after the last update, where this rank updates them all."""
-        assert self.layout.portion.world_size == 1, "this rank has a part of the masters"
+        assert self.layout.shard.world_size == 1, "this rank has a part of the masters"
         self.ready()
         yield from self.named(self.flat.detach())
 

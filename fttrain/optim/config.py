@@ -28,7 +28,7 @@ class OptimConfig:
     warmup_ratio: float = 0.03  # fraction of all steps, in [0, 1)
     min_lr_ratio: float = 0.0  # lr at the end, as a fraction of lr, in [0, 1]
     offload: bool = False  # masters, moments and gradients in host memory, updated by the CPU
-    # each rank has masters and moments of its part alone, and the others' weights from them
+    # each rank has masters and moments of its shard alone and receives the other ranks' weights
     shard: bool = False
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class OptimConfig:
                 "optim.kind=deepspeed_cpu_adam with optim.offload=false: it works in host memory "
                 "only; write optim.offload=true, or optim=adamw"
             )
-        if importlib.util.find_spec("deepspeed") is None:  # looks for it without importing it
+        if importlib.util.find_spec("deepspeed") is None:  # without importing it
             raise UserError(
                 "optim.kind=deepspeed_cpu_adam: DeepSpeed is not installed, which "
                 "pip install --no-build-isolation 'fttrain[deepspeed]' does; optim=adamw with "

@@ -14,12 +14,12 @@ from fttrain.optim.cpu_adam import CpuAdam
 from fttrain.optim.flat import BLOCK_VALUES, Section
 from fttrain.util.errors import UserError
 
-# Names in bitsandbytes' state that are constants, not state.
+# Keys of bitsandbytes' state that hold constants.
 CONSTANTS = ("qmap1", "qmap2")
 
 
 def moment_bytes(config: OptimConfig, values: int) -> int:
-    """What the optimizer keeps for so many values beside them and their gradients."""
+    """Bytes of the moments that the optimizer has for ``values`` trained values."""
     if config.kind in ("adamw", "deepspeed_cpu_adam"):
         return 8 * values
     blocks = -(-values // BLOCK_VALUES)
@@ -27,22 +27,23 @@ def moment_bytes(config: OptimConfig, values: int) -> int:
 
 
 def check_available(config: OptimConfig) -> None:
-    """Raises UserError where a kernel of the optimizer cannot be had, which may take a minute to
-    find out.
+    """Raise UserError where a kernel of the optimizer is not available. May compile it, which takes
+    a minute.
     """
     if config.kind == "deepspeed_cpu_adam":
         cpu_adam.kernel()
 
 
 class _Layer(NamedTuple):
-    """One layer's part, and its sections with their values, views of it."""
+    """One layer's shard, and its sections with their values, views of it."""
 
     flat: nn.Parameter
     sections: list[tuple[Section, nn.Parameter]]
 
 
 class Optimizer:
-    """This rank's part of one flat fp32 parameter a layer, updated in place from its ``grad``.
+    """The optimizer of this rank's shard of each layer's flat fp32 parameter, updated in place from
+    its ``grad``.
 
     adamw is torch's fused AdamW (Loshchilov and Hutter 2019), deepspeed_cpu_adam DeepSpeed's (see
     ``cpu_adam``), the others are bitsandbytes' (Dettmers et al. 2022; Lion: Chen et al. 2023).
@@ -50,23 +51,23 @@ class Optimizer:
 
     def __init__(
         self,
-        parts: Iterable[tuple[nn.Parameter, Sequence[Section]]],
+        shards: Iterable[tuple[nn.Parameter, Sequence[Section]]],
         config: OptimConfig,
         first_layer: int = 0,
     ) -> None:
-        """``parts``: of each layer, and the sections in it; ``first_layer``: the place of the first
-        one among the layers of the whole model.
+        """``shards``: each layer's shard and the sections in it; ``first_layer``: index of the
+        first of these layers in the whole model.
         """
-        parts = list(parts)
+        shards = list(shards)
         self._first_layer = first_layer
-        # LoRA+; the magnitudes with the B's, as PEFT's optimizer for it has them
+        # LoRA+; the magnitudes get the ratio of the B's, as in PEFT's optimizer for it
         self._ratios = dict.fromkeys(("b", "m"), config.loraplus_lr_ratio)
         # Views of the flat masters; autograd never sees them.
         self._layers = [
-            _Layer(flat, [(part, nn.Parameter(flat.data[part.own])) for part in sections])
-            for flat, sections in parts
+            _Layer(flat, [(section, nn.Parameter(flat.data[section.span])) for section in sections])
+            for flat, sections in shards
         ]
-        # One a layer: each can be stepped by itself, as soon as its gradient is there.
+        # One for each layer: a layer's step runs as soon as its gradient is complete.
         self._optimizers = [
             make([{"params": [values]} for _, values in layer.sections], config)
             if layer.sections
@@ -75,21 +76,22 @@ class Optimizer:
         ]
 
     def step(self, layer: int, lr: float) -> None:
-        """Update the parameter of ``layer``, a place among ``parts``, from its ``grad``; ``lr`` is
-        that of the A's.
+        """Update the shard of ``layer``, an index into ``shards``, from its ``grad``; ``lr`` is the
+        learning rate of the A's.
         """
         optimizer, (flat, sections) = self._optimizers[layer], self._layers[layer]
         if optimizer is None:
             return
         assert flat.grad is not None
         for (section, values), group in zip(sections, optimizer.param_groups, strict=True):
-            values.grad = flat.grad[section.own]
+            values.grad = flat.grad[section.span]
             group["lr"] = lr * self._ratios.get(section.name, 1.0)
         optimizer.step()
 
     def state(self) -> dict[str, Tensor]:
-        """All a resumed run needs, by flat name: ``0.a.exp_avg`` is the first moment of layer 0's
-        A's; of what other ranks update only they have the rest, which follows end to end.
+        """The optimizer's state by flat name, as a resumed run needs it: ``0.a.exp_avg`` is the
+        first moment of layer 0's A's. Each rank has the values of its shard; the ranks' values end
+        to end are the whole.
         """
         return {
             f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
@@ -99,19 +101,20 @@ class Optimizer:
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Takes what ``state`` gave, of all ranks end to end. Raises UserError where it is that of
-        other parameters or of another optimizer.
+        """Load ``state``, the values of all ranks' ``state()`` end to end.
+
+        Raises UserError where it belongs to other parameters or to another optimizer.
         """
         for name, section, values, optimizer, group in self._named():
             prefix = f"{name}."
-            own = {
+            section_state = {
                 key.removeprefix(prefix): value
                 for key, value in state.items()
                 if key.startswith(prefix)
             }
-            if own:
+            if section_state:
                 blank = blank_state(optimizer, values, group)
-                _restore(blank, optimizer.state[values], name, section, own)
+                _restore(blank, optimizer.state[values], name, section, section_state)
             elif state:
                 raise UserError(
                     f"resume: the snapshot has no optimizer state of {name}; it belongs to another "
@@ -119,7 +122,7 @@ class Optimizer:
                 )
 
     def _named(self) -> Iterator[tuple[str, Section, nn.Parameter, torch.optim.Optimizer, int]]:
-        """(name, section, values, their optimizer, their group there) of every section."""
+        """The (name, section, values, optimizer, index of its parameter group) of every section."""
         for index, (layer, optimizer) in enumerate(
             zip(self._layers, self._optimizers, strict=True), self._first_layer
         ):
@@ -135,8 +138,8 @@ def _restore(
     section: Section,
     whole: dict[str, Tensor],
 ) -> None:
-    """What of ``whole``, a section's state, belongs to this rank into the optimizer's ``state``, so
-    far ``blank`` and constants.
+    """Copy this rank's part of ``whole``, the state of a section over all ranks, into the
+    optimizer's ``state``, which holds ``blank`` and constants so far.
     """
     if blank.keys() != whole.keys():
         raise UserError(
@@ -144,27 +147,27 @@ def _restore(
             f"{', '.join(sorted(blank))}; the snapshot belongs to another optim.kind"
         )
     for key, value in whole.items():
-        wanted = blank[key]
-        if not isinstance(wanted, Tensor):
+        target = blank[key]
+        if not isinstance(target, Tensor):
             state[key] = int(value)
             continue
-        each = _each(wanted, section)
-        if wanted.dim() and value.numel() != section.whole // each:
+        each = _values_per_entry(target, section)
+        if target.dim() and value.numel() != section.whole // each:
             raise UserError(
                 f"resume: the optimizer state of {name} has {value.numel()} values of {key}, "
                 f"the adapter {section.whole // each}; the snapshot belongs to other lora settings"
             )
         first = section.first // each
-        wanted.copy_(value[first : first + len(wanted)] if wanted.dim() else value)
+        target.copy_(value[first : first + len(target)] if target.dim() else value)
 
 
-def _each(state: Tensor, section: Section) -> int:
-    """How many of the section's values one number of ``state`` is for: one or a block."""
-    return (section.own.stop - section.own.start) // max(1, state.numel())
+def _values_per_entry(state: Tensor, section: Section) -> int:
+    """The number of the section's values that share one entry of ``state``: one or a block."""
+    return (section.span.stop - section.span.start) // max(1, state.numel())
 
 
 def make(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer that ``config`` names over ``groups``, as torch's take them."""
+    """The optimizer that ``config`` names, over ``groups`` as torch's optimizers take them."""
     settings: dict[str, Any] = {
         "lr": config.lr,
         "betas": config.betas,
@@ -174,7 +177,8 @@ def make(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optim
         return torch.optim.AdamW(groups, eps=config.eps, fused=True, **settings)
     if config.kind == "deepspeed_cpu_adam":
         return CpuAdam(groups, eps=config.eps, **settings)
-    # Otherwise a part of few values would have fp32 moments, and another rank count other ones.
+    # Otherwise a shard of few values would have fp32 moments, and moments would depend on the
+    # number of ranks.
     settings["min_8bit_size"] = 1
     if config.kind == "lion8bit":
         return Lion8bit(groups, **settings)
@@ -183,10 +187,10 @@ def make(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optim
 
 
 def blank_state(optimizer: torch.optim.Optimizer, values: Tensor, group: int) -> dict[str, Any]:
-    """Of ``values``, alone in their ``group``: what the optimizer has before the first step."""
+    """The optimizer's state of ``values``, alone in their ``group``, before the first step."""
     state = optimizer.state[values]
     if isinstance(optimizer, torch.optim.AdamW):
-        # The fused kernel wants the step count on the parameter's device, too.
+        # The fused kernel needs the step count on the parameter's device.
         state["step"] = torch.zeros((), dtype=torch.float32, device=values.device)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(values), torch.zeros_like(values)
     elif isinstance(optimizer, CpuAdam):

@@ -5,10 +5,10 @@ from pathlib import Path
 from fttrain.rig.machine import identity
 from fttrain.rig.profile import RigProfile, load_profile, measured_profile_path
 from fttrain.rig.profile_drift import changes, is_here
-from fttrain.track.metrics import Warn, to_stderr
 from fttrain.util.errors import UserError
 from fttrain.util.paths import conf_folder
 from fttrain.util.schema import nearest
+from fttrain.util.warn import Warn, warn
 
 MEASURED = "measured"
 
@@ -17,7 +17,7 @@ def find_rig(
     profile: str,
     cache_dir: str | None = None,
     ranks: int | None = None,
-    warn: Warn = to_stderr,
+    warn: Warn = warn,
 ) -> RigProfile:
     """The profile that ``rig.profile`` names.
 

@@ -146,7 +146,7 @@ class _Rank:
         time = self._pass(micro_batches, backward=True)
         time.to_card_s += self._to_card_s(micro_batches * self._saved_bytes())
         if self._context.spec.optim.offload:
-            values = self._layout.own_values * len(self._layers)
+            values = self._layout.shard_values * len(self._layers)
             time.to_host_s += self._to_host_s(trainable_state.FP32_BYTES * values)
         return self._on_cores(time)
 
@@ -253,7 +253,7 @@ class _Rank:
                     "all_gather", context.dtype.itemsize * layout.values
                 )
             return seconds
-        values = layout.own_values * layers * self._world_size  # of all ranks, on one host
+        values = layout.shard_values * layers * self._world_size  # of all ranks, on one host
         host_s = values / rate(rig.host.adamw_values_per_s, rig, "host.adamw_values_per_s")
         together = context.spec.schedule.size(self.accumulation)
         return max(0.0, host_s - self.forward(together).seconds)
@@ -293,5 +293,5 @@ def update_bytes(context: BuildContext) -> int:
     layout = trainable_state.layout_of(context)
     adapter_bytes = trainable_state.adapter_bytes(context)
     copies = context.dtype.itemsize * layout.values
-    gradient = trainable_state.FP32_BYTES * layout.own_values
+    gradient = trainable_state.FP32_BYTES * layout.shard_values
     return 2 * max(0, adapter_bytes - copies - gradient) + gradient + copies

@@ -1,8 +1,8 @@
-"""A checksum of a layer that the disk's, the host's and the card's copy can each be asked for.
+"""A checksum of a layer, computed alike from its copy on the disk, the host or the card.
 
 word 0 * 1 + word 1 * 3 + word 2 * 5 + ... in wrapping 64-bit integers, over the bytes as
-little-endian int64. All weights are odd, so any change of a single word changes the sum, and words
-that change places change it too. It finds accidents; against intent the manifest has SHA-256.
+little-endian int64. All weights are odd, so any change of a single word changes the sum, and so
+do most exchanges of two words. It finds accidents; against intent the manifest has SHA-256.
 """
 
 import torch
@@ -10,18 +10,19 @@ from torch import Tensor
 
 from fttrain.util.units import MIB
 
-PIECE_WORDS = 2 * MIB // 8  # few enough for the cache of a CPU; a product is as large as its piece
+PIECE_WORDS = 2 * MIB // 8  # a piece and its product of equal size fit the cache of a CPU
 
 _weights: dict[torch.device, Tensor] = {}
 
 
 @torch.no_grad()
 def checksum(flat: Tensor) -> Tensor:
-    """uint8 (n,) -> int64 () on the same device, without waiting for it. A last word that is not
-    full counts as if zeros followed.
+    """Return the checksum of ``flat`` uint8 (n,): int64 (), on the same device.
+
+    The host does not wait for it. A last word that is not full is padded with zeros.
     """
     missing = -flat.numel() % 8
-    if missing:  # only then: padding copies, and a layer is large
+    if missing:  # padding copies the whole layer
         flat = torch.nn.functional.pad(flat, (0, missing))
     words = flat.view(torch.int64)
     weights = _odd_numbers(flat.device)

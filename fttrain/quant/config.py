@@ -11,12 +11,12 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How the frozen base is stored."""
+    """The format that the frozen base is stored in."""
 
     kind: str = "nf4"  # nf4 | fp4 | none (the base stays in model.dtype)
     blocksize: int = 64  # weights that share one scale
     double_quant: bool = True  # scales quantised to 8 bits too: 4.14, not 4.5 bits a weight
-    # layer: a layer is dequantised once for all micro-batches of a group | tile: linear by linear
+    # layer: each layer once for all micro-batches of a group | tile: linear by linear, each use
     dequant: str = "layer"
 
     def __post_init__(self) -> None:

@@ -37,7 +37,9 @@ class GroupShape:
 
 @dataclass(frozen=True)
 class _Scales:
-    """Where one member's scales lie: codes in ``absmax``, their own scales in ``nested_absmax``."""
+    """The spans of one member's scales: codes in ``absmax``, the scales of these in
+    ``nested_absmax``.
+    """
 
     codes: slice
     nested: slice
@@ -56,9 +58,10 @@ def _member_scales(group: GroupShape, blocksize: int) -> list[_Scales]:
 
 
 class FrozenFormat:
-    """How a layer's frozen tensors are laid out and read. One object serves all layers of a model.
+    """The layout of a layer's frozen tensors. One object serves all layers of a model.
 
-    ``plain`` names the tensors kept in ``dtype`` as they are (norm weights), with their shapes.
+    ``plain``: name -> shape of the tensors that are not quantised but stored in ``dtype`` (norm
+    weights).
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class FrozenFormat:
     def write_quantised(
         self, views: dict[str, Tensor], name: str, member: int, weight: QuantisedWeight
     ) -> None:
-        """Put one member's 4-bit weight into the layer's ``views``."""
+        """Copy one member's 4-bit weight into the layer's ``views``."""
         group, scales = self.groups[name], self.scales[name][member]
         rows = group.rows[member]
         half = group.in_features // 2
@@ -114,17 +117,17 @@ class FrozenFormat:
 
 
 class FrozenLayer:
-    """What a store hands out: the frozen tensors of one layer, valid until the store's ``release``.
+    """The frozen tensors of one layer, valid until the store's ``release``.
 
-    With ``dequant=layer`` each group is dequantised at its first use and kept while this object
-    lives.
+    With ``dequant=layer`` each group is dequantised at its first use, and the weight lives as long
+    as this object.
     """
 
     def __init__(self, flat: Tensor, frozen_format: FrozenFormat) -> None:
         self.flat = flat  # uint8 (layout.size_bytes,)
         self._format = frozen_format
         self._views = frozen_format.layout.views(flat)
-        self._kept: dict[str, Tensor] = {}
+        self._dequantised: dict[str, Tensor] = {}
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that is not quantised, in the model's dtype."""
@@ -139,8 +142,8 @@ class FrozenLayer:
         quant = self._format.quant
         if not quant.is_quantised:
             return self._views[f"{group}.weight"]
-        if group in self._kept:
-            return self._kept[group]
+        if group in self._dequantised:
+            return self._dequantised[group]
         weight = dequantise(
             self._views[f"{group}.packed"],
             self._scales(group),
@@ -149,11 +152,11 @@ class FrozenLayer:
             self._format.dtype,
         )
         if quant.dequant == "layer":
-            self._kept[group] = weight
+            self._dequantised[group] = weight
         return weight
 
     def _scales(self, group: str) -> Tensor:
-        """fp32 (weights of the group / blocksize,)."""
+        """The scales of the group's blocks, fp32 (weights of the group / blocksize,)."""
         absmax = self._views[f"{group}.absmax"]
         if not self._format.quant.double_quant:
             return absmax

@@ -1,6 +1,6 @@
-"""Where each tensor of a layer lies in the layer's one flat buffer.
+"""The offsets of a layer's tensors in the layer's one flat buffer.
 
-A layer is moved as a whole, so all that is frozen in it is one aligned ``uint8`` buffer. Its size
+A layer is moved as a whole, so its frozen tensors form one aligned ``uint8`` buffer. Its size
 is a multiple of lcm(1..8) * 256 bytes, so that any world_size up to 8 shards it as
 ``flat.view(world_size, -1)[rank]``.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fttrain.util.units import round_up
 
-ALIGN_BYTES = 256  # a tensor starts where a CUDA kernel can read it vectorised
+ALIGN_BYTES = 256  # of each tensor's start: CUDA kernels load vectors from there
 FLAT_MULTIPLE_BYTES = math.lcm(*range(1, 9)) * ALIGN_BYTES
 
 
@@ -32,7 +32,7 @@ class Slot:
 
 
 class Layout:
-    """Tensor name -> its slot. The same layout serves every layer of the same shape."""
+    """The slot of each tensor by name. One layout serves every layer of the same shape."""
 
     def __init__(self, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> None:
         self.slots: dict[str, Slot] = {}
@@ -44,7 +44,7 @@ class Layout:
         self.size_bytes = round_up(end, FLAT_MULTIPLE_BYTES)
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """``flat`` uint8 (size_bytes,) -> every tensor of the layer as a view of it."""
+        """Every tensor of the layer by name, as a view of ``flat`` uint8 (size_bytes,)."""
         return {
             name: flat[slot.offset_bytes : slot.offset_bytes + slot.size_bytes]
             .view(slot.dtype)

@@ -1,13 +1,13 @@
 """4-bit quantisation of one weight, over bitsandbytes' kernels.
 
 A weight (out, in) becomes ``packed``, two 4-bit codes a byte, with one scale (``absmax``) for each
-``blocksize`` consecutive values. Double quantisation stores those scales as 8-bit codes themselves:
+``blocksize`` consecutive values. Double quantisation stores these scales as 8-bit codes:
 fp32 = nested_absmax of 256 codes * code + offset (QLoRA, Dettmers et al. 2023, section 3).
 """
 
 from dataclasses import dataclass
 
-# Its import also registers the kernels that ``torch.ops`` is asked for.
+# The import also registers the kernels that are called through ``torch.ops``.
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from fttrain.quant.config import QuantConfig
 from fttrain.util.errors import UserError
 
-# At once: bitsandbytes' CPU kernel takes 12 to 16 bytes of memory a weight while it quantises.
+# Weights quantised at once: bitsandbytes' CPU kernel takes 12 to 16 bytes of memory for each.
 PIECE_WEIGHTS = 1 << 20
 NESTED_BLOCKSIZE = 256  # absmax codes that share one nested_absmax; fixed by bitsandbytes
 
@@ -27,11 +27,11 @@ class QuantisedWeight:
     packed: Tensor  # uint8 (out * in / 2,)
     absmax: Tensor  # (out * in / blocksize,): uint8 codes with double quantisation, fp32 without
     nested_absmax: Tensor | None  # fp32 (ceil(len(absmax) / 256),)
-    offset: Tensor | None  # fp32 (1,): the mean of the scales, taken off before they were quantised
+    offset: Tensor | None  # fp32 (1,): mean of the scales, subtracted before their quantisation
 
 
 def quantise(weight: Tensor, config: QuantConfig, name: str) -> QuantisedWeight:
-    """``weight`` (out, in) in fp32, bf16 or fp16 -> its 4-bit form.
+    """The 4-bit form of ``weight`` (out, in) in fp32, bf16 or fp16; ``name`` is for errors.
 
     Raises UserError where a row is not a whole number of blocks: bitsandbytes' CPU kernel
     dequantises such shapes wrongly.
@@ -51,10 +51,10 @@ def quantise(weight: Tensor, config: QuantConfig, name: str) -> QuantisedWeight:
         absmax.split(rows * weight.shape[-1] // config.blocksize),
         strict=True,
     ):
-        done, state = bnb.quantize_4bit(
+        packed_piece, state = bnb.quantize_4bit(
             piece.contiguous(), blocksize=config.blocksize, quant_type=config.kind
         )
-        codes.copy_(done.view(-1))
+        codes.copy_(packed_piece.view(-1))
         scales.copy_(state.absmax)
     if not config.double_quant:
         return QuantisedWeight(packed, absmax, None, None)
@@ -64,7 +64,7 @@ def quantise(weight: Tensor, config: QuantConfig, name: str) -> QuantisedWeight:
 
 
 def dequantise_scales(absmax: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
-    """8-bit scale codes uint8 (n,) -> scales fp32 (n,)."""
+    """The scales fp32 (n,) of 8-bit codes ``absmax`` uint8 (n,)."""
     scales = torch.ops.bitsandbytes.dequantize_blockwise(
         absmax, nested_absmax, dynamic_code(absmax.device), NESTED_BLOCKSIZE, torch.float32
     )
@@ -74,7 +74,10 @@ def dequantise_scales(absmax: Tensor, nested_absmax: Tensor, offset: Tensor) -> 
 def dequantise(
     packed: Tensor, scales: Tensor, shape: tuple[int, int], config: QuantConfig, dtype: torch.dtype
 ) -> Tensor:
-    """Codes uint8 (out * in / 2,), scales fp32 (out * in / blocksize,) -> weight (out, in)."""
+    """The weight ``shape`` (out, in) in ``dtype``.
+
+    ``packed``: codes uint8 (out * in / 2,); ``scales``: fp32 (out * in / blocksize,).
+    """
     return torch.ops.bitsandbytes.dequantize_4bit(
         packed, scales, config.blocksize, config.kind, shape, dtype
     )
@@ -84,7 +87,7 @@ _codes: dict[torch.device, Tensor] = {}
 
 
 def dynamic_code(device: torch.device) -> Tensor:
-    """The 256 values an 8-bit scale code stands for, fp32 (256,)."""
+    """The values of the 256 codes of an 8-bit scale, fp32 (256,)."""
     if device not in _codes:
         _codes[device] = bnb.create_dynamic_map().to(device)
     return _codes[device]

@@ -30,7 +30,7 @@ def adapter_state(decoder: Decoder, group: RankGroup) -> dict[str, Tensor]:
 
 def has_all(decoder: Decoder) -> bool:
     """Whether this rank updates all values of the model's adapters."""
-    is_whole = decoder.layers[0].adapters.layout.portion.world_size == 1
+    is_whole = decoder.layers[0].adapters.layout.shard.world_size == 1
     return is_whole and len(decoder.layers) == decoder.architecture.layers
 
 
@@ -38,7 +38,7 @@ def holders(decoder: Decoder, group: RankGroup) -> RankGroup:
     """The ranks that together hold each value of the adapters once: all ranks with optim.shard, the
     stages of one node with a pipeline.
     """
-    whole_layers = decoder.layers[0].adapters.layout.portion.world_size == 1
+    whole_layers = decoder.layers[0].adapters.layout.shard.world_size == 1
     return group.intra_node if whole_layers else group
 
 

@@ -23,7 +23,6 @@ from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.store import FrozenBase
 from fttrain.store.loading import Progress
 from fttrain.strategy import pipeline, replicate, shard, stream
-from fttrain.strategy.config import check_together, check_trained
 from fttrain.strategy.protocol import Strategy
 from fttrain.strategy.spec import BuildContext, StrategySpec
 from fttrain.strategy.zero_checks import refuse_deepspeed_launch
@@ -67,15 +66,6 @@ class StrategyBuilder:
         frozen_format: FrozenFormat,
         group: RankGroup,
     ) -> None:
-        check_together(spec.strategy, spec.schedule, spec.optim)
-        check_trained(
-            spec.strategy,
-            spec.quant,
-            spec.lora,
-            spec.optim,
-            spec.schedule,
-            spec.placement,
-        )
         if spec.strategy.name != DEEPSPEED:
             refuse_deepspeed_launch(spec.strategy.name, os.environ)
         if group.device.type == "cuda":

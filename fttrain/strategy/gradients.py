@@ -58,7 +58,7 @@ class ResidentGradients:
         self._layers, self._sync = layers, sync
         for layer in layers:
             whole = torch.zeros(layer.layout.values, device=layer.flat.device)
-            layer.flat.grad = layer.layout.portion.of(whole)
+            layer.flat.grad = layer.layout.shard.view(whole)
             layer.bind_gradient(whole)
 
     def start(self) -> None:
@@ -95,7 +95,7 @@ class DoubleBufferedGradients:
         self._layers, self._sync, self._storage = layers, sync, storage
         for layer, flat in zip(layers, storage, strict=True):
             whole = len(flat) == layer.layout.values
-            layer.flat.grad = layer.layout.portion.of(flat) if whole else flat
+            layer.flat.grad = layer.layout.shard.view(flat) if whole else flat
         self._out, self._back = out or copy_stream(device), back or copy_stream(device)
         # All layers of a model have adapters of the same size.
         values = layers[0].layout.values
@@ -145,7 +145,7 @@ class DoubleBufferedGradients:
             return
         summed.wait()
         adapters = self._layers[layer]
-        shard = adapters.layout.portion.of(buffer)
+        shard = adapters.layout.shard.view(buffer)
         self._norms[layer] = shard.norm()
         copy(_grad(adapters), shard)
 

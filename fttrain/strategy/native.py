@@ -99,7 +99,7 @@ class NativeStrategy(ABC):
         self._gradients, self._seed = parts.gradients, parts.seed
         layers = self.decoder.layers
         adapters = [layer.adapters for layer in layers]
-        parameters = [(layer.flat, layer.layout.own_sections()) for layer in adapters]
+        parameters = [(layer.flat, layer.layout.local_sections()) for layer in adapters]
         self._optimizer = Optimizer(parameters, parts.optim, layers[0].index)
         self.update: Update = (
             HostUpdate(adapters, self._optimizer, self._group.device)

@@ -146,5 +146,5 @@ class _WeightsHandle:
 
 def _gather_bytes(layers: Sequence[LayerAdapters]) -> int:
     """Bytes of weights that an update receives from other ranks' shards."""
-    others = (layer.layout.portion.world_size - 1 for layer in layers)
+    others = (layer.layout.shard.world_size - 1 for layer in layers)
     return sum(layer.copy_bytes * count for layer, count in zip(layers, others, strict=True))

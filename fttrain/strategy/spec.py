@@ -1,25 +1,33 @@
-"""StrategySpec and BuildContext: the settings and the surroundings from which a strategy is
-built.
+"""The settings that a strategy is built from, and the context of one build.
+
+Loads no torch: a configuration makes a ``StrategySpec`` to check its settings.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fttrain.data.batch import ROW_MULTIPLE
-from fttrain.distributed.rank_group import RankGroup
 from fttrain.frozen.config import FrozenConfig
-from fttrain.memory.ledger import MemoryLedger
 from fttrain.model.config import AUTO_KERNELS, LoraConfig
-from fttrain.model.decoder import Architecture
-from fttrain.objective.objective import Objective
-from fttrain.objective.supervised import Supervised
 from fttrain.optim.config import OptimConfig
 from fttrain.quant.config import QuantConfig
-from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.schedule.config import ScheduleConfig
-from fttrain.strategy.config import Placement, StrategyConfig
+from fttrain.strategy.config import (
+    Placement,
+    StrategyConfig,
+    check_kernels,
+    check_together,
+    check_trained,
+)
 from fttrain.util.units import round_up
+
+if TYPE_CHECKING:
+    import torch
+
+    from fttrain.distributed.rank_group import RankGroup
+    from fttrain.memory.ledger import MemoryLedger
+    from fttrain.model.decoder import Architecture
+    from fttrain.objective.objective import Objective
+    from fttrain.quant.frozen_layer import FrozenFormat
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,8 @@ class StepSize:
         """Tokens reserved for a row of a micro-batch. It is rounded up so that pieces of a
         micro-batch (``Strategy.resize``), each with its own padding, fit into the same memory.
         """
+        from fttrain.data.batch import ROW_MULTIPLE  # loads torch
+
         return round_up(self.seq_len, ROW_MULTIPLE)
 
     @property
@@ -47,7 +57,7 @@ class StepSize:
 
 @dataclass(frozen=True)
 class StrategySpec:
-    """The settings from which a strategy is built."""
+    """The settings of a strategy. Raises UserError where they do not go together."""
 
     strategy: StrategyConfig
     quant: QuantConfig
@@ -61,22 +71,31 @@ class StrategySpec:
     seed: int
     z_loss: float = 0.0  # weight of the z-loss, as in ``Head``
     kernels: str = AUTO_KERNELS  # one of KERNELS
-    objective: Objective = field(default_factory=Supervised)  # the loss that is minimised
+    objective: "Objective | None" = None  # the loss that is minimised; None: ``Supervised``
+
+    def __post_init__(self) -> None:
+        check_together(self.strategy, self.schedule, self.optim)
+        check_kernels(self.kernels, self.strategy)
+        check_trained(
+            self.strategy, self.quant, self.lora, self.optim, self.schedule, self.placement
+        )
 
 
 @dataclass(frozen=True)
 class BuildContext:
-    """A spec for one model on these ranks, from which a strategy's page reserves and builds."""
+    """A spec for one model on these ranks: a strategy's page reserves and builds from it."""
 
     spec: StrategySpec
-    group: RankGroup
-    architecture: Architecture
-    frozen_format: FrozenFormat
-    ledger: MemoryLedger
+    group: "RankGroup"
+    architecture: "Architecture"
+    frozen_format: "FrozenFormat"
+    ledger: "MemoryLedger"
 
     @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.spec.dtype)
+    def dtype(self) -> "torch.dtype":
+        import torch
+
+        dtype: Any = getattr(torch, self.spec.dtype)
         return dtype
 
     @property

@@ -37,15 +37,15 @@ def reserve_trainable(context: BuildContext, layers: int) -> None:
     if _double_buffered(context):
         ledger.reserve(MemoryPart.GRADIENT_BUFFERS, BUFFERS * FP32_BYTES * layout.values)
     if optim.offload:
-        ledger.reserve(MemoryPart.ADAPTER_MASTERS, FP32_BYTES * layout.own_values * layers)
+        ledger.reserve(MemoryPart.ADAPTER_MASTERS, FP32_BYTES * layout.shard_values * layers)
         ledger.reserve(
             MemoryPart.ADAPTER_GRADIENTS, FP32_BYTES * _gradient_values(context) * layers
         )
         ledger.reserve(
-            MemoryPart.ADAPTER_COPIES, _copy_dtype(context).itemsize * layout.own_values * layers
+            MemoryPart.ADAPTER_COPIES, _copy_dtype(context).itemsize * layout.shard_values * layers
         )
         ledger.reserve(
-            MemoryPart.OPTIMIZER_MOMENTS, moment_bytes(optim, layout.own_values) * layers
+            MemoryPart.OPTIMIZER_MOMENTS, moment_bytes(optim, layout.shard_values) * layers
         )
 
 
@@ -57,11 +57,11 @@ def adapter_bytes(context: BuildContext) -> int:
         copies += 2 * FP32_BYTES * layout.section_values("m")
     if optim.offload:
         return copies
-    masters = FP32_BYTES * layout.own_values
+    masters = FP32_BYTES * layout.shard_values
     return (
         copies
         + masters
-        + moment_bytes(optim, layout.own_values)
+        + moment_bytes(optim, layout.shard_values)
         + FP32_BYTES * _gradient_values(context)
     )
 
@@ -81,7 +81,7 @@ def layout_of(context: BuildContext) -> FlatLayout:
     meta = torch.device("meta")  # shapes without memory
     groups, lora = context.architecture.groups, context.spec.lora
     return LayerAdapters(
-        0, groups, lora, meta, context.dtype, portion=optimizer_shard(context)
+        0, groups, lora, meta, context.dtype, shard=optimizer_shard(context)
     ).layout
 
 
@@ -136,7 +136,7 @@ def _gradient_values(context: BuildContext) -> int:
     groups of micro-batches add to the gradient before its reduction.
     """
     layout = layout_of(context)
-    return layout.own_values if _one_group(context) else layout.values
+    return layout.shard_values if _one_group(context) else layout.values
 
 
 def _one_group(context: BuildContext) -> bool:

@@ -1,1 +1,1 @@
-"""``fttrain train -m``: many trials of one run, each a launch of its own, searched by Hydra."""
+"""``fttrain train -m``: a sweep. Hydra chooses trials; each is a separate launch of one run."""

@@ -1,4 +1,4 @@
-"""What stands on the command line of a sweep: what all trials share, and what differs."""
+"""The command line of a sweep: settings of all trials, and axes, the settings that differ."""
 
 import itertools
 import os
@@ -21,28 +21,28 @@ from fttrain.util.redact import is_secret, redact
 HYDRA_GROUPS = ("hydra/sweeper", "hydra/sweeper/sampler", "hydra/launcher")
 HYDRA_KEYS = ("hydra.sweeper.", "hydra.launcher.")
 NAMES_CODE = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_", "custom_search_space")
-NOT_AXES = ("output", "resume", "dry_run", "track")  # the sweep's own to say
-_BARE = re.compile(r"[A-Za-z_./][\w./-]*")  # text that Hydra's grammar reads as it stands
+NOT_AXES = ("output", "resume", "dry_run", "track")  # alike in all trials
+_BARE = re.compile(r"[A-Za-z_./][\w./-]*")  # text that Hydra's grammar needs no quotes for
 _FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(")
 
 
 @dataclass
 class Request:
-    """The command line, taken apart."""
+    """The parts of a sweep's command line."""
 
     output: str | None = None  # the sweep's folder
-    fixed: list[str] = field(default_factory=list)  # of all trials
-    axes: dict[str, "Axis"] = field(default_factory=dict)  # key -> what differs
-    search: str | None = None  # option of the group sweep
+    fixed: list[str] = field(default_factory=list)  # overrides of all trials
+    axes: dict[str, "Axis"] = field(default_factory=dict)  # by key
+    search: str | None = None  # option of the group `sweep`
     hydra: list[str] = field(default_factory=list)  # overrides of Hydra and of the sweep's settings
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One setting, or group, that differs between trials."""
+    """A setting, or a group, that differs between trials."""
 
     key: str
-    text: str  # of the values, in Hydra's grammar
+    text: str  # the values in Hydra's grammar
     override: Override
 
     @property
@@ -51,24 +51,27 @@ class Axis:
         return bool(self.override.is_discrete_sweep())
 
     def values(self) -> list[str]:
-        """``key=value`` of each value in Hydra's grammar; the two ends of an interval."""
+        """``key=value`` of each value in Hydra's grammar; of an interval's two ends.
+
+        Raises UserError for a range without a value.
+        """
         value = self.override.value()
         if isinstance(value, IntervalSweep):
-            found = [str(value.start), str(value.end)]
+            texts = [str(value.start), str(value.end)]
         elif _is_glob(self.text):
             pattern = self.override.value()
-            found = [name for name in groups()[self.key] if _matches(pattern, name)]
+            texts = [name for name in groups()[self.key] if _matches(pattern, name)]
         else:
-            found = list(self.override.sweep_string_iterator())
-            if isinstance(value, RangeSweep) and not found:
+            texts = list(self.override.sweep_string_iterator())
+            if isinstance(value, RangeSweep) and not texts:
                 raise UserError(f"{self.key}={self.text}: no value is in this range")
-        return [f"{self.key}={text}" for text in dict.fromkeys(found)]
+        return [f"{self.key}={text}" for text in dict.fromkeys(texts)]
 
 
 def read(arguments: Iterable[str]) -> Request:
-    """The overrides of ``fttrain train -m``, taken apart.
+    """Parse the overrides of ``fttrain train -m``.
 
-    Raises UserError, in one line, for what is wrong with one of them as it stands.
+    Raises UserError, in one line, for the first invalid one.
     """
     request = Request()
     for text in arguments:
@@ -78,48 +81,48 @@ def read(arguments: Iterable[str]) -> Request:
         elif key == "sweep":
             request.search = _search(value)
         elif key.startswith("sweep."):
-            request.hydra.append(_own(key, value))
+            request.hydra.append(_sweep_setting(key, value))
         else:
-            _take(request, text)
+            _add(request, text)
     return request
 
 
 def add_searched(request: Request, params: Mapping[str, object]) -> None:
-    """Joins what a search's file lists (``hydra.sweeper.params``); the command line counts more."""
-    said = {text.lstrip("+").partition("=")[0] for text in request.fixed} | set(request.axes)
+    """Add the axes of a search's file, ``hydra.sweeper.params``. The command line wins."""
+    given = {text.lstrip("+").partition("=")[0] for text in request.fixed} | set(request.axes)
     for key, value in params.items():
-        if key not in said:
-            _take(request, f"{key}={value}")
+        if key not in given:
+            _add(request, f"{key}={value}")
 
 
 def combinations(axes: Mapping[str, Axis]) -> list[list[str]]:
     """All combinations of the values, the last axis changing fastest."""
-    return [list(one) for one in itertools.product(*(axis.values() for axis in axes.values()))]
+    return [list(texts) for texts in itertools.product(*(axis.values() for axis in axes.values()))]
 
 
-def _take(request: Request, text: str) -> None:
+def _add(request: Request, text: str) -> None:
     key, value = split_override(text)
     axis = _axis(key, value)
-    request.axes.pop(key, None)  # the last word counts
+    request.axes.pop(key, None)  # the last override of a key counts
     if axis is not None:
         if key.partition(".")[0] in NOT_AXES:
             raise UserError(f"{key}={value}: one value is wanted: trials cannot differ in it")
         request.axes[key] = axis
-        for fixed in [one for one in request.fixed if one.lstrip("+").startswith(f"{key}=")]:
+        for fixed in [item for item in request.fixed if item.lstrip("+").startswith(f"{key}=")]:
             request.fixed.remove(fixed)
     elif key == "output":
         request.output = value
     elif key in ("resume", "dry_run"):
         raise UserError(f"{key}={value}: not of a sweep, whose trials always go on where they were")
     elif key == "experiment" and is_path(value):
-        option_of(key, value)  # said before anything starts, and with the path as it was typed
+        option_of(key, value)  # refuses a wrong path as it was typed, before any trial starts
         request.fixed.append(f"{key}={os.path.abspath(os.path.expanduser(value))}")
     else:
         request.fixed.append(text)
 
 
 def _axis(key: str, value: str) -> Axis | None:
-    """What ``key=value`` lists; None where it is a single value."""
+    """The axis that ``key=value`` lists; None for a single value."""
     text_key = key not in groups() and is_text(key)
     plain_text = text_key and not _FUNCTION.match(value)
     if plain_text and ("," not in value or _is_quoted(value)):
@@ -130,13 +133,13 @@ def _axis(key: str, value: str) -> Axis | None:
     if not override.is_sweep_override():
         return None
     axis = Axis(key, value, override)
-    ends = override.value()
-    if isinstance(ends, IntervalSweep) and isinstance(ends.start, float) and _is_whole(key):
+    interval = override.value()
+    if isinstance(interval, IntervalSweep) and isinstance(interval.start, float) and _is_whole(key):
         raise UserError(f"{key}={value}: whole numbers are wanted: write int(interval(1,64))")
     if key in groups():
-        for one in axis.values():
-            _refuse_path(key, one.partition("=")[2])
-            option_of(key, one.partition("=")[2])
+        for choice in axis.values():
+            _refuse_path(key, choice.partition("=")[2])
+            option_of(key, choice.partition("=")[2])
         if not axis.values():
             raise UserError(f"{key}={value}: there are only {', '.join(groups()[key])}")
     elif _is_glob(value):
@@ -173,7 +176,7 @@ def _matches(pattern: object, name: str) -> bool:
 
 
 def _hydra(text: str) -> str:
-    """One of Hydra's own overrides, if a sweep may set it."""
+    """Return ``text``, an override of Hydra itself; UserError where a sweep may not set it."""
     key, equals, value = text.partition("=")
     bare = key.lstrip("+")
     if is_secret(bare, value):
@@ -201,8 +204,8 @@ class _Root:
     sweep: SweepConfig
 
 
-def _own(key: str, value: str) -> str:
-    """A setting of the sweep itself, as Hydra takes it."""
+def _sweep_setting(key: str, value: str) -> str:
+    """A setting of the sweep itself, in the form that Hydra reads."""
     schema.lookup(_Root, key.split("."))
     if _parsed(key, value).is_sweep_override():
         raise UserError(f"{key}={value}: one value is wanted")
@@ -210,9 +213,9 @@ def _own(key: str, value: str) -> str:
 
 
 def _search(option: str) -> str:
-    """The name by which Hydra finds the search ``option``.
+    """The name by which Hydra loads the search ``option``.
 
-    Raises UserError where there is none, or where it sets something of the run or names code.
+    Raises UserError where there is none, or where it sets settings of the run or names code.
     """
     name = option_of("sweep", option)
     if is_path(option):
@@ -230,18 +233,18 @@ def _search(option: str) -> str:
     return name
 
 
-def _refuse_code(what: str, hydra: object) -> None:
+def _refuse_code(label: str, hydra: object) -> None:
     if not isinstance(hydra, Mapping) or not set(hydra) <= {"sweeper", "launcher"}:
-        raise UserError(f"{what}: of hydra it may set sweeper and launcher")
-    left: list[object] = [hydra]
-    while left:
-        node = left.pop()
+        raise UserError(f"{label}: of hydra it may set sweeper and launcher")
+    pending: list[object] = [hydra]
+    while pending:
+        node = pending.pop()
         if isinstance(node, Mapping):
             if named := set(node) & set(NAMES_CODE):
-                raise UserError(f"{what}: {min(named)}: refused: settings never name code to run")
-            left += node.values()
+                raise UserError(f"{label}: {min(named)}: refused: settings never name code to run")
+            pending += node.values()
 
 
 def describe(axes: Mapping[str, Axis]) -> str:
-    """All of them, as they were given."""
+    """The axes as they were given."""
     return " ".join(f"{axis.key}={axis.text}" for axis in axes.values())

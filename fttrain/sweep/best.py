@@ -16,14 +16,15 @@ FILE = "experiment/best.yaml"
 
 
 def write_best(sweep: Sweep, record: Record) -> None:
-    """Writes its group options, and each setting that is another one than they give; secrets are
-    redacted, and where the trial was kept is left out.
+    """Write the trial's group options, and each setting that differs from theirs.
+
+    Secrets are redacted; the trial's folder is left out.
     """
-    _, usual = _given(())
+    _, defaults = _given(())
     choices = {
         group: option
         for group, option in record.choices.items()
-        if group not in NOT_SEARCHED and option != usual.get(group)
+        if group not in NOT_SEARCHED and option != defaults.get(group)
     }
     given, _ = _given(tuple(f"{group}={option}" for group, option in choices.items()))
     content: dict[str, Any] = {}
@@ -43,19 +44,19 @@ def write_best(sweep: Sweep, record: Record) -> None:
 
 @functools.cache
 def _given(options: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What options of groups alone make; the same for most trials."""
+    """The values and choices that group ``options`` alone compose to; the same for most trials."""
     with composing:
         return compose_values(options)
 
 
-def changed(given: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """What has to be set to make ``wanted`` of ``given``, group by group."""
-    found: dict[str, Any] = {}
-    for key, value in wanted.items():
+def changed(given: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
+    """The settings of ``target`` that differ from ``given``, group by group."""
+    changes: dict[str, Any] = {}
+    for key, value in target.items():
         before = given.get(key)
         if isinstance(value, dict) and isinstance(before, dict):
             if inner := changed(before, value):
-                found[key] = inner
+                changes[key] = inner
         elif key not in given or before != value:
-            found[key] = value
-    return found
+            changes[key] = value
+    return changes

@@ -1,5 +1,5 @@
-"""``sweep.parallel=cards``: trials side by side, each on a card of its own, or on the CPU on its
-share of the cores. As a launcher of Hydra's, so that every sweeper can use it.
+"""``sweep.parallel=cards``: trials side by side, one on each card, or on the CPU one on each share
+of the cores. This is a launcher of Hydra's, so every sweeper can use it.
 """
 
 import importlib
@@ -28,7 +28,7 @@ from fttrain.sweep.trial import TrialPlace
 from fttrain.util.errors import UserError
 
 NAME = "cards"
-# One rank, which is the trial's own process.
+# A single rank, in the trial's own process.
 ALONE = ("launch=none", "launch.file=null", "launch.processes=null")
 _OF_A_RANK = (
     "RANK",
@@ -42,10 +42,10 @@ _OF_A_RANK = (
 
 
 def places(config: RunConfig) -> list[TrialPlace]:
-    """Where trials can run side by side: a place for each visible card; without any, one for each
-    rank that ``launch=`` would start. What the launch file sets in the environment counts there.
+    """The places for trials side by side: one for each visible card; without cards, one for each
+    rank that ``launch=`` would start. Each has the environment that the launch file sets.
 
-    Raises UserError where that is one place.
+    Raises UserError where there is a single place.
     """
     ranks = [environment for _, environment in launch.commands(config.launch, [])]
     variables = {key: value for key, value in ranks[0].items() if key not in _OF_A_RANK}
@@ -53,69 +53,71 @@ def places(config: RunConfig) -> list[TrialPlace]:
     if len(cards) > 1:
         return [TrialPlace(ALONE, {**variables, "CUDA_VISIBLE_DEVICES": card}) for card in cards]
     if cards or len(ranks) < 2:
-        found = "one card" if cards else "no card, and launch= names one rank"
+        devices = "one card" if cards else "no card, and launch= names one rank"
         raise UserError(
-            f"sweep.parallel=cards: there is {found}: nothing runs side by side; on the CPU "
+            f"sweep.parallel=cards: there is {devices}: nothing runs side by side; on the CPU "
             "launch.processes=2 makes two places; or leave sweep.parallel=none"
         )
     return [TrialPlace(ALONE, variables, cores) for cores in shares_of_cores(len(ranks))]
 
 
 def visible_cards(variables: dict[str, str]) -> list[str]:
-    """As CUDA_VISIBLE_DEVICES names them, in its order; all of the driver's without it."""
+    """The visible cards by the names and in the order of CUDA_VISIBLE_DEVICES; without it, all."""
     listed = variables.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
         return [str(number) for number in range(ask(pynvml.nvmlDeviceGetCount) or 0)]
     names = [name.strip() for name in listed.split(",")]
-    # What follows the first that is none is not visible (CUDA programming guide).
+    # Cards behind the first invalid name are not visible (CUDA programming guide).
     return list(itertools.takewhile(lambda name: name not in ("", "-1"), names))
 
 
 def shares_of_cores(number: int) -> list[tuple[int, ...]]:
-    """The cores of this process in ``number`` parts of neighbours; () where cores are too few."""
+    """The cores of this process in ``number`` equal parts of neighbours; () where too few."""
     cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
     each = len(cores) // number
     return [tuple(cores[i * each : (i + 1) * each]) for i in range(number)]
 
 
 class CardsLauncher(Launcher):
-    """Hands each job the first place that is free."""
+    """Launcher that runs each job in the first free place."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """``task_function``: a ``multirun.Job``."""
+        """Set the launcher up; ``task_function``: a ``multirun.Job``."""
         self._job: Any = task_function
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Runs all of them; what each came to, in order."""
+        """Run all jobs; return their results in order."""
         free: queue.SimpleQueue[TrialPlace] = queue.SimpleQueue()
-        for place in self._job.places:
-            free.put(place)
+        for trial_place in self._job.places:
+            free.put(trial_place)
 
         def work(overrides: Sequence[str]) -> JobReturn:
-            place = free.get()
+            trial_place = free.get()
             try:
-                value = self._job.run(list(overrides), place)
+                value = self._job.run(list(overrides), trial_place)
             finally:
-                free.put(place)
-            done = JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
-            done.return_value = value
-            return done
+                free.put(trial_place)
+            result = JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
+            result.return_value = value
+            return result
 
-        # A thread stays with its trial until that has ended: the kernel ends what a thread started
-        # once the thread is gone.
+        # A thread waits for the end of its trial: the kernel ends a child process with the thread
+        # that started it.
         with ThreadPoolExecutor(len(self._job.places)) as threads:
             return list(threads.map(work, job_overrides))
 
 
 def register() -> None:
-    """Makes ``hydra/launcher=cards`` known, under a name that Hydra takes plugins from: those of
-    the package ``hydra_plugins``, which is otherwise looked for on the disk.
+    """Register ``hydra/launcher=cards``.
+
+    Hydra accepts plugins of the package ``hydra_plugins`` alone, so the launcher gets a module
+    there.
     """
-    plugins = Plugins.instance()  # first: it looks at what is on the disk
+    plugins = Plugins.instance()  # first: it scans the disk for plugins
     try:
         importlib.import_module("hydra_plugins")
     except ModuleNotFoundError:  # no plugin is installed

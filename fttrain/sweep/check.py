@@ -1,4 +1,4 @@
-"""What is wrong with a sweep is said before its first trial, in one line."""
+"""Checks of a sweep before its first trial. Each raises UserError, in one line."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,28 +8,28 @@ from fttrain.config.run_config import RunConfig, compose
 from fttrain.sweep.axes import Axis, combinations
 from fttrain.sweep.config import Sweep, SweepConfig
 from fttrain.sweep.record import Record, records
-from fttrain.sweep.trial import identity, told
+from fttrain.sweep.trial import identity, trial_arguments
 from fttrain.track import counting
 from fttrain.util.errors import UserError
 
-MANY = 30  # configurations to compose: from here on it takes seconds, and is shown
+MANY = 30  # trials from which composing takes seconds and shows its progress
 
 
 def samples(axes: dict[str, Axis]) -> list[list[str]]:
-    """Trials whose configurations stand for all: every combination where the values can be listed;
-    else each axis' values, or ends, with the first of the others.
+    """The trials to check for all others: every combination where all values can be listed; else
+    each axis' values, or ends, with the first value of the other axes.
     """
     if all(axis.discrete for axis in axes.values()):
         return combinations(axes)
     values = [axis.values() for axis in axes.values()]
-    first = [own[0] for own in values]
+    first = [texts[0] for texts in values]
     return [
-        [*first[:at], value, *first[at + 1 :]] for at, own in enumerate(values) for value in own
+        [*first[:at], text, *first[at + 1 :]] for at, texts in enumerate(values) for text in texts
     ]
 
 
 def check_axes(axes: dict[str, Axis], takes_intervals: bool) -> None:
-    """Raises UserError where nothing differs, or the sweeper cannot choose values."""
+    """Raise UserError where no setting differs, or the sweeper cannot choose values."""
     if not axes:
         raise UserError(
             "-m: nothing differs between trials: give a setting several values, such as "
@@ -46,24 +46,25 @@ def check_axes(axes: dict[str, Axis], takes_intervals: bool) -> None:
 def check_trials(
     fixed: Sequence[str], trials: Sequence[Sequence[str]], settings: SweepConfig
 ) -> list[RunConfig]:
-    """The configuration of each; raises UserError, naming the trial, for the first that is wrong or
-    cannot be measured.
+    """The configuration of each trial.
+
+    Raises UserError, naming the trial, for the first that is invalid or cannot be measured.
     """
     show = counting("checking trials") if len(trials) >= MANY else lambda done, total: None
-    found = []
+    configs = []
     for number, overrides in enumerate(trials, 1):
         try:
             config = compose([*fixed, *overrides])
         except UserError as error:
             raise UserError(f"trial {' '.join(overrides)}: {error}") from None
         check_objective(config, settings)
-        found.append(config)
+        configs.append(config)
         show(number, len(trials))
-    return found
+    return configs
 
 
 def check_objective(config: RunConfig, settings: SweepConfig) -> None:
-    """Raises UserError where a run would not have what is minimised, or what pruning looks at."""
+    """Raise UserError where a run would lack the objective, or the losses that pruning compares."""
     if settings.objective == "holdout_nll" and not config.data.holdout:
         raise UserError(
             "sweep.objective=holdout_nll: data.holdout=0 leaves nothing to measure it on: hold a "
@@ -74,7 +75,7 @@ def check_objective(config: RunConfig, settings: SweepConfig) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UserError where a run is, and not a sweep."""
+    """Raise UserError where ``folder`` holds a run instead of a sweep."""
     traces = [name for name in TRACES if (folder / name).exists()]
     if traces:
         raise UserError(
@@ -83,10 +84,10 @@ def check_folder(folder: Path) -> None:
 
 
 def check_earlier(sweep: Sweep, alone: Sequence[str]) -> None:
-    """Raises UserError where the folder holds a trial that was made with other settings than this
-    sweep's: they could not be compared.
+    """Raise UserError where the folder holds a trial with other settings than this sweep's: its
+    result could not be compared.
 
-    ``alone``: what a trial is told beside them where it has a place of its own.
+    ``alone``: the further overrides of trials that run side by side; else empty.
     """
     for record in records(sweep.folder):
         if record.settings:
@@ -96,7 +97,7 @@ def check_earlier(sweep: Sweep, alone: Sequence[str]) -> None:
 def _check_same(sweep: Sweep, record: Record, alone: Sequence[str]) -> None:
     problem = ""
     try:
-        now = identity(compose([*told(sweep, record.overrides), *alone]))
+        now = identity(compose([*trial_arguments(sweep, record.overrides), *alone]))
         changed = _difference(record.settings, now)
         if changed is not None:
             key, before, after = changed
@@ -111,13 +112,13 @@ def _check_same(sweep: Sweep, record: Record, alone: Sequence[str]) -> None:
 
 
 def _difference(before: object, now: object, name: str = "") -> tuple[str, object, object] | None:
-    """The first key that differs, with both values; a trial's record went through JSON."""
+    """The first key that differs, with both values; None without one. ``before`` is from JSON."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*now, *(key for key in before if key not in now)]:
             if key in before and key in now:
                 inner = _difference(before[key], now[key], f"{name}.{key}" if name else key)
                 if inner is not None:
                     return inner
-        # A key that only one of them has came or went with a version: no setting was changed.
+        # A key of only one side belongs to another version: no setting was changed.
         return None
     return None if before == now else (name, before, now)

@@ -1,5 +1,5 @@
-"""One ``fttrain train`` as a child: what it says goes into a file, redacted, and it ends with the
-process that started it.
+"""A child process that runs ``fttrain train``. Its output goes to a file, redacted, and it ends
+with the process that started it.
 """
 
 import os
@@ -18,12 +18,12 @@ from fttrain.util.redact import redact
 PROGRAM = (sys.executable, "-m", "fttrain")
 ERROR = "fttrain: error: "
 _TOTAL = re.compile(r"^(\d+) steps of \d+ rows|^step \d+/(\d+) ")
-_DRAIN_S = 10.0  # after the child's end its last words are read for so long at most
+_DRAIN_S = 10.0  # longest time to read the last output after the child's end
 
 
 class Child:
-    """A running trial. Its start and ``poll`` until its end belong on one thread: the kernel ends a
-    child whose starting thread is gone.
+    """The process of a trial. One thread must start it and ``poll`` it until its end: the kernel
+    ends a child with the thread that started it.
     """
 
     def __init__(
@@ -34,14 +34,14 @@ class Child:
         variables: Mapping[str, str] | None = None,
         cores: Sequence[int] = (),
     ) -> None:
-        """Starts ``fttrain arguments`` in a session of its own.
+        """Start ``fttrain arguments`` in a new session.
 
-        ``variables``: of its environment, beside this process's. ``cores``: of the CPU that it may
+        ``variables``: added to this process's environment. ``cores``: the CPU cores that it may
         use; none: all of this process's.
         """
-        self.total_steps: int | None = None  # once it has said so
+        self.total_steps: int | None = None  # known once the child has printed it
         self._errors: list[str] = []
-        self._last = ""  # the last line that says something
+        self._last = ""  # the last line that is not blank
         self._log = log.open("ab")
         environment = {**os.environ, **(variables or {}), PARENT_PID: str(os.getpid())}
         self._process = subprocess.Popen(
@@ -63,8 +63,8 @@ class Child:
         return self._process.pid
 
     def poll(self) -> int | None:
-        """Its exit code, negative for a signal; None while it runs. All it said is then in the
-        file.
+        """The exit code, negative for a signal; None while the child runs. After its end the file
+        has all of its output.
         """
         code = self._process.poll()
         if code is not None:
@@ -72,17 +72,17 @@ class Child:
         return code
 
     def send(self, signum: int) -> None:
-        """A signal, unless it has ended."""
+        """Send ``signum``, unless the child has ended."""
         if self._process.poll() is None:
             self._process.send_signal(signum)
 
     def kill(self) -> None:
-        """Ends it at once; its ranks, if any, end with it."""
+        """Kill the child; its ranks, if any, end with it."""
         self.send(signal.SIGKILL)
         self._process.wait()
 
     def reason(self, code: int) -> str:
-        """Why it ended with ``code``, in one line."""
+        """The reason for an end with ``code``, in one line."""
         if self._errors:
             return self._errors[0]
         if code < 0:
@@ -90,7 +90,7 @@ class Child:
         return f"exit code {code}" + (f": {self._last}" if self._last else "")
 
     def _read(self) -> None:
-        """The thread: every line, redacted, into the file."""
+        """Write each line of the output, redacted, to the file: the thread's function."""
         assert self._process.stdout is not None
         with self._log as log, self._process.stdout as stream:
             for raw in stream:
@@ -100,8 +100,8 @@ class Child:
                 self._note(line)
 
     def _note(self, line: str) -> None:
-        if found := _TOTAL.match(line):
-            self.total_steps = int(found[1] or found[2])
+        if match := _TOTAL.match(line):
+            self.total_steps = int(match[1] or match[2])
         if line.startswith(ERROR):
             self._errors.append(line.removeprefix(ERROR))
         elif line.strip():

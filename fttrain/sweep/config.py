@@ -1,4 +1,4 @@
-"""The settings of a sweep, and what all of its trials share."""
+"""The settings of a sweep, and the data that all of its trials share."""
 
 import math
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ PRUNE = ("none", "median")
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """What is searched for, and how trials run."""
+    """The objective of a sweep, and the way its trials run."""
 
-    objective: str = "holdout_nll"  # what is minimised: holdout_nll | train_loss | step_s
+    objective: str = "holdout_nll"  # it is minimised: holdout_nll | train_loss | step_s
     # none: one trial after the other | cards: side by side, each on a card (or share of the cores)
     parallel: str = "none"
     prune: str = "none"  # none | median
@@ -35,10 +35,10 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What every trial is told, in whichever process it runs."""
+    """A sweep, as every trial receives it in whichever process it runs."""
 
     folder: Path  # absolute
     fixed: tuple[str, ...]  # overrides of all trials, as `fttrain train` takes them
     config: SweepConfig
-    cwd: Path  # where the sweep was started: relative paths are meant from there
+    cwd: Path  # the folder that the sweep was started in; relative paths start there
     host: str  # of the process that runs the search

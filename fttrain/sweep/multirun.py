@@ -1,5 +1,5 @@
-"""The search itself: Hydra's sweepers and launchers over ``run_trial``. Of the whole project only
-this file (and the launcher in ``cards``) knows how Hydra's multirun works inside.
+"""The search: Hydra's sweepers and launchers over ``run_trial``. Only this file, and the launcher
+in ``cards``, depends on the inner workings of Hydra's multirun.
 """
 
 import logging
@@ -38,10 +38,10 @@ EXTRAS = {
 
 
 class Job:
-    """What Hydra calls for each trial; launchers may send it to other processes."""
+    """The task that Hydra calls for each trial; launchers may send it to other processes."""
 
     def __init__(self, sweep: Sweep, places: Sequence[TrialPlace] = ()) -> None:
-        """``places``: of trials that run side by side in threads."""
+        """``places``: for trials that run side by side in threads."""
         self.sweep, self.places = sweep, tuple(places)
 
     def __call__(self, _config: DictConfig) -> float:
@@ -49,15 +49,15 @@ class Job:
         assert isinstance(overrides, list)
         return self.run([str(text) for text in overrides], EVERYWHERE)
 
-    def run(self, overrides: list[str], place: TrialPlace) -> float:
-        """The value of the trial, which is minimised."""
-        return run_trial(self.sweep, overrides, place)
+    def run(self, overrides: list[str], trial_place: TrialPlace) -> float:
+        """Run a trial; return its value of the objective."""
+        return run_trial(self.sweep, overrides, trial_place)
 
 
 def search_config(search: str | None, overrides: Sequence[str]) -> DictConfig:
-    """Hydra's own configuration, and that of the sweep: its nodes ``hydra`` and ``sweep``.
+    """The configuration of Hydra and of the sweep: its nodes ``hydra`` and ``sweep``.
 
-    Raises UserError, in one line, for what cannot be composed; what is not installed is named.
+    Raises UserError, in one line, where it cannot be composed; a missing package is named.
     """
     cards.register()
     chosen = [] if search is None else [f"sweep={search}"]
@@ -81,14 +81,13 @@ def run(
     overrides: Sequence[str],
     places: Sequence[TrialPlace],
 ) -> None:
-    """Searches; trials leave what they come to in their folders.
+    """Run the search. Trials leave their results in their folders.
 
-    ``overrides``: Hydra's own. ``places``: of trials that run side by side; none: Hydra's launcher
-    says where they run. Raises UserError where a sweeper or launcher gives up.
+    ``overrides``: for Hydra itself. ``places``: for trials that run side by side; none: Hydra's
+    launcher chooses. Raises UserError where a sweeper or launcher fails.
     """
-    where = quoted(str(sweep.folder))
-    own = [
-        f"hydra.sweep.dir={where}",
+    fixed = [
+        f"hydra.sweep.dir={quoted(str(sweep.folder))}",
         "hydra.sweep.subdir=.",
         "hydra.output_subdir=null",
         "hydra/job_logging=none",
@@ -96,29 +95,29 @@ def run(
         "hydra.job.chdir=false",
     ]
     if places:
-        own.append(f"hydra/launcher={cards.NAME}")
-    config = search_config(search, [*overrides, *own])
+        fixed.append(f"hydra/launcher={cards.NAME}")
+    config = search_config(search, [*overrides, *fixed])
     with read_write(config), open_dict(config):
         config.hydra.sweeper.params = None  # they are among the axes
         if places and "n_jobs" in config.hydra.sweeper:
             config.hydra.sweeper.n_jobs = len(places)
     with _hydra() as hydra:
         context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
-    # Outside: trials compose configurations of their own.
+    # Outside of the block above: trials compose configurations of their own.
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what sweepers do inside
+        warnings.simplefilter("ignore")  # sweepers warn of their own internals
         try:
             sweeper = Plugins.instance().instantiate_sweeper(
                 hydra_context=context, task_function=Job(sweep, places), config=config
             )
-            logging.getLogger("optuna").setLevel(logging.WARNING)  # it has words for each trial
+            logging.getLogger("optuna").setLevel(logging.WARNING)  # it logs each trial
             sweeper.sweep([f"{axis.key}={axis.text}" for axis in axes.values()])
         except (HydraException, OmegaConfBaseException, ImportError, ValueError) as error:
             raise UserError(_explained(one_line(error))) from error
 
 
-def trials_wanted(config: DictConfig, combinations: int | None) -> int:
-    """How many there will be. ``combinations``: of all values, where they can be listed."""
+def trial_count(config: DictConfig, combinations: int | None) -> int:
+    """The number of trials. ``combinations``: of all values, where they can be listed."""
     asked = config.hydra.sweeper.get("n_trials")
     if asked is None:
         assert combinations is not None
@@ -128,13 +127,13 @@ def trials_wanted(config: DictConfig, combinations: int | None) -> int:
 
 
 def takes_intervals(config: DictConfig) -> bool:
-    """Whether the sweeper chooses values itself; Hydra's own only tries all combinations."""
+    """Whether the sweeper chooses values itself; Hydra's BasicSweeper tries all combinations."""
     return not str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper")
 
 
 @contextmanager
 def _hydra() -> Iterator[Hydra]:
-    """Hydra over ``conf/``, while the block lasts."""
+    """Hydra, initialised with ``conf/`` for the length of the block."""
     with initialize_config_dir(str(conf_folder()), job_name="fttrain", version_base="1.3"):
         opened = GlobalHydra.instance().hydra
         assert opened is not None
@@ -142,7 +141,7 @@ def _hydra() -> Iterator[Hydra]:
 
 
 def _explained(text: str) -> str:
-    """Hydra's words; where something is not installed, what installs it."""
+    """Hydra's message, with the command that installs a missing package."""
     text = text.split(" Config search path:")[0]
     for name, extra in EXTRAS.items():
         if f"Could not find '{name}" in text:
@@ -151,7 +150,7 @@ def _explained(text: str) -> str:
 
 
 def _check(config: DictConfig) -> None:
-    """Refuses what would not do what its name says here."""
+    """Refuse settings of Hydra's sweepers that have no effect in a sweep of this project."""
     sweeper = config.hydra.sweeper
     if str(getattr(sweeper.get("direction"), "name", sweeper.get("direction"))) not in (
         "None",
@@ -167,7 +166,7 @@ def _check(config: DictConfig) -> None:
 
 
 def settings_of(config: DictConfig) -> dict[str, Any]:
-    """The sweep's own settings, and what its search lists, as plain values."""
-    own = OmegaConf.to_container(config.sweep, resolve=True) if "sweep" in config else {}
+    """The sweep's settings, and the axes that its search lists, as plain values."""
+    settings = OmegaConf.to_container(config.sweep, resolve=True) if "sweep" in config else {}
     listed = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}))
-    return {"sweep": own, "params": listed}
+    return {"sweep": settings, "params": listed}

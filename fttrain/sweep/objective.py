@@ -1,4 +1,4 @@
-"""What a sweep minimises, and where a trial has it."""
+"""The objectives that a sweep can minimise, and their values in a trial's folder."""
 
 import statistics
 from collections.abc import Callable
@@ -13,10 +13,10 @@ Points = list[tuple[int, float]]  # (step, value)
 
 @dataclass(frozen=True)
 class SweepObjective:
-    """One that a sweep can be told."""
+    """An objective of a sweep."""
 
     label: str  # with its unit
-    measure: Callable[[Path], float | None]  # of a trial's folder; None: it has none
+    measure: Callable[[Path], float | None]  # its value in a trial's folder; None: not there
 
 
 def _holdout_nll(folder: Path) -> float | None:
@@ -24,13 +24,13 @@ def _holdout_nll(folder: Path) -> float | None:
 
 
 def _train_loss(folder: Path) -> float | None:
-    found = smoothed_loss(folder)
-    return found[-1][1] if found else None
+    losses = smoothed_loss(folder)
+    return losses[-1][1] if losses else None
 
 
 def _step_s(folder: Path) -> float | None:
-    taken = [seconds for _, seconds in points(folder, "step_s")]
-    return statistics.median(taken) if taken else None
+    durations = [seconds for _, seconds in points(folder, "step_s")]
+    return statistics.median(durations) if durations else None
 
 
 OBJECTIVES = {
@@ -41,11 +41,12 @@ OBJECTIVES = {
 
 
 def points(folder: Path, key: str) -> Points:
-    """(step, value) of the run's metrics where ``key`` is a number."""
+    """The (step, value) pairs of the run's metrics where ``key`` is a number."""
     return series(read_metrics(folder / "metrics.jsonl"), key)
 
 
 def smoothed_loss(folder: Path) -> Points:
-    """Training loss in nats per token of each step that has one, smoothed."""
-    found = points(folder, "loss")
-    return list(zip((step for step, _ in found), smoothed(v for _, v in found), strict=True))
+    """The smoothed training loss, in nats per token, of each step that has a loss."""
+    losses = points(folder, "loss")
+    steps, values = (step for step, _ in losses), (value for _, value in losses)
+    return list(zip(steps, smoothed(values), strict=True))

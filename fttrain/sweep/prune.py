@@ -1,4 +1,4 @@
-"""The median rule: a trial that is worse than half of the finished ones were at the same point
+"""The median rule: a trial that is worse than the median of the finished trials at the same point
 is stopped (Golovin et al. 2017, Google Vizier, section 3.2.1).
 """
 
@@ -10,36 +10,36 @@ from fttrain.sweep.objective import Points, points, smoothed_loss
 
 
 def curve(folder: Path, evaluated: bool) -> Points:
-    """How good a trial was after which step, in nats per token: its held-out NLL where that is
-    taken on the way (``evaluated``), else its smoothed training loss.
+    """The loss curve of a trial, (step, nats per token): its held-out NLL where the run measures it
+    during training (``evaluated``), else its smoothed training loss.
     """
     return points(folder, "holdout_nll") if evaluated else smoothed_loss(folder)
 
 
 def share_done(points: Points, total_steps: int) -> list[tuple[float, float]]:
-    """``points`` by the share of its steps that a trial had done: trials may differ in length."""
+    """``points`` over the share of the trial's steps instead of steps: trials differ in length."""
     return [(step / total_steps, value) for step, value in points]
 
 
 def hopeless(
-    own: Sequence[tuple[float, float]],
+    trial: Sequence[tuple[float, float]],
     finished: Sequence[Sequence[tuple[float, float]]],
     least: int,
     warmup: float,
 ) -> bool:
-    """Whether the best that a trial has reached lies above the median of what the others had when
-    they had done the same share of their steps.
+    """Whether the trial's best value lies above the median of the other trials' values at the same
+    share of their steps.
 
     Args:
-        own: (share of the steps, value) of the trial so far.
+        trial: (share of the steps, value) of the trial so far.
         finished: the same of each trial that ran to its end.
-        least: finished trials before any is judged.
+        least: finished trials needed to judge one.
         warmup: share of the steps before a trial is judged.
     """
-    if not own or own[-1][0] < warmup:
+    if not trial or trial[-1][0] < warmup:
         return False
-    now = own[-1][0] + 1e-9  # shares are quotients
+    now = trial[-1][0] + 1e-9  # shares are rounded quotients
     others = [[value for at, value in points if at <= now] for points in finished]
     known = [values[-1] for values in others if values]
-    best = min(value for _, value in own)
+    best = min(value for _, value in trial)
     return len(known) >= least and best > statistics.median(known)

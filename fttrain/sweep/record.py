@@ -1,4 +1,4 @@
-"""``trial.json``: what a trial was told and how far it came; and the folder's name."""
+"""``trial.json``: the settings and the state of a trial; and the name of its folder."""
 
 import hashlib
 import json
@@ -17,49 +17,50 @@ NAME_LENGTH = 80  # characters
 
 @dataclass
 class Record:
-    """One trial, as the processes of a sweep tell each other."""
+    """The record of a trial, which the processes of a sweep exchange."""
 
-    name: str  # of its folder
-    overrides: list[str]  # its own, beside what all have
-    settings: dict[str, Any] = field(default_factory=dict)  # the whole run's, see ``identity``
+    name: str  # of the trial's folder
+    overrides: list[str]  # of this trial alone, without those of all trials
+    settings: dict[str, Any] = field(default_factory=dict)  # of the run, see ``identity``
     choices: dict[str, str] = field(default_factory=dict)  # group -> option
-    # running: or killed on the way, when no sweep is there | interrupted: by the user, and saved |
+    # running (also: killed together with its sweep) | interrupted: by the user, after a snapshot |
     # done | pruned | failed
     state: str = "running"
-    value: float | None = None  # what the sweep minimises; of a pruned one the last that was known
-    reason: str = ""  # why it failed, or at which step it was pruned
+    value: float | None = None  # of the objective; the last known one of a pruned trial
+    reason: str = ""  # of the failure, or the step of pruning
     exit_code: int | None = None
     spans: list[list[float]] = field(default_factory=list)  # [start, end] of each attempt, epoch s
     total_steps: int | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """What lies in a trial's folder; None where nothing does that can be read."""
+        """The record in a trial's folder; None where it is missing or damaged."""
         try:
             return cls(**json.loads((folder / FILE).read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
 
     def write(self, folder: Path) -> None:
-        """Replaces the file in one step."""
+        """Write the file, with one atomic replace."""
         write_text(folder / FILE, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
 
     @property
     def seconds(self) -> float:
-        """Of all attempts; of one whose end nobody saw none."""
+        """Seconds of all attempts; an attempt without a recorded end counts none."""
         return sum(span[1] - span[0] for span in self.spans if len(span) == 2)
 
 
 def records(sweep_folder: Path) -> list[Record]:
     """All trials that a sweep's folder holds, in the order in which they were first started."""
-    found = [Record.read(path.parent) for path in sweep_folder.glob(f"*/{FILE}")]
-    known = [record for record in found if record is not None]
+    read = [Record.read(path.parent) for path in sweep_folder.glob(f"*/{FILE}")]
+    known = [record for record in read if record is not None]
     return sorted(known, key=lambda record: (record.spans[:1], record.name))
 
 
 def trial_name(overrides: Iterable[str]) -> str:
-    """A folder's name from a trial's own overrides, such as ``lora.r=8_optim.lr=0.0001``. What it
-    cannot show in full ends with a digest of it.
+    """The name of a trial's folder, from its overrides, such as ``lora.r=8_optim.lr=0.0001``.
+
+    A name that cannot show the overrides in full ends with a digest of them.
     """
     exact = [text.lstrip("+") for text in overrides]
     parts = [_shown(text) for text in exact]
@@ -71,7 +72,7 @@ def trial_name(overrides: Iterable[str]) -> str:
 
 
 def value_of(override: str) -> str:
-    """The value in ``key=value``, as one would write it down."""
+    """The value in ``key=value``, without quotes."""
     return _unquoted(override).partition("=")[2]
 
 
@@ -89,7 +90,7 @@ def _unquoted(override: str) -> str:
 
 
 def _shown(override: str) -> str:
-    """A number with six digits at most."""
+    """``override`` without quotes; a number has six digits at most."""
     key, equals, value = _unquoted(override).partition("=")
     try:
         short = f"{float(value):.6g}" if "." in value or "e" in value else value

@@ -1,4 +1,4 @@
-"""What a sweep came to so far: sweep.json, sweep.md with its plots, and the best trial as an
+"""The results of a sweep so far: sweep.json, sweep.md with its plots, and the best trial as an
 experiment.
 """
 
@@ -31,13 +31,13 @@ class Row:
     record: Record
     holdout_nll: float | None  # nats per token, of the tuned model
     tokens_per_s: float | None  # median
-    peak_bytes: float | None  # of the card where there is one, else of host memory; of a rank
+    peak_bytes: float | None  # of a rank: device memory with a card, else host memory
 
 
-def write_results(sweep: Sweep, wanted: int | None = None) -> list[Row]:
-    """Rewrites all of it from the trials' folders; the trials, the best first.
+def write_results(sweep: Sweep, trial_count: int | None = None) -> list[Row]:
+    """Rewrite all results from the trials' folders; return the trials, the best first.
 
-    ``wanted``: trials that the search is going to make, where that is known.
+    ``trial_count``: trials of the whole search, where it is known.
     """
     rows = sorted((_row(sweep.folder, record) for record in records(sweep.folder)), key=_order)
     (sweep.folder / "plots").mkdir(exist_ok=True)
@@ -47,7 +47,7 @@ def write_results(sweep: Sweep, wanted: int | None = None) -> list[Row]:
     plotted = plot_parameters(sweep.folder / "plots" / PLOT, done, label)
     if done:
         write_best(sweep, done[0])
-    write_text(sweep.folder / "sweep.md", _page(sweep, rows, wanted, plotted))
+    write_text(sweep.folder / "sweep.md", _page(sweep, rows, trial_count, plotted))
     return rows
 
 
@@ -91,9 +91,9 @@ def _as_json(sweep: Sweep, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _page(sweep: Sweep, rows: Sequence[Row], wanted: int | None, plotted: bool) -> str:
+def _page(sweep: Sweep, rows: Sequence[Row], trial_count: int | None, plotted: bool) -> str:
     records = [row.record for row in rows]
-    parts = [f"# {sweep.folder.name}", summary(rows, wanted)]
+    parts = [f"# {sweep.folder.name}", summary(rows, trial_count)]
     label = OBJECTIVES[sweep.config.objective].label
     shown = [] if sweep.config.objective == "holdout_nll" else [label]
     keys = keys_of(records)
@@ -114,11 +114,11 @@ def _page(sweep: Sweep, rows: Sequence[Row], wanted: int | None, plotted: bool) 
     return "\n\n".join(parts) + "\n"
 
 
-def summary(rows: Sequence[Row], wanted: int | None = None) -> str:
-    """How many trials came to what, in one line."""
+def summary(rows: Sequence[Row], trial_count: int | None = None) -> str:
+    """The number of trials in each state, and the best trial, in one line."""
     states = [row.record.state for row in rows]
     counts = [f"{states.count(state)} {state}" for state in ORDER if state in states]
-    of = "" if wanted is None else f" of {wanted}"
+    of = "" if trial_count is None else f" of {trial_count}"
     best = next((row.record for row in rows if row.record.state == "done"), None)
     text = f"{len(rows)}{of} trials: {', '.join(counts) or 'none yet'}"
     return text if best is None else f"{text}; the best is {best.name} with {best.value:.4f}"
@@ -126,11 +126,11 @@ def summary(rows: Sequence[Row], wanted: int | None = None) -> str:
 
 def _cells(row: Row, keys: Sequence[str], with_value: bool) -> list[str]:
     record = row.record
-    own = {text.partition("=")[0]: value_of(text) for text in record.overrides}
+    settings = {text.partition("=")[0]: value_of(text) for text in record.overrides}
     state = record.state + (f": {record.reason}" if record.reason else "")
     value = "" if record.value is None else f"{record.value:.4f}"
     return [
-        *(own.get(key, "") for key in keys),
+        *(settings.get(key, "") for key in keys),
         *([value] if with_value else []),
         "" if row.holdout_nll is None else f"{row.holdout_nll:.4f}",
         "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",

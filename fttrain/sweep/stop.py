@@ -1,5 +1,5 @@
-"""The user's wish to stop, told to the trials through a file of the sweep's folder: they may run
-in this process, in others, or on another machine that sees the folder.
+"""The user's stop signals, passed to the trials through a file in the sweep's folder. Trials may
+run in this process, in others, or on another machine that shares the folder.
 """
 
 import contextlib
@@ -17,14 +17,15 @@ FILE = ".stop"
 
 
 @contextmanager
-def telling(folder: Path) -> Iterator[Stops]:
-    """Within, signals that mean stop are written down for the trials, and nothing is interrupted:
-    the first asks them to save, a later one repeats it, the third kills.
+def forward_signals(folder: Path) -> Iterator[Stops]:
+    """Write stop signals to the file for the length of the block, instead of being interrupted.
+
+    The first signal asks the trials to save and stop, the second repeats that, the third kills.
     """
     path = folder / FILE
     path.unlink(missing_ok=True)  # of an earlier sweep
 
-    def tell(signum: int) -> None:
+    def record(signum: int) -> None:
         first = not path.exists()
         with path.open("a") as file:
             file.write(f"{int(signum)}\n")
@@ -34,7 +35,7 @@ def telling(folder: Path) -> Iterator[Stops]:
             with contextlib.suppress(OSError):  # the terminal may be gone
                 os.write(2, text.encode())
 
-    stops = Stops(tell)
+    stops = Stops(record)
     try:
         with handlers(stops.receive):
             yield stops
@@ -43,7 +44,7 @@ def telling(folder: Path) -> Iterator[Stops]:
 
 
 def asked(folder: Path) -> list[int]:
-    """The signals that trials have to pass on to their runs so far, the first first."""
+    """The stop signals so far, in order; trials pass them on to their runs."""
     try:
         return [int(line) for line in (folder / FILE).read_text().split()]
     except (OSError, ValueError):
@@ -51,8 +52,10 @@ def asked(folder: Path) -> list[int]:
 
 
 def abandoned(folder: Path, host: str) -> bool:
-    """Whether the process that runs the search has died, as far as can be seen from here: its
-    claim of the folder is a lock, which only processes of its own machine can try.
+    """Whether the process that runs the search has died.
+
+    It holds a lock on the folder, which only processes on its own machine can test; False
+    elsewhere.
     """
     if os.uname().nodename != host:
         return False

@@ -1,4 +1,4 @@
-"""One trial of a sweep: a run in a folder of its own, started, attended and judged."""
+"""A trial of a sweep: a run in its own folder, started, attended and judged."""
 
 import math
 import signal
@@ -18,66 +18,68 @@ from fttrain.sweep.record import FINISHED, Record, records, trial_name
 from fttrain.util.errors import UserError
 
 LOG = "train.log"
-WORST = math.inf  # what the search is told of a trial without a value
+WORST = math.inf  # returned to the search for a trial without a value
 POLL_S = 0.1
-LOOK_S = 2.0  # between looks at the metrics, and at whether the sweep still lives
+LOOK_S = 2.0  # between checks of the metrics and of the sweep's process
 NOT_SEARCHED = ("output", "track", "resume", "dry_run")  # may differ between attempts
 
-composing = threading.Lock()  # Hydra's state is the process's
+composing = threading.Lock()  # Hydra's state is global to the process
 
 
 @dataclass(frozen=True)
 class TrialPlace:
-    """Where a trial runs that has a part of the machine to itself."""
+    """The part of the machine that a trial has to itself."""
 
     overrides: tuple[str, ...] = ()
-    variables: Mapping[str, str] = field(default_factory=dict)  # of its environment
-    cores: tuple[int, ...] = ()  # of the CPU; none: all
+    variables: Mapping[str, str] = field(default_factory=dict)  # of the environment
+    cores: tuple[int, ...] = ()  # CPU cores; none: all
 
 
 EVERYWHERE = TrialPlace()
 
 
-def run_trial(sweep: Sweep, overrides: Sequence[str], place: TrialPlace = EVERYWHERE) -> float:
-    """Runs the trial unless it is finished, or goes on with it; what the search is told.
+def run_trial(
+    sweep: Sweep, overrides: Sequence[str], trial_place: TrialPlace = EVERYWHERE
+) -> float:
+    """Run the trial, or resume it, unless it is finished; return its value for the search.
 
-    Never raises for what is wrong with a trial: its record says so, and the search goes on.
+    Does not raise for a failed trial: its record has the reason, and the search goes on.
     """
     if stop.asked(sweep.folder):
         return WORST
     folder = sweep.folder / trial_name(overrides)
     record = Record.read(folder) or Record(folder.name, list(overrides))
-    if record.state == "done":  # what is minimised may be something else by now
+    if record.state == "done":  # the objective may have changed since
         record.value = OBJECTIVES[sweep.config.objective].measure(folder)
     elif record.state not in FINISHED:
         folder.mkdir(parents=True, exist_ok=True)
-        _Attempt(sweep, record, place).run()
+        _Attempt(sweep, record, trial_place).run()
     return WORST if record.value is None else record.value
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """What must be the same for a trial to count as the same one: its settings, secrets redacted,
-    without those that only say where it is kept.
-    """
+    """The settings that identify a trial: all but those of its output, secrets redacted."""
     return {key: value for key, value in plain(config).items() if key not in NOT_SEARCHED}
 
 
-def told(sweep: Sweep, overrides: Sequence[str], place: TrialPlace = EVERYWHERE) -> list[str]:
-    """What ``fttrain train`` is told of a trial, but for trackers."""
+def trial_arguments(
+    sweep: Sweep, overrides: Sequence[str], trial_place: TrialPlace = EVERYWHERE
+) -> list[str]:
+    """The arguments of ``fttrain train`` for a trial, but for those of trackers."""
     output = quoted(str(sweep.folder / trial_name(overrides)))
-    return [*sweep.fixed, *overrides, *place.overrides, f"output={output}"]
+    return [*sweep.fixed, *overrides, *trial_place.overrides, f"output={output}"]
 
 
 class _Attempt:
-    """One start of a trial's run, until its end."""
+    """An attempt of a trial: one start of its run, until its end."""
 
-    def __init__(self, sweep: Sweep, record: Record, place: TrialPlace) -> None:
-        self._sweep, self._record, self._place = sweep, record, place
+    def __init__(self, sweep: Sweep, record: Record, trial_place: TrialPlace) -> None:
+        self._sweep, self._record, self._trial_place = sweep, record, trial_place
         self._folder = sweep.folder / record.name
-        self._stopped = self._pruned = False  # why it was asked to end, if it was
+        self._stopped = self._pruned = False  # the reason for its SIGTERM, if any
 
     def run(self) -> None:
-        """Starts it, waits for its end, and writes down what became of it."""
+        """Start the run, wait for its end, and record the outcome."""
         record = self._record
         record.state, record.reason, record.exit_code = "running", "", None
         record.spans.append([time.time()])
@@ -88,8 +90,8 @@ class _Attempt:
                 ["train", *arguments],
                 self._folder / LOG,
                 self._sweep.cwd,
-                self._place.variables,
-                self._place.cores,
+                self._trial_place.variables,
+                self._trial_place.cores,
             )
             try:
                 record.exit_code = self._attend(child)
@@ -102,8 +104,8 @@ class _Attempt:
         record.write(self._folder)
 
     def _arguments(self) -> list[str]:
-        """What the run is told; raises UserError where it does not compose."""
-        arguments = told(self._sweep, self._record.overrides, self._place)
+        """The arguments of the run. Raises UserError where they do not compose."""
+        arguments = trial_arguments(self._sweep, self._record.overrides, self._trial_place)
         with composing:
             values, self._record.choices = compose_values(arguments)
         config = checked(values)
@@ -115,14 +117,14 @@ class _Attempt:
         return arguments + [f"track.{key}={quoted(name)}" for key, name in names.items()]
 
     def _attend(self, child: Child) -> int:
-        """Passes signals on, and stops a run that is hopeless; its exit code."""
+        """Forward signals, and stop a hopeless run; return the exit code."""
         sent, looked = 0, time.monotonic()
         while (code := child.poll()) is None:
-            wishes = stop.asked(self._sweep.folder)
-            for signum in wishes[sent:]:
+            signums = stop.asked(self._sweep.folder)
+            for signum in signums[sent:]:
                 child.send(signum)
                 self._stopped = True
-            sent = max(sent, len(wishes))
+            sent = max(sent, len(signums))
             if time.monotonic() - looked >= LOOK_S:
                 self._look(child)
                 looked = time.monotonic()
@@ -130,7 +132,7 @@ class _Attempt:
         return code
 
     def _look(self, child: Child) -> None:
-        """What need not be known at once."""
+        """Check the progress, the sweep's process and the median rule."""
         if child.total_steps != self._record.total_steps and child.total_steps:
             self._record.total_steps = child.total_steps
             self._record.write(self._folder)
@@ -150,11 +152,11 @@ class _Attempt:
             for other in records(self._sweep.folder)
             if other.state == "done" and other.total_steps
         ]
-        own = share_done(curve(self._folder, self._evaluated), total)
-        return hopeless(own, finished, settings.prune_after, settings.prune_warmup)
+        points = share_done(curve(self._folder, self._evaluated), total)
+        return hopeless(points, finished, settings.prune_after, settings.prune_warmup)
 
     def _judge(self, child: Child, code: int) -> None:
-        """What became of the run that ended with ``code``."""
+        """Record the outcome of the run that ended with ``code``."""
         record, objective = self._record, OBJECTIVES[self._sweep.config.objective]
         record.total_steps = child.total_steps or record.total_steps
         record.value = objective.measure(self._folder) if code == 0 else None

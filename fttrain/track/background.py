@@ -1,7 +1,7 @@
-"""A tracker in a thread of its own: slow, hanging, broken or missing, it costs a warning.
+"""A tracker in a background thread: if it is slow, hangs, breaks or is missing, it costs a warning.
 
-Everything that a tracker does, its imports included, may wait for a server or a disk that never
-answers. So all of it happens in one background thread, which is fed by a queue.
+Every action of a tracker, its imports included, may wait for a server or a disk that never answers.
+So the thread alone runs the tracker, fed by a queue.
 """
 
 import contextlib
@@ -11,42 +11,42 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fttrain.track.base import Results, Tracker, plain
-from fttrain.track.metrics import Warn, to_stderr
 from fttrain.util.errors import first_line
+from fttrain.util.warn import Warn, warn
 
-QUEUE_LENGTH = 1000  # steps that may wait for a slow tracker before new ones are dropped
-FINISH_S = 60.0  # how long the end of a run may wait for a tracker
+QUEUE_LENGTH = 1000  # steps that may wait for a slow tracker; further ones are dropped
+FINISH_S = 60.0  # longest wait for a tracker at the end of a run
 
 _Call = Callable[[Tracker], None]
 
 
 def no_release() -> None:
-    """Of a tracker that leaves nothing behind."""
+    """Release nothing: for a tracker that holds nothing."""
 
 
 class Background(Tracker):
     """A tracker behind a thread. ``log`` and ``show`` never wait; ``finish`` waits a limited time.
 
-    The first thing that the tracker raises (SystemExit, too) turns it off, with one warning.
+    The first exception of the tracker (SystemExit, too) turns it off, with one warning.
     """
 
     def __init__(
         self,
         name: str,
         start: Callable[[], Tracker],
-        warn: Warn = to_stderr,
+        warn: Warn = warn,
         finish_s: float = FINISH_S,
         release: Callable[[], None] = no_release,
     ) -> None:
-        """Starts the thread.
+        """Start the thread.
 
         Args:
-            name: what warnings call it.
+            name: the tracker's name in warnings.
             start: makes the tracker; called in the thread.
-            warn: takes the one warning of a failure.
-            finish_s: seconds that the end of the run may wait.
-            release: called by ``finish`` after a failure, or when these seconds were not enough:
-                lets go of what would keep the process from ending.
+            warn: called with the one warning of a failure.
+            finish_s: longest wait of ``finish``, in seconds.
+            release: called by ``finish`` after a failure or a timeout, to release everything that
+                would keep the process from ending.
         """
         self._name, self._start, self._warn = name, start, warn
         self._finish_s, self._release = finish_s, release
@@ -57,7 +57,7 @@ class Background(Tracker):
         self._thread.start()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Hands the metrics to the thread; drops them when it cannot keep up."""
+        """Pass the metrics to the thread, or drop them when its queue is full."""
         if self._calls.qsize() >= QUEUE_LENGTH:
             self._dropped += not self._failed
             return
@@ -65,11 +65,11 @@ class Background(Tracker):
         self._call(lambda tracker: tracker.log(step, figures))
 
     def show(self, step: int, results: Results) -> None:
-        """Hands the results to the thread. They are few, so there is always room."""
+        """Pass the results to the thread. They are few, so the queue's length does not matter."""
         self._call(lambda tracker: tracker.show(step, results))
 
     def finish(self, exit_code: int = 0) -> None:
-        """Waits ``finish_s`` seconds at most for all that was handed over."""
+        """Wait for the calls in the queue, ``finish_s`` seconds at most."""
         if self._finished:
             return
         self._call(lambda tracker: tracker.finish(exit_code))
@@ -81,7 +81,7 @@ class Background(Tracker):
             self._warn(
                 f"{self._name} did not finish within {self._finish_s:.0f} s and was left behind"
             )
-        elif self._dropped and not self._failed:  # a failure has had its one warning
+        elif self._dropped and not self._failed:  # a failure was warned of already
             self._warn(f"{self._name} was too slow: {self._dropped} steps are missing there")
         if self._failed:
             self._release()
@@ -91,7 +91,7 @@ class Background(Tracker):
             self._calls.put(call)
 
     def _work(self) -> None:
-        """The thread: the only place that touches the tracker."""
+        """The thread's function: it alone touches the tracker."""
         tracker = None
         try:
             tracker = self._start()
@@ -103,6 +103,6 @@ class Background(Tracker):
             self._failed = True
             what = f"{type(error).__name__}: {first_line(error)}"
             self._warn(f"{self._name} failed and is off from here ({what})")
-            if tracker is not None:  # what it has so far may still be saved
+            if tracker is not None:  # may still save its data
                 with contextlib.suppress(BaseException):
                     tracker.finish()

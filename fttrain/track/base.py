@@ -1,4 +1,4 @@
-"""What a tracker is, and the settings of the trackers beside metrics.jsonl."""
+"""The tracker's interface, and the settings of the trackers beside metrics.jsonl."""
 
 import importlib.util
 import math
@@ -24,9 +24,7 @@ class TrackConfig:
     group: str | None = None  # runs that belong together there
     tags: tuple[str, ...] = ()
     notes: str | None = None
-    mode: str = (
-        "auto"  # of W&B: auto (online when there is a login, else offline) | online | offline
-    )
+    mode: str = "auto"  # of W&B: auto (online with a login, else offline) | online | offline
     memory_every: int = 10  # steps between lines of memory.jsonl; 0: none
 
     def __post_init__(self) -> None:
@@ -55,13 +53,13 @@ class TrackConfig:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Those that are wanted, each once."""
+        """The configured kinds, each once, without none."""
         named = (self.kind,) if isinstance(self.kind, str) else self.kind
         return tuple(dict.fromkeys(kind for kind in named if kind != "none"))
 
 
 class Table(NamedTuple):
-    """Rows under names, each as long as ``columns``."""
+    """Rows under the names of their columns."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -73,32 +71,32 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """What a tracker with pages for it shows, as far as a run has come."""
+    """The results of a run so far, for trackers with pages: tables, plots and figures."""
 
-    holdout_nll: float | None = None  # after this very step, where it was taken
+    holdout_nll: float | None = None  # nats per token, where it was measured after this step
     tables: Mapping[str, Table] = field(default_factory=dict)
-    summary: Mapping[str, float] = field(default_factory=dict)  # a figure a run, to compare runs by
+    summary: Mapping[str, float] = field(default_factory=dict)  # figures to compare runs by
     plots: Mapping[str, Path] = field(default_factory=dict)  # name -> PNG
 
 
 class Tracker:
-    """Takes the numbers of a run as they come. No call may slow or stop training."""
+    """Receiver of the numbers of a run. No call may slow or stop training."""
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """The metrics of optimizer step ``step`` (1 is the first)."""
+        """Record the metrics of optimizer step ``step`` (from 1)."""
 
     def show(self, step: int, results: Results) -> None:
-        """What there is to see after ``step`` beside the metrics, in place of what was before."""
+        """Show the results after ``step`` in place of earlier ones."""
 
     def finish(self, exit_code: int = 0) -> None:
-        """The last call, also after an error; may be made more than once.
+        """Finish: the last call, also after an error. A repeated call does nothing more.
 
-        ``exit_code``: how the run ended, as its process will tell.
+        ``exit_code``: the exit code of the run's process.
         """
 
 
 class Trackers:
-    """Several trackers as one; without any, it does nothing (what ranks other than 0 use)."""
+    """Several trackers as one. Without any it does nothing, as ranks other than 0 need it."""
 
     def __init__(
         self,
@@ -106,15 +104,14 @@ class Trackers:
         memory: Tracker | None = None,
         charts: Sequence[Tracker] = (),
     ) -> None:
-        """``memory``: where samples of memory and cards go as they are; ``charts``: those of
-        ``trackers`` that draw them, a figure a name, and that have results to show. To the rest
-        they are of no interest.
+        """``memory``: receives samples of memory and cards as they are; ``charts``: the members of
+        ``trackers`` that draw each figure of these samples and show results.
         """
         self._trackers, self._memory, self._charts = tuple(trackers), memory, tuple(charts)
-        self.exit_code = 0  # how the run ended, as far as is known
+        self.exit_code = 0  # of the run, as far as is known
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Passes the metrics on."""
+        """Pass the metrics of ``step`` to each tracker."""
         for tracker in self._trackers:
             tracker.log(step, values)
 
@@ -124,8 +121,8 @@ class Trackers:
         ranks: Sequence[Mapping[str, int]],
         cards: Sequence[Mapping[str, float]] = (),
     ) -> None:
-        """Each rank's memory after ``step``, by rank: name -> bytes; and of GPUs each rank's card:
-        name -> figure.
+        """Record samples after ``step``. ``ranks``: each rank's memory, name -> bytes; ``cards``:
+        each rank's GPU, name -> figure, empty on CPUs.
         """
         if self._memory is not None:
             self._memory.log(step, {"ranks": ranks} | ({"cards": cards} if cards else {}))
@@ -134,8 +131,8 @@ class Trackers:
             tracker.log(step, named)
 
     def show(self, step: int, read: Callable[[], Results]) -> None:
-        """Passes on what ``read`` gives, the results after ``step``, where there is a tracker for
-        it; the held-out loss becomes a point of its chart.
+        """Pass the results after ``step`` to the charts. ``read`` returns them and is called only
+        where there are charts. The held-out loss becomes a point of its chart.
         """
         results = read() if self._charts else Results()
         for tracker in self._charts:
@@ -144,31 +141,31 @@ class Trackers:
             tracker.show(step, results)
 
     def finish(self) -> None:
-        """Finishes each one, the first given first."""
+        """Finish each tracker, in order."""
         for tracker in self._trackers:
             tracker.finish(self.exit_code)
         if self._memory is not None:
             self._memory.finish(self.exit_code)
 
 
-def _named(what: str, samples: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Figures of each of several, such as ``card0/power_w``."""
+def _named(prefix: str, samples: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The figures of all samples under names such as ``card0/power_w``."""
     return {
-        f"{what}{number}/{name}": figure
+        f"{prefix}{number}/{name}": figure
         for number, sample in enumerate(samples)
         for name, figure in sample.items()
     }
 
 
 def _cell(value: Any) -> str:
-    """One line of text that cannot end its cell."""
+    """``value`` as one line of text that cannot end its cell."""
     text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", "<br>")
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` as JSON knows them: 0-dim tensors and NumPy numbers as numbers, NaN and infinity
-    as None.
+    """``values`` as JSON types: 0-dim tensors and NumPy numbers as numbers, NaN and infinity as
+    None.
     """
     result = {}
     for key, value in values.items():

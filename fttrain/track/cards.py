@@ -1,4 +1,4 @@
-"""How the cards fared, as report.md shows it: "cards" of memory.jsonl (see track/memory.py)."""
+"""The section of report.md on the cards: "cards" of memory.jsonl (see track/memory.py)."""
 
 from pathlib import Path
 
@@ -10,39 +10,39 @@ PLOT = "cards.png"
 
 
 def read_cards(path: Path) -> list[CardSample]:
-    """What memory.jsonl says of cards, by step; lines without any are passed over, as are those
-    with another number of them than the last one.
+    """The samples of cards in memory.jsonl, by step. Lines without cards are skipped, and so are
+    lines with another number of cards than the last one has.
     """
-    found: list[CardSample] = []
+    samples: list[CardSample] = []
     for line in read_metrics(path):
         try:
             cards = [{k: float(v) for k, v in card.items()} for card in line["cards"]]
         except (KeyError, TypeError, AttributeError, ValueError):
             continue
         if any(name in card for card in cards for name in CARD_PANELS):
-            found.append((int(line["step"]), cards))
-    return [sample for sample in found if len(sample[1]) == len(found[-1][1])]
+            samples.append((int(line["step"]), cards))
+    return [sample for sample in samples if len(sample[1]) == len(samples[-1][1])]
 
 
 def cards_section(path: Path, plots: Path) -> list[str]:
-    """Markdown of memory.jsonl, its plot in the folder ``plots``; [] of a run without cards."""
+    """The section as Markdown, its plot in the folder ``plots``; [] for a run without cards."""
     samples = read_cards(path)
     if not samples:
         return []
     plot_cards(plots / PLOT, samples)
-    lines = [_told(rank, samples) for rank in range(len(samples[-1][1]))]
+    lines = [_rank_line(rank, samples) for rank in range(len(samples[-1][1]))]
     listed = "\n".join(f"- {line}" for line in lines)
     return [f"## Cards over the steps\n\n![cards](plots/{PLOT})\n\n{listed}"]
 
 
-def _told(rank: int, samples: list[CardSample]) -> str:
-    own = [cards[rank] for _, cards in samples]
-    told = []
+def _rank_line(rank: int, samples: list[CardSample]) -> str:
+    figures = [cards[rank] for _, cards in samples]
+    parts = []
     for name, unit in (("power_w", "W"), ("temperature_c", "°C")):
-        values = [card[name] for card in own if name in card]
+        values = [card[name] for card in figures if name in card]
         if values:
-            told.append(f"at most {max(values):.0f} {unit}")
-    throttled = sum(bool(card.get("throttled")) for card in own)
+            parts.append(f"at most {max(values):.0f} {unit}")
+    throttled = sum(bool(card.get("throttled")) for card in figures)
     if throttled:
-        told.append(f"throttled in {throttled} of {len(own)} samples")
-    return f"rank {rank}: {', '.join(told)}"
+        parts.append(f"throttled in {throttled} of {len(figures)} samples")
+    return f"rank {rank}: {', '.join(parts)}"

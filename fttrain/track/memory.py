@@ -1,9 +1,9 @@
-"""The memory of a run's ranks, as report.md shows it.
+"""The section of report.md on the memory of a run's ranks.
 
 memory.json   {"step", "ranks": [[{"part", "device_bytes", "host_bytes"}, ...], ...]}, by rank
-memory.jsonl  a line now and then: {"step", "ranks": [{name: bytes}, ...]}, by rank; the names are
-              those of ``fttrain.memory.sampling.sample``, of a run on CPUs without the device's; of
-              GPUs "cards": [{name: figure}, ...] beside them, named as in ``fttrain.rig.telemetry``
+memory.jsonl  a line every ``track.memory_every`` steps: {"step", "ranks": [{name: bytes}, ...]}, by
+              rank; names as in ``fttrain.memory.sampling.sample``, on CPUs without the device's;
+              on GPUs also "cards": [{name: figure}, ...], names as in ``fttrain.rig.telemetry``
 """
 
 import json
@@ -17,7 +17,7 @@ CardSample = tuple[int, list[dict[str, float]]]  # step; the figures of each ran
 
 
 def memory_section(path: Path) -> str | None:
-    """Markdown of memory.json; None where it is not there or not whole."""
+    """The section as Markdown, from memory.json; None where the file is missing or damaged."""
     try:
         written = json.loads(path.read_bytes())
         ranks = [
@@ -28,7 +28,7 @@ def memory_section(path: Path) -> str | None:
         step = int(written["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    heads = [f"rank {rank}, {place}" for rank in range(len(ranks)) for place in ("device", "host")]
+    heads = [f"rank {rank}, {side}" for rank in range(len(ranks)) for side in ("device", "host")]
     lines = [
         f"## Memory in step {step}, GiB",
         "",
@@ -36,30 +36,32 @@ def memory_section(path: Path) -> str | None:
         "|---" * (1 + len(heads)) + "|",
     ]
     for name in names:
-        cells = [_cell(rank, name, place) for rank in ranks for place in (1, 2)]
+        cells = [_cell(rank, name, column) for rank in ranks for column in (1, 2)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(rank: list[tuple[str, int, int]], name: str, place: int) -> str:
-    size_bytes = sum(int(use[place]) for use in rank if use[0] == name)
+def _cell(rank: list[tuple[str, int, int]], name: str, column: int) -> str:
+    size_bytes = sum(int(use[column]) for use in rank if use[0] == name)
     return f"{size_bytes / GIB:.2f}" if size_bytes else ""
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """What memory.jsonl says, by step; lines that are not whole are passed over, as are those with
-    another number of ranks than the last one: a run may have gone on with more or fewer.
+    """The samples of memory.jsonl, by step.
+
+    Damaged lines are skipped. So are lines with other figures or ranks than the last one: a resumed
+    run may have more or fewer ranks.
     """
-    found = []
+    samples = []
     for line in read_metrics(path):
         try:
             ranks = [{name: int(size) for name, size in rank.items()} for rank in line["ranks"]]
         except (KeyError, TypeError, AttributeError, ValueError):
             continue
-        found.append((int(line["step"]), ranks))
-    return [sample for sample in found if _names(sample) == _names(found[-1])]
+        samples.append((int(line["step"]), ranks))
+    return [sample for sample in samples if _names(sample) == _names(samples[-1])]
 
 
 def _names(sample: Sample) -> list[list[str]]:
-    """Of each rank's figures."""
+    """The names of each rank's figures."""
     return [sorted(rank) for rank in sample[1]]

@@ -1,26 +1,18 @@
-"""metrics.jsonl: one line of strict JSON a step, whatever happens to the run."""
+"""metrics.jsonl: one line of strict JSON for each step, whatever happens to the run."""
 
 import json
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fttrain.track.base import Tracker, plain
 from fttrain.util.errors import UserError
-
-Warn = Callable[[str], None]
-
-
-def to_stderr(text: str) -> None:
-    """The usual way to warn."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+from fttrain.util.warn import Warn, warn
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The lines of a metrics file that are whole; a run that was killed may have left a part of
-    one.
+    """The whole lines of a metrics file, by step. A killed run may have left a part of a line.
 
     A missing file gives no lines. Lines of one step (training, then evaluation) are joined.
     """
@@ -39,17 +31,20 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 
 class MetricsFile(Tracker):
-    """Appends to metrics.jsonl. A disk that is full costs one warning, not the run."""
+    """The writer of metrics.jsonl. A full disk costs one warning, not the run."""
 
-    def __init__(self, path: Path | str, resumed_step: int = 0, warn: Warn = to_stderr) -> None:
-        """Opens ``path`` without what a killed run wrote past ``resumed_step``: it comes again."""
+    def __init__(self, path: Path | str, resumed_step: int = 0, warn: Warn = warn) -> None:
+        """Open ``path`` and drop lines past ``resumed_step``: these steps run again.
+
+        Raises UserError where the file cannot be written.
+        """
         self._path, self._warn = Path(path), warn
         self._warned = self._torn = False
-        kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
+        earlier = [line for line in read_metrics(path) if line["step"] <= resumed_step]
         part = self._path.with_name(f".{self._path.name}.part")
         try:
             with part.open("w") as file:
-                file.writelines(f"{json.dumps(line)}\n" for line in kept)
+                file.writelines(f"{json.dumps(line)}\n" for line in earlier)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, self._path)
@@ -59,7 +54,7 @@ class MetricsFile(Tracker):
             raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line: ``step`` and the numbers; NaN and infinity become null."""
+        """Write one line: ``step`` and the numbers; NaN and infinity become null."""
         line = json.dumps({"step": step, **plain(values)}, allow_nan=False).encode() + b"\n"
         if self._torn:
             line = b"\n" + line
@@ -72,5 +67,5 @@ class MetricsFile(Tracker):
             self._warned = True
 
     def finish(self, exit_code: int = 0) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()

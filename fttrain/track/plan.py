@@ -1,10 +1,10 @@
-"""What was predicted of a run beside what it took, as report.md shows it.
+"""The section of report.md that compares a run's plan with its measured figures.
 
-plan.json   of a run, beside what `fttrain plan` writes:
+plan.json   of a run, beside the keys that `fttrain plan` writes:
             "ran": the settings of the candidate that ran
-            "since_step": the step after which it did, for a run that had gone on with others
+            "since_step": the step after which it ran; earlier steps had other settings
             in that candidate "predicted" and, once the run ends, "measured": {name: figure}, named
-            as in metrics.jsonl; what is not known is left out
+            as in metrics.jsonl; unknown figures are left out
 """
 
 import json
@@ -20,7 +20,7 @@ FILE = "plan.json"
 COMPARED = ("figure", "predicted", "measured", "difference")
 
 _PLANNED_ROWS = re.compile(r"\bloop\.micro_batch_size=(\d+)")
-# name -> its row, what is made of the steps' figures, how it is written
+# name -> label of the row, reduction over the steps, format
 _FIGURES: dict[str, tuple[str, Callable[[list[float]], float], Callable[[float], str]]] = {
     "step_s": ("seconds a step, median", statistics.median, "{:.3f} s".format),
     "tokens_per_s": ("tokens/s, median", statistics.median, "{:,.0f}".format),
@@ -30,7 +30,7 @@ _FIGURES: dict[str, tuple[str, Callable[[list[float]], float], Callable[[float],
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
-    """plan.json of the run in ``folder``; None where it is not there or not a run's."""
+    """plan.json of the run in ``folder``; None where it is missing or not of a run."""
     try:
         plan = json.loads((folder / FILE).read_bytes())
         _ = candidate(plan)["predicted"], int(plan["since_step"])
@@ -40,27 +40,28 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
 
 
 def candidate(plan: dict[str, Any]) -> dict[str, Any]:
-    """The one that ran, within ``plan``."""
-    found: dict[str, Any] = next(c for c in plan["candidates"] if c["settings"] == plan["ran"])
-    return found
+    """The candidate of ``plan`` that ran."""
+    match: dict[str, Any] = next(c for c in plan["candidates"] if c["settings"] == plan["ran"])
+    return match
 
 
 def measured(lines: Sequence[Mapping[str, Any]], since_step: int) -> dict[str, float]:
-    """From the ``lines`` of metrics.jsonl; empty before the first step."""
-    found = {}
-    for name, (_, fold, _) in _FIGURES.items():
+    """The measured figures in ``lines`` of metrics.jsonl past ``since_step``; unknown ones are left
+    out.
+    """
+    figures = {}
+    for name, (_, reduce, _) in _FIGURES.items():
         values = [line.get(name) for line in lines if line["step"] > since_step]
         numbers = [value for value in values if isinstance(value, int | float)]
         if any(numbers):  # a CPU's device memory is the host's
-            found[name] = fold(numbers)
-    return found
+            figures[name] = reduce(numbers)
+    return figures
 
 
 def compare(plan: dict[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A row of ``COMPARED`` for each figure that is known both ways, as people read it.
+    """A row of ``COMPARED`` for each figure that is both predicted and measured, as text.
 
-    Where memory ran out, and steps became other ones than those that were planned, the first row
-    says so.
+    Where memory ran out and micro-batches became smaller than planned, the first row says so.
     """
     predicted, taken = candidate(plan)["predicted"], measured(lines, plan["since_step"])
     return _divided(plan, lines) + [
@@ -78,7 +79,7 @@ def compare(plan: dict[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[li
 def _divided(plan: dict[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     planned = _PLANNED_ROWS.search(plan["ran"])
     after = [line for line in lines if line["step"] > plan["since_step"]]
-    # A line may hold a held-out loss alone.
+    # A line may have a held-out loss alone.
     sizes = [line["micro_batch_size"] for line in after if "micro_batch_size" in line]
     if planned is None or not sizes or sizes[-1] == int(planned[1]):
         return []
@@ -87,8 +88,8 @@ def _divided(plan: dict[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[l
 
 
 def plan_section(folder: Path, lines: Sequence[Mapping[str, Any]]) -> str | None:
-    """Markdown: predicted, measured, and by how much the latter is more; None where either is
-    missing.
+    """The section as Markdown: predicted, measured and the difference; None without a plan or
+    without measured figures.
     """
     plan = read_plan(folder)
     rows = [f"| {' | '.join(row)} |" for row in compare(plan, lines)] if plan else []

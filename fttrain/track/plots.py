@@ -11,8 +11,8 @@ from fttrain.track.memory import CardSample, Sample
 from fttrain.track.results import smoothed
 from fttrain.util.units import GIB
 
-SIZE = (8.0, 4.5)  # inches; each further panel is as high
-DEVICE_LINES = {  # figure of a rank -> (how it is called, how it is drawn)
+SIZE = (8.0, 4.5)  # inches, of one panel
+DEVICE_LINES = {  # figure of a rank -> (label, line style)
     "device_peak_bytes": ("peak of the allocator", "-"),
     "device_used_bytes": ("card, all programs", ":"),
 }
@@ -26,7 +26,7 @@ HOST_LINES = {
 def plot_loss(
     path: Path, losses: list[tuple[int, float]], heldout: list[tuple[int, float]]
 ) -> None:
-    """(step, loss in nats per token) of training and of what is held out; either may be empty."""
+    """Plot the training and the held-out loss, (step, nats per token); either may be empty."""
     figure, (axes,) = _panels("nats per token")
     if losses:
         steps, values = zip(*losses, strict=True)
@@ -40,7 +40,7 @@ def plot_loss(
 
 
 def plot_rate(path: Path, rates: list[tuple[int, float]]) -> None:
-    """(step, tokens per second), one at least."""
+    """Plot the throughput; ``rates``: (step, tokens per second), at least one."""
     figure, (axes,) = _panels("tokens per second, all ranks")
     steps, values = zip(*rates, strict=True)
     median = statistics.median(values)
@@ -52,8 +52,8 @@ def plot_rate(path: Path, rates: list[tuple[int, float]]) -> None:
 
 
 def plot_memory(path: Path, samples: Sequence[Sample]) -> None:
-    """One sample at least, all of as many ranks. Where there is a card: a panel of its memory, with
-    its size as a line, above that of the host's.
+    """Plot the memory of each rank: a panel for the host and, with cards, one above it for the
+    device, with the card's size as a line. ``samples``: at least one, all of equally many ranks.
     """
     last = samples[-1][1]
     sizes = {rank["device_total_bytes"] for rank in last if "device_total_bytes" in rank}
@@ -71,8 +71,9 @@ def plot_memory(path: Path, samples: Sequence[Sample]) -> None:
 
 
 def plot_cards(path: Path, samples: Sequence[CardSample]) -> None:
-    """One sample at least, all of as many cards: a panel for each figure, a line for each card, and
-    crosses where it throttled.
+    """Plot the cards: a panel for each figure, a line for each card, crosses where it throttled.
+
+    ``samples``: at least one, all of equally many cards.
     """
     figure, panels = _panels(*CARD_PANELS.values())
     steps = [step for step, _ in samples]
@@ -82,8 +83,8 @@ def plot_cards(path: Path, samples: Sequence[CardSample]) -> None:
             axes.plot(steps, values, marker=".", color=f"C{rank}", label=f"rank {rank}")
             hot = [i for i, (_, cards) in enumerate(samples) if cards[rank].get("throttled")]
             if hot:
-                places, values = [steps[i] for i in hot], [values[i] for i in hot]
-                axes.plot(places, values, "x", color="black", label=f"rank {rank} throttled")
+                hot_steps, values = [steps[i] for i in hot], [values[i] for i in hot]
+                axes.plot(hot_steps, values, "x", color="black", label=f"rank {rank} throttled")
         axes.legend(fontsize="small")
     save(figure, path)
 
@@ -91,7 +92,7 @@ def plot_cards(path: Path, samples: Sequence[CardSample]) -> None:
 def _draw_memory(
     axes: Any, samples: Sequence[Sample], lines: Mapping[str, tuple[str, str]]
 ) -> None:
-    """Each rank's ``lines``, in a colour of its own."""
+    """Draw ``lines`` of each rank, one colour for each rank."""
     steps = [step for step, _ in samples]
     for rank, names in enumerate(samples[-1][1]):
         for name, (label, style) in lines.items():
@@ -102,10 +103,11 @@ def _draw_memory(
 
 
 def _panels(*labels: str) -> tuple[Any, list[Any]]:
-    """A figure of its own, apart from pyplot's global state and without a display: panels over the
-    steps, one above the other, by what their y-axis means.
+    """A figure with a panel for each y-axis label, one above the other, over the steps.
+
+    The figure needs no display and is apart from pyplot's global state.
     """
-    from matplotlib.figure import Figure  # heavy, and a training run may never need it
+    from matplotlib.figure import Figure  # heavy, and many training runs never plot
 
     figure = Figure(figsize=(SIZE[0], SIZE[1] * len(labels)), layout="constrained")
     panels = figure.subplots(len(labels), squeeze=False, sharex=True)[:, 0]
@@ -117,7 +119,7 @@ def _panels(*labels: str) -> tuple[Any, list[Any]]:
 
 
 def save(figure: Any, path: Path) -> None:
-    """As a PNG, in one step."""
+    """Save ``figure`` as a PNG, with one atomic replace."""
     part = path.with_name(f".{path.name}")
     figure.savefig(part, dpi=120, format="png")
     os.replace(part, path)

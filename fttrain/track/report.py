@@ -1,7 +1,8 @@
-"""report.md of a run: what was trained, how fast, and whether it helped. Works while a run goes on.
+"""report.md of a run: settings, speed, losses, memory, answers and a verdict. A run need not be
+over.
 
 metrics.jsonl     one line a step: loss, tokens (of this step, all ranks), tokens_per_s, step_s,
-                  peak_device_bytes, peak_host_bytes; holdout_nll where the held-out loss was taken
+                  peak_device_bytes, peak_host_bytes; holdout_nll of a step with a held-out loss
 memory.jsonl,     see track/memory.py
 memory.json
 evaluation.json   {"base": {"nll", "tokens"}, "tuned": {"nll", "tokens"},
@@ -33,7 +34,7 @@ LOSS_PLOT, RATE_PLOT, MEMORY_PLOT = "loss.png", "throughput.png", "memory.png"
 
 
 def verdict(base_nll: float, tuned_nll: float) -> str:
-    """What the change of the held-out loss (nats per token) amounts to, in one line."""
+    """The verdict on the change of the held-out loss (nats per token), in one line."""
     fall = base_nll - tuned_nll
     change = f"held-out loss {base_nll:.4f} -> {tuned_nll:.4f} nats/token"
     if not abs(fall) < float("inf"):
@@ -46,7 +47,7 @@ def verdict(base_nll: float, tuned_nll: float) -> str:
 
 
 def write_report(folder: Path | str) -> Path:
-    """Writes report.md and its plots into the run's folder and returns the path of report.md.
+    """Write report.md and its plots into the run's folder and return the path of report.md.
 
     Raises:
         UserError: there is no run in ``folder``.
@@ -89,10 +90,10 @@ def write_report(folder: Path | str) -> Path:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _status(folder: Path, lines: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
@@ -103,7 +104,7 @@ def _status(folder: Path, lines: list[dict[str, Any]], evaluation: dict[str, Any
     return f"Not finished: the last step so far is {last}; there is no verdict yet."
 
 
-MOVED = {  # metric -> its row; median over the steps, all ranks together
+MOVED = {  # metric -> label of its row; median over the steps
     "gather_bytes": "frozen base gathered from other ranks, a step of all ranks",
     "h2d_bytes": "frozen base copied from host memory, a step of all ranks",
     "activation_bytes": "activations back from host memory, a step of all ranks",
@@ -114,7 +115,7 @@ MOVED = {  # metric -> its row; median over the steps, all ranks together
 
 
 def _moved(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What travelled, and how long the compute stood still for it; nothing where nothing did."""
+    """Rows of the bytes moved and of the time that compute waited for them; without any, none."""
     rows = []
     for key, label in MOVED.items():
         values = [value for _, value in series(lines, key)]
@@ -134,7 +135,7 @@ def _moved(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
 def _summary(
     folder: Path, lines: list[dict[str, Any]], evaluation: dict[str, Any]
 ) -> list[tuple[str, str]]:
-    """Rows of the summary table; what is not known is left out."""
+    """Rows of the summary table; unknown figures are left out."""
     config = _read_config(folder / "config.yaml")
     rates = [rate for _, rate in series(lines, "tokens_per_s")]
     steps = [value for _, value in series(lines, "step_s")]
@@ -168,7 +169,7 @@ def _summary(
 
 
 def _named(config: dict[str, Any], group: str, key: str) -> str:
-    """``name (path)`` of a group of config.yaml, or '' when it is not known."""
+    """``name (path)`` of a group of config.yaml; '' where it is unknown."""
     settings = config.get(group)
     if not isinstance(settings, dict):
         return ""
@@ -182,11 +183,11 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 
 def _sample(sample: dict[str, str]) -> str:
-    """One prompt and its answers, fenced so that no text in them can break the page."""
+    """One prompt and its answers, fenced so that their text cannot break the page."""
     parts = []
     for key in ("prompt", "reference", "before", "after"):
         text = str(sample.get(key) or "")
-        longest = max((len(run) for run in re.findall("`+", text)), default=0)
+        longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
         fence = "`" * max(3, longest + 1)
         parts.append(f"**{key}**\n\n{fence}text\n{text}\n{fence}")
     return "\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""What a run has to show beside the figures of its steps, read from the files that it leaves."""
+"""The results of a run beside the figures of its steps, read from its files."""
 
 import json
 import statistics
@@ -17,30 +17,30 @@ PEAKS = ("peak_device_bytes", "peak_host_bytes")
 
 
 def read_results(folder: Path, step: int, tables: Mapping[str, Table] | None = None) -> Results:
-    """Of the run in ``folder`` after ``step``: answers, plan, plots and the figures of all of it.
+    """The results of the run in ``folder`` after ``step``: answers, plan, plots and figures.
 
-    ``tables``: more of them, by name. What is missing or not whole is left out.
+    ``tables``: further tables, by name. Missing and damaged parts are left out.
     """
     evaluation = read_evaluation(folder / "evaluation.json")
     lines = read_metrics(folder / "metrics.jsonl")
     points = {at: value for at, value in held_out(lines, evaluation) if at <= step}
-    found = {"samples": _samples(evaluation), **_plan(folder, lines), **(tables or {})}
+    all_tables = {"samples": _samples(evaluation), **_plan(folder, lines), **(tables or {})}
     plots = sorted((folder / "plots").glob("*.png"))
     return Results(
         holdout_nll=points.get(step),
-        tables={name: table for name, table in found.items() if table.rows},
+        tables={name: table for name, table in all_tables.items() if table.rows},
         summary=_summary(lines, list(points.values())),
         plots={path.stem: path for path in plots},
     )
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """evaluation.json, or {} when it is not there or not whole (yet)."""
+    """The content of evaluation.json; {} where it is missing or damaged."""
     try:
-        found = json.loads(path.read_bytes())
+        evaluation = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return evaluation if isinstance(evaluation, dict) else {}
 
 
 def holdout_nll(evaluation: Mapping[str, Any], name: str) -> float | None:
@@ -50,7 +50,7 @@ def holdout_nll(evaluation: Mapping[str, Any], name: str) -> float | None:
 
 
 def series(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, value) where both are numbers."""
+    """The (step, value of ``key``) pairs of ``lines`` where both are numbers."""
     pairs = [(line.get("step"), line.get(key)) for line in lines if isinstance(line, dict)]
     return [
         (step, value)
@@ -60,7 +60,7 @@ def series(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, floa
 
 
 def smoothed(values: Iterable[float]) -> list[float]:
-    """Exponential mean, a plain one at first, so that it starts without a lag."""
+    """The exponential mean after each value; a plain mean at first, to start without lag."""
     mean, result = 0.0, []
     for count, value in enumerate(values, 1):
         mean += max(1 / count, SMOOTHING) * (value - mean)
@@ -71,9 +71,9 @@ def smoothed(values: Iterable[float]) -> list[float]:
 def held_out(
     lines: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]
 ) -> list[tuple[int, float]]:
-    """(step, held-out loss): the base at step 0, what was taken on the way and at the end.
+    """The (step, held-out loss) pairs: the base at step 0, then all measured during the run.
 
-    "tuned" says no step and may be of an earlier end; the end is in the history as well.
+    The last pair is the end of the run. "tuned" is not used: it has no step and may be older.
     """
     points = dict(series(lines, "holdout_nll"))
     points.update(series(evaluation.get("history") or [], "nll"))
@@ -89,40 +89,42 @@ def _samples(evaluation: Mapping[str, Any]) -> Table:
 
 
 def _plan(folder: Path, lines: Sequence[Mapping[str, Any]]) -> dict[str, Table]:
-    """The candidates of plan.json, and the one that ran beside what it took."""
-    found = plan.read_plan(folder)
-    if found is None:
+    """Tables of the candidates in plan.json and of the one that ran, predicted and measured."""
+    content = plan.read_plan(folder)
+    if content is None:
         return {}
-    candidates = [[one.get(key) for key in PLANNED] for one in found["candidates"]]
+    candidates = [[each.get(key) for key in PLANNED] for each in content["candidates"]]
     known = [number for number, _ in enumerate(PLANNED) if any(row[number] for row in candidates)]
     return {
         "plan": Table(
             [PLANNED[number] for number in known],
             [[row[number] for number in known] for row in candidates],
         ),
-        "plan_and_measured": Table(plan.COMPARED, plan.compare(found, lines)),
+        "plan_and_measured": Table(plan.COMPARED, plan.compare(content, lines)),
     }
 
 
 def figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of all steps so far, by name: medians and peaks; what no step has is left out."""
-    found: dict[str, float] = {}
+    """Medians and peaks over all steps so far, by name; figures that no step has are left out."""
+    result: dict[str, float] = {}
     for name in ("tokens_per_s", "step_s"):
         values = [value for _, value in series(lines, name)]
         if values:
-            found[f"{name}_median"] = statistics.median(values)
+            result[f"{name}_median"] = statistics.median(values)
     for name in PEAKS:
         peak = max((value for _, value in series(lines, name)), default=0)
         if peak:
-            found[f"{name}_max"] = peak
-    return found
+            result[f"{name}_max"] = peak
+    return result
 
 
 def _summary(lines: Sequence[Mapping[str, Any]], held_out_nll: Sequence[float]) -> dict[str, float]:
-    """Nothing before the first step. ``held_out_nll``: by step, the base first."""
-    found = figures(lines)
+    """The figures to compare runs by; none before the first step. ``held_out_nll``: by step, the
+    base first.
+    """
+    result = figures(lines)
     if lines and held_out_nll:
-        found["holdout_nll_base"] = held_out_nll[0]
-        found["holdout_nll_best"] = min(held_out_nll)
-        found["holdout_nll_last"] = held_out_nll[-1]
-    return found
+        result["holdout_nll_base"] = held_out_nll[0]
+        result["holdout_nll_best"] = min(held_out_nll)
+        result["holdout_nll_last"] = held_out_nll[-1]
+    return result

@@ -13,28 +13,28 @@ import yaml
 
 from fttrain.track.background import Background
 from fttrain.track.base import Results, Tracker
-from fttrain.track.metrics import Warn, to_stderr
+from fttrain.util.warn import Warn, warn
 
 FOLDER = "tensorboard"
-FLUSH_S = 30  # how old what TensorBoard shows may be
-FINISH_S = 20.0  # how long the end of a run may wait for the disk
+FLUSH_S = 30  # longest delay of TensorBoard's figures
+FINISH_S = 20.0  # longest wait for the disk at the end of a run
 
 
 def open_tensorboard(
     folder: Path | str,
     resumed_step: int,
     run_config: Mapping[str, Any],
-    warn: Warn = to_stderr,
+    warn: Warn = warn,
     finish_s: float = FINISH_S,
 ) -> Background:
-    """Writes event files from a background thread.
+    """Open a tracker that writes event files from a background thread.
 
     Args:
         folder: the run's folder.
-        resumed_step: steps done before; what was written past it is dropped, for it comes again.
-        run_config: the settings of the run to show, already without secrets.
-        warn: takes the one warning of a failure.
-        finish_s: seconds that the end of the run may wait for the disk.
+        resumed_step: steps done before; events past it are dropped, for these steps run again.
+        run_config: the run's settings to show, without secrets.
+        warn: called with the one warning of a failure.
+        finish_s: longest wait for the disk at the end of the run, in seconds.
     """
     path = Path(folder).resolve() / FOLDER
     return Background(
@@ -43,17 +43,17 @@ def open_tensorboard(
 
 
 class EventFiles(Tracker):
-    """A run in TensorBoard."""
+    """The tracker that writes a run's event files."""
 
     def __init__(self, folder: Path, resumed_step: int, run_config: Mapping[str, Any]) -> None:
-        """Opens a new event file in ``folder``. Raises OSError where it cannot be written."""
+        """Open a new event file in ``folder``. Raises OSError where it cannot be written."""
         from torch.utils.tensorboard import SummaryWriter  # slow, and few runs need it
 
         _hush_writer_thread()
         self._run_config = run_config
         self._writer = SummaryWriter(
             str(folder),
-            # The first step whose earlier events are void; a run from its start has none to keep.
+            # Events from this step on are void; a run from its start voids all.
             purge_step=resumed_step + 1 if resumed_step else 0,
             flush_secs=FLUSH_S,
         )
@@ -62,13 +62,13 @@ class EventFiles(Tracker):
         self._writer.add_text("config", f"```yaml\n{text}```", resumed_step)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """A point of each figure's chart; none where a figure is no number."""
+        """Add a point to each figure's chart; figures that are no number are left out."""
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._writer.add_scalar(name, value, step)
 
     def show(self, step: int, results: Results) -> None:
-        """Tables as text, plots as images; the summary beside the settings, to compare runs by."""
+        """Write tables as text, plots as images, and the summary beside the settings."""
         for name, table in results.tables.items():
             self._writer.add_text(name, table.markdown(), step)
         for name, path in results.plots.items():
@@ -77,11 +77,11 @@ class EventFiles(Tracker):
             self._compare(step, results.summary)
 
     def finish(self, exit_code: int = 0) -> None:
-        """Writes what is left and closes the file."""
+        """Write pending events and close the file."""
         self._writer.close()
 
     def _compare(self, step: int, summary: Mapping[str, float]) -> None:
-        """A line of the HPARAMS page, in this event file: ``add_hparams`` would begin a second."""
+        """Write a line of the HPARAMS page to this event file: ``add_hparams`` opens another."""
         from torch.utils.tensorboard.summary import hparams
 
         figures = {f"summary/{name}": value for name, value in summary.items()}
@@ -92,20 +92,20 @@ class EventFiles(Tracker):
 
 
 def _hush_writer_thread() -> None:
-    """What fails in the thread of tensorboard's writer is raised again by the next call: so that
-    it is told once, in one line.
+    """Silence exceptions in the thread of tensorboard's writer: its next call raises them again,
+    and they are reported once, in one line.
     """
-    usual = threading.excepthook
+    default_hook = threading.excepthook
 
-    def tell(failed: threading.ExceptHookArgs) -> None:
+    def report(failed: threading.ExceptHookArgs) -> None:
         if not type(failed.thread).__module__.startswith("tensorboard."):
-            usual(failed)
+            default_hook(failed)
 
-    threading.excepthook = tell
+    threading.excepthook = report
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Each setting by its dotted name, as a number, true or false, or text."""
+    """Yield each setting by its dotted name, as a bool, a number or text."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{above}{key}.")
@@ -114,7 +114,7 @@ def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
 
 
 def _pixels(path: Path) -> Any:
-    """uint8 (height, width, 3)."""
+    """The image as RGB, uint8 (height, width, 3)."""
     import numpy
     from PIL import Image
 

@@ -1,10 +1,10 @@
-"""Weights & Biases: what of a run it is told, and how it is kept from asking, prying and hanging.
+"""Weights & Biases: the tracker, with its prompts, its collection of private data and its waits
+turned off.
 
-Everything here that touches wandb runs in the thread of a ``Background``.
+All code that calls wandb runs in the thread of a ``Background``.
 
-wandb counts its own steps. The optimizer's go along as ``step``, over which all charts are drawn:
-so a run that goes on from a snapshot may tell steps again that had been told before, online and in
-what is uploaded later.
+wandb counts steps of its own. The optimizer's step is logged as ``step``, the x-axis of all charts:
+so a resumed run may log steps again, online and in later uploads.
 """
 
 import contextlib
@@ -24,21 +24,19 @@ import psutil
 
 from fttrain.track.background import FINISH_S, Background
 from fttrain.track.base import Results, TrackConfig, Tracker
-from fttrain.track.metrics import Warn, to_stderr
 from fttrain.util.errors import first_line
 from fttrain.util.redact import redact
+from fttrain.util.warn import Warn, warn
 
 ID_FILE = "wandb_run_id"
-INIT_S = 30.0  # how long a server may take to answer before logging goes offline
-UPLOAD_SHARE = 0.8  # of the time that the end may take: then wandb gives up, and says what is left
-OFFLINE = "offline-"  # how the name of a folder begins whose run wandb has not uploaded
-SERVICE = "wandb-core"  # wandb's process beside ours, which it waits for when ours ends
+INIT_S = 30.0  # longest wait for the server's answer before logging goes offline
+UPLOAD_SHARE = 0.8  # of the longest wait at the end: after it wandb gives up and lists the rest
+OFFLINE = "offline-"  # prefix of the folders of runs that wandb has not uploaded
+SERVICE = "wandb-core"  # wandb's process; it is awaited when this process ends
 
 
 def has_login() -> bool:
-    """Whether wandb could log in without asking: an API key in the environment or in the netrc
-    file.
-    """
+    """Whether wandb has a login: an API key in the environment or in the netrc file."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
@@ -50,17 +48,17 @@ def has_login() -> bool:
 
 
 def choose_mode(mode: str) -> str:
-    """``track.mode`` -> wandb's mode; never online without a login, for that would ask on the
-    terminal.
+    """The mode of wandb for ``track.mode``: never online without a login, for then wandb would
+    prompt on the terminal.
     """
-    wanted = os.environ.get("WANDB_MODE") or "online" if mode == "auto" else mode
-    if wanted == "disabled":
-        return wanted
-    return wanted if wanted not in ("offline", "dryrun") and has_login() else "offline"
+    asked = os.environ.get("WANDB_MODE") or "online" if mode == "auto" else mode
+    if asked == "disabled":
+        return asked
+    return asked if asked not in ("offline", "dryrun") and has_login() else "offline"
 
 
 def run_id(folder: Path) -> str:
-    """The id of this folder's run: made once, the same after every resume."""
+    """The id of the folder's run. It is created once and stays the same after each resume."""
     path = folder / ID_FILE
     if not path.exists() or not path.read_text().strip():
         path.write_text(f"{uuid.uuid4().hex[:12]}\n")
@@ -71,19 +69,19 @@ def open_wandb(
     config: TrackConfig,
     folder: Path | str,
     run_config: Mapping[str, Any],
-    warn: Warn = to_stderr,
+    warn: Warn = warn,
     tell: Callable[[str], None] = print,
     finish_s: float = FINISH_S,
 ) -> Background:
-    """Logs to wandb from a background thread.
+    """Open a tracker that logs to wandb from a background thread.
 
     Args:
-        config: what the run is called there, and the mode.
-        folder: the run's folder; wandb's own files and the id of the run go there.
-        run_config: the settings of the run to show, already without secrets.
-        warn: takes the one warning of a failure.
-        tell: takes the run's address, or how to upload what was logged offline.
-        finish_s: seconds that the end of the run may wait for wandb.
+        config: the run's names there, and the mode.
+        folder: the run's folder; wandb's files and the id of the run lie there.
+        run_config: the run's settings to show, without secrets.
+        warn: called with the one warning of a failure.
+        tell: called with the run's address, or with the command that uploads an offline run.
+        finish_s: longest wait for wandb at the end of the run, in seconds.
     """
     folder = Path(folder).resolve()
     mode = choose_mode(config.mode)
@@ -103,8 +101,8 @@ def open_wandb(
 
 
 def end_service() -> None:
-    """Ends wandb's process, which a hanging server or disk may hold, and takes back that ours waits
-    for it when it ends.
+    """End wandb's process, which may hang with its server or disk, and cancel this process's wait
+    for it at exit.
     """
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
@@ -113,37 +111,39 @@ def end_service() -> None:
                 child.wait(1.0)
     module = sys.modules.get("wandb")
     if module is not None:
-        farewell = threading.Thread(target=_tear_down, args=(module,), daemon=True)
-        farewell.start()
-        farewell.join(1.0)
+        teardown = threading.Thread(target=_tear_down, args=(module,), daemon=True)
+        teardown.start()
+        teardown.join(1.0)
 
 
 def _tear_down(module: Any) -> None:
-    with contextlib.suppress(BaseException):  # the process that it says good-bye to is gone
+    with contextlib.suppress(BaseException):  # wandb's process is gone
         module.teardown()
 
 
 class Upload:
-    """How a user uploads what the server may lack; told once."""
+    """The hint for the user: the command that uploads data the server may lack. Printed once."""
 
     def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
-        """``folder``: the run's."""
-        self.folder, self.tell, self._told = folder, tell, False
+        """``folder``: the run's folder; ``tell``: called with the hint."""
+        self.folder, self.tell, self._is_shown = folder, tell, False
 
     def tell_how(self, why: str, earlier_only: bool = False) -> None:
-        """Nothing where there is nothing to upload; ``earlier_only``: this start has been."""
-        parts = [] if self._told else self._parts()
+        """Show the hint after ``why``, if there is data to upload; ``earlier_only``: this start's
+        data is uploaded.
+        """
+        parts = [] if self._is_shown else self._parts()
         if parts := parts[:-1] if earlier_only else parts:
-            self._told = True
+            self._is_shown = True
             command = shlex.join(["wandb", "sync", *map(str, parts)])
             self.tell(f"{why}; this uploads it:\n  {command}")
 
     def _parts(self) -> list[Path]:
-        """wandb's folders of this start and of earlier ones that were offline and have not been
-        uploaded since, by start: wandb makes one run of them, in this order.
+        """wandb's folders of this start and of earlier offline starts that were not uploaded, in
+        the order of their starts: in this order wandb makes one run of them.
         """
-        found = self.folder.glob(f"wandb/*run-*/run-{run_id(self.folder)}.wandb")
-        logs = sorted(found, key=_started)
+        candidates = self.folder.glob(f"wandb/*run-*/run-{run_id(self.folder)}.wandb")
+        logs = sorted(candidates, key=_started)
         if not logs:
             return []
         *earlier, last = logs
@@ -156,13 +156,15 @@ class Upload:
 
 
 def _started(log: Path) -> tuple[str, bool]:
-    """Orders logs by their start. One that falls offline begins anew, maybe in the same second."""
+    """The sort key of a log: its start, then offline last. A log that falls offline starts anew,
+    maybe in the same second.
+    """
     name = log.parent.name
     return name.removeprefix(OFFLINE), name.startswith(OFFLINE)
 
 
 class WandbRun(Tracker):
-    """A run in wandb. Every call may take long, hang or raise anything."""
+    """The tracker of a run in wandb. Every call may take long, hang or raise any exception."""
 
     def __init__(
         self,
@@ -174,7 +176,7 @@ class WandbRun(Tracker):
         upload: Upload,
         finish_s: float,
     ) -> None:
-        """Starts the run; offline when the server does not answer, for then nothing is lost."""
+        """Start the run; offline when the server does not answer, so that no data is lost."""
         self._config, self._folder, self._run_config = config, folder, dict(run_config)
         self._mode, self._upload, self._finish_s = mode, upload, finish_s
         self._wandb = wandb = importlib.import_module("wandb")
@@ -187,7 +189,7 @@ class WandbRun(Tracker):
                 "wandb cannot reach its server and logs offline "
                 f"({type(error).__name__}: {first_line(error)})"
             )
-            wandb.teardown()  # else the id counts as being in use
+            wandb.teardown()  # otherwise the id is still in use
             self._mode = "offline"
             self._run = self._init()
         self._run.define_metric("step", hidden=True)
@@ -199,10 +201,10 @@ class WandbRun(Tracker):
         wandb, config = self._wandb, self._config
         upload_s = UPLOAD_SHARE * self._finish_s
         settings = wandb.Settings(
-            silent=True,  # its lines would tear the progress bar
-            console="off",  # it must not capture our output, where a path might be private
-            disable_git=True,  # a remote's address may hold a token
-            x_disable_meta=True,  # the command line and the user's name are nobody's business
+            silent=True,  # wandb's lines would tear the progress bar
+            console="off",  # no capture of the output: paths in it may be private
+            disable_git=True,  # a remote's address may contain a token
+            x_disable_meta=True,  # the command line and the user's name are private
             disable_code=True,
             save_code=False,
             init_timeout=min(INIT_S, upload_s / 2),
@@ -228,11 +230,11 @@ class WandbRun(Tracker):
         )
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """One row of the run's history."""
+        """Log one row of the run's history."""
         self._run.log({"step": step, **values})
 
     def show(self, step: int, results: Results) -> None:
-        """Tables and plots as such, the summary as columns of the run."""
+        """Log tables and plots as such, the summary as columns of the run."""
         wandb = self._wandb
         shown: dict[str, Any] = {
             name: wandb.Table(
@@ -248,7 +250,7 @@ class WandbRun(Tracker):
         self._run.summary.update(dict(results.summary))
 
     def finish(self, exit_code: int = 0) -> None:
-        """Ends the run as finished or, with an exit code other than 0, failed."""
+        """End the run as finished or, with an exit code other than 0, failed."""
         try:
             self._run.finish(exit_code=exit_code)
         except TimeoutError:

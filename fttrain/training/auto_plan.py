@@ -22,10 +22,9 @@ from fttrain.strategy.config import StrategyConfig
 from fttrain.strategy.zero_config import DEEPSPEED
 from fttrain.track import Table, counting, read_metrics
 from fttrain.track import plan as track_plan
-from fttrain.track.metrics import to_stderr
-from fttrain.training.session import strategy_spec
 from fttrain.util import atomic_files, schema
 from fttrain.util.errors import UserError
+from fttrain.util.warn import warn
 
 Plan = dict[str, Any]  # content of plan.json
 
@@ -46,8 +45,7 @@ def resolve_auto(config: RunConfig) -> tuple[RunConfig, Plan | None]:
         return config, _plan_of_given(config, ranks) if rank == 0 else None
     asked = " ".join(f"{name}=auto" for name in config.left_open)
     try:
-        warn = to_stderr if rank == 0 else lambda text: None
-        rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks, warn)
+        rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks)
     except UserError as error:
         raise UserError(f"{asked} needs a rig's profile: {error}") from None
     if len(rig.cards) != ranks:
@@ -132,13 +130,12 @@ def _plan_of_given(config: RunConfig, ranks: int) -> Plan | None:
             return None
         chosen = _choose(config, _request(config, rig))
     except UserError as error:
-        print(f"warning: the run is not planned: {error}", flush=True)
+        warn(f"the run is not planned: {error}")
         return None
     if chosen.problem:
-        print(
-            f"warning: by its plan this run does not fit {rig.name}: {chosen.problem}; "
-            "`fttrain plan` with the same settings says what does",
-            flush=True,
+        warn(
+            f"by its plan this run does not fit {rig.name}: {chosen.problem}; "
+            "`fttrain plan` with the same settings says what does"
         )
     return chosen.plan
 
@@ -153,7 +150,7 @@ def _request(config: RunConfig, rig: RigProfile) -> PlanRequest:
     check_length(config.data.seq_len, model)
     return PlanRequest(
         config.model.name,
-        strategy_spec(config),
+        config.strategy_spec(),
         Architecture(model),
         rig,
         config.left_open,

@@ -27,6 +27,7 @@ from fttrain.training.monitor import memory_uses, show_fullest
 from fttrain.training.session import TrainSession, build_session
 from fttrain.training.train import take_step
 from fttrain.util.units import duration, gib
+from fttrain.util.warn import warn
 
 LONG_RUN_S, LONG_EPOCH_S = 12 * 3600.0, 6 * 3600.0  # longer ones get a warning
 WAITING = 0.2  # share of the time spent waiting, from which on another strategy is advised
@@ -80,7 +81,7 @@ def estimate(trial: DryRunResult, epoch_tokens: int, epochs: float) -> TimeEstim
 
 
 def warnings(times: TimeEstimate, helps: Sequence[str], rents: Sequence[str] = ()) -> list[str]:
-    """The warnings about a run that takes long, with advice (``helps``) and the costs of renting
+    """The warning about a run that takes long, with advice (``helps``), and the costs of renting
     (``rents``); none where nothing takes long.
     """
     too_long = [
@@ -93,7 +94,7 @@ def warnings(times: TimeEstimate, helps: Sequence[str], rents: Sequence[str] = (
     ]
     if not too_long:
         return []
-    return [f"warning: {'; '.join(too_long)}; what helps: {'; '.join(helps)}", *rents]
+    return [f"{'; '.join(too_long)}; what helps: {'; '.join(helps)}", *rents]
 
 
 def rents(cards: Sequence[str], hours: float) -> list[str]:
@@ -203,15 +204,16 @@ def _report(session: TrainSession, trial: DryRunResult) -> None:
     rows = trial.examples / max(1, len(dataset.train.document_tokens)) * len(dataset.train)
     if rows < session.loader.rows_per_step <= len(dataset.train):
         two_steps = 2 * session.loader.rows_per_step * trial.examples / rows
-        session.say(
-            f"warning: {trial.examples} examples do not fill one step of "
+        warn(
+            f"{trial.examples} examples do not fill one step of "
             f"{session.loader.rows_per_step} rows, so the rates are rough; "
             f"dry_run={-(-int(two_steps) // 10) * 10} fills two"
         )
     hours = times.run_s / 3600
-    for line in warnings(
-        times, advice(session.config, trial.waiting), rents(_cards(session), hours)
-    ):
+    lines = warnings(times, advice(session.config, trial.waiting), rents(_cards(session), hours))
+    if lines:
+        warn(lines[0])
+    for line in lines[1:]:
         session.say(line)
     session.say("nothing was saved; data and frozen base stay in their caches")
 

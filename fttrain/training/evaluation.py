@@ -14,6 +14,7 @@ from fttrain.strategy.protocol import OutOfMemory, Strategy
 from fttrain.track.report import verdict
 from fttrain.util.atomic_files import write_text
 from fttrain.util.units import duration
+from fttrain.util.warn import Warn, warn
 
 FILE = "evaluation.json"
 ANSWER_TOKENS = 64  # at most in a sample answer
@@ -90,12 +91,12 @@ class HoldOut:
     micro_batch_size: int  # rows; smaller once memory has run out
     halve: bool  # whether it may become smaller
 
-    def loss(self, strategy: Strategy, say: Callable[[str], None]) -> dict[str, Any]:
+    def loss(self, strategy: Strategy, warn: Warn = warn) -> dict[str, Any]:
         """Measure the metrics on all rows: {"nll": nats per target token, "tokens": targets}, and
         the mean of any other metric under its name. Every rank calls it and gets the same.
 
         Where memory runs out the rows are measured again with smaller micro-batches, after a line
-        to ``say``. Raises OutOfMemory where micro-batches cannot be smaller.
+        to ``warn``. Raises OutOfMemory where micro-batches cannot be smaller.
         """
         while True:
             size = self.micro_batch_size
@@ -105,8 +106,8 @@ class HoldOut:
                 )
             except OutOfMemory as error:
                 self.micro_batch_size = size // error.pieces(size, self.halve)
-                say(
-                    f"warning: held-out rows: {error.what}; they are measured again with "
+                warn(
+                    f"held-out rows: {error.what}; they are measured again with "
                     f"micro-batches of {self.micro_batch_size} row(s)"
                 )
                 continue

@@ -14,7 +14,7 @@ from fttrain.training.session import TrainSession
 def measure_base(session: TrainSession) -> None:
     """Measure the base: the adapter must still be without effect."""
     evaluation, samples = session.evaluation, _samples(session)
-    evaluation.base = session.holdout.loss(session.strategy, session.say)
+    evaluation.base = session.holdout.loss(session.strategy)
     answers = answer(session.strategy, samples, session.inputs.tokenizer, session.say)
     evaluation.samples = [
         SampleAnswer(sample.prompt, sample.reference, before)
@@ -40,7 +40,7 @@ def measure_base_once(session: TrainSession) -> None:
 def measure_tuned(session: TrainSession) -> None:
     """Measure the model as it is now, and add its answers to those of ``measure_base``."""
     evaluation = session.evaluation
-    evaluation.tuned = session.holdout.loss(session.strategy, session.say)
+    evaluation.tuned = session.holdout.loss(session.strategy)
     answers = answer(session.strategy, _samples(session), session.inputs.tokenizer, session.say)
     for sample, after in zip(evaluation.samples, answers, strict=False):
         sample.after = after

@@ -20,7 +20,6 @@ from fttrain.rig.device_setup import set_up_rank
 from fttrain.rig.measure import DiskPaths, MeasuredShapes
 from fttrain.rig.measure import measure as measure_ranks
 from fttrain.rig.profile import RigProfile, profile_path
-from fttrain.training.session import strategy_spec
 from fttrain.util.cache_dir import cache_root
 from fttrain.util.errors import UserError
 from fttrain.util.units import round_up
@@ -62,7 +61,7 @@ def measure_rig(config: RunConfig) -> RigMeasurement:
         profile = measure_ranks(shapes, disk, group, device, rig.backend, rig.link_s, link_rank)
         with _settings_file(config) as file:
             trial = python("fttrain.training.trial_rank", str(file))
-            profile = calibrate(profile, strategy_spec(config), architecture, group, trial)
+            profile = calibrate(profile, config.strategy_spec(), architecture, group, trial)
         path = profile_path(group.world_size, config.frozen.cache_dir)
         if group.is_main:
             for target in (path, Path(config.output) / "profile.json"):

@@ -19,6 +19,7 @@ from fttrain.training.auto_plan import link_table
 from fttrain.training.session import TrainSession
 from fttrain.training.step_metrics import step_metrics
 from fttrain.util.atomic_files import write_json
+from fttrain.util.warn import warn
 
 
 class Monitor:
@@ -57,7 +58,7 @@ class Monitor:
         self._trackers.log_memory(session.step, sample_memory(session), cards)
         slow_link = self._links.look(session.group, stats.traffic)
         for line in [*self._cards.look(cards), *([slow_link] if slow_link else [])]:
-            session.say(f"warning: step {session.step}: {line}")
+            warn(f"step {session.step}: {line}")
 
 
 @contextmanager

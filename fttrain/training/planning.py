@@ -15,7 +15,6 @@ from fttrain.plan.rigs import find_rig
 from fttrain.plan.table import as_json
 from fttrain.rig.profile import RigProfile
 from fttrain.strategy.zero_config import DEEPSPEED
-from fttrain.training.session import strategy_spec
 from fttrain.util.errors import UserError
 
 
@@ -59,7 +58,7 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None]) -> RunPlan
     rig = find_rig(config.rig.profile, config.frozen.cache_dir, ranks_wanted(config.launch))
     model = planned_config(config.model)
     check_length(config.data.seq_len, model)
-    spec, architecture, loop = strategy_spec(config), Architecture(model), config.loop
+    spec, architecture, loop = config.strategy_spec(), Architecture(model), config.loop
     rows_per_step = loop.micro_batch_size * loop.gradient_accumulation_steps * len(rig.cards)
     rows = training_rows(config.model, config.data)
     count = documents = None

@@ -11,16 +11,14 @@ from fttrain.data.loader import Loader, PackedRows
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.model import liger
 from fttrain.model.attention_op import kernel_name
-from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.builder import build_strategy, silent
-from fttrain.strategy.config import AUTO, StrategyConfig
 from fttrain.strategy.protocol import OutOfMemory, Strategy
-from fttrain.strategy.spec import StepSize, StrategySpec
 from fttrain.strategy.zero_config import DEEPSPEED
 from fttrain.track import counting
 from fttrain.training.evaluation import Evaluation, HoldOut
 from fttrain.training.inputs import RunInputs
 from fttrain.training.spike_guard import SpikeGuard
+from fttrain.util.warn import warn
 
 
 @dataclass
@@ -50,29 +48,6 @@ class TrainSession:
             print(text, flush=True)
 
 
-def strategy_spec(config: RunConfig) -> StrategySpec:
-    """The settings that a strategy is built from. A strategy that is left open (``auto``) reads as
-    ``replicate``.
-    """
-    loop, strategy, schedule = config.loop, config.strategy, config.schedule
-    if strategy.name == AUTO:
-        strategy, schedule = StrategyConfig(), ScheduleConfig()
-    return StrategySpec(
-        strategy,
-        config.quant,
-        config.lora,
-        config.optim,
-        schedule,
-        config.placement,
-        config.frozen,
-        StepSize(loop.micro_batch_size, config.data.seq_len, loop.gradient_accumulation_steps),
-        config.model.dtype,
-        loop.seed,
-        loop.z_loss,
-        config.kernels,
-    )
-
-
 def build_session(
     config: RunConfig, group: RankGroup, inputs: RunInputs, rows: PackedRows | None = None
 ) -> TrainSession:
@@ -85,7 +60,7 @@ def build_session(
     assert not config.left_open
     _check_nodes_agree(config, group, inputs.dataset)
     show = counting if group.intra_node.is_main else silent
-    strategy, cache = build_strategy(strategy_spec(config), inputs.source, group, show)
+    strategy, cache = build_strategy(config.strategy_spec(), inputs.source, group, show)
     loop = config.loop
     replica, replicas = strategy.data_parallel
     loader = Loader(
@@ -163,8 +138,8 @@ def halve(session: TrainSession, error: OutOfMemory) -> None:
     Raises ``error`` where a micro-batch has one row, or where the settings forbid it.
     """
     divide(session, error.pieces(session.loader.micro_batch_size, session.config.loop.halve_on_oom))
-    session.say(
-        f"warning: step {session.step + 1}: {error.what}; it is taken again, and the run goes on, "
+    warn(
+        f"step {session.step + 1}: {error.what}; it is taken again, and the run goes on, "
         f"with {split(session)} (put them into the configuration to start with them)"
     )
 

@@ -29,11 +29,12 @@ from fttrain.training.held_out import (
     measure_tuned,
     write_evaluation,
 )
-from fttrain.training.inputs import prepare_inputs
+from fttrain.training.inputs import prepare_inputs, rows_per_step
 from fttrain.training.monitor import Monitor, results_of, session_trackers
 from fttrain.training.session import TrainSession, build_session, describe, halve
 from fttrain.training.stop_signals import StopSignals
 from fttrain.util.errors import UserError
+from fttrain.util.warn import warn
 
 SPIKE_EXIT_CODE = 3
 
@@ -62,7 +63,7 @@ def train(config: RunConfig) -> TrainResult:
     require_ranks(config.launch)
     device = set_up_rank(config.rig, config.strategy.name == DEEPSPEED)
     config, plan = resolve_auto(config)
-    inputs = prepare_inputs(config)
+    inputs = prepare_inputs(config, rows_per_step(config))
     plan = with_target_share(config, plan, inputs.dataset.train.target_share)
     lock, ranks = lock_for_training(config), process_group(device, config.rig.backend)
     # Ranks that still wait for each other have nothing to save: a signal ends them at once.
@@ -112,7 +113,7 @@ def _take_steps(session: TrainSession, trackers: Trackers, signals: StopSignals)
         session.step += 1
         monitor.after_step(stats, lr, step_s)
         if eval_every and session.step % eval_every == 0 and session.step < total_steps:
-            figures = session.holdout.loss(session.strategy, session.say)
+            figures = session.holdout.loss(session.strategy)
             add_to_history(session, figures)
             trackers.log(session.step, {"holdout_nll": figures["nll"]})
             write_evaluation(session)
@@ -149,7 +150,7 @@ def _accept(session: TrainSession, loss: float, grad_norm: float) -> bool:
     if verdict.action == "stop":
         raise UserError(f"step {session.step + 1}: {verdict.message}", SPIKE_EXIT_CODE)
     if verdict.message:
-        session.say(f"warning: step {session.step + 1}: {verdict.message}")
+        warn(f"step {session.step + 1}: {verdict.message}")
     return verdict.action == "ok"
 
 

@@ -16,7 +16,6 @@ from fttrain.plan.architectures import planned_config
 from fttrain.plan.trial import run_trial
 from fttrain.rig.device_setup import set_up_rank
 from fttrain.strategy.zero_config import DEEPSPEED
-from fttrain.training.session import strategy_spec
 from fttrain.util.errors import UserError
 
 
@@ -26,7 +25,7 @@ def main(settings: str, answer: str) -> int:
     try:
         config = checked(yaml.safe_load(Path(settings).read_text()))
         device = set_up_rank(config.rig, config.strategy.name == DEEPSPEED)
-        trial = run_trial(strategy_spec(config), planned_config(config.model), device)
+        trial = run_trial(config.strategy_spec(), planned_config(config.model), device)
     except UserError as error:
         print(f"fttrain: error: {error}", file=sys.stderr)
         return error.exit_code

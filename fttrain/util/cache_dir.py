@@ -1,6 +1,5 @@
 """Cache folders: built once by the first process that needs them, verified before each use."""
 
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -9,9 +8,9 @@ from pathlib import Path
 from fttrain.util.errors import UserError
 from fttrain.util.locks import locked
 from fttrain.util.manifest import fault, seal_folder
+from fttrain.util.warn import warn_of_rank
 
 FORM = {"format": "fttrain-cache", "version": 1}
-_log = logging.getLogger(__name__)
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -50,7 +49,7 @@ def load_or_build(
             if problem is None:
                 return folder
             if folder.exists():
-                _log.warning("%s: %s; it is made again", folder, problem)
+                warn_of_rank(f"{folder}: {problem}; it is made again")
                 shutil.rmtree(folder)
             building = folder.with_name(f"{key}.building")
             shutil.rmtree(building, ignore_errors=True)  # of a build that died

@@ -1,7 +1,7 @@
 """Memory that is page-locked, or cannot be."""
 
 import resource
-import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ from fttrain.doctor.finding import OK, WARNING
 
 
 def test_memory_that_cannot_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: object, speak: bool) -> None:
-        warnings.warn("a buffer: 1.00 GiB could not be page-locked", stacklevel=1)
+    def refused(*_: object, speak: bool, warn: Callable[[str], None]) -> None:
+        warn("a buffer: 1.00 GiB could not be page-locked")
 
-    monkeypatch.setattr(locked.Memory, "page_lock", refused)
+    monkeypatch.setattr(locked.HostBuffer, "page_lock", refused)
     found = locked.locked_memory(torch.device("cuda", 0))
     assert found.verdict == WARNING
     assert "could not be page-locked" in found.figure

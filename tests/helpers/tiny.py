@@ -248,7 +248,7 @@ def gradients(decoder: Decoder) -> dict[str, Tensor]:
     for layer in decoder.layers:
         flat = layer.adapters.flat
         assert flat.grad is not None
-        if layer.adapters.layout.portion.world_size > 1:  # a part does not end where a tensor does
+        if layer.adapters.layout.shard.world_size > 1:  # a part does not end where a tensor does
             found[str(layer.index)] = flat.grad.clone()
             continue
         found |= {name: own.clone() for name, own in layer.adapters.named(flat.grad)}

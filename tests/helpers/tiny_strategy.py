@@ -200,7 +200,7 @@ def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def adapters(strategy: Any) -> dict[str, Tensor]:
     """A copy of the masters of the layers that this rank has, or with optim.shard of its parts."""
     layers = strategy.decoder.layers
-    if layers[0].adapters.layout.portion.world_size > 1:
+    if layers[0].adapters.layout.shard.world_size > 1:
         strategy.optimizer_state()  # which waits for the update
         return {str(layer.index): layer.adapters.flat.detach().clone() for layer in layers}
     return copied(dict(tiny.named_masters(strategy.decoder)))

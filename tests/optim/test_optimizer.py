@@ -34,8 +34,8 @@ def config(kind: str, **settings: Any) -> OptimConfig:
 Part = tuple[nn.Parameter, list[Section]]
 
 
-def layout(sizes: tuple[int, int], portion: Shard | None = None) -> FlatLayout:
-    return FlatLayout({"a": (sizes[0],), "b": (sizes[1],)}, portion)
+def layout(sizes: tuple[int, int], shard: Shard | None = None) -> FlatLayout:
+    return FlatLayout({"a": (sizes[0],), "b": (sizes[1],)}, shard)
 
 
 def spread(values: list[Tensor], made: FlatLayout) -> Tensor:
@@ -52,23 +52,23 @@ def random(seed: int) -> list[list[Tensor]]:
     return [[torch.randn(n, generator=generator) for n in sizes] for sizes in SIZES]
 
 
-def parts(device: str = "cpu", portion: Shard | None = None) -> list[Part]:
+def parts(device: str = "cpu", shard: Shard | None = None) -> list[Part]:
     """What a rank has of each layer."""
     made = []
     for values, sizes in zip(random(0), SIZES, strict=True):
-        plan = layout(sizes, portion)
-        own = plan.portion.of(spread(values, plan)).clone()
-        made.append((nn.Parameter(own.to(device)), plan.own_sections()))
+        plan = layout(sizes, shard)
+        own = plan.shard.view(spread(values, plan)).clone()
+        made.append((nn.Parameter(own.to(device)), plan.local_sections()))
     return made
 
 
 def apply(
-    optimizer: Optimizer, layers: list[Part], steps: range, portion: Shard | None = None
+    optimizer: Optimizer, layers: list[Part], steps: range, shard: Shard | None = None
 ) -> None:
     for step in steps:
         for place, ((flat, _), values) in enumerate(zip(layers, random(100 + step), strict=True)):
-            plan = layout(SIZES[place], portion)
-            flat.grad = plan.portion.of(spread(values, plan)).to(flat.device)
+            plan = layout(SIZES[place], shard)
+            flat.grad = plan.shard.view(spread(values, plan)).to(flat.device)
             optimizer.step(place, 1e-2 / (step + 1))
 
 
@@ -111,10 +111,10 @@ def test_parts_are_updated_as_the_whole(kind: str, world_size: int) -> None:
     apply(one, whole, range(3))
     found: dict[str, list[Tensor]] = {}
     ranks = [Shard(rank, world_size) for rank in range(world_size)]
-    for portion in ranks:
-        own = parts(portion=portion)
+    for shard in ranks:
+        own = parts(shard=shard)
         optimizer = Optimizer(own, config(kind, loraplus_lr_ratio=RATIO), first_layer=3)
-        apply(optimizer, own, range(3), portion)
+        apply(optimizer, own, range(3), shard)
         for name, value in optimizer.state().items():
             found.setdefault(name, []).append(value)
     state = one.state()
@@ -122,16 +122,16 @@ def test_parts_are_updated_as_the_whole(kind: str, world_size: int) -> None:
     for name, pieces in found.items():
         assert torch.equal(torch.cat(pieces) if pieces[0].dim() else pieces[0], state[name])
     apply(one, whole, range(3, 5))
-    for portion in ranks:
-        own = parts(portion=portion)
+    for shard in ranks:
+        own = parts(shard=shard)
         other = Optimizer(own, config(kind, loraplus_lr_ratio=RATIO), first_layer=3)
-        apply(other, own, range(3), portion)
+        apply(other, own, range(3), shard)
         again = Optimizer(own, config(kind, loraplus_lr_ratio=RATIO), first_layer=3)
         again.restore({name: value.clone() for name, value in state_after(kind, 3).items()})
-        apply(again, own, range(3, 5), portion)
+        apply(again, own, range(3, 5), shard)
         for (mine, _), (flat, _), sizes in zip(own, whole, SIZES, strict=True):
-            longer = torch.nn.functional.pad(flat.detach(), (0, layout(sizes, portion).values))
-            expected = portion.of(longer[: layout(sizes, portion).values])
+            longer = torch.nn.functional.pad(flat.detach(), (0, layout(sizes, shard).values))
+            expected = shard.view(longer[: layout(sizes, shard).values])
             assert torch.equal(mine.detach(), expected)
 
 
@@ -184,7 +184,7 @@ def test_moments_take_what_is_booked(kind: str) -> None:
     values = 256 * 40
     layer = nn.Parameter(torch.zeros(values))
     layer.grad = torch.ones(values)
-    sections = layout((values // 2, values // 2)).own_sections()
+    sections = layout((values // 2, values // 2)).local_sections()
     optimizer = Optimizer([(layer, sections)], config(kind))
     optimizer.step(0, 1e-2)
     kept = sum(value.nbytes for name, value in optimizer.state().items() if "step" not in name)
@@ -197,7 +197,7 @@ def test_state_of_other_parameters_is_refused() -> None:
     apply(optimizer, theirs, range(1))
     state = optimizer.state()
     plan = layout((10, 20))
-    fewer = [(nn.Parameter(torch.zeros(plan.values)), plan.own_sections()) for _ in SIZES]
+    fewer = [(nn.Parameter(torch.zeros(plan.values)), plan.local_sections()) for _ in SIZES]
     with pytest.raises(
         UserError, match=r"0\.a has 5120 values of exp_avg.* 256;.*other lora settings"
     ):

@@ -197,7 +197,7 @@ def test_an_evaluation_is_made_again_as_well() -> None:
             assert found["size"] == 2
             ran_out = f"rank {case.ranks[0]} ran out of memory on cpu"
             (said,) = found["said"]
-            assert said.startswith(f"warning: held-out rows: {ran_out}")
+            assert said.startswith(f"held-out rows: {ran_out}")
             assert said.endswith("with micro-batches of 2 row(s)")
             assert found["refused"].startswith(ran_out)
             assert found["updated"]

@@ -23,7 +23,7 @@ GROUPS = Architecture(tiny.model().config).groups
 def adapters(on_host: bool) -> list[LayerAdapters]:
     lora, made = LoraConfig(r=4, lora_alpha=10), []
     for index in range(LAYERS):
-        size = LayerAdapters(index, GROUPS, lora, tiny.CPU, torch.bfloat16).layout.own_values
+        size = LayerAdapters(index, GROUPS, lora, tiny.CPU, torch.bfloat16).layout.shard_values
         place = OnHost(torch.zeros(size), torch.zeros(size, dtype=torch.bfloat16))
         made.append(
             LayerAdapters(index, GROUPS, lora, tiny.CPU, torch.bfloat16, place if on_host else None)
@@ -33,7 +33,7 @@ def adapters(on_host: bool) -> list[LayerAdapters]:
 
 
 def optimizer_of(layers: list[LayerAdapters]) -> Optimizer:
-    return Optimizer([(layer.flat, layer.layout.own_sections()) for layer in layers], CONFIG)
+    return Optimizer([(layer.flat, layer.layout.local_sections()) for layer in layers], CONFIG)
 
 
 def give_gradients(layers: list[LayerAdapters], step: int) -> None:

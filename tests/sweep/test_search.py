@@ -29,7 +29,7 @@ def test_every_search_composes_and_so_do_its_trials(name: str) -> None:
     check.check_axes(request.axes, multirun.takes_intervals(config))
     trials = check.samples(request.axes)
     assert len(check.check_trials([], trials, SweepConfig())) == len(trials) > 1
-    assert multirun.trials_wanted(config, len(trials)) > 1
+    assert multirun.trial_count(config, len(trials)) > 1
     if "n_trials" in config.hydra.sweeper:
         assert config.hydra.sweeper.sampler.seed is not None
     text = (conf_folder() / "sweep" / f"{name}.yaml").read_text(encoding="utf-8")

@@ -15,7 +15,6 @@ from tiny_run import Fault, adapter, arguments, exit_codes, losses, two_ranks
 from fttrain.cli import main
 from fttrain.config.run_config import compose
 from fttrain.training.auto_plan import link_table, resolve_auto
-from fttrain.training.session import strategy_spec
 
 ONE_ROW = ("loop.micro_batch_size=1", "loop.gradient_accumulation_steps=1")
 
@@ -116,7 +115,7 @@ def test_a_run_that_does_not_fit_by_its_plan_is_warned_and_goes_on(
     rig = tiny_cpu_rig.saved(tmp_path, tiny_cpu_rig.rig(memory_bytes=10_000))
     output = tmp_path / "run"
     assert main(arguments(folder, output, rig, "loop.max_steps=1", "data.holdout=0")) == 0
-    assert "warning: by its plan this run does not fit made up: " in capsys.readouterr().out
+    assert "warning: by its plan this run does not fit made up: " in capsys.readouterr().err
     (ours,) = plan_of(output)["candidates"]
     assert not ours["fits"]
     assert ours["measured"]["step_s"] > 0
@@ -133,16 +132,17 @@ def test_without_a_profile_that_says_something_there_is_no_plan(
     (tmp_path / "rig.json").write_text("{}")
     config = compose(arguments(folder, tmp_path / "run", own)[1:])
     assert resolve_auto(config) == (config, None)
-    assert "warning: the run is not planned: " in capsys.readouterr().out
+    assert "warning: the run is not planned: " in capsys.readouterr().err
 
 
 def test_a_plan_of_what_is_left_open_starts_from_the_defaults() -> None:
     """So `fttrain plan strategy=auto` plans as `fttrain plan` does."""
     left_open = compose(["strategy=auto", "activations=auto", "layer_inputs=host"])
     assert left_open.left_open == ("strategy", "activations")
-    assert strategy_spec(left_open) == strategy_spec(compose(["layer_inputs=host"]))
-    assert strategy_spec(compose(["strategy=pipeline", "activations=auto"])) == strategy_spec(
-        compose(["strategy=pipeline"])
+    assert left_open.strategy_spec() == compose(["layer_inputs=host"]).strategy_spec()
+    assert (
+        compose(["strategy=pipeline", "activations=auto"]).strategy_spec()
+        == compose(["strategy=pipeline"]).strategy_spec()
     )
 
 

@@ -75,7 +75,7 @@ def test_more_examples_than_there_are_and_fewer_than_a_step(
     assert main(arguments(folder, tmp_path / "run", "dry_run=1000")) == 0
     assert "54 examples," in capsys.readouterr().out  # of 60, a tenth is held out
     assert main(arguments(folder, tmp_path / "run", "dry_run=1")) == 0
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "warning: 1 examples do not fill one step of 4 rows" in said
     assert re.search(r"dry_run=\d+ fills two", said)
 

@@ -163,7 +163,7 @@ def test_a_card_that_throttles_is_told_once_and_written_down(
     hot = {"throttle_reasons": 64.0, "temperature_c": 97.0}
     monkeypatch.setattr(monitor, "gather_samples", lambda group: [hot])
     assert run(folder, tmp_path / "run", "loop.max_steps=4", "track.memory_every=1") == 0
-    told = re.findall(r"warning: step (\d+): the card of rank 0 (.*)", capsys.readouterr().out)
+    told = re.findall(r"warning: step (\d+): the card of rank 0 (.*)", capsys.readouterr().err)
     assert told == [("1", "throttles (97 °C): it is far too hot")]
     lines = (tmp_path / "run" / "memory.jsonl").read_text().splitlines()
     assert [json.loads(line)["cards"] for line in lines] == [[hot]] * 4
@@ -294,6 +294,23 @@ def test_data_edited_between_save_and_resume_is_refused(
     assert "data fingerprint was" in error_of(capsys)
     data.write_text(text)  # the same lines again, in another place: the same data
     assert run(folder, output, f"data.path={data}", "loop.max_steps=6") == 0
+
+
+def test_data_that_does_not_fill_a_step_is_refused(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over all ranks: two ask for twice the rows. A dry run takes what there is."""
+    assert run(folder, tmp_path / "run", "loop.gradient_accumulation_steps=50") == 2
+    assert "one optimizer step takes 100" in error_of(capsys)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # refused before the ranks meet
+    assert run(folder, tmp_path / "run", "loop.gradient_accumulation_steps=50") == 2
+    assert "one optimizer step takes 200" in error_of(capsys)
+    monkeypatch.delenv("WORLD_SIZE")
+    assert not (tmp_path / "run").exists()
+    assert run(folder, tmp_path / "run", "loop.gradient_accumulation_steps=50", "dry_run=4") == 0
 
 
 def test_a_loss_that_rises_stops_the_run_with_advice(

@@ -34,9 +34,9 @@ def run(folder: Path, output: Path, *more: str) -> int:
 
 @pytest.fixture(scope="module")
 def halved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a run that had memory for micro-batches of one row, and what it printed."""
+    """The folder of a run that had memory for micro-batches of one row, and its stderr."""
     output, said = tmp_path_factory.mktemp("halved") / "run", io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
         short_memory.limit(patch, "backward", SEQ_LEN, layer=1)
         assert run(folder, output) == 0
     return output, said.getvalue()
@@ -118,7 +118,7 @@ def test_evaluate_takes_the_size_that_the_run_had_come_to(
         with pytest.MonkeyPatch.context() as patch:
             short_memory.limit(patch, "loss", SEQ_LEN)
             assert main(["evaluate", f"output={output}", *more]) == 0
-        assert capsys.readouterr().out.count("warning: held-out rows: rank 0 ran out") == told
+        assert capsys.readouterr().err.count("warning: held-out rows: rank 0 ran out") == told
         again = json.loads((output / "evaluation.json").read_text())
         assert (again["base"], again["tuned"]) == (before["base"], before["tuned"])
 
@@ -131,7 +131,7 @@ def test_rows_that_two_does_not_divide_are_still_those_of_the_step(
     with pytest.MonkeyPatch.context() as patch:
         short_memory.limit(patch, "backward", SEQ_LEN, layer=1)
         assert run(folder, tmp_path / "run", *six, "loop.max_steps=1") == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if "taken again" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "taken again" in line]
     for line, size, steps in zip(said, (3, 1), (2, 6), strict=True):
         assert f"loop.micro_batch_size={size} loop.gradient_accumulation_steps={steps} (" in line
     assert sizes(tmp_path / "run") == [1]
@@ -144,7 +144,7 @@ def test_switched_off_it_stops_at_once(
         short_memory.limit(patch, "backward", SEQ_LEN, layer=1)
         assert run(folder, tmp_path / "run", "loop.halve_on_oom=false") == 2
     said = capsys.readouterr()
-    assert "taken again" not in said.out
+    assert "taken again" not in said.err
     assert "rank 0 ran out of memory on cpu" in said.err
     assert "what frees most" in said.err
 

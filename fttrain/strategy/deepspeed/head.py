@@ -17,19 +17,21 @@ from fttrain.model.token_loss import (
     target_log_probabilities,
 )
 from fttrain.objective.objective import Objective
+from fttrain.objective.supervised import Supervised
 
 
 class LossHead(nn.Linear):
     """The head in the place of transformers' ``lm_head``: logits, or the loss of targets."""
 
     def __init__(
-        self, weight: nn.Parameter, logit_scale: float, z_loss: float, objective: Objective
+        self, weight: nn.Parameter, logit_scale: float, z_loss: float, objective: Objective | None
     ) -> None:
         """``weight`` (V, C), which may be the embedding's; the others as of ``Head``."""
         with torch.device("meta"):
             super().__init__(weight.shape[1], weight.shape[0], bias=False)
         self.weight = weight
-        self.logit_scale, self.z_loss, self.objective = logit_scale, z_loss, objective
+        self.logit_scale, self.z_loss = logit_scale, z_loss
+        self.objective = objective or Supervised()
 
     def forward(
         self, hidden: Tensor, targets: Tensor | None = None, target_counts: Sequence[int] = ()

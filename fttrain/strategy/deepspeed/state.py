@@ -92,8 +92,8 @@ def _to_sections(context: BuildContext, moments: dict[str, Tensor]) -> Iterator[
         whole = torch.zeros(layer.layout.values)
         for name, view in layer.named(whole):
             view.copy_(moments[name])
-        for section in layer.layout.own_sections():
-            yield f"{layer.layer}.{section.name}", whole[section.own]
+        for section in layer.layout.local_sections():
+            yield f"{layer.layer}.{section.name}", whole[section.span]
 
 
 def _from_sections(
@@ -105,12 +105,12 @@ def _from_sections(
         return
     for layer in model.layouts(context):
         whole = torch.zeros(layer.layout.values)
-        for section in layer.layout.own_sections():
+        for section in layer.layout.local_sections():
             name = f"{layer.layer}.{section.name}"
             if name not in moments or moments[name].numel() != section.whole:
                 raise UserError(
                     f"resume: the snapshot's optimizer state of {name} is not there or not that of "
                     "this adapter; it belongs to other lora settings or another model"
                 )
-            whole[section.own] = moments[name]
+            whole[section.span] = moments[name]
         yield from layer.named(whole)
