@@ -120,7 +120,7 @@ class Head:
         return metric_sums(_HeadChunks(self, hidden, targets, trained, None), hidden.device)
 
     def buffers(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Scratch of a chunk: logits (R, V), probabilities fp32 (R, V); R is ``rows`` rounded up.
+        """A chunk's scratch: logits (R, V) and fp32 probabilities (R, V), R ``rows`` rounded up.
         Their values are undefined.
         """
         rows = round_up(rows, ROW_MULTIPLE)
