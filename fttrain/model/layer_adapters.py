@@ -120,7 +120,7 @@ class LayerAdapters(nn.Module):
         self.stage()
         self.send()
         self.gather().wait()
-        self._changed()
+        self._invalidate()
 
     def named(self, whole: Tensor, layer: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """(name, view) of each A (r, in), B (out, r) and magnitude vector (out,) in ``whole``
@@ -168,11 +168,11 @@ class LayerAdapters(nn.Module):
         if self._on_way is not None:
             self._on_way.wait()
             self._on_way = None
-            self._changed()
+            self._invalidate()
 
-    def _changed(self) -> None:
+    def _invalidate(self) -> None:
         for adapter in self.groups.values():
-            adapter.changed()
+            adapter.invalidate()
 
 
 def copy_dtype(config: LoraConfig, dtype: torch.dtype) -> torch.dtype:
