@@ -124,8 +124,9 @@ class Layer:
             scale=family.attention_scale(architecture.config),
         )
         shell.mlp = Mlp(linears["gate_up"], linears["down"], mlp_tile_tokens)
-        # The norms are prologues of qkv and gate_up.
-        shell.input_layernorm = shell.post_attention_layernorm = nn.Identity()
+        for group_facts in facts.values():
+            if group_facts.norm:  # computed in the group's prologue
+                setattr(shell, group_facts.norm.removesuffix(".weight"), nn.Identity())
         return shell
 
     def __call__(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
