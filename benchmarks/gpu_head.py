@@ -123,7 +123,7 @@ def _sides(
         head, trained = Head(norm, ResidentHead(table), EPS), torch.arange(len(targets)).to(targets)
 
         def work() -> tuple[Tensor, Tensor]:
-            with head.brought():
+            with head.on_device():
                 return head.loss_and_gradient(hidden, targets, trained)
 
         return work

@@ -1,6 +1,7 @@
 """The attention module that a decoder layer calls: norm, rotation and attention in one node.
 
-Legend: N tokens, H query heads, K key and value heads, D width of a head, C hidden width.
+Legend: N tokens, H query heads, K key and value heads, D width of a head, C hidden width. Tensors
+are in the compute dtype where no other stands beside them.
 """
 
 from collections.abc import Callable
@@ -16,29 +17,31 @@ from fttrain.model.tiles import apply_linears
 
 
 class _RotaryAttention(torch.autograd.Function):
-    """q/k norm, rotary embedding and attention in one node.
+    """q/k norm, rotary embedding and attention in one autograd node.
 
-    Saved: q, k and v as the projection left them (norm and rotation are redone in backward), the
-    output, its lse.
+    Saved for backward: q, k and v as the projection left them (norm and rotation are computed again
+    in backward), the output, its log-sum-exp.
     """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, attention: "Attention") -> Tensor:
         lengths = list(attention.state.lengths)
-        rotated = attention.rotated(qkv, cos, sin)
+        rotated = attention.rotated(qkv, cos, sin)  # qkv (N, (H + 2K) * D)
+        # out (N, H, D), lse fp32 (H, N)
         out, lse = varlen_attention(*rotated, lengths, attention.scale, attention.window)
         ctx.save_for_backward(qkv, out, lse)
         ctx.cos, ctx.sin, ctx.attention, ctx.lengths = cos, sin, attention, lengths
-        # Backward follows a recomputation at once: what it needs is kept for that moment.
+        # Backward follows a recomputation at once, so its inputs are retained for that moment.
         ctx.rotated = rotated if attention.state.recomputing else None
-        return out.flatten(1)
+        return out.flatten(1)  # (N, H * D)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         qkv, out, lse = ctx.saved_tensors
         attention: Attention = ctx.attention
         rotated = ctx.rotated or attention.rotated(qkv, ctx.cos, ctx.sin)
-        ctx.rotated = None  # else it stays until all of the layer's backward is over
+        ctx.rotated = None  # else it lives until all of the layer's backward is over
+        # (N, H + 2K, D), from grad (N, H * D)
         grads = varlen_attention_backward(
             grad.view(out.shape), *rotated, out, lse, ctx.lengths, attention.scale, attention.window
         )
@@ -46,7 +49,7 @@ class _RotaryAttention(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    """Stands where transformers' decoder layer has its attention: same call, packed documents."""
+    """The attention in transformers' decoder layer: the same call, over packed documents."""
 
     def __init__(
         self,
@@ -72,17 +75,17 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, None]:
         """``hidden_states`` (N, C), cos and sin (N, D) -> the attention's output (N, C)."""
         cos, sin = position_embeddings
-        qkv = apply_linears(hidden_states, self.qkv)
+        qkv = apply_linears(hidden_states, self.qkv)  # (N, (H + 2K) * D)
         attend: Callable[..., Tensor] | None = getattr(self.state.cache, "attend", None)
         if attend is not None:
-            out = attend(self, *self.rotated(qkv, cos, sin))
+            out = attend(self, *self.rotated(qkv, cos, sin))  # (N, H * D)
         else:
-            out = _RotaryAttention.apply(qkv, cos, sin, self)
+            out = _RotaryAttention.apply(qkv, cos, sin, self)  # (N, H * D)
         return apply_linears(out, self.o), None
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, (H + 2K) * D) -> q (N, H, D), k (N, K, D), v (N, K, D), views."""
-        heads = qkv.view(qkv.shape[0], -1, self.head_dim)
+        """Views of ``qkv`` (N, (H + 2K) * D): q (N, H, D), k (N, K, D), v (N, K, D)."""
+        heads = qkv.view(qkv.shape[0], -1, self.head_dim)  # (N, H + 2K, D)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         return q, k, v
 
@@ -94,6 +97,7 @@ class Attention(nn.Module):
         """Normed and rotated q (N, H, D) and k (N, K, D), and v (N, K, D)."""
         q, k, v = self._split(qkv)
         if self.qk_norm_eps is None:
+            # q and k together (N, H + K, D): one kernel rotates both
             rotated = rotate_(
                 qkv.view(qkv.shape[0], -1, self.head_dim)[:, : -self.kv_heads].clone(), cos, sin
             )
@@ -103,7 +107,9 @@ class Attention(nn.Module):
         return rotate_(q, cos, sin), rotate_(k, cos, sin), v
 
     def rotated_backward(self, grads: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Gradients of ``rotated``'s results (N, H + 2K, D), overwritten -> gradient of ``qkv``."""
+        """Gradient of ``qkv`` (N, (H + 2K) * D) from the gradients of ``rotated``'s results
+        (N, H + 2K, D), which are overwritten.
+        """
         rotate_(grads[:, : -self.kv_heads], cos, -sin)
         if self.qk_norm_eps is not None:
             q, k, _ = self._split(qkv)

@@ -28,10 +28,11 @@ _CPU_FP32_BACKWARD_TOKENS = 512
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention within each document.
+    """Causal attention within each document: the output (N, H, D), and the log-sum-exp of the
+    scores, fp32 (H, N).
 
-    ``q`` (N, H, D), ``k`` and ``v`` (N, K, D); ``window`` > 0 lets a token see that many tokens,
-    itself included. Returns the output (N, H, D) and the log-sum-exp of the scores fp32 (H, N).
+    ``q`` (N, H, D), ``k`` and ``v`` (N, K, D); ``lengths``: tokens of each document, N together;
+    ``scale``: of q k^T; ``window``: tokens that a token sees, itself included, 0: all.
     """
     if q.is_cuda:
         return _cuda_forward(q, k, v, lengths, scale, window)
@@ -70,7 +71,10 @@ def varlen_attention_backward(
     scale: float,
     window: int,
 ) -> Tensor:
-    """Gradient of the output (N, H, D) -> gradients of q, k and v side by side (N, H + 2K, D)."""
+    """Gradients of q, k and v side by side (N, H + 2K, D), from ``grad`` (N, H, D) of the output.
+
+    The other arguments: those of ``varlen_attention`` and its results.
+    """
     if q.is_cuda:
         return torch.cat(_cuda_backward(grad, q, k, v, out, lse, lengths, scale, window), dim=1)
     heads, kv_heads = q.shape[1], k.shape[1]
@@ -120,10 +124,10 @@ def _documents(lengths: list[int]) -> list[slice]:
 def _tiles(
     document: slice, window: int, device: torch.device
 ) -> list[tuple[slice, slice, Tensor | None]]:
-    """(query rows, key rows, mask) of a document: one causal tile, or window-sized tiles that see
-    one tile back.
+    """Tiles of a document, each (query rows, key rows, mask): one causal tile without a mask, or
+    with a window tiles of its length whose keys reach one tile back.
 
-    A tile's mask is bool, at most (window, 2 * window): never the document squared.
+    A mask is bool, at most (window, 2 * window), so that none has the square of a document.
     """
     length = document.stop - document.start
     if not window or length <= window:
@@ -141,28 +145,26 @@ def _tiles(
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """bool mask -> 0 where it is True, -inf elsewhere: the form the CPU kernel takes."""
-    return (
-        None
-        if mask is None
-        else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
-    )
+    """The mask that the CPU kernel adds to scores: 0 where ``mask`` is True, -inf elsewhere."""
+    if mask is None:
+        return None
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
 def _heads(tensor: Tensor) -> Tensor:
-    """(L, H, D) -> a view (1, H, L, D)."""
+    """View of ``tensor`` (L, H, D) as (1, H, L, D)."""
     return tensor.transpose(0, 1).unsqueeze(0)
 
 
 def _sum_shared_heads(grad: Tensor, kv_heads: int) -> Tensor:
-    """(K or H, L, D) -> (K, L, D): query heads that shared a key head add their gradients."""
+    """Sum ``grad`` (K or H, L, D) over the query heads of each key head: (K, L, D)."""
     if grad.shape[0] == kv_heads:
         return grad
     return grad.view(kv_heads, -1, *grad.shape[1:]).sum(1)
 
 
 def _boundaries(lengths: list[int], device: torch.device) -> tuple[Tensor, int]:
-    """int32 (documents + 1,): where each document starts, and the longest document."""
+    """The offsets of the documents, int32 (documents + 1,), and the tokens of the longest."""
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=True)
     return starts.to(device, non_blocking=True), max(lengths, default=0)
 
@@ -228,27 +230,27 @@ def _cuda_backward(
 def cuda_backward_bytes(
     tokens: int, documents: int, heads: int, kv_heads: int, width: int, itemsize: int
 ) -> int:
-    """The most that ``varlen_attention_backward`` takes on a GPU at once beside its arguments and
-    its result; the forward takes nothing of size.
+    """Peak bytes that ``varlen_attention_backward`` allocates on a GPU beside its arguments and its
+    result. The forward allocates nothing of that size.
 
-    As torch allocates it (``mha_varlen_bwd`` in ATen/native/transformers/cuda/flash_attn/
-    flash_api.cpp). ``torch.use_deterministic_algorithms``, which nothing here sets, could multiply
-    the first of it.
+    The sizes are those of ``mha_varlen_bwd`` in torch's ATen/native/transformers/cuda/flash_attn/
+    flash_api.cpp. ``torch.use_deterministic_algorithms``, which nothing here sets, could multiply
+    ``dq_accum_bytes``.
     """
-    rows = tokens + 128 * documents  # a block of rows lies between two documents
+    rows = tokens + 128 * documents  # one block of padding rows between two documents
     padded = round_up(width, 32 if width <= 128 else 64)
     dq_accum_bytes = rows * heads * padded * 4  # fp32
     softmax_d_bytes = heads * rows * 4  # fp32
     head_bytes = tokens * width * itemsize
-    # Each query head has its own gradients of k and v before those of shared ones are added.
+    # Each query head has gradients of k and v, which are then summed over shared key heads.
     expanded_bytes = 2 * heads * head_bytes if kv_heads < heads else 0
-    # Beside all this stand dq, dk and dv, as large as the result that is made of them afterwards.
+    # dq, dk and dv live beside all this, and then beside the result that they are copied to.
     grads_bytes = (heads + 2 * kv_heads) * head_bytes
     return max(dq_accum_bytes + softmax_d_bytes + expanded_bytes, grads_bytes)
 
 
 def kernel_name(device: torch.device) -> str:
-    """What really runs on ``device``, for the log."""
+    """The attention kernel that runs on ``device``, for the log."""
     if device.type == "cuda":
         return "flash attention, variable length"
     return "flash attention on the CPU, document by document"
@@ -279,10 +281,11 @@ def transformers_attention(
     lengths: tuple[int, ...] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The same operator for a plain transformers model: ``attn_implementation="fttrain_varlen"``.
+    """The same operator for a plain transformers model, ``attn_implementation="fttrain_varlen"``:
+    (1, N, H, D).
 
-    ``query`` (1, H, N, D), ``key`` and ``value`` (1, K, N, D); ``lengths`` of the documents come as
-    a keyword of the model's call, without them the row is one document. Returns (1, N, H, D).
+    ``query`` (1, H, N, D), ``key`` and ``value`` (1, K, N, D); ``lengths``: tokens of each
+    document, given as a keyword of the model's call; None: the row is one document.
     """
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     out, _lse = varlen_attention(q, k, v, list(lengths or (len(q),)), scaling, sliding_window or 0)

@@ -1,21 +1,21 @@
-"""The settings of the adapters and of kernels, and what those of tiles are bound to."""
+"""The settings of adapters and kernels, and the granularity of MLP tiles."""
 
 import math
 from dataclasses import dataclass
 
 from fttrain.util.errors import UserError
 
-# What computes norms, rotary embedding and SwiGLU: on a GPU Liger's Triton kernels where they run,
-# else plain torch | plain torch | Liger's, or an error
+# Of norms, rotary embedding and SwiGLU. auto: Liger's Triton kernels on a GPU where they run, else
+# plain torch; torch: plain torch; liger: Liger's, or an error
 KERNELS = AUTO_KERNELS, TORCH_KERNELS, LIGER_KERNELS = "auto", "torch", "liger"
-MASK_TOKENS = 1024  # that one seed draws a mask for; tiles hold whole blocks of as many
+MASK_TOKENS = 1024  # tokens of a dropout mask that one seed draws; tiles hold whole blocks of it
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Which linears get an adapter, and how large."""
+    """The adapters: their linears, their rank and their kind."""
 
-    r: int = 16  # rank of the update; 0: no adapter, all weights train (strategy=deepspeed)
+    r: int = 16  # rank of the adapters; 0: no adapter, all weights train (strategy=deepspeed)
     lora_alpha: float = 32.0  # the update is scaled by lora_alpha / r
     lora_dropout: float = 0.0  # probability of zeroing an input of the adapter, in [0, 1)
     # all-linear, or names such as (q_proj, v_proj)

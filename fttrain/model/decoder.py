@@ -1,9 +1,10 @@
-"""The decoder: transformers' layers as shells, their attention, MLP and norms exchanged for ours.
+"""The decoder: transformers' layers as shells, with our attention, MLP and norms in them.
 
-``Decoder.parameters()`` is exactly what trains. Frozen tensors are not part of the modules: a store
-hands out a layer's bytes, the schedule binds them to the layer's state while it uses the layer.
+``Decoder.parameters()`` are the trained parameters. Frozen tensors are not part of the modules: a
+store hands out a layer's bytes, and the schedule binds them to the layer's state for each use.
 
-Legend: N tokens, C hidden width, D width of a head.
+Legend: N tokens, C hidden width, D width of a head, V vocabulary. Tensors are in the compute dtype
+where no other stands beside them.
 """
 
 from collections.abc import Iterable
@@ -67,15 +68,15 @@ class Architecture:
 
 
 class Mlp(nn.Module):
-    """Stands where transformers' layer has its MLP: the SwiGLU is the prologue of ``down``."""
+    """The MLP in transformers' decoder layer. Its SwiGLU is the prologue of ``down``."""
 
     def __init__(self, gate_up: LinearGroup, down: LinearGroup, tile_tokens: int) -> None:
         super().__init__()
         self.gate_up, self.down = gate_up, down
-        self.tile_tokens = tile_tokens  # 0: all at once
+        self.tile_tokens = tile_tokens  # tokens at a time, 0: all
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(N, C) -> (N, C)"""
+        """Output (N, C) of ``hidden_states`` (N, C)."""
         return apply_linears(hidden_states, self.gate_up, self.down, tile_tokens=self.tile_tokens)
 
 
@@ -88,7 +89,7 @@ class Layer:
         adapters: LayerAdapters,
         mlp_tile_tokens: int = 0,
     ) -> None:
-        """``mlp_tile_tokens``: that pass the MLP at once, a multiple of ``MASK_TOKENS``; 0: all."""
+        """``mlp_tile_tokens``: tokens of an MLP tile, a multiple of ``MASK_TOKENS``; 0: all."""
         self.index = adapters.layer  # among the layers of the whole model
         self.state = LayerState()
         self.adapters = adapters
@@ -123,19 +124,20 @@ class Layer:
             scale=family.attention_scale(architecture.config),
         )
         shell.mlp = Mlp(linears["gate_up"], linears["down"], mlp_tile_tokens)
-        # The norms are prologues of qkv and gate_up.
-        shell.input_layernorm = shell.post_attention_layernorm = nn.Identity()
+        for group_facts in facts.values():
+            if group_facts.norm:  # computed in the group's prologue
+                setattr(shell, group_facts.norm.removesuffix(".weight"), nn.Identity())
         return shell
 
     def __call__(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """``hidden`` (N, C), cos and sin (N, D) -> (N, C)."""
+        """Output (N, C) of ``hidden`` (N, C); ``rotary``: cos and sin (N, D)."""
         return self.shell(hidden, position_embeddings=rotary)
 
 
 class Decoder:
-    """Embedding, layers and head; not where the layers' bytes live, nor in which order they run.
+    """Embedding, layers and head. Stores know where the layers' bytes live, schedules the order.
 
-    A stage of a pipeline has some of the layers, and an end only where it is the first or the last.
+    A stage of a pipeline has some of the layers, the first stage the embedding, the last the head.
     """
 
     def __init__(
@@ -150,7 +152,7 @@ class Decoder:
         objective: Objective | None = None,
         mlp_tile_tokens: int = 0,
     ) -> None:
-        """``final_norm`` (C,) lies on the device that computes, in the dtype that computes.
+        """``final_norm`` (C,), on the compute device and in the compute dtype, determines both.
 
         ``embedding`` (V, C) may be in host memory; ``adapters``: of each layer of this stage;
         ``z_loss`` and ``objective``: as ``Head``; ``mlp_tile_tokens``: as ``Layer``.
@@ -175,9 +177,11 @@ class Decoder:
                 objective,
             )
         )
-        self.layers = [Layer(architecture, own, mlp_tile_tokens) for own in adapters]
+        self.layers = [
+            Layer(architecture, layer_adapters, mlp_tile_tokens) for layer_adapters in adapters
+        ]
         self._rotary = family.rotary_class(config).to(self.device)
-        self._like = final_norm.new_empty(0)  # device and dtype that rotary embeddings come in
+        self._like = final_norm.new_empty(0)  # device and dtype of rotary embeddings
 
     @property
     def embedding(self) -> Embedding:
@@ -190,16 +194,17 @@ class Decoder:
         return self._head
 
     def parameters(self) -> list[nn.Parameter]:
-        """One flat fp32 parameter a layer: exactly what trains."""
+        """The trained parameters: one flat fp32 tensor a layer."""
         return [layer.adapters.flat for layer in self.layers]
 
     @torch.no_grad()
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 (N,) -> cos and sin (N, D) in the compute dtype."""
+        """cos and sin (N, D) of ``position_ids`` int64 (N,)."""
+        # each (1, N, D)
         cos, sin = self._rotary(self._like, position_ids.to(self.device).unsqueeze(0))
         return cos[0], sin[0]
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> Tensor:
-        """int64 (N,) -> (N, C): what the first layer reads."""
+        """Input (N, C) of the first layer, of ``input_ids`` int64 (N,)."""
         return self.embedding(input_ids)

@@ -1,10 +1,11 @@
 """Norm, SwiGLU and rotary embedding with their backward passes, as plain functions.
 
-They save nothing themselves: whoever calls them keeps the inputs it wants to keep and recomputes
-the rest. What they need beside their result is as large as a tile of rows, however many tokens.
-Plain torch is what they mean; on a GPU Liger's kernels do the same where they can (``liger.py``).
+They save nothing: the caller saves inputs and computes the rest again. Beside their result they
+allocate a tile of rows, however many tokens there are. Plain torch defines the result; on a GPU
+Liger's kernels compute the same where they can (``liger.py``).
 
-Legend: N tokens, C width of the input, F width of the MLP, H heads, D width of a head.
+Legend: N tokens, C width of the input, F width of the MLP, H heads, D width of a head. Tensors are
+in the compute dtype where no other stands beside them.
 """
 
 import torch
@@ -15,12 +16,14 @@ from fttrain.model.rows import inverse_rms, row_tiles
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x`` (N, ..., C) -> x / rms(x) * weight, statistics in fp32 (Zhang and Sennrich 2019)."""
+    """RMS norm of ``x`` (N, ..., C): x / rms(x) * weight, ``weight`` (C,), statistics in fp32
+    (Zhang and Sennrich 2019).
+    """
     if liger.takes(x, x.shape[-1]):
         return liger.rms_norm(x, weight, eps)
     out = x.new_empty(x.shape)
     for rows in row_tiles(x):
-        x32 = x[rows].to(torch.float32, copy=True)
+        x32 = x[rows].to(torch.float32, copy=True)  # fp32 (rows, ..., C)
         torch.mul(weight, x32.mul_(inverse_rms(x32, eps)).to(x.dtype), out=out[rows])
     return out
 
@@ -28,15 +31,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None
 ) -> Tensor:
-    """Gradient of the norm's output (N, ..., C) -> that of ``x`` (N, ..., C), in ``out`` where it
-    is given, which may be ``grad``. The weight is frozen.
+    """Gradient of ``x`` (N, ..., C) from ``grad`` (N, ..., C) of the norm's output. The weight is
+    frozen. The result is in ``out`` where given, which may be ``grad``.
     """
     if liger.takes(x, x.shape[-1]):
         return liger.rms_norm_backward(grad, x, weight, eps, out)
     out = grad.new_empty(grad.shape) if out is None else out
     for rows in row_tiles(x):
         x32 = x[rows].to(torch.float32, copy=True)
-        rstd = inverse_rms(x32, eps)
+        rstd = inverse_rms(x32, eps)  # fp32 (rows, ..., 1)
         normed = x32.mul_(rstd)  # fp32 (rows, ..., C)
         grad32 = (grad[rows] * weight).to(torch.float32)
         projection = (grad32 * normed).mean(-1, keepdim=True)
@@ -45,7 +48,7 @@ def rms_norm_backward(
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """``gate_up`` (N, 2F), gate first -> silu(gate) * up (N, F) (Shazeer 2020)."""
+    """SwiGLU: silu(gate) * up (N, F) of ``gate_up`` (N, 2F), gate first (Shazeer 2020)."""
     if liger.takes(gate_up, gate_up.shape[-1] // 2):
         return liger.swiglu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
@@ -53,7 +56,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
-    """Gradient of the output (N, F) -> gradient of ``gate_up`` (N, 2F), in ``out`` where it is
+    """Gradient of ``gate_up`` (N, 2F) from ``grad`` (N, F) of the output, in ``out`` where
     given.
     """
     if liger.takes(gate_up, grad.shape[-1]) and gate_up.is_contiguous():
@@ -68,11 +71,11 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, out: Tensor | None = None) ->
 
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary embedding in place (Su et al. 2021, halves rotated against each other as
-    transformers does).
+    """Apply rotary embedding in place (Su et al. 2021; as in transformers the two halves of a head
+    are rotated against each other).
 
-    ``heads`` (N, H, D); ``cos`` and ``sin`` (N, D), each half the same. Passing ``-sin`` undoes the
-    rotation, which is also its backward pass.
+    ``heads`` (N, H, D); ``cos`` and ``sin`` (N, D), both halves the same. ``-sin`` undoes the
+    rotation, which is also its backward.
     """
     if liger.takes(heads, heads.shape[-1]) and heads.is_contiguous() and heads.shape[1] > 1:
         return liger.rotate_(heads, cos, sin)

@@ -1,11 +1,11 @@
 """The frozen ends of the model: token embedding, and final norm + head + loss in chunks.
 
-The head is frozen, so its backward is the gradient of the hidden states alone. It is taken at once,
-chunk by chunk of tokens: no more than one chunk of logits ever exists, and tokens without a target
-never reach the head.
+The head is frozen, so its backward is the gradient of the hidden states alone. It is computed at
+once, chunk by chunk of tokens: no more than one chunk of logits ever exists, and tokens without a
+target never reach the head.
 
 Legend: N tokens, M tokens that have a target, m of them in a chunk, R rows of a chunk with padding,
-C hidden width, V vocabulary.
+C hidden width, V vocabulary. Tensors are in the compute dtype where no other stands beside them.
 """
 
 from collections.abc import Sequence
@@ -27,30 +27,29 @@ from fttrain.model.token_loss import (
 from fttrain.objective.objective import Objective
 from fttrain.objective.supervised import Supervised
 from fttrain.store import Traffic
-from fttrain.util.units import round_up
+from fttrain.util.units import MIB, round_up
 
-CHUNK_BYTES = (
-    96 * 1024**2
-)  # of logits in flight: fp32 probabilities and their copy in the compute dtype
+# Bytes of a chunk of logits: fp32 probabilities and their copy in the compute dtype
+CHUNK_BYTES = 96 * MIB
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """Token ids -> hidden states. The table may stay in host memory: only rows that are looked up
-    go to ``device``.
+    """The token embedding. Its table may be in host memory: only rows that are looked up are copied
+    to ``device``.
     """
 
     weight: Tensor  # (V, C), on the host or on ``device``
-    scale: float = 1.0
+    scale: float = 1.0  # of the hidden states
     device: torch.device | None = None  # None: the table's
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """int64 (N,) on any device -> (N, C) on ``device``."""
-        home, device = self.weight.device, self.device or self.weight.device
+        """Hidden states (N, C) on ``device`` of ``input_ids`` int64 (N,), on any device."""
+        table_device, device = self.weight.device, self.device or self.weight.device
         rows = self.weight.new_empty(
-            (len(input_ids), self.weight.shape[1]), pin_memory=home != device
-        )
-        torch.index_select(self.weight, 0, moved(input_ids, home), out=rows)
+            (len(input_ids), self.weight.shape[1]), pin_memory=table_device != device
+        )  # (N, C)
+        torch.index_select(self.weight, 0, moved(input_ids, table_device), out=rows)
         hidden = rows.to(device, non_blocking=True)
         return hidden if self.scale == 1.0 else hidden * self.scale
 
@@ -80,11 +79,11 @@ class Head:
         # largest tensors of a step: allocating them anew each time pages in and scatters memory.
         self._scratch: tuple[Tensor, Tensor] | None = None
 
-    def brought(self) -> AbstractContextManager[None]:
-        """Have the projection on the device, once for all micro-batches that use it together.
+    def on_device(self) -> AbstractContextManager[None]:
+        """The projection is on the device inside, for all micro-batches that use it together.
         ``loss_and_gradient``, ``metric_sums`` and ``logits`` are only called inside.
         """
-        return self.projection.brought()
+        return self.projection.on_device()
 
     def take_traffic(self) -> Traffic:
         """Traffic of a streamed projection since the last call."""
@@ -92,7 +91,7 @@ class Head:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """(N, C) -> (N, V) in the compute dtype: for a few tokens, in generation."""
+        """Logits (N, V) of ``hidden`` (N, C), for the few tokens of generation."""
         logits = hidden.new_empty(len(hidden), self.projection.vocabulary)
         self.projection.project(rms_norm(hidden, self.norm, self.eps), logits)
         return logits * self.logit_scale
@@ -120,7 +119,7 @@ class Head:
         return metric_sums(_HeadChunks(self, hidden, targets, trained, None), hidden.device)
 
     def buffers(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Scratch of a chunk: logits (R, V), probabilities fp32 (R, V); R is ``rows`` rounded up.
+        """A chunk's scratch: logits (R, V) and fp32 probabilities (R, V), R ``rows`` rounded up.
         Their values are undefined.
         """
         rows = round_up(rows, ROW_MULTIPLE)
@@ -178,8 +177,8 @@ class _HeadChunks:
 
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype, tokens: int, factor: int = 1) -> int:
-    """Tokens of a chunk, a multiple of ROW_MULTIPLE: CHUNK_BYTES times ``factor`` of logits, and no
-    more than a micro-batch of ``tokens`` can fill.
+    """Tokens of a chunk, a multiple of ROW_MULTIPLE: as many as ``factor`` * CHUNK_BYTES of logits
+    hold, and no more than a micro-batch of ``tokens`` can fill.
     """
     rows = factor * CHUNK_BYTES // (vocabulary * (dtype.itemsize + 4))
     rows = min(rows // ROW_MULTIPLE * ROW_MULTIPLE, round_up(tokens, ROW_MULTIPLE))
@@ -187,8 +186,8 @@ def chunk_rows(vocabulary: int, dtype: torch.dtype, tokens: int, factor: int = 1
 
 
 def chunk_bytes(vocabulary: int, dtype: torch.dtype, rows: int, projecting_bytes: int = 0) -> int:
-    """What a chunk of ``rows`` tokens takes on the device: logits and fp32 probabilities; beside
-    them softmax's fp32 copy of ROW_MULTIPLE rows or, at another time, ``projecting_bytes``.
+    """Bytes of a chunk of ``rows`` tokens on the device: logits and fp32 probabilities; beside them
+    softmax's fp32 copy of ROW_MULTIPLE rows or, at another time, ``projecting_bytes``.
     """
     copied_bytes = 0 if dtype == torch.float32 else 4 * vocabulary * ROW_MULTIPLE
     logits_bytes = vocabulary * rows * (dtype.itemsize + 4)
@@ -196,5 +195,5 @@ def chunk_bytes(vocabulary: int, dtype: torch.dtype, rows: int, projecting_bytes
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
-    """(m, C) -> (rows, C), zeros after row m."""
+    """``x`` (m, C) with rows of zeros appended: (rows, C)."""
     return torch.nn.functional.pad(x, (0, 0, 0, rows - len(x)))

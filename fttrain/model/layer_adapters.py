@@ -1,8 +1,8 @@
-"""All adapters of one layer: flat masters, flat gradient, and the copies that compute.
+"""All adapters of one layer: flat masters, flat gradient, and compute copies.
 
 Each layer's fp32 masters are one flat parameter (``optim/flat.py``: A's, B's, magnitudes), and its
-gradient one flat tensor: one collective. With ``optim.shard`` a rank has the masters of its part
-alone, and fetches what the others made of theirs.
+gradient one flat tensor, so that a layer is reduced by one collective. With ``optim.shard`` a rank
+has the masters of its shard alone, and gathers the copies that other ranks updated.
 """
 
 import math
@@ -22,16 +22,16 @@ from fttrain.store.side_stream import copy
 
 @dataclass(frozen=True)
 class OnHost:
-    """Where this rank's part of a layer's adapters is in host memory."""
+    """Host memory of this rank's shard of a layer's adapters."""
 
-    masters: Tensor  # fp32 (values of the part,)
-    copies: Tensor  # the same in ``copy_dtype``, on their way to the device
+    masters: Tensor  # fp32 (values of the shard,)
+    copies: Tensor  # in ``copy_dtype`` (values of the shard,), staged for the copy to the device
 
 
 class LayerAdapters(nn.Module):
-    """All adapters of one layer. ``flat`` is the fp32 parameter: the part that this rank updates.
+    """All adapters of one layer. ``flat`` is the fp32 parameter: the shard that this rank updates.
 
-    The gradient is a flat fp32 tensor on the device that computes; ``bind_gradient`` says which.
+    The gradient is a flat fp32 tensor on the compute device, bound by ``bind_gradient``.
     """
 
     def __init__(
@@ -44,13 +44,14 @@ class LayerAdapters(nn.Module):
         on_host: OnHost | None = None,
         shard: Shard | None = None,
     ) -> None:
-        """``device`` and ``dtype``: of the compute copies. ``on_host``: where the masters are,
-        None: on ``device``. ``shard``: what this rank updates, None: everything.
+        """``device`` and ``dtype``: of the compute copies. ``on_host``: host memory of masters and
+        staged copies, None: the masters are on ``device``. ``shard``: the shard that this rank
+        updates, None: everything.
         """
         super().__init__()
         groups = list(groups)
         self._scaling = config.scaling
-        self._on_way: Handle | None = None  # of an update whose copies may not be here yet
+        self._pending: Handle | None = None  # of an update whose copies may not have arrived
         targets = target_indices(groups, config)
         self.layer = layer
         self.groups = {
@@ -59,23 +60,24 @@ class LayerAdapters(nn.Module):
             if targets[group.shape.name]
         }
         sizes = [group.sizes for group in self.groups.values()]
-        sections = {name: [own[name] for own in sizes] for name in sizes[0]}
+        sections = {name: [group_sizes[name] for group_sizes in sizes] for name in sizes[0]}
         self.layout = FlatLayout(sections, shard)
-        made = (
+        masters = (
             torch.zeros(self.layout.shard_values, device=device)
             if on_host is None
             else on_host.masters
+        )  # fp32 (values of the shard,)
+        self.flat = nn.Parameter(masters)
+        # The compute copies (values in the layer,), padding included
+        self._copies = torch.zeros(
+            self.layout.values, dtype=copy_dtype(config, dtype), device=device
         )
-        self.flat = nn.Parameter(made)
-        # What computes, (values,), padding and all
-        copies_in = copy_dtype(config, dtype)
-        self._copies = torch.zeros(self.layout.values, dtype=copies_in, device=device)
         self._staging = None if on_host is None else on_host.copies
         for adapter, parts in self._parts(self._copies):
             adapter.bind_copies(parts, dtype)
 
     def bind_gradient(self, grad: Tensor) -> None:
-        """Backward adds to ``grad`` fp32 (values in the layer,) from here on."""
+        """Have backward add to ``grad``, fp32 (values in the layer,), from here on."""
         self.grad = grad
         for adapter, parts in self._parts(grad):
             adapter.bind_gradient(parts)
@@ -83,13 +85,12 @@ class LayerAdapters(nn.Module):
     def _parts(self, flat: Tensor) -> Iterator[tuple[GroupAdapter, dict[str, Tensor]]]:
         """Each group's adapter with its part of each section of ``flat`` (values in the layer,)."""
         sections = {name: self.layout.tensors(flat, name) for name in self.layout.names}
-        for place, adapter in enumerate(self.groups.values()):
-            yield adapter, {name: tensors[place] for name, tensors in sections.items()}
+        for index, adapter in enumerate(self.groups.values()):
+            yield adapter, {name: tensors[index] for name, tensors in sections.items()}
 
     def reset(self, seed: int) -> None:
-        """LoRA's start: A uniform as torch's Linear (so does PEFT), B zero; on any world_size.
-
-        Magnitudes, if any, are still to come: ``start_magnitudes``.
+        """Set LoRA's initial values: A uniform as in torch's Linear and PEFT, B zero; the same with
+        any number of ranks. ``start_magnitudes`` sets magnitudes.
         """
         whole = torch.zeros(self.layout.values)
         for index, (adapter, parts) in enumerate(self._parts(whole)):
@@ -100,7 +101,7 @@ class LayerAdapters(nn.Module):
 
     @torch.no_grad()
     def start_magnitudes(self, frozen: FrozenLayer) -> None:
-        """DoRA's start: each is the norm of its frozen row. Every rank calls it."""
+        """Set DoRA's initial magnitudes, the norms of the frozen rows. Every rank calls it."""
         whole = torch.zeros(self.layout.values, device=self._copies.device)
         for adapter, parts in self._parts(whole):
             assert adapter.magnitudes is not None
@@ -111,72 +112,74 @@ class LayerAdapters(nn.Module):
 
     @torch.no_grad()
     def load(self, whole: Tensor) -> None:
-        """Take masters from ``whole`` fp32 (values in the layer,). Every rank calls it."""
+        """Set the masters to ``whole``, fp32 (values in the layer,). Every rank calls it."""
         self.flat.copy_(self.layout.shard.view(whole))
         self.refresh()
 
     def refresh(self) -> None:
-        """Bring the compute copies to what the masters are. Every rank calls it."""
+        """Make the compute copies from the masters. Every rank calls it."""
         self.stage()
         self.send()
         self.gather().wait()
-        self._changed()
+        self._invalidate()
 
     def named(self, whole: Tensor, layer: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """(name, view) of each A (r, in), B (out, r) and magnitude vector (out,) in ``whole``
-        (values in the layer,); ``layer``: whose, None: this one's.
+        (values in the layer,). ``layer``: index in the names, None: this layer's.
         """
         for adapter, parts in self._parts(whole):
             yield from adapter.named(self.layer if layer is None else layer, parts)
 
     @property
     def copy_bytes(self) -> int:
-        """Of this rank's part of the compute copies."""
+        """Bytes of this rank's shard of the compute copies."""
         return self.layout.shard.view(self._copies).nbytes
 
     @torch.no_grad()
     def stage(self) -> None:
-        """Round this rank's masters to what computes, where they lie; B's times ``scaling``."""
-        own = self.layout.shard.view(self._copies) if self._staging is None else self._staging
+        """Round this rank's masters to the copies' dtype, on the masters' device; B's times
+        ``scaling``.
+        """
+        copies = self.layout.shard.view(self._copies) if self._staging is None else self._staging
         for section in self.layout.local_sections():
             scale = self._scaling if section.name == "b" else 1.0
-            own[section.span].copy_(self.flat[section.span] * scale)
+            copies[section.span].copy_(self.flat[section.span] * scale)
 
     def send(self) -> None:
-        """Copy what is staged on the host to the device; the host does not wait for it."""
+        """Copy the staged values from host to device; the host does not wait for it."""
         if self._staging is not None:
             copy(self.layout.shard.view(self._copies), self._staging)
 
     def gather(self) -> Handle:
-        """Start fetching the parts that other ranks update. Every rank calls it, in one order."""
+        """Start gathering the other ranks' shards. Every rank calls it, in the same order."""
         if self.layout.shard.world_size == 1:
             return HandleGroup(())
         return all_gather(self._copies, self.layout.shard.view(self._copies))
 
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:
-        """As they are after the last update, where this rank updates them all."""
+        """(name, view) of all masters after the last update; only where this rank updates all."""
         assert self.layout.shard.world_size == 1, "this rank has a part of the masters"
         self.ready()
         yield from self.named(self.flat.detach())
 
-    def expect(self, on_way: Handle) -> None:
-        """An update is under way; ``ready`` waits for it."""
-        self._on_way = on_way
+    def expect(self, pending: Handle) -> None:
+        """Record that an update is under way, for which ``ready`` waits."""
+        self._pending = pending
 
     def ready(self) -> None:
-        """The compute copies are those of the last update for whoever computes after this."""
-        if self._on_way is not None:
-            self._on_way.wait()
-            self._on_way = None
-            self._changed()
+        """Wait until the compute copies are those of the last update."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+            self._invalidate()
 
-    def _changed(self) -> None:
+    def _invalidate(self) -> None:
         for adapter in self.groups.values():
-            adapter.changed()
+            adapter.invalidate()
 
 
 def copy_dtype(config: LoraConfig, dtype: torch.dtype) -> torch.dtype:
-    """What compute copies are kept in; GEMMs are in ``dtype``. Magnitudes need fp32: in bf16 no m
-    / n is 1, and the frozen model would not be itself.
+    """The dtype of the compute copies, with GEMMs in ``dtype``. Magnitudes need fp32: in bf16 m / n
+    is not exactly 1 at the start, and the model would not start as the frozen one.
     """
     return torch.float32 if config.use_dora else dtype

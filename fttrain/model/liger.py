@@ -1,11 +1,11 @@
 """Liger's Triton kernels (Hsu et al. 2024) for norm, SwiGLU and rotary embedding on a GPU.
 
-``functions.py`` asks ``takes`` and calls what is here; nobody else does. A kernel does in one pass
-over a row what plain torch does in several, and beside the result it makes less than a tile of
-rows. Liger's own autograd functions save inputs and statistics; they are not used.
+``functions.py`` alone calls this module, where ``takes`` says so. A kernel reads a row once where
+plain torch reads it several times, and beside the result it allocates less than a tile of rows.
+Liger's autograd functions save inputs and statistics; they are not used.
 
-The kernels are in use once ``use`` was called, for the whole process. Liger and Triton are
-optional: they are imported here alone, and not before.
+``use`` switches the kernels on for the whole process. Liger and Triton are optional and imported in
+this file alone, when the kernels are used.
 
 Legend: N tokens, C width of the input, F width of the MLP, H heads, D width of a head.
 """
@@ -21,32 +21,34 @@ from fttrain.util.errors import UserError, first_line
 
 _DEVICE = "cuda"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MOST_WIDTH = 65536  # a kernel holds a row whole
-_LLAMA = 0  # the casting mode "llama", as the norm's backward takes it
+_MAX_WIDTH = 65536  # values of a row, which a kernel holds whole
+_LLAMA = 0  # the norm's casting mode "llama", by its number in backward
 
-_why_not = "nobody asked for Liger's kernels"  # "": they are in use
+_off_reason = "nobody asked for Liger's kernels"  # "": the kernels are in use
 
 
 def use(kernels: str, device: torch.device) -> None:
-    """From here on this process computes with ``kernels``, one of ``KERNELS``.
+    """Compute with ``kernels``, one of ``KERNELS``, in this process from here on.
 
-    Raises UserError where Liger's are asked for by name and do not run on ``device``.
+    Raises UserError where ``kernels`` is liger and Liger's do not run on ``device``.
     """
-    global _why_not
-    _why_not = f"kernels={kernels}" if kernels == TORCH_KERNELS else missing_on(device)
-    if kernels == LIGER_KERNELS and _why_not:
-        raise UserError(f"kernels={kernels}: {_why_not}; kernels={AUTO_KERNELS} takes torch's then")
+    global _off_reason
+    _off_reason = f"kernels={kernels}" if kernels == TORCH_KERNELS else missing_on(device)
+    if kernels == LIGER_KERNELS and _off_reason:
+        raise UserError(
+            f"kernels={kernels}: {_off_reason}; kernels={AUTO_KERNELS} takes torch's then"
+        )
 
 
 def missing_on(device: torch.device) -> str:
-    """What keeps the kernels from running on ``device``; "" where they run."""
+    """The reason why the kernels do not run on ``device``; "" where they run."""
     if device.type != _DEVICE:
         return f"Liger's kernels run on a GPU, not on {device.type}"
     if importlib.util.find_spec("liger_kernel") is None:
         return "Liger is not installed, which pip install 'fttrain[liger]' does"
     x = torch.ones(1, 1, 16, device=device)
-    try:  # they are compiled: there may be no C compiler, another Triton, another Liger
-        with torch.cuda.device_of(x):  # where Triton launches
+    try:  # kernels are compiled: a C compiler may be missing, Triton or Liger be another version
+        with torch.cuda.device_of(x):  # Triton launches on the current device
             rms_norm_backward(rms_norm(x, x[0, 0], 0.0), x, x[0, 0], 0.0)
             swiglu_backward(swiglu(x[0]), x[0])
             rotate_(x, x[0], x[0])
@@ -56,28 +58,28 @@ def missing_on(device: torch.device) -> str:
 
 
 def name() -> str:
-    """What computes norm, SwiGLU and rotary embedding in this process, for the log."""
-    return f"torch ({_why_not})" if _why_not else "Liger's kernels"
+    """The kernels of norm, SwiGLU and rotary embedding in this process, for the log."""
+    return f"torch ({_off_reason})" if _off_reason else "Liger's kernels"
 
 
 def takes(x: Tensor, width: int) -> bool:
     """Whether the kernels are in use and read rows of ``width`` values such as those of ``x``."""
     return (
-        not _why_not
+        not _off_reason
         and x.device.type == _DEVICE
         and x.dtype in _DTYPES
         and x.numel() > 0
         and x.stride(-1) == 1
-        and width <= _MOST_WIDTH
+        and width <= _MAX_WIDTH
     )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As ``functions.rms_norm``."""
+    """RMS norm, as ``functions.rms_norm``."""
     from liger_kernel.ops.rms_norm import rms_norm_forward
 
     def normed(x: Tensor) -> Tensor:
-        # No offset of the weight; cast before it is multiplied, as Llama does.
+        # The weight has no offset. The casting mode "llama" casts x before the product.
         result: Tensor = rms_norm_forward(x, weight, eps, 0.0, "llama", None)[0]
         return result
 
@@ -92,7 +94,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None
 ) -> Tensor:
-    """As ``functions.rms_norm_backward``."""
+    """Gradient of RMS norm, as ``functions.rms_norm_backward``."""
     out = grad.new_empty(grad.shape) if out is None else out
     if _one_stride(x) and _one_stride(out):
         _norm_gradient_(out.copy_(grad), x, weight, eps)
@@ -105,18 +107,18 @@ def rms_norm_backward(
 
 
 def _norm_gradient_(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
-    """``grad`` of the output (N, ..., C) becomes that of ``x``."""
+    """Overwrite ``grad`` (N, ..., C) of the output with the gradient of ``x``."""
     from liger_kernel.ops.rms_norm import rms_norm_backward as backward
     from liger_kernel.ops.utils import calculate_settings
 
     rms = inverse_rms(x, eps).view(-1)  # fp32 (N,), which Liger's forward would have saved
     block, warps = calculate_settings(x.shape[-1])
-    x = x.view(-1, x.shape[-1])  # of ``grad`` the kernel's caller does so itself
+    x = x.view(-1, x.shape[-1])  # Liger's function reshapes grad itself
     backward(grad, x, weight, rms, 0.0, _LLAMA, block, warps, True, None, needs_dw=False)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """As ``functions.swiglu``."""
+    """SwiGLU, as ``functions.swiglu``."""
     from liger_kernel.ops.swiglu import swiglu_fused_gate_up_forward
 
     out: Tensor = swiglu_fused_gate_up_forward(gate_up)[1]
@@ -124,30 +126,30 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
-    """As ``functions.swiglu_backward``; ``gate_up`` is contiguous."""
+    """Gradient of SwiGLU, as ``functions.swiglu_backward``; ``gate_up`` is contiguous."""
     from liger_kernel.ops.swiglu import swiglu_fused_gate_up_backward as backward
 
     if out is None:
-        made: Tensor = backward(gate_up, grad)
-        return made
+        result: Tensor = backward(gate_up, grad)
+        return result
     for rows in row_tiles(gate_up):
         out[rows] = backward(gate_up[rows], grad[rows])
     return out
 
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As ``functions.rotate_``; ``heads`` is contiguous: of others Liger rotates a copy. Beside a
-    single head the one for nobody would be as large.
+    """Rotary embedding, as ``functions.rotate_``. ``heads`` is contiguous, for Liger rotates a copy
+    of other tensors, and has several heads, for the dummy key is as large as one.
     """
     from liger_kernel.ops.rope import rope_forward
 
     for rows in row_tiles(heads):
-        queries = heads[rows].transpose(0, 1).unsqueeze(0)  # (1, H, n, D), as it wants them
-        keys = torch.empty_like(queries[:, :1])  # it rotates keys as well: one head for nobody
+        queries = heads[rows].transpose(0, 1).unsqueeze(0)  # (1, H, n, D)
+        keys = torch.empty_like(queries[:, :1])  # dummy, for the kernel rotates keys, too
         rope_forward(queries, keys, cos[rows], sin[rows])
     return heads
 
 
 def _one_stride(x: Tensor) -> bool:
-    """Whether each row of ``x`` (..., C) is as far from the next: what a kernel can walk along."""
+    """Whether all rows of ``x`` (..., C) have the same distance in memory, as kernels need."""
     return x.dim() == 2 or x.is_contiguous()

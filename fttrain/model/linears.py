@@ -1,16 +1,17 @@
-"""A group of frozen linears with LoRA on a tile of tokens: prologue, linears and adapters.
+"""A group of frozen linears with LoRA, on a tile of tokens: prologue, linears and adapters.
 
-    x ── prologue ── x̂ (T, in) ──┬── frozen W (out, in), dequantised now ──┐
+    x ── prologue ── x̂ (T, in) ──┬── frozen W (out, in), dequantised ──────┐
                                  └── A (R, in) ── scaling * B (out, r) ────┴── y (T, out)
 
 A prologue is none, rmsnorm or swiglu.
 
-Backward needs the prologue's input and nothing else (after a recomputation also A x̂). The frozen
-bytes are read again at backward time, whatever slot they lie in by then; no view of a slot and no
-dequantised weight is ever saved. Adapter gradients go straight into the layer's flat fp32 gradient.
-What is saved, and in which tiles tokens come, is said in tiles.py.
+Backward needs the prologue's input and nothing else (after a recomputation also A x̂). It reads the
+frozen bytes again, in whatever slot they lie by then; no view of a slot and no dequantised weight
+is ever saved. Adapter gradients are added to the layer's flat fp32 gradient. tiles.py saves tensors
+for backward and cuts tokens into tiles.
 
-Legend: T tokens, in and out summed over the group, R adapter ranks summed over the group.
+Legend: T tokens, in and out summed over the group, R adapter ranks summed over the group. Tensors
+are in the compute dtype where no other stands beside them.
 """
 
 import hashlib
@@ -27,14 +28,14 @@ from fttrain.quant.frozen_layer import FrozenLayer, GroupShape
 
 @dataclass(frozen=True)
 class DropoutKey:
-    """What a dropout mask depends on, beside layer and module: never the order of execution, nor
-    the tiles in which tokens come.
+    """The counters from which a dropout mask is drawn, beside layer and module. Neither the order
+    of execution nor the tiles of tokens change a mask.
     """
 
     seed: int
     step: int
-    micro_batch: int  # its index in the step over all ranks
-    block: int = 0  # of the micro-batch's tokens, MASK_TOKENS in each: the first of this tile
+    micro_batch: int  # index in the step over all ranks
+    block: int = 0  # the tile's first block of MASK_TOKENS tokens, counted in the micro-batch
 
     def at(self, token: int) -> "DropoutKey":
         """The key of a tile that begins with ``token`` of the micro-batch."""
@@ -42,25 +43,25 @@ class DropoutKey:
         return replace(self, block=token // MASK_TOKENS)
 
     def seed_of(self, layer: int, module: str, block: int) -> int:
-        """Of the mask of the tile's ``block``, counted from its first."""
-        place = f"{self.seed}/{self.step}/{self.micro_batch}/{layer}/{module}/{self.block + block}"
-        digest = hashlib.blake2b(place.encode(), digest_size=8).digest()
+        """The generator's seed for the mask of ``block``, counted from the tile's first."""
+        path = f"{self.seed}/{self.step}/{self.micro_batch}/{layer}/{module}/{self.block + block}"
+        digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1
 
 
 class LayerState:
-    """What changes while a layer's modules stay; the schedule binds it around each use."""
+    """The mutable state of a layer, which the schedule binds around each use."""
 
     def __init__(self) -> None:
         self.frozen: FrozenLayer | None = None  # the layer's bytes, from the store
-        self.lengths: tuple[int, ...] = ()  # of each document in the micro-batch that passes now
+        self.lengths: tuple[int, ...] = ()  # tokens of each document of the micro-batch
         self.dropout: DropoutKey | None = None  # None: no dropout (evaluation)
-        self.recomputing = False  # True: outputs that backward never reads may be left out
+        self.recomputing = False  # True: outputs that backward never reads may be skipped
         self.cache: object | None = None  # keys and values of earlier tokens, in generation
 
 
 class LinearGroup:
-    """One group of a layer: its frozen linears, its adapter and what comes before them."""
+    """One group of a layer: its prologue, its frozen linears and its adapter."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class LinearGroup:
         self.state = state
         self.adapter = adapter
         self.prologue = prologue  # none | rmsnorm | swiglu
-        self.norm = norm  # the frozen norm weight of an rmsnorm prologue
+        self.norm = norm  # name of the frozen norm weight (in,) of an rmsnorm prologue
         self.eps = eps
         self.unread = unread  # backward never reads this group's output
 
@@ -90,15 +91,18 @@ class LinearGroup:
         return self.state.frozen
 
     def enter(self, x: Tensor, dropout: DropoutKey | None) -> tuple[Tensor, Tensor | None]:
-        """``x`` (T, in), or gate and up (T, 2 * in) for a swiglu prologue -> x̂ (T, in) and
-        A x̂ (T, R).
+        """Return x̂ (T, in) and A x̂ (T, R) of ``x`` (T, in), or of gate and up (T, 2 * in) with a
+        swiglu prologue. A x̂ is None without an adapter.
         """
         inputs = self._prologue(x)
         return inputs, _down_projection(self, inputs, dropout)
 
     def output(self, inputs: Tensor, down: Tensor | None, out: Tensor | None = None) -> Tensor:
-        """x̂ (T, in) and A x̂ (T, R) -> y (T, out), in ``out`` where it is given."""
-        weight, bias = self.frozen.weight(self.shape.name), self.frozen.bias(self.shape.name)
+        """Return y (T, out) of ``inputs`` x̂ (T, in) and ``down`` A x̂ (T, R); in ``out`` where
+        given.
+        """
+        weight = self.frozen.weight(self.shape.name)  # (out, in)
+        bias = self.frozen.bias(self.shape.name)  # (out,) or None
         magnitudes = None if self.adapter is None else self.adapter.magnitudes
         if bias is None or magnitudes is not None:
             y = torch.mm(inputs, weight.t(), out=out)
@@ -114,7 +118,7 @@ class LinearGroup:
 
     @property
     def reads_output(self) -> bool:
-        """Whether backward reads what the group gave: the gradient of magnitudes does."""
+        """Whether backward reads the group's output, as the gradient of magnitudes does."""
         return self.adapter is not None and self.adapter.magnitudes is not None
 
     def backward(
@@ -126,10 +130,10 @@ class LinearGroup:
         out: Tensor | None = None,
         y: Tensor | None = None,
     ) -> Tensor:
-        """``grad`` of y (T, out) -> that of ``x`` as ``enter`` took it, in ``out`` where it is
-        given. Adds the adapter's to the layer's.
+        """Return the gradient of ``x``, the argument of ``enter``, from ``grad`` of y (T, out); in
+        ``out`` where given. Adds the adapter's gradient to the layer's.
 
-        ``down``: A x̂ (T, R), None: it is made again; ``y``: where the group ``reads_output``.
+        ``down``: A x̂ (T, R), None: compute it again; ``y`` (T, out): where ``reads_output``.
         """
         if self.adapter is not None and self.reads_output:
             assert y is not None
@@ -139,7 +143,7 @@ class LinearGroup:
             down = _down_projection(self, inputs, dropout)
         if self.prologue == "none":
             return self._input_gradient(grad, inputs, down, dropout, out)
-        grad_inputs = self._input_gradient(grad, inputs, down, dropout)
+        grad_inputs = self._input_gradient(grad, inputs, down, dropout)  # (T, in)
         del inputs  # as wide as the MLP where the prologue is swiglu
         if self.prologue == "rmsnorm":
             return rms_norm_backward(
@@ -160,10 +164,12 @@ class LinearGroup:
         dropout: DropoutKey | None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """``grad`` of y (T, out) -> that of x̂ (T, in). Adds the adapter's to the layer's."""
+        """Return the gradient of x̂ (T, in) from ``grad`` of y (T, out). Adds the adapter's gradient
+        to the layer's.
+        """
         grad_inputs = torch.mm(grad, self.frozen.weight(self.shape.name), out=out)
         if self.adapter is not None and down is not None:
-            grad_down = self.adapter.down_gradient(grad)
+            grad_down = self.adapter.down_gradient(grad)  # (T, R)
             grad_a = _down_projection_backward(self, grad_down, inputs, grad_inputs, dropout)
             self.adapter.accumulate(grad_a, down, grad)
         return grad_inputs
@@ -172,7 +178,9 @@ class LinearGroup:
 def _down_projection(
     group: LinearGroup, inputs: Tensor, dropout: DropoutKey | None
 ) -> Tensor | None:
-    """``inputs`` (T, in) -> A @ dropout(inputs) (T, R); a mask for each member, as in PEFT."""
+    """Return A @ dropout(``inputs``) (T, R) of ``inputs`` (T, in); each member has a mask, as in
+    PEFT.
+    """
     adapter = group.adapter
     if adapter is None:
         return None
@@ -192,9 +200,8 @@ def _down_projection_backward(
     grad_inputs: Tensor,
     dropout: DropoutKey | None,
 ) -> Tensor:
-    """``grad_down`` (T, R) -> gradient of A (R, in).
-
-    Adds the inputs' share to ``grad_inputs`` (T, in).
+    """Return the gradient of A (R, in) from ``grad_down`` (T, R). Adds the adapter's share of the
+    inputs' gradient to ``grad_inputs`` (T, in).
     """
     adapter = group.adapter
     assert adapter is not None
@@ -220,9 +227,10 @@ def _mask(group: LinearGroup, member: int, inputs: Tensor, dropout: DropoutKey) 
 def dropout_mask(
     inputs: Tensor, probability: float, key: DropoutKey, layer: int, module: str
 ) -> Tensor:
-    """Like ``inputs`` (T, in): 0 with ``probability``, 1 / (1 - probability) elsewhere.
+    """The mask of ``inputs`` (T, in), with their shape and dtype: 0 with ``probability``, else
+    1 / (1 - probability).
 
-    ``module``: the linear, as its group and its place in it, such as qkv.0.
+    ``module``: the linear's group and its index in it, such as qkv.0.
     """
     mask, generator = inputs.new_empty(inputs.shape), torch.Generator(inputs.device)
     for block, rows in enumerate(mask.split(MASK_TOKENS)):

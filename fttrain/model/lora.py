@@ -1,14 +1,18 @@
-"""The adapters: all that trains.
+"""LoRA adapters of a group of linears.
 
-LoRA (Hu et al. 2021) adds ``scaling * B @ A`` to a frozen weight; at the start A (r, in) is random
-and B (out, r) zero:
+LoRA (Hu et al. 2021) adds ``scaling * B @ A`` to a frozen weight; A (r, in) starts random and
+B (out, r) zero:
 
     x (N, in) ──── frozen W (out, in) ────────────┐
         └── A (r, in) ── B (out, r) ── * scaling ─┴── y (N, out)
 
-The linears of a group share their input, so their A's are one, stacked (R, in) with
-R = members * r; each B reads its own r columns of A x and adds to its own part of y. With DoRA each
-adapted linear has magnitudes beside them (dora.py).
+The linears of a group share their input, so their A's are stacked to one (R, in), R = members * r.
+Each B reads r columns of A x and adds to its linear's part of y. With DoRA each adapted linear has
+magnitudes, too (dora.py).
+
+Legend: N tokens, in and out summed over the group, r adapter rank, R adapter ranks summed over the
+group, O outputs of the adapted linears together. Tensors are in the compute dtype where no other
+stands beside them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,7 +36,7 @@ class GroupMembers:
 
 
 def target_indices(groups: Iterable[GroupMembers], config: LoraConfig) -> dict[str, list[int]]:
-    """Group name -> the members that get an adapter.
+    """The indices of each group's members that get an adapter, by the group's name.
 
     Raises UserError for a name that no linear has.
     """
@@ -68,14 +72,14 @@ class GroupAdapter:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Values in all A's, in all B's and in all magnitudes, where there are some."""
-        outputs = self._members[-1].own.stop
-        found = {"a": self.rank * self.group.shape.in_features, "b": outputs * self.r}
-        return found | {"m": outputs} if self.use_dora else found
+        """The number of values by section: a: all A's, b: all B's, m: all magnitudes of DoRA."""
+        outputs = self._members[-1].outputs.stop  # O
+        sizes = {"a": self.rank * self.group.shape.in_features, "b": outputs * self.r}
+        return sizes | {"m": outputs} if self.use_dora else sizes
 
     def bind_copies(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """Take this adapter's parts of what computes: A's (R, in), scaling * B of all members
-        (their outputs, r), magnitudes fp32 (their outputs,). GEMMs are in ``dtype``.
+        """Bind this adapter's parts of the compute copies: A's (R, in), scaling * B (O, r),
+        magnitudes fp32 (O,). GEMMs are in ``dtype``.
         """
         self._a, self._b = self._shaped(parts)
         self._dtype = dtype
@@ -83,51 +87,53 @@ class GroupAdapter:
 
     @property
     def a(self) -> Tensor:
-        """All A's (R, in), as they compute."""
+        """All A's (R, in) in the compute dtype."""
         return self._a.to(self._dtype)
 
     @property
     def b(self) -> Tensor:
-        """scaling * B of all members (their outputs, r), as they compute."""
+        """scaling * B of all members (O, r) in the compute dtype."""
         return self._b.to(self._dtype)
 
     def bind_gradient(self, parts: Mapping[str, Tensor]) -> None:
-        """Take this adapter's parts of a flat fp32 gradient of the layer."""
+        """Bind this adapter's parts of the layer's flat fp32 gradient, to which backward adds."""
         self.a_grad, self.b_grad = self._shaped(parts)
         self.m_grad = parts.get("m")
 
     def _shaped(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """All A's (R, in) and all B's (their outputs, r), as views."""
+        """All A's (R, in) and all B's (O, r), as views."""
         return parts["a"].view(self.rank, -1), parts["b"].view(-1, self.r)
 
-    def changed(self) -> None:
-        """The compute copies are those after an update."""
+    def invalidate(self) -> None:
+        """Forget values derived from the compute copies: an update changed them."""
         if self.magnitudes is not None:
-            self.magnitudes.changed()
+            self.magnitudes.invalidate()
 
     def add_to_(self, y: Tensor, down: Tensor) -> None:
-        """``y`` (N, out) += scaling * B of ``down`` = A x (N, R)."""
+        """Add scaling * B ``down`` to ``y`` (N, out), with ``down`` = A x (N, R)."""
         b = self.b
         for member in self._members:
-            y[:, member.rows].addmm_(down[:, member.block], b[member.own].t())
+            y[:, member.rows].addmm_(down[:, member.block], b[member.outputs].t())
 
     def down_gradient(self, grad: Tensor) -> Tensor:
-        """``grad`` of y (N, out) -> that of A x (N, R)."""
+        """Gradient of A x (N, R) from ``grad`` of y (N, out)."""
         b = self.b
-        parts = [grad[:, member.rows] @ b[member.own] for member in self._members]
+        parts = [grad[:, member.rows] @ b[member.outputs] for member in self._members]
         return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
     def accumulate(self, grad_a: Tensor, down: Tensor, grad: Tensor) -> None:
-        """Add to the fp32 gradient: A's (R, in), and B's from A x (N, R) and y's (N, out)."""
+        """Add to the fp32 gradient: ``grad_a`` (R, in), and the gradient of B from ``down`` = A x
+        (N, R) and ``grad`` of y (N, out).
+        """
         self.a_grad.add_(grad_a)
-        for rows, block, own in self._members:
+        for rows, block, outputs in self._members:
             # (r, out) and then transposed: the GEMM is faster that way round on a CPU
             b_grad = (down[:, block].t() @ grad[:, rows]).t()
-            self.b_grad[own].add_(b_grad, alpha=self.scaling)
+            self.b_grad[outputs].add_(b_grad, alpha=self.scaling)
 
     def undo_magnitudes(self, grad: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-        """``grad`` of y (N, out) -> that of what the magnitudes were applied to. Adds theirs to the
-        fp32 gradient.
+        """Gradient (N, out) of the magnitudes' input, from ``grad`` of y (N, out). Adds the
+        magnitudes' gradient to the fp32 gradient.
 
         ``y`` (N, out) with the group's ``bias`` (out,).
         """
@@ -141,12 +147,12 @@ class GroupAdapter:
         parts of a flat tensor.
         """
         a, b = self._shaped(parts)
-        for path, (_, block, own) in zip(self._paths, self._members, strict=True):
+        for path, (_, block, outputs) in zip(self._paths, self._members, strict=True):
             name = f"model.layers.{layer}.{path}"
             yield f"{name}.lora_A", a[block]
-            yield f"{name}.lora_B", b[own]
+            yield f"{name}.lora_B", b[outputs]
             if self.use_dora:
-                yield f"{name}.lora_magnitude_vector", parts["m"][own]
+                yield f"{name}.lora_magnitude_vector", parts["m"][outputs]
 
     @property
     def _paths(self) -> list[str]:
@@ -155,6 +161,6 @@ class GroupAdapter:
 
 def _member_parts(shape: GroupShape, members: list[int], r: int) -> Iterator[Member]:
     end = 0
-    for place, member in enumerate(members):
+    for index, member in enumerate(members):
         start, end = end, end + shape.out_features[member]
-        yield Member(shape.rows[member], slice(place * r, (place + 1) * r), slice(start, end))
+        yield Member(shape.rows[member], slice(index * r, (index + 1) * r), slice(start, end))

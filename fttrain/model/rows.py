@@ -1,11 +1,11 @@
-"""Rows of a tensor: tiles of them, and what a norm divides each by."""
+"""Rows of a tensor: tiles of them, and their inverse root mean square."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-# Of a tile of rows: 32 MiB in fp32, and on a GPU a kernel that still takes longer than its launch.
+# Values of a tile of rows: 32 MiB in fp32, and on a GPU a kernel that takes longer than its launch.
 TILE_VALUES = 1 << 23
 
 
@@ -16,9 +16,9 @@ def row_tiles(x: Tensor) -> Iterator[slice]:
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """fp32 (..., 1): one over the root mean square of each row of ``x`` (..., C), which is read as
-    it is: nothing of its size is made in fp32.
+    """One over the root mean square of each row of ``x`` (..., C): fp32 (..., 1). No fp32 copy of
+    ``x`` is made.
     """
-    # One pass; square and mean take two.
+    # One pass over x; square and mean take two.
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))

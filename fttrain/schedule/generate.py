@@ -128,7 +128,7 @@ def through_layers(
 
 def most_likely(decoder: Decoder, fresh: NewTokens, hidden: Tensor) -> list[int]:
     """``hidden`` (N, C) after the last layer -> the most likely next token of each prompt."""
-    with decoder.head.brought():
+    with decoder.head.on_device():
         logits = decoder.head.logits(hidden[fresh.ends])  # (P, vocabulary)
         chosen: list[int] = logits.argmax(-1).tolist()
     return chosen

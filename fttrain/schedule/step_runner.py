@@ -69,9 +69,9 @@ class StepRunner:
     def head(self, selection: slice = slice(None)) -> None:
         """Add the loss of ``selection``. Their ``hidden`` (N, C) becomes its gradient."""
         if not self.in_flight[selection]:
-            return  # a streamed head is not brought for nothing
+            return  # a streamed head is not copied for nothing
         head = self._decoder.head
-        with self.computing(), head.brought():
+        with self.computing(), head.on_device():
             for batch in self.in_flight[selection]:
                 micro_batch = batch.micro_batch
                 loss, batch.hidden = head.loss_and_gradient(
@@ -87,7 +87,7 @@ class StepRunner:
         if not self.in_flight[selection]:
             return
         head = self._decoder.head
-        with self.computing(), head.brought():
+        with self.computing(), head.on_device():
             for batch in self.in_flight[selection]:
                 micro_batch = batch.micro_batch
                 self.metric_sums += head.metric_sums(

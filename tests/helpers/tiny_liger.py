@@ -16,7 +16,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 def prepare(patch: pytest.MonkeyPatch, device: str) -> None:
     """Liger's kernels may be asked for on ``device``; nothing uses them when ``patch`` ends."""
-    patch.setattr(liger, "_why_not", liger._why_not)
+    patch.setattr(liger, "_off_reason", liger._off_reason)
     if device == "cpu":
         if "TRITON_INTERPRET" not in os.environ:
             pytest.skip("there is a card: Triton's interpreter is not asked for")

@@ -191,7 +191,7 @@ def test_two_passes_equal_autograd_over_full_logits(
     monkeypatch.setattr(head_module, "ROW_MULTIPLE", 2)
     (ours, table), (hidden, targets) = head_of_form(form, dtype, logit_scale), batch(dtype)
     ours.objective, ours.z_loss = objective, z_loss
-    with ours.brought():
+    with ours.on_device():
         loss, grad = ours.loss_and_gradient(hidden, targets, trained(targets), COUNTS)
     expected_loss, expected_grad = plain_objective(ours, table, hidden, targets)
     assert float(loss) == pytest.approx(float(expected_loss), rel=limit)
@@ -209,7 +209,7 @@ def test_supervised_in_two_passes_is_supervised_in_one(
     monkeypatch.setattr(head_module, "ROW_MULTIPLE", 2)
     (ours, _), (hidden, targets) = head_of_form(form, dtype, 0.5), batch(dtype)
     ours.z_loss = z_loss
-    with ours.brought():
+    with ours.on_device():
         loss, grad = ours.loss_and_gradient(hidden, targets, trained(targets), COUNTS)
         ours.objective = tiny_objective.TwoPasses()
         again, grad_again = ours.loss_and_gradient(hidden, targets, trained(targets), COUNTS)

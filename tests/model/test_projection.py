@@ -27,7 +27,7 @@ def table(dtype: torch.dtype = torch.float32) -> Tensor:
 
 def logits_of(form: ResidentHead | QuantizedHead, hidden: Tensor) -> Tensor:
     out = hidden.new_full((len(hidden), VOCABULARY), torch.nan)
-    with form.brought():
+    with form.on_device():
         form.project(hidden, out)
     return out
 
@@ -60,7 +60,7 @@ def test_a_streamed_table_is_on_the_device_while_it_is_used_and_counted() -> Non
     weight, hidden = table(), torch.randn(TOKENS, WIDTH)
     streamed = StreamedHead(weight, CPU)
     assert torch.equal(logits_of(streamed, hidden), logits_of(ResidentHead(weight), hidden))
-    with streamed.brought():
+    with streamed.on_device():
         assert streamed.weight is not weight
         assert torch.equal(streamed.weight, weight)
     assert streamed.weight is weight

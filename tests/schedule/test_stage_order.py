@@ -32,7 +32,7 @@ class NoLayers:
     def head(self) -> "NoLayers":
         return self
 
-    brought = nullcontext
+    on_device = nullcontext
 
     def embed(self, input_ids: Tensor) -> Tensor:
         return torch.zeros(len(input_ids), WIDTH)

@@ -74,7 +74,7 @@ LAYER_INPUT = "bfloat16 (64, 64) of Layer.__call__"
 LAYER_INPUT_BACK = "bfloat16 (64, 64) of HostLayerInputs.prefetch"
 GATE_UP = "bfloat16 (64, 256) of _ApplyLinears.forward*"
 ACTIVATIONS_BACK = "uint8 (*) of HostActivations.bring"
-HEAD = "bfloat16 (300, 64) of StreamedHead.brought"
+HEAD = "bfloat16 (300, 64) of StreamedHead.on_device"
 FREED = "it is freed on compute"
 
 
