@@ -14,7 +14,7 @@ def test_memory_that_cannot_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, speak: bool) -> None:
         warnings.warn("a buffer: 1.00 GiB could not be page-locked", stacklevel=1)
 
-    monkeypatch.setattr(locked.Memory, "page_lock", refused)
+    monkeypatch.setattr(locked.HostBuffer, "page_lock", refused)
     found = locked.locked_memory(torch.device("cuda", 0))
     assert found.verdict == WARNING
     assert "could not be page-locked" in found.figure

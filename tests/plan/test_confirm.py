@@ -93,6 +93,6 @@ def test_deep_models_are_run_in_all_their_layers(monkeypatch: pytest.MonkeyPatch
         memory.reserved_memory(rank) for rank in memory.reserve_ranks(RECIPE, deep, "cuda", ROOMS)
     ]
     lines = memory.with_workspace(booked, RECIPE, deep, "cuda")
-    monkeypatch.setattr(memory, "beyond_books", counted)
+    monkeypatch.setattr(memory, "beyond_reserved", counted)
     confirm.confirmed(lines, RECIPE, deep, "cuda", ROOMS)
     assert ran == [9]  # both ranks are alike: one run
