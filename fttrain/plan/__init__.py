@@ -1,1 +1,1 @@
-"""Will a run fit, and how fast will it be? Said before it starts, from what a rig can do."""
+"""Memory and speed of a run, predicted from a rig's profile before it starts."""

@@ -18,7 +18,7 @@ from fttrain.model.decoder import Architecture
 from fttrain.plan import memory
 from fttrain.plan.trial import MICRO_BATCHES, Trial, trial_spec
 from fttrain.plan.work import dequantisations, head_flops, layer_values, layer_work, weight_bytes
-from fttrain.rig.measure import tell
+from fttrain.rig.measure import print_progress
 from fttrain.rig.profile import CardProfile, RigProfile
 from fttrain.strategy.spec import StrategySpec
 
@@ -38,7 +38,7 @@ def calibrate(
     command: starts a process that runs the trial and writes its result to the file whose path is
         appended. Where that fails, a line says so and the card stays as it is.
     """
-    say = tell if group.is_main else lambda text: None
+    say = print_progress if group.is_main else lambda text: None
     say("a few real steps")
     group.barrier()
     problem, mine = _run(command)

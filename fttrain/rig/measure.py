@@ -107,7 +107,7 @@ def measure(
         budget_s: for each transport.
         link_command: starts a process that calls ``link_rank.main`` with the job added to it.
     """
-    say: Say = tell if group.is_main else lambda text: None
+    say: Say = print_progress if group.is_main else lambda text: None
     load, cores = os.getloadavg()[0], machine.host().cores
     if load > BUSY * cores:
         say(f"other programs are at work (load {load:.1f} on {cores} cores): rates will be too low")
@@ -218,6 +218,6 @@ def _each(group: RankGroup, text: str) -> list[str]:
     return [group.broadcast_str(text, rank) for rank in range(group.world_size)]
 
 
-def tell(text: str) -> None:
+def print_progress(text: str) -> None:
     """Print a line of progress, apart from the results on stdout."""
     print(text, file=sys.stderr, flush=True)

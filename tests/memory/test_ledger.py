@@ -38,7 +38,7 @@ def test_what_does_not_fit_is_refused_with_figures(monkeypatch: pytest.MonkeyPat
         ledger.check()
 
 
-def test_what_is_booked_anew_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_reservation_replaces_the_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fttrain.memory.ledger, "available_host_bytes", lambda: 3 * GIB)
     ledger = MemoryLedger(tiny_strategy.this_group())
     for _ in range(4):

@@ -51,17 +51,17 @@ def test_the_table_adds_up_and_leaves_out_what_is_nothing() -> None:
 def test_books_of_a_strategy_hold_what_it_has() -> None:
     """The tensors of a strategy are as large as it said, on a CPU where all of them can be seen."""
     strategy = tiny_strategy.build(tiny_strategy.variant(offload=True), tiny_strategy.base())
-    booked = {r.part: r.size_bytes for r in strategy.reservations}
+    reserved = {r.part: r.size_bytes for r in strategy.reservations}
     frozen = tiny_strategy.base()
     layers = [layer.adapters for layer in strategy.decoder.layers]
-    assert booked[MemoryPart.FROZEN_LAYERS] == sum(flat.nbytes for flat in frozen.flats)
-    assert booked[MemoryPart.EMBEDDING] == strategy.decoder.embedding.weight.nbytes
-    assert booked[MemoryPart.ADAPTER_MASTERS] == sum(layer.flat.nbytes for layer in layers)
-    assert booked[MemoryPart.ADAPTERS] == sum(layer.copy_bytes for layer in layers)
+    assert reserved[MemoryPart.FROZEN_LAYERS] == sum(flat.nbytes for flat in frozen.flats)
+    assert reserved[MemoryPart.EMBEDDING] == strategy.decoder.embedding.weight.nbytes
+    assert reserved[MemoryPart.ADAPTER_MASTERS] == sum(layer.flat.nbytes for layer in layers)
+    assert reserved[MemoryPart.ADAPTERS] == sum(layer.copy_bytes for layer in layers)
     tiny_strategy.apply(strategy, 0)
     moments = strategy.optimizer_state()
     kept = sum(value.nbytes for name, value in moments.items() if "step" not in name)
-    assert booked[MemoryPart.OPTIMIZER_MOMENTS] == kept
+    assert reserved[MemoryPart.OPTIMIZER_MOMENTS] == kept
     total = sum(use.host_bytes for use in part_usage(strategy.reservations, tiny.CPU))
     assert total == pytest.approx(peak_host_bytes(), rel=0.01)
 

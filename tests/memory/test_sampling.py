@@ -31,8 +31,8 @@ def test_a_sample_follows_what_this_process_holds() -> None:
         assert 0 < sample["host_free_bytes"] < psutil.virtual_memory().total
 
 
-class Books:
-    """torch's books of one card, which nobody here has: what is given out, and its peak."""
+class AllocatorStats:
+    """torch's allocator statistics of a card that is not here: bytes given out, and their peak."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = self.peak = 0
@@ -61,17 +61,17 @@ class Books:
 
 
 def test_peaks_begin_anew_and_the_highest_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    books, device = Books(monkeypatch), torch.device("cuda", 0)
+    stats, device = AllocatorStats(monkeypatch), torch.device("cuda", 0)
     recent, highest = [], []
     for sizes in ([10, 200, 20], [20, 90, 30], [], [250, 5]):
         for size_bytes in sizes:
-            books.hold(size_bytes)
+            stats.hold(size_bytes)
         recent.append(sampling.sample(device))
         highest.append(sampling.peak_device_bytes(device))
     assert [sample["device_peak_bytes"] for sample in recent] == [200, 90, 30, 250]
     assert [sample["device_allocated_bytes"] for sample in recent] == [20, 30, 30, 5]
     assert highest == [200, 200, 200, 250]
-    books.hold(400)
+    stats.hold(400)
     assert sampling.peak_device_bytes(device) == 400, "before anybody takes a sample of it"
     assert recent[0]["device_reserved_bytes"] == 300
     assert (recent[0]["device_used_bytes"], recent[0]["device_total_bytes"]) == (400, 1000)

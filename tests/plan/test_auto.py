@@ -29,7 +29,7 @@ def silent(done: int, total: int) -> None:
     """Nobody watches."""
 
 
-def question(
+def request(
     *left_open: str, spec: StrategySpec = RECIPE, rig: RigProfile | None = None
 ) -> PlanRequest:
     return PlanRequest("tiny", spec, A, rig or tiny_cpu_rig.rig(), left_open, 2)
@@ -41,15 +41,15 @@ def settings(verdicts: list[Candidate]) -> list[str]:
 
 def test_strategy_alone_is_the_best_of_those_with_the_activations_that_are_given() -> None:
     chosen = choose(list(candidates(RECIPE, 1)), A, tiny_cpu_rig.rig(), silent)
-    assert settings(ranked(question("strategy", "activations"), silent)) == settings(chosen)
+    assert settings(ranked(request("strategy", "activations"), silent)) == settings(chosen)
     allowed = [v for v in chosen if v.spec.placement.activations == "recompute"]
-    assert settings(ranked(question("strategy"), silent)) == settings(allowed)
+    assert settings(ranked(request("strategy"), silent)) == settings(allowed)
     assert chosen[0] is not allowed[0]
     assert len(allowed) > 1
 
 
 def test_activations_alone_leave_strategy_and_rows_as_they_are() -> None:
-    found = ranked(question("activations", spec=STREAM), silent)
+    found = ranked(request("activations", spec=STREAM), silent)
     assert {v.spec.placement.activations for v in found} == set(POLICIES)
     for verdict in found:
         assert replace(verdict.spec, placement=STREAM.placement) == STREAM
@@ -60,27 +60,27 @@ def test_activations_alone_leave_strategy_and_rows_as_they_are() -> None:
 
 
 def test_what_is_fastest_gives_way_to_what_fits() -> None:
-    found = ranked(question("activations", spec=STREAM), silent)
+    found = ranked(request("activations", spec=STREAM), silent)
     peaks = {v.spec.placement.activations: v.host_bytes + 1000 for v in found}
     assert found[0].spec.placement.activations == "keep"
     assert peaks["recompute"] < peaks["keep"]
     short = tiny_cpu_rig.rig(memory_bytes=peaks["recompute"])
-    again = ranked(question("activations", spec=STREAM, rig=short), silent)
+    again = ranked(request("activations", spec=STREAM, rig=short), silent)
     assert again[0].spec.placement.activations == "recompute"
     assert [verdict.fits for verdict in again] == [True, False, False]
 
 
 def test_nothing_fits() -> None:
-    asked = question("activations", spec=STREAM, rig=tiny_cpu_rig.rig(memory_bytes=10_000))
-    found = ranked(asked, silent)
+    wanted = request("activations", spec=STREAM, rig=tiny_cpu_rig.rig(memory_bytes=10_000))
+    found = ranked(wanted, silent)
     assert not any(verdict.fits for verdict in found)
     assert found[0].missing_bytes == min(verdict.missing_bytes for verdict in found)
 
 
-def test_an_answer_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = question("activations", spec=STREAM)
-    found = choose_plan(asked, str(tmp_path), silent)
-    best = ranked(asked, silent)[0]
+def test_a_plan_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = request("activations", spec=STREAM)
+    found = choose_plan(wanted, str(tmp_path), silent)
+    best = ranked(wanted, silent)[0]
     assert found.settings["activations"] == best.spec.placement.activations
     assert found.settings["strategy"]["resident_layers"] == 3
     assert found.plan["ran"] == best.settings
@@ -91,16 +91,16 @@ def test_an_answer_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     for name in ("choose", "judge"):
         monkeypatch.setattr(auto, name, planned_again)
-    assert choose_plan(asked, str(tmp_path), silent) == found
+    assert choose_plan(wanted, str(tmp_path), silent) == found
     published = tiny.model(num_hidden_layers=4).config  # with what a shipped config.json lacks
     published.bos_token_id, published.architectures = 7, ["LlamaForCausalLM"]
-    same = replace(asked, architecture=Architecture(published))
+    same = replace(wanted, architecture=Architecture(published))
     assert choose_plan(same, str(tmp_path), silent) == found
     others = {
-        "rig": replace(asked, rig=tiny_cpu_rig.rig(sums_bytes_per_s=1e8)),
-        "rows": replace(asked, spec=replace(STREAM, size=StepSize(2, 64, 1))),
-        "model": replace(asked, architecture=Architecture(tiny.model(num_hidden_layers=5).config)),
-        "nothing open": replace(asked, left_open=()),
+        "rig": replace(wanted, rig=tiny_cpu_rig.rig(sums_bytes_per_s=1e8)),
+        "rows": replace(wanted, spec=replace(STREAM, size=StepSize(2, 64, 1))),
+        "model": replace(wanted, architecture=Architecture(tiny.model(num_hidden_layers=5).config)),
+        "nothing open": replace(wanted, left_open=()),
     }
     for other in others.values():
         with pytest.raises(UserError, match="planned again"):
@@ -110,8 +110,8 @@ def test_an_answer_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("overhead_bytes", [1000, None])
 def test_what_is_predicted_stands_in_the_plan(tmp_path: Path, overhead_bytes: int | None) -> None:
     rig = tiny_cpu_rig.rig(overhead_bytes=overhead_bytes)
-    found = choose_plan(question(spec=STREAM, rig=rig), str(tmp_path), silent)
-    check_fits(question(), found)
+    found = choose_plan(request(spec=STREAM, rig=rig), str(tmp_path), silent)
+    check_fits(request(), found)
     verdict = judge(STREAM, A, rig)
     assert verdict.time is not None
     expected = {"step_s": verdict.time.seconds, "tokens_per_s": verdict.tokens_per_s}

@@ -29,8 +29,8 @@ RIG = RigProfile("made up", (CARD,), HostProfile("cpu", 1, 1 << 40))
 
 def planned_s(spec: StrategySpec, layers: int, card: CardProfile) -> float:
     a = Architecture(with_layers(CONFIG, layers))
-    booked = memory.reserve_ranks(spec, a, "cpu", [memory.ROOMY_BYTES])
-    return step_time(booked, replace(RIG, cards=(card,))).seconds
+    reserved = memory.reserve_ranks(spec, a, "cpu", [memory.ROOMY_BYTES])
+    return step_time(reserved, replace(RIG, cards=(card,))).seconds
 
 
 def test_a_plan_of_the_trials_own_steps_says_what_the_trial_measured() -> None:

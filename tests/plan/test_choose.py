@@ -151,7 +151,7 @@ def test_a_smaller_card_keeps_fewer_layers_of_a_stream() -> None:
     assert "1 x small card, 1 x large card" in told
     assert "[2, 6] resident" in " ".join(printed(table([kept], cards, None)).split())
     both = printed(parts_table(kept, cards))
-    assert f"{gib(kept.memory[0].device['frozen layers'])}".split()[0] in both
+    assert f"{gib(kept.memory[0].device[MemoryPart.FROZEN_LAYERS])}".split()[0] in both
     assert "card 0" in both
     assert "card 1" in both
 

@@ -18,8 +18,10 @@ ROOMS = [1 << 50] * 2
 
 
 def taken(spec: StrategySpec, wrong_by: int = 0) -> list[RankMemory]:
-    booked = [memory.reserved_memory(rank) for rank in memory.reserve_ranks(spec, A, "cuda", ROOMS)]
-    found = memory.with_workspace(booked, spec, A, "cuda")
+    reserved = [
+        memory.reserved_memory(rank) for rank in memory.reserve_ranks(spec, A, "cuda", ROOMS)
+    ]
+    found = memory.with_workspace(reserved, spec, A, "cuda")
     return [
         replace(
             rank,
@@ -89,10 +91,10 @@ def test_deep_models_are_run_in_all_their_layers(monkeypatch: pytest.MonkeyPatch
         ran.append(context.architecture.layers)
         return real(context, kind)
 
-    booked = [
+    reserved = [
         memory.reserved_memory(rank) for rank in memory.reserve_ranks(RECIPE, deep, "cuda", ROOMS)
     ]
-    lines = memory.with_workspace(booked, RECIPE, deep, "cuda")
-    monkeypatch.setattr(memory, "beyond_books", counted)
+    lines = memory.with_workspace(reserved, RECIPE, deep, "cuda")
+    monkeypatch.setattr(memory, "beyond_reserved", counted)
     confirm.confirmed(lines, RECIPE, deep, "cuda", ROOMS)
     assert ran == [9]  # both ranks are alike: one run

@@ -106,7 +106,7 @@ def measured_bytes(names: list[str]) -> dict[str, int]:
             for r in strategy.reservations
             if r.location is not Location.DEVICE and r.part not in apart
         ]
-        found[name] = live.peak - sum(booking.size_bytes for booking in on_host)
+        found[name] = live.peak - sum(reservation.size_bytes for reservation in on_host)
     return found
 
 
@@ -116,15 +116,15 @@ def test_predicted_peaks_are_those_of_real_steps() -> None:
     for name in names:
         own = spec(name)
         a = architecture()
-        booked = [
+        reserved = [
             memory.reserved_memory(rank) for rank in memory.reserve_ranks(own, a, "cuda", ROOMY)
         ]
-        for rank in memory.with_workspace(booked, own, a, "cuda"):
+        for rank in memory.with_workspace(reserved, own, a, "cuda"):
             real = measured[rank.rank][name]
             assert rank.device_bytes == pytest.approx(real, rel=TOLERANCE), (name, rank)
 
 
-def beyond_books(kind: str, documents: int) -> int:
+def beyond_reserved(kind: str, documents: int) -> int:
     """Of rows for which attention's backward takes most."""
     size = StepSize(2, 16384, 1, row_documents=documents)
     own = replace(tiny_strategy.variant(dtype="bfloat16"), size=size)
@@ -139,14 +139,14 @@ def inside_bytes(documents: int) -> int:
 
 def test_a_card_has_room_for_what_flash_attention_takes_inside() -> None:
     """On the CPU what follows takes most, a little more than attention's backward without that."""
-    more = beyond_books("cuda", 1) - beyond_books("cpu", 1)
+    more = beyond_reserved("cuda", 1) - beyond_reserved("cpu", 1)
     assert 0.8 * inside_bytes(1) < more < inside_bytes(1)
 
 
 def test_each_document_of_a_row_takes_its_part_of_a_card() -> None:
-    more = beyond_books("cuda", 100) - beyond_books("cuda", 1)
+    more = beyond_reserved("cuda", 100) - beyond_reserved("cuda", 1)
     assert more == inside_bytes(100) - inside_bytes(1) > 10 << 20
-    assert beyond_books("cpu", 100) == beyond_books("cpu", 1)
+    assert beyond_reserved("cpu", 100) == beyond_reserved("cpu", 1)
 
 
 def llama_70b() -> Architecture:
@@ -200,11 +200,11 @@ def test_nothing_fake_is_left_behind() -> None:
     """Codes and weights that modules keep for later are made before, with real tensors."""
     own = spec("stream")
     frozen = tiny_strategy.base(dtype=own.dtype, quant=own.quant, **SHAPE)
-    booked = [
+    reserved = [
         memory.reserved_memory(rank)
         for rank in memory.reserve_ranks(own, frozen.architecture, "cpu", ROOMY)
     ]
-    taken = memory.with_workspace(booked, own, frozen.architecture, "cpu")
+    taken = memory.with_workspace(reserved, own, frozen.architecture, "cpu")
     assert all(rank.device[MemoryPart.WORKSPACE] != 0 for rank in taken)
     assert not torch.distributed.is_initialized()
     strategy = tiny_strategy.build(own, frozen)
