@@ -1,6 +1,5 @@
 """measure.md, its plot, and the tables that ``fttrain measure`` prints."""
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from fttrain.rig.profile import (
     algorithm_bytes_per_s,
     bus_bytes_per_s,
 )
+from fttrain.util.atomic_files import replace_unsynced
 from fttrain.util.units import KIB, MIB, duration, gib
 
 PLOT = "measure.png"
@@ -111,9 +111,7 @@ def plot_links(path: Path, links: Iterable[LinkProfile]) -> None:
     axes.set_ylabel("bus bandwidth, GB/s")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
-    part = path.with_name(f".{path.name}")
-    figure.savefig(part, dpi=120, format="png")
-    os.replace(part, path)
+    replace_unsynced(path, lambda part: figure.savefig(part, dpi=120, format="png"))
 
 
 def _cards(profile: RigProfile) -> ReportTable:

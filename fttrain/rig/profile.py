@@ -9,12 +9,12 @@ measured is None; the error of its first use names it.
 
 import bisect
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fttrain.util.atomic_files import write_text
 from fttrain.util.cache_dir import cache_root
 from fttrain.util.errors import UserError
 
@@ -193,9 +193,7 @@ class RigProfile:
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         text = json.dumps({"form": FORM, **asdict(self)}, indent=1, allow_nan=False)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(text + "\n", encoding="utf-8")
-        os.replace(part, path)
+        write_text(path, text + "\n")
 
 
 def profile_path(ranks: int, cache_dir: str | None = None) -> Path:

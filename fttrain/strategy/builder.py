@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -42,11 +41,11 @@ NATIVE_PAGES: dict[str, Any] = {
 
 def strategy_page(name: str) -> Any:
     """The module of a strategy, with ``reserve`` and ``build``. DeepSpeed's is loaded on demand."""
-    return (
-        import_module("fttrain.strategy.deepspeed.page")
-        if name == DEEPSPEED
-        else NATIVE_PAGES[name]
-    )
+    if name == DEEPSPEED:
+        from fttrain.strategy.deepspeed import page
+
+        return page
+    return NATIVE_PAGES[name]
 
 
 def silent(title: str) -> Progress:

@@ -1,12 +1,12 @@
 """metrics.jsonl: one line of strict JSON for each step, whatever happens to the run."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fttrain.track.base import Tracker, plain
+from fttrain.util.atomic_files import replace, write_bytes
 from fttrain.util.errors import UserError
 from fttrain.util.warn import Warn, warn
 
@@ -41,13 +41,9 @@ class MetricsFile(Tracker):
         self._path, self._warn = Path(path), warn
         self._warned = self._torn = False
         earlier = [line for line in read_metrics(path) if line["step"] <= resumed_step]
-        part = self._path.with_name(f".{self._path.name}.part")
+        text = "".join(f"{json.dumps(line)}\n" for line in earlier)
         try:
-            with part.open("w") as file:
-                file.writelines(f"{json.dumps(line)}\n" for line in earlier)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self._path)
+            replace(self._path, lambda part: write_bytes(part, text.encode()))
             # Unbuffered: each line is one write, so a kill can tear at most the last one.
             self._file = self._path.open("ab", buffering=0)
         except OSError as error:

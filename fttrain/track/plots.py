@@ -1,7 +1,6 @@
 """The plots of report.md."""
 
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from fttrain.track.memory import CardSample, Sample
 from fttrain.track.results import smoothed
+from fttrain.util.atomic_files import replace_unsynced
 from fttrain.util.units import GIB
 
 SIZE = (8.0, 4.5)  # inches, of one panel
@@ -120,6 +120,4 @@ def _panels(*labels: str) -> tuple[Any, list[Any]]:
 
 def save(figure: Any, path: Path) -> None:
     """Save ``figure`` as a PNG, with one atomic replace."""
-    part = path.with_name(f".{path.name}")
-    figure.savefig(part, dpi=120, format="png")
-    os.replace(part, path)
+    replace_unsynced(path, lambda part: figure.savefig(part, dpi=120, format="png"))

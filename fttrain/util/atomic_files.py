@@ -42,11 +42,18 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step. A kill does no harm; with ``replace`` neither does a power
-    cut.
+    """Replace a text file (UTF-8) as ``replace_unsynced`` does."""
+    replace_unsynced(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def replace_unsynced(path: Path, write: Callable[[Path], object]) -> None:
+    """Give ``path`` new content in one step. A kill does no harm; with ``replace`` neither does a
+    power cut.
+
+    ``write``: writes the content to the path that it is called with.
     """
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
+    write(part)
     os.replace(part, path)
 
 
