@@ -7,7 +7,7 @@ from harness.fit_rank import CONTEXT_GIB
 from harness.fit_report import GIB, highest
 from harness.fit_steps import architecture_of, trial_spec
 
-from fttrain.plan import memory
+from fttrain.plan import memory, workspace
 from fttrain.util.errors import UserError
 
 WITHIN = 0.03  # of what torch's allocator reserved
@@ -47,7 +47,7 @@ def predicted_bytes(job: Figures, ranks: int, room_bytes: int) -> int | None:
     except UserError:
         return None
     taken = [memory.reserved_memory(own) for own in booked]
-    taken = memory.with_workspace(taken, spec, architecture, "cuda")
+    taken = workspace.with_workspace(taken, spec, architecture, "cuda")
     return max(max(own.device_bytes, own.reserved_device_bytes) for own in taken)
 
 

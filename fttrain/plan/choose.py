@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from fttrain.memory.ledger import Reservation, largest_parts
 from fttrain.model.decoder import Architecture
-from fttrain.plan import memory
+from fttrain.plan import memory, workspace
 from fttrain.plan.confirm import confirmed
 from fttrain.plan.memory import RankMemory
 from fttrain.plan.time import StepTime, step_time
@@ -150,7 +150,7 @@ def judge(spec: StrategySpec, architecture: Architecture, rig: RigProfile) -> Ca
         return Candidate(spec, settings, reason=str(error))
     ranks = [memory.reserved_memory(rank) for rank in reserved]
     if not _shortage(ranks, rig)[0]:  # else the reserved parts alone are too much
-        ranks = memory.with_workspace(ranks, spec, architecture, kind)
+        ranks = workspace.with_workspace(ranks, spec, architecture, kind)
     reason, missing_bytes = _shortage(ranks, rig)
     return Candidate(
         spec,

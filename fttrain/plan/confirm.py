@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from fttrain.memory.parts import MemoryPart
 from fttrain.model.decoder import Architecture
-from fttrain.plan import memory
+from fttrain.plan import memory, workspace
 from fttrain.plan.memory import RankMemory, ReservedRank
 from fttrain.strategy.spec import StrategySpec
 
@@ -32,7 +32,7 @@ def confirmed(
     shorter = replace(spec, size=replace(spec.size, gradient_accumulation_steps=steps))
     # The CPU stands in for the card.
     reserved = memory.reserve_ranks(shorter, architecture, "cpu", free_bytes)
-    extrapolated = memory.with_workspace(
+    extrapolated = workspace.with_workspace(
         [memory.reserved_memory(rank) for rank in reserved], shorter, architecture, kind
     )
     runs: dict[str, int] = {}
@@ -45,7 +45,7 @@ def confirmed(
 def _steps(spec: StrategySpec, layers: int, world_size: int) -> int:
     """Micro-batches of a rank's step in the full run."""
     passes = layers * (world_size if spec.strategy.name == "pipeline" else 1)
-    most = max(MOST_PASSES // passes, memory.evenly_from(spec, layers, world_size))
+    most = max(MOST_PASSES // passes, workspace.evenly_from(spec, layers, world_size))
     return min(spec.size.gradient_accumulation_steps, most)
 
 
@@ -55,7 +55,7 @@ def _beyond_reserved(reserved: ReservedRank, kind: str, runs: dict[str, int]) ->
     """
     key = str((len(reserved.model_slice.layers), reserved.context.ledger.reservations))
     if key not in runs:
-        runs[key] = memory.beyond_reserved(reserved.context, kind)
+        runs[key] = workspace.beyond_reserved(reserved.context, kind)
     return runs[key]
 
 

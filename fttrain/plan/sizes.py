@@ -15,7 +15,7 @@ from fttrain.frozen.config import FrozenConfig
 from fttrain.memory.parts import MemoryPart
 from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
-from fttrain.plan import memory, shapes
+from fttrain.plan import memory, shapes, workspace
 from fttrain.plan.rigs import find_rig
 from fttrain.quant.config import QuantConfig
 from fttrain.schedule.config import ScheduleConfig
@@ -104,7 +104,7 @@ def estimate_size(request: SizeRequest) -> SizeEstimate:
     rooms = [memory.ROOMY_BYTES] * scenario.cards
     ranks = [memory.reserved_memory(rank) for rank in memory.reserve_ranks(spec, a, "cuda", rooms)]
     # Ranks of these strategies are alike: one runs on fake tensors, for all of them.
-    [first] = memory.with_workspace(ranks[:1], spec, a, "cuda")
+    [first] = workspace.with_workspace(ranks[:1], spec, a, "cuda")
     card = first.device | {
         MemoryPart.WORKSPACE: max(0, first.device[MemoryPart.WORKSPACE]),
         MemoryPart.CONTEXT: context_bytes(),

@@ -12,8 +12,8 @@ from fttrain.memory.host import peak_host_bytes
 from fttrain.model.decoder import Architecture
 from fttrain.plan.fake import full_batch
 from fttrain.plan.live_bytes import LiveBytes
-from fttrain.plan.memory import with_layers
 from fttrain.plan.random_base import RandomBase
+from fttrain.plan.workspace import with_layers
 from fttrain.rig.card import beside_allocator_bytes
 from fttrain.rig.timing import median_s
 from fttrain.schedule.config import ScheduleConfig

@@ -13,9 +13,9 @@ from fttrain.distributed.rank_group import RankGroup
 from fttrain.model.decoder import Architecture
 from fttrain.plan import memory, trial
 from fttrain.plan.calibrate import calibrate, calibrated, python
-from fttrain.plan.memory import with_layers
 from fttrain.plan.time import step_time
 from fttrain.plan.trial import Trial
+from fttrain.plan.workspace import with_layers
 from fttrain.rig.profile import CardProfile, HostProfile, RigProfile
 from fttrain.strategy.spec import StepSize, StrategySpec
 

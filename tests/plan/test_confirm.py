@@ -9,9 +9,10 @@ from tiny_rig import RECIPE, ROOMY, A, chosen, rig
 
 from fttrain.memory.parts import MemoryPart
 from fttrain.model.decoder import Architecture
-from fttrain.plan import confirm, memory
+from fttrain.plan import confirm, memory, workspace
 from fttrain.plan.choose import judge
-from fttrain.plan.memory import RankMemory, Workspaces
+from fttrain.plan.memory import RankMemory
+from fttrain.plan.workspace import Workspaces
 from fttrain.strategy.spec import StepSize, StrategySpec
 
 ROOMS = [1 << 50] * 2
@@ -21,7 +22,7 @@ def taken(spec: StrategySpec, wrong_by: int = 0) -> list[RankMemory]:
     reserved = [
         memory.reserved_memory(rank) for rank in memory.reserve_ranks(spec, A, "cuda", ROOMS)
     ]
-    found = memory.with_workspace(reserved, spec, A, "cuda")
+    found = workspace.with_workspace(reserved, spec, A, "cuda")
     return [
         replace(
             rank,
@@ -51,7 +52,7 @@ def test_wrong_lines_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(verdict.confirmed for verdict in others)
     same = next(v for v in [best, *others] if v.spec == RECIPE)
     assert {same.memory[0].device_bytes} <= {wrong, right}
-    whole = memory.beyond_reserved(
+    whole = workspace.beyond_reserved(
         memory.reserve_ranks(best.spec, A, "cpu", [ROOMY])[0].context, "cuda"
     )
     assert best.memory[0].device[MemoryPart.WORKSPACE] == whole
@@ -77,7 +78,7 @@ def test_a_winner_that_does_not_fit_after_all_is_passed_over(
 def test_a_long_step_is_shortened_to_what_lines_start_from() -> None:
     long = replace(tiny_strategy.variant("stream"), size=StepSize(1, 64, 64))
     short = confirm._steps(long, 80, 1)
-    assert short == memory.evenly_from(long, 80, 1) == 2
+    assert short == workspace.evenly_from(long, 80, 1) == 2
     assert confirm._steps(long, 10, 1) == confirm.MOST_PASSES // 10
     assert confirm._steps(replace(long, size=StepSize(1, 64, 3)), 6, 1) == 3
 
@@ -85,7 +86,7 @@ def test_a_long_step_is_shortened_to_what_lines_start_from() -> None:
 def test_deep_models_are_run_in_all_their_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     deep = Architecture(tiny.model(num_hidden_layers=9).config)
     ran: list[int] = []
-    real = memory.beyond_reserved
+    real = workspace.beyond_reserved
 
     def counted(context, kind):  # type: ignore[no-untyped-def]
         ran.append(context.architecture.layers)
@@ -94,7 +95,7 @@ def test_deep_models_are_run_in_all_their_layers(monkeypatch: pytest.MonkeyPatch
     reserved = [
         memory.reserved_memory(rank) for rank in memory.reserve_ranks(RECIPE, deep, "cuda", ROOMS)
     ]
-    lines = memory.with_workspace(reserved, RECIPE, deep, "cuda")
-    monkeypatch.setattr(memory, "beyond_reserved", counted)
+    lines = workspace.with_workspace(reserved, RECIPE, deep, "cuda")
+    monkeypatch.setattr(workspace, "beyond_reserved", counted)
     confirm.confirmed(lines, RECIPE, deep, "cuda", ROOMS)
     assert ran == [9]  # both ranks are alike: one run

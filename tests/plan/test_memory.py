@@ -17,7 +17,7 @@ from fttrain.memory.parts import Location, MemoryPart
 from fttrain.model.attention_op import cuda_backward_bytes
 from fttrain.model.decoder import Architecture
 from fttrain.optim.config import OptimConfig
-from fttrain.plan import memory
+from fttrain.plan import memory, workspace
 from fttrain.plan.fake import EmptyBase, full_batch
 from fttrain.plan.live_bytes import LiveBytes
 from fttrain.strategy.builder import StrategyBuilder
@@ -119,7 +119,7 @@ def test_predicted_peaks_are_those_of_real_steps() -> None:
         reserved = [
             memory.reserved_memory(rank) for rank in memory.reserve_ranks(own, a, "cuda", ROOMY)
         ]
-        for rank in memory.with_workspace(reserved, own, a, "cuda"):
+        for rank in workspace.with_workspace(reserved, own, a, "cuda"):
             real = measured[rank.rank][name]
             assert rank.device_bytes == pytest.approx(real, rel=TOLERANCE), (name, rank)
 
@@ -129,7 +129,7 @@ def beyond_reserved(kind: str, documents: int) -> int:
     size = StepSize(2, 16384, 1, row_documents=documents)
     own = replace(tiny_strategy.variant(dtype="bfloat16"), size=size)
     context = memory.reserve_ranks(own, LONG_ROWS, "cpu", ROOMY[:1])[0].context
-    return memory.beyond_reserved(context, kind)
+    return workspace.beyond_reserved(context, kind)
 
 
 def inside_bytes(documents: int) -> int:
@@ -204,7 +204,7 @@ def test_nothing_fake_is_left_behind() -> None:
         memory.reserved_memory(rank)
         for rank in memory.reserve_ranks(own, frozen.architecture, "cpu", ROOMY)
     ]
-    taken = memory.with_workspace(reserved, own, frozen.architecture, "cpu")
+    taken = workspace.with_workspace(reserved, own, frozen.architecture, "cpu")
     assert all(rank.device[MemoryPart.WORKSPACE] != 0 for rank in taken)
     assert not torch.distributed.is_initialized()
     strategy = tiny_strategy.build(own, frozen)
