@@ -34,7 +34,7 @@ USUAL = {  # with --quick
 }
 WITHIN = 0.1
 SIDES = (
-    native("shard", {"name": "shard"}, {"group": "all"}),
+    native("shard", {"name": "shard"}, {"micro_batch_group": "all"}),
     native("pipeline", {"name": "pipeline"}, {"kind": "one_f_one_b"}),
 )
 

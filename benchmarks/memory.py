@@ -32,7 +32,7 @@ def lever(
 ) -> Side:
     """``settings``: of the placement, or ``job`` for others."""
     job = settings.pop("job", {})
-    return native(name, {"name": strategy}, {"group": group}, settings, **job)
+    return native(name, {"name": strategy}, {"micro_batch_group": group}, settings, **job)
 
 
 SIDES = (

@@ -38,7 +38,7 @@ MEMORY_WITHIN, TIME_WITHIN = 0.1, 0.15
 def lever(strategy: str, name: str = "", group: str | int = "all", **settings: Any) -> Side:
     """``settings``: of the placement; ``own``: of the strategy; ``job``: of others."""
     job, own = settings.pop("job", {}), settings.pop("own", {})
-    schedule = {"kind": "one_f_one_b"} if strategy == "pipeline" else {"group": group}
+    schedule = {"kind": "one_f_one_b"} if strategy == "pipeline" else {"micro_batch_group": group}
     said = ", ".join(part for part in (f"group={group}" * (group != "all"), name) if part)
     return native(
         strategy + (f", {said}" if said else ""),

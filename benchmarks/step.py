@@ -32,7 +32,9 @@ USUAL = {"warmup": (1, 1), "steps": (3, 2), "turns": (3, 1)}  # with --quick
 
 def replicate(activations: str, group: str | int) -> Side:
     name = f"{activations}, group={group}"
-    return native(name, {"name": "replicate"}, {"group": group}, {"activations": activations})
+    return native(
+        name, {"name": "replicate"}, {"micro_batch_group": group}, {"activations": activations}
+    )
 
 
 SIDES = (

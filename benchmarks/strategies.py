@@ -49,13 +49,18 @@ def fsdp(version: int, reshard: bool, checkpointing: bool) -> Side:
 
 
 STRATEGIES = (
-    native("replicate", {"name": "replicate"}, {"group": "all"}),
-    native("shard", {"name": "shard"}, {"group": "all"}),
-    native("stream", {"name": "stream", "resident_layers": 0}, {"group": "all"}),
+    native("replicate", {"name": "replicate"}, {"micro_batch_group": "all"}),
+    native("shard", {"name": "shard"}, {"micro_batch_group": "all"}),
+    native("stream", {"name": "stream", "resident_layers": 0}, {"micro_batch_group": "all"}),
     native("pipeline", {"name": "pipeline"}, {"kind": "one_f_one_b"}),
 )
 KEPT = tuple(  # as peers without checkpointing do; in groups of 1, as they do
-    native(f"{name}, kept activations", {"name": name}, {"group": 1}, {"activations": "keep"})
+    native(
+        f"{name}, kept activations",
+        {"name": name},
+        {"micro_batch_group": 1},
+        {"activations": "keep"},
+    )
     for name in ("replicate", "shard", "stream")
 )
 PLAIN = {"kind": "none", "double_quant": False}
@@ -63,8 +68,10 @@ ZERO = (  # DeepSpeed beside native strategies that do the same work
     native("zero 2, NF4", {"name": "deepspeed", "zero": {"stage": 2}}, {}),
     native("zero 2, bf16 base", {"name": "deepspeed", "zero": {"stage": 2}}, {}, quant=PLAIN),
     native("zero 3, bf16 base", {"name": "deepspeed", "zero": {"stage": 3}}, {}, quant=PLAIN),
-    native("replicate, bf16 base", {"name": "replicate"}, {"group": "all"}, quant=PLAIN),
-    native("shard, bf16 base", {"name": "shard"}, {"group": "all"}, quant=PLAIN),
+    native(
+        "replicate, bf16 base", {"name": "replicate"}, {"micro_batch_group": "all"}, quant=PLAIN
+    ),
+    native("shard, bf16 base", {"name": "shard"}, {"micro_batch_group": "all"}, quant=PLAIN),
 )
 FSDP2 = tuple(
     fsdp(2, reshard, checkpointing) for checkpointing in (True, False) for reshard in (True, False)

@@ -48,7 +48,7 @@ LEVERS: tuple[tuple[str, tuple[str, ...], Changes], ...] = (
         ("shard", "stream k=0"),
         {
             "placement": {"activations": "offload", "layer_inputs": "device"},  # it leaves none
-            "schedule": {"group": 1},
+            "schedule": {"micro_batch_group": 1},
         },
     ),
     (
