@@ -107,6 +107,7 @@ def test_the_nearest_thing_that_fits_is_named_and_fits(
     assert plan(least * 3 // 4, *told[1].split()) == 0
 
 
+@pytest.mark.slow
 def test_a_shipped_model_needs_no_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,17 +113,20 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_site_builds_strictly_with_every_page(site: Path) -> None:
     for page in (*DOCS.rglob("*.md"), DOCS / "settings.md", DOCS / "contributing.md"):
         assert (site / page.relative_to(DOCS).with_suffix(".html")).is_file(), page
 
 
+@pytest.mark.slow
 def test_no_page_fetches_anything(site: Path) -> None:
     for page in site.rglob("*.html"):
         for address in loaded(page.read_text(encoding="utf-8")):
             assert not address.startswith(("http:", "https:", "//")), (page, address)
 
 
+@pytest.mark.slow
 def test_every_drawing_is_shown(site: Path) -> None:
     drawings = sorted((DOCS / "architecture").glob("*.svg"))
     assert len(drawings) == 5
