@@ -20,6 +20,7 @@ from smoke import ROOT, Done, quick_run, smoke_run
 from fttrain.distributed.process_group import process_group
 from fttrain.distributed.rank_group import RankGroup
 from fttrain.memory.advice import explain_out_of_memory
+from fttrain.memory.parts import MemoryPart
 from fttrain.util.errors import UserError
 
 Module = Callable[[str], ModuleType]
@@ -57,7 +58,8 @@ def test_every_strategy_runs_and_moves_what_it_should(tmp_path: Path) -> None:
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)  # one model, one data
     # The two tables (512, 128) in bf16 lie in the one host copy, and four layers, then two.
     shared = {result["name"]: result["ranks"][0]["shared_host_bytes"] for result in results}
-    tables = dict.fromkeys(("embedding", "head"), 512 * 128 * 2)
+    on_host = (MemoryPart.HOST_EMBEDDING.label, MemoryPart.HOST_HEAD.label)
+    tables = dict.fromkeys(on_host, 512 * 128 * 2)
     assert shared["shard"] == tables
     layers = [sum(shared[f"stream k={k}"].values()) - sum(tables.values()) for k in (0, 2)]
     assert layers[0] == 2 * layers[1] > 0
