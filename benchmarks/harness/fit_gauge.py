@@ -57,7 +57,7 @@ def _gemm_tflops(device: torch.device) -> float:
 
 
 def _copy_gb_s(device: torch.device) -> dict[str, float]:
-    """As a side stream's work, out of page-locked memory and into it."""
+    """Work of a side stream, out of page-locked memory and into it."""
     pinned = device.type == "cuda"
     size_bytes = COPY_BYTES[device.type]
     on_host = torch.zeros(size_bytes, dtype=torch.uint8, pin_memory=pinned)

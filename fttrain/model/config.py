@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from fttrain.util.errors import UserError
 
-# Of norms, rotary embedding and SwiGLU. auto: Liger's Triton kernels on a GPU where they run, else
-# plain torch; torch: plain torch; liger: Liger's, or an error
+# Kernels of norms, rotary embedding and SwiGLU. auto: Liger's Triton kernels on a GPU where they
+# run, else plain torch; torch: plain torch; liger: Liger's, or an error
 KERNELS = AUTO_KERNELS, TORCH_KERNELS, LIGER_KERNELS = "auto", "torch", "liger"
 MASK_TOKENS = 1024  # tokens of a dropout mask that one seed draws; tiles hold whole blocks of it
 

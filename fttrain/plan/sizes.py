@@ -48,7 +48,7 @@ _OFFLOADED = OptimConfig(offload=True)
 SCENARIOS = {
     # All on one card, layers recomputed: the default of published figures
     "whole": SizeScenario("replicate", 1, Placement(), OptimConfig()),
-    # As before, but layer inputs on the host and moments in 8 bits
+    # Same, with layer inputs on the host and moments in 8 bits
     "frugal": SizeScenario(
         "replicate", 1, Placement(layer_inputs="host"), OptimConfig(kind="adamw8bit")
     ),

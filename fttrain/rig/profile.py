@@ -56,8 +56,8 @@ class CardProfile:
     peer_access: bool | None = None  # whether it can read every other card's memory
     power_limit_w: float | None = None
     price_per_h: float | None = None  # US dollars, of renting one
-    # Of one rank, outside its tensors: context and communication buffers; on a CPU the resident
-    # bytes of a process with its libraries
+    # Memory of one rank outside its tensors: context and communication buffers; on a CPU the
+    # resident bytes of a process with its libraries
     overhead_bytes: int | None = None
     # Bytes that torch's allocator holds beyond live tensors in real steps, and loaded kernels;
     # None: not measured

@@ -83,8 +83,8 @@ class DeepSpeed:
         loss_mean = float(group.all_reduce_(total)) * scale
         norm = self._engine.grad_norm()
         moved = self._backend.take()
-        # As in native strategies: a step without targets has nothing to learn from, and a gradient
-        # that is not finite destroys the weights.
+        # Same rule as in native strategies: a step without targets has nothing to learn from, a
+        # gradient that is not finite destroys the weights.
         updated = targets > 0 and accept(loss_mean, norm) and math.isfinite(norm)
         with self._explain_out_of_memory():
             self._engine.step(lr) if updated else self._engine.skip_step()
