@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from fttrain.launcher.environment import PARENT_PID
+from fttrain.launcher.environment import rank_variables
 from fttrain.launcher.launch import free_port
 
 POLL_S = 0.05
@@ -36,16 +36,12 @@ def run_module(
     """
     environment = {
         **os.environ,
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TORCHELASTIC_USE_AGENT_STORE": "False",  # accelerate's store is not at this port
-        PARENT_PID: str(os.getpid()),
         **(variables or {}),
     }
+    port = free_port()
     command = [sys.executable, "-m", module, *arguments]
     with contextlib.ExitStack() as files:
         started = []
@@ -53,7 +49,7 @@ def run_module(
             errors = files.enter_context(tempfile.TemporaryFile())
             process = subprocess.Popen(
                 command,
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env={**environment, **rank_variables(rank, ranks, port)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
                 stderr=errors,
