@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fttrain.data.config import ROW_MULTIPLE
 from fttrain.util.units import round_up
 
-# Matrix kernels are set up anew for each number of rows, which costs milliseconds and megabytes: a
-# few padding rows are cheaper than another number of rows in every micro-batch.
-ROW_MULTIPLE = 64
 IGNORE = -100  # target of a token that is not trained on
 
 

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from fttrain.util.errors import UserError
 
+# Matrix kernels are set up anew for each number of rows, which costs milliseconds and megabytes: a
+# few padding rows are cheaper than another number of rows in every micro-batch.
+ROW_MULTIPLE = 64
 KINDS = ("stdlib", "file", "hub")
 FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text")
 

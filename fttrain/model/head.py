@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fttrain.data.batch import ROW_MULTIPLE, moved
+from fttrain.data.batch import moved
+from fttrain.data.config import ROW_MULTIPLE
 from fttrain.model.functions import rms_norm, rms_norm_backward
 from fttrain.model.projection import Projection
 from fttrain.model.token_loss import (

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fttrain.data.batch import ROW_MULTIPLE
+from fttrain.data.config import ROW_MULTIPLE
 from fttrain.objective.metrics import METRICS
 from fttrain.objective.objective import Objective, TargetTokens
 

@@ -31,8 +31,9 @@ from fttrain.model.projection import QuantizedHead, ResidentHead
 from fttrain.plan.live_bytes import LiveBytes
 from fttrain.quant.scheme import dynamic_code
 from fttrain.strategy.builder import strategy_page
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.optimizer_step import DeviceUpdate
-from fttrain.strategy.spec import BuildContext, StepSize
+from fttrain.strategy.spec import StepSize
 
 CPU = torch.device("cpu")
 

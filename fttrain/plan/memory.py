@@ -13,8 +13,9 @@ from fttrain.model.decoder import Architecture
 from fttrain.plan.fake import NeedsOtherRanks, PlannedGroup, PlannedLedger
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.strategy.builder import strategy_page
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.model_slice import ModelSlice
-from fttrain.strategy.spec import BuildContext, StrategySpec
+from fttrain.strategy.spec import StrategySpec
 
 ROOMY_BYTES = 1 << 50  # a card that holds everything: a small model is divided evenly
 

@@ -25,8 +25,8 @@ from fttrain.plan.work import (
 from fttrain.rig.profile import CardProfile, CopyRates, RigProfile
 from fttrain.store.sharded import SLOTS
 from fttrain.strategy import trainable_state
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.model_slice import activation_bytes, slice_policies
-from fttrain.strategy.spec import BuildContext
 from fttrain.util.errors import UserError
 
 BACKWARD_SHARE = 2 / 3  # of a layer's work outside GEMMs

@@ -10,7 +10,7 @@ from fttrain.model.decoder import Architecture
 from fttrain.model.head import chunk_rows
 from fttrain.model.lora import target_indices
 from fttrain.model.projection import QuantizedHead
-from fttrain.strategy.spec import BuildContext
+from fttrain.strategy.context import BuildContext
 
 ATTENTION_BACKWARD = 2.5  # times its forward: five GEMMs instead of two
 

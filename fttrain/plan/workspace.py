@@ -17,7 +17,8 @@ from fttrain.plan.memory import ROOMY_BYTES, RankMemory, reserve_ranks
 from fttrain.schedule.pipeline_p2p import AHEAD
 from fttrain.store.activations import UNDER_WAY
 from fttrain.strategy.config import StrategyConfig
-from fttrain.strategy.spec import BuildContext, StrategySpec
+from fttrain.strategy.context import BuildContext
+from fttrain.strategy.spec import StrategySpec
 
 STANDS_FOR_GROUPED = StrategyConfig("stream")
 

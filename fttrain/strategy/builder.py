@@ -22,8 +22,9 @@ from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.store import FrozenBase
 from fttrain.store.loading import Progress
 from fttrain.strategy import pipeline, replicate, shard, stream
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.protocol import Strategy
-from fttrain.strategy.spec import BuildContext, StrategySpec
+from fttrain.strategy.spec import StrategySpec
 from fttrain.strategy.zero_checks import refuse_deepspeed_launch
 from fttrain.strategy.zero_config import DEEPSPEED
 from fttrain.util.errors import UserError

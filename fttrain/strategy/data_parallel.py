@@ -12,10 +12,10 @@ from fttrain.schedule.config import ScheduleConfig
 from fttrain.schedule.generate import KeyValueCache, NewTokens
 from fttrain.schedule.step_runner import Dropout, StepRunner
 from fttrain.store import FrozenBase, Store, Traffic
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.grad_reduce import gradient_sync
 from fttrain.strategy.model_slice import ModelSlice, reserve_slice
 from fttrain.strategy.native import NativeStrategy, StrategyParts, build_parts
-from fttrain.strategy.spec import BuildContext
 
 EVALUATION_GROUP = 8  # G where nothing is saved for backward
 

@@ -17,7 +17,7 @@ from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat
 from fttrain.store import FrozenBase
 from fttrain.strategy.config import Placement
-from fttrain.strategy.spec import BuildContext
+from fttrain.strategy.context import BuildContext
 from fttrain.util.errors import UserError
 
 # Names in the frozen base

@@ -24,8 +24,8 @@ from fttrain.store.layer_inputs import (
 )
 from fttrain.store.verify import VerifiedStore
 from fttrain.strategy import trainable_state
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.embedding_head import load_ends, reserve_ends
-from fttrain.strategy.spec import BuildContext
 from fttrain.util.units import round_up
 
 

@@ -34,6 +34,7 @@ from fttrain.strategy.adapters_io import (
     holders,
     load_adapter_state,
 )
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.grad_reduce import GradientSync
 from fttrain.strategy.gradients import GradientBuffers
 from fttrain.strategy.model_slice import (
@@ -45,7 +46,6 @@ from fttrain.strategy.model_slice import (
 )
 from fttrain.strategy.optimizer_step import DeviceUpdate, HostUpdate, Update
 from fttrain.strategy.protocol import EvaluationSums, Judge, OutOfMemory, StepStats
-from fttrain.strategy.spec import BuildContext
 from fttrain.strategy.step_end import StepFinalizer, Totals
 
 

@@ -13,11 +13,11 @@ from fttrain.store.loading import Progress, reserve_layers, to_device
 from fttrain.store.resident import ResidentStore
 from fttrain.strategy import trainable_state
 from fttrain.strategy.balance import balance
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.grad_reduce import gradient_sync
 from fttrain.strategy.model_slice import ModelSlice, reserve_slice, saved_bytes
 from fttrain.strategy.native import build_parts
 from fttrain.strategy.pipeline_stage import PipelineStage
-from fttrain.strategy.spec import BuildContext
 
 
 def reserve(context: BuildContext) -> ModelSlice:

@@ -6,9 +6,9 @@ from fttrain.memory.parts import MemoryPart
 from fttrain.store import FrozenBase
 from fttrain.store.loading import Progress, reserve_layers, to_device
 from fttrain.store.sharded import SLOTS, ShardedStore, shard_bytes
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.data_parallel import DataParallel, build_data_parallel, reserve_data_parallel
 from fttrain.strategy.model_slice import ModelSlice
-from fttrain.strategy.spec import BuildContext
 
 
 def reserve(context: BuildContext) -> ModelSlice:

@@ -1,11 +1,12 @@
-"""The settings that a strategy is built from, and the context of one build.
+"""The settings that a strategy is built from.
 
 Loads no torch: a configuration makes a ``StrategySpec`` to check its settings.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fttrain.data.config import ROW_MULTIPLE
 from fttrain.frozen.config import FrozenConfig
 from fttrain.model.config import AUTO_KERNELS, LoraConfig
 from fttrain.optim.config import OptimConfig
@@ -20,14 +21,8 @@ from fttrain.strategy.config import (
 )
 from fttrain.util.units import round_up
 
-if TYPE_CHECKING:
-    import torch
-
-    from fttrain.distributed.rank_group import RankGroup
-    from fttrain.memory.ledger import MemoryLedger
-    from fttrain.model.decoder import Architecture
+if TYPE_CHECKING:  # its module loads torch
     from fttrain.objective.objective import Objective
-    from fttrain.quant.frozen_layer import FrozenFormat
 
 
 @dataclass(frozen=True)
@@ -45,8 +40,6 @@ class StepSize:
         """Tokens reserved for a row of a micro-batch. It is rounded up so that pieces of a
         micro-batch (``Strategy.resize``), each with its own padding, fit into the same memory.
         """
-        from fttrain.data.batch import ROW_MULTIPLE  # loads torch
-
         return round_up(self.seq_len, ROW_MULTIPLE)
 
     @property
@@ -79,31 +72,3 @@ class StrategySpec:
         check_trained(
             self.strategy, self.quant, self.lora, self.optim, self.schedule, self.placement
         )
-
-
-@dataclass(frozen=True)
-class BuildContext:
-    """A spec for one model on these ranks: a strategy's page reserves and builds from it."""
-
-    spec: StrategySpec
-    group: "RankGroup"
-    architecture: "Architecture"
-    frozen_format: "FrozenFormat"
-    ledger: "MemoryLedger"
-
-    @property
-    def dtype(self) -> "torch.dtype":
-        import torch
-
-        dtype: Any = getattr(torch, self.spec.dtype)
-        return dtype
-
-    @property
-    def layer_bytes(self) -> int:
-        return self.frozen_format.layout.size_bytes
-
-    @property
-    def table_bytes(self) -> int:
-        """Bytes of the embedding's table or of the head (V, C)."""
-        a = self.architecture
-        return int(a.config.vocab_size) * a.hidden * self.dtype.itemsize

@@ -18,6 +18,7 @@ from fttrain.model.decoder import Decoder
 from fttrain.model.layer_adapters import LayerAdapters, OnHost, copy_dtype
 from fttrain.optim.flat import FlatLayout, Shard
 from fttrain.optim.optimizer import moment_bytes
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.grad_reduce import GradientSync
 from fttrain.strategy.gradients import (
     BUFFERS,
@@ -25,7 +26,6 @@ from fttrain.strategy.gradients import (
     GradientBuffers,
     ResidentGradients,
 )
-from fttrain.strategy.spec import BuildContext
 
 FP32_BYTES = 4
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fttrain.config.run_config import RunConfig, to_yaml
-from fttrain.data.batch import ROW_MULTIPLE
+from fttrain.data.config import ROW_MULTIPLE
 from fttrain.distributed.process_group import process_group
 from fttrain.launcher.launch import require_ranks
 from fttrain.model.decoder import Architecture

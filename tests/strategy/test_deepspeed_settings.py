@@ -16,8 +16,9 @@ from fttrain.model.config import LoraConfig
 from fttrain.optim.config import OptimConfig
 from fttrain.schedule.config import ScheduleConfig
 from fttrain.strategy.config import Placement, StrategyConfig
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.deepspeed.settings import Settings, resolve
-from fttrain.strategy.spec import BuildContext, StepSize
+from fttrain.strategy.spec import StepSize
 from fttrain.strategy.zero_checks import refuse_deepspeed_launch
 from fttrain.strategy.zero_config import ZeroConfig
 from fttrain.util.errors import UserError

@@ -16,8 +16,9 @@ from fttrain.memory.parts import Location, MemoryPart
 from fttrain.model.projection import QuantizedHead, ResidentHead
 from fttrain.quant.config import QuantConfig
 from fttrain.strategy.config import Placement
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.embedding_head import load_ends, reserve_ends
-from fttrain.strategy.spec import BuildContext, StrategySpec
+from fttrain.strategy.spec import StrategySpec
 
 TABLE_BYTES, CODES_BYTES = 4 * 300 * 64, 215040  # as test_pipeline: what 4 bits take
 EVERYWHERE = list(

@@ -15,8 +15,8 @@ from fttrain.model.head import Head
 from fttrain.model.projection import Projection, QuantizedHead, ResidentHead, tiled_format
 from fttrain.quant.config import QuantConfig
 from fttrain.quant.frozen_layer import FrozenFormat, FrozenLayer
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.pipeline import fixed_bytes
-from fttrain.strategy.spec import BuildContext
 from fttrain.util.errors import UserError
 
 STAGES = 3

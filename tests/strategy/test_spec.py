@@ -14,8 +14,9 @@ from fttrain.optim.config import OptimConfig
 from fttrain.schedule import layer_pass
 from fttrain.schedule.config import KINDS, ScheduleConfig
 from fttrain.strategy.config import SCHEDULES, Placement, StrategyConfig, check_together
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.model_slice import activation_bytes
-from fttrain.strategy.spec import BuildContext, StepSize
+from fttrain.strategy.spec import StepSize
 from fttrain.util.errors import UserError
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fttrain.quant.frozen_layer import FrozenLayer, GroupShape
 from fttrain.quant.scheme import NESTED_BLOCKSIZE, dynamic_code
-from fttrain.strategy.spec import BuildContext
+from fttrain.strategy.context import BuildContext
 
 
 def linear4bit(frozen: FrozenLayer, group: GroupShape, member: int, context: BuildContext) -> Any:

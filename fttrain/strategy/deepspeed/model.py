@@ -24,9 +24,9 @@ from fttrain.quant.checksum import checksum
 from fttrain.quant.frozen_layer import FrozenLayer
 from fttrain.store import FrozenBase
 from fttrain.store.loading import Progress
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.deepspeed.head import LossHead
 from fttrain.strategy.deepspeed.linear4bit import linear4bit
-from fttrain.strategy.spec import BuildContext
 from fttrain.util.errors import UserError
 
 LayerLoaded = Callable[[nn.Module], None]  # called with each layer once its weights are loaded

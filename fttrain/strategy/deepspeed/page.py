@@ -6,10 +6,10 @@ import os
 
 from fttrain.store import FrozenBase
 from fttrain.store.loading import Progress
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.deepspeed import reservations
 from fttrain.strategy.deepspeed.settings import Settings, resolve
 from fttrain.strategy.protocol import Strategy
-from fttrain.strategy.spec import BuildContext
 
 
 def reserve(context: BuildContext) -> Settings:

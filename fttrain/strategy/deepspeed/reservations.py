@@ -3,9 +3,9 @@
 from fttrain.memory.parts import MemoryPart
 from fttrain.model.head import chunk_bytes, chunk_rows
 from fttrain.model.layer_adapters import LayerAdapters
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.deepspeed.settings import Settings
 from fttrain.strategy.model_slice import saved_bytes
-from fttrain.strategy.spec import BuildContext
 
 
 def reserve(context: BuildContext, settings: Settings) -> None:

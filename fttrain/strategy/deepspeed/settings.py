@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fttrain.launcher.accelerate_yaml import DEEPSPEED_VARIABLES
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.deepspeed.user_json import AUTO, UserJson, read
-from fttrain.strategy.spec import BuildContext, StrategySpec
+from fttrain.strategy.spec import StrategySpec
 from fttrain.strategy.zero_checks import shown
 from fttrain.strategy.zero_config import DEFAULT_STAGE
 from fttrain.util.errors import UserError

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fttrain.strategy import adapters_io
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.deepspeed import model
 from fttrain.strategy.deepspeed.engine import MOMENTS, Engine, Trained
-from fttrain.strategy.spec import BuildContext, StrategySpec
+from fttrain.strategy.spec import StrategySpec
 from fttrain.util.errors import UserError
 
 

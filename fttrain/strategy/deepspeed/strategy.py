@@ -13,19 +13,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fttrain.data.batch import IGNORE, ROW_MULTIPLE, MicroBatch, collate
+from fttrain.data.batch import IGNORE, MicroBatch, collate
+from fttrain.data.config import ROW_MULTIPLE
 from fttrain.memory.advice import explain_out_of_memory
 from fttrain.memory.ledger import Reservation
 from fttrain.model.linears import DropoutKey
 from fttrain.objective.metrics import METRICS
 from fttrain.store import FrozenBase, Traffic
 from fttrain.store.loading import Progress
+from fttrain.strategy.context import BuildContext
 from fttrain.strategy.deepspeed import engine, model, state
 from fttrain.strategy.deepspeed.settings import Settings
 from fttrain.strategy.grad_reduce import SyncStats
 from fttrain.strategy.optimizer_step import UpdateStats
 from fttrain.strategy.protocol import EvaluationSums, Judge, StepStats
-from fttrain.strategy.spec import BuildContext
 
 
 class DeepSpeed:
