@@ -68,6 +68,11 @@ class Encoder:
         """
         bare = self._parsing.encode("a", add_special_tokens=False).ids
         framed = self._parsing.encode("a", add_special_tokens=True).ids
+        if not bare:  # transformers makes an empty one where a folder has no tokenizer
+            raise UserError(
+                "model: the tokenizer has no token for plain text; model.path needs a "
+                "tokenizer.json beside config.json"
+            )
         at = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
         prefix, suffix = framed[:at], framed[at + len(bare) :]
         if eos_token_id is not None and eos_token_id not in suffix:

@@ -21,7 +21,7 @@ from fttrain.store.side_stream import copy
 
 
 @dataclass(frozen=True)
-class OnHost:
+class HostShard:
     """Host memory of this rank's shard of a layer's adapters."""
 
     masters: Tensor  # fp32 (values of the shard,)
@@ -41,7 +41,7 @@ class LayerAdapters(nn.Module):
         config: LoraConfig,
         device: torch.device,
         dtype: torch.dtype,
-        on_host: OnHost | None = None,
+        on_host: HostShard | None = None,
         shard: Shard | None = None,
     ) -> None:
         """``device`` and ``dtype``: of the compute copies. ``on_host``: host memory of masters and

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fttrain.memory.parts import MemoryPart
 from fttrain.model.decoder import Decoder
-from fttrain.model.layer_adapters import LayerAdapters, OnHost, copy_dtype
+from fttrain.model.layer_adapters import HostShard, LayerAdapters, copy_dtype
 from fttrain.optim.flat import FlatLayout, Shard
 from fttrain.optim.optimizer import moment_bytes
 from fttrain.strategy.context import BuildContext
@@ -100,13 +100,13 @@ def adapters(context: BuildContext, layers: range) -> list[LayerAdapters]:
     return built
 
 
-def _on_host(context: BuildContext, layers: int) -> list[OnHost]:
+def _on_host(context: BuildContext, layers: int) -> list[HostShard]:
     """The host memory of each layer's masters and outgoing copies."""
     masters = _by_layer(context.ledger.allocate(MemoryPart.ADAPTER_MASTERS), torch.float32, layers)
     copies = _by_layer(
         context.ledger.allocate(MemoryPart.ADAPTER_COPIES), _copy_dtype(context), layers
     )
-    return [OnHost(*memory) for memory in zip(masters, copies, strict=True)]
+    return [HostShard(*memory) for memory in zip(masters, copies, strict=True)]
 
 
 def gradients(context: BuildContext, decoder: Decoder, sync: GradientSync) -> GradientBuffers:

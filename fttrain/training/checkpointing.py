@@ -24,7 +24,7 @@ from fttrain.util.errors import UserError
 
 CHECKPOINTS = "checkpoints"  # folder in the run's output
 # Values of settings that did not exist when older snapshots were saved
-_BEFORE_THERE_WAS_A_CHOICE = {"lora.use_dora": False, "head in 4 bits": False}
+_DEFAULTS_OF_OLD_SNAPSHOTS = {"lora.use_dora": False, "head in 4 bits": False}
 
 
 def lock_on_main(output: str, resume: str) -> AbstractContextManager[object]:
@@ -55,7 +55,7 @@ def snapshot_of_session(session: TrainSession) -> tuple[str, Snapshot] | None:
         return None
     path, snapshot = chosen
     for key, now in _identity(session).items():
-        before = snapshot.scalars.get(key, _BEFORE_THERE_WAS_A_CHOICE.get(key))
+        before = snapshot.scalars.get(key, _DEFAULTS_OF_OLD_SNAPSHOTS.get(key))
         if before != now:
             raise UserError(
                 f"resume={path}: {key} was {before} when it was saved and is {now} now, so the run "

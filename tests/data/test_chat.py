@@ -4,7 +4,8 @@ import random
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from fttrain.data.chat import FIXED_DATE, Chat, load_template
 from fttrain.data.encode import Encoder
@@ -282,3 +283,10 @@ def test_special_tokens_that_eat_the_space_beside_them(make_tokenizer: Any) -> N
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     assert evil.count(end) == ids.count(end) == 4
     assert trained_text(tokenizer, messages) == "The cat.<|end|>So.<|end|>"
+
+
+def test_a_folder_without_a_tokenizer_is_one_line() -> None:
+    """transformers makes an empty tokenizer of a folder that has config.json alone."""
+    empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="</s>")
+    with pytest.raises(UserError, match=r"no token for plain text; model\.path needs"):
+        Encoder(empty)

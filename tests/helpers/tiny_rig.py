@@ -18,7 +18,7 @@ from fttrain.rig.profile import (
 from fttrain.strategy.spec import StepSize, StrategySpec
 
 A = Architecture(tiny.model(num_hidden_layers=6).config)
-RECIPE = replace(tiny_strategy.variant(), size=StepSize(1, 64, 1))
+SPEC = replace(tiny_strategy.variant(), size=StepSize(1, 64, 1))
 ROOMY = 1 << 40
 
 
@@ -38,5 +38,5 @@ def rig(
     return RigProfile("made up", (card,) * cards, host, links)
 
 
-def chosen(on: RigProfile, spec: StrategySpec = RECIPE) -> list[Candidate]:
+def chosen(on: RigProfile, spec: StrategySpec = SPEC) -> list[Candidate]:
     return choose(list(candidates(spec, len(on.cards))), A, on, lambda done, total: None)

@@ -36,7 +36,7 @@ LAYERS = 5
 LENGTHS = ((9, 17, 4), (3,), (66,), (12, 5), (30, 1), (8,), (), (21, 2))
 SEQ_LEN = 66
 LR = 1e-2
-RECIPE = StrategySpec(
+SPEC = StrategySpec(
     strategy=StrategyConfig(),
     quant=QuantConfig(),
     lora=LoraConfig(r=4, lora_alpha=10, lora_dropout=0.2),
@@ -96,7 +96,7 @@ class MemoryBase:
 def base(
     model: str = "llama",
     dtype: str = "float32",
-    quant: QuantConfig = RECIPE.quant,
+    quant: QuantConfig = SPEC.quant,
     **shape: int,
 ) -> MemoryBase:
     """Of a tiny model with ``shape``, 5 layers unless that says otherwise."""
@@ -115,12 +115,12 @@ def variant(
     verify_every: int = 1,
     **placement: Any,
 ) -> StrategySpec:
-    """``RECIPE`` with these changes."""
+    """``SPEC`` with these changes."""
     return replace(
-        RECIPE,
+        SPEC,
         strategy=StrategyConfig(strategy, resident_layers, slots),
         schedule=ScheduleConfig(group, SCHEDULES[strategy]),
-        optim=replace(RECIPE.optim, offload=offload, shard=shard),
+        optim=replace(SPEC.optim, offload=offload, shard=shard),
         placement=Placement(**placement),
         frozen=FrozenConfig(verify_every=verify_every),
         dtype=dtype,
@@ -156,7 +156,7 @@ def data_parallel(
     adapters = [layer.adapters for layer in decoder.layers]
     gradients = ResidentGradients(adapters, gradient_sync(group))
     joined = StrategyParts(
-        decoder, store, group, optim, [Recompute()] * len(store), gradients, RECIPE.seed
+        decoder, store, group, optim, [Recompute()] * len(store), gradients, SPEC.seed
     )
     return DataParallel(joined, ScheduleConfig("all"))
 

@@ -58,7 +58,7 @@ def test_nll_adds_up_over_chunks() -> None:
 
 def test_a_metric_is_one_function_in_one_dict(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its mean over all targets comes out beside nll's."""
-    strategy = tiny_strategy.build(tiny_strategy.RECIPE, tiny_strategy.base())
+    strategy = tiny_strategy.build(tiny_strategy.SPEC, tiny_strategy.base())
     batches = tiny_strategy.micro_batches(strategy)
     alone = strategy.evaluate(batches)
     monkeypatch.setitem(METRICS, "squares", lambda values: values.double().square().sum())

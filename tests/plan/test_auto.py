@@ -18,10 +18,10 @@ from fttrain.strategy.spec import StepSize, StrategySpec
 from fttrain.util.errors import UserError
 
 A = Architecture(tiny.model(num_hidden_layers=4).config)
-RECIPE = replace(tiny_strategy.variant(), size=StepSize(1, 64, 1))
+SPEC = replace(tiny_strategy.variant(), size=StepSize(1, 64, 1))
 # Of its own accord the planner tries neither 3 resident layers nor 3 slots.
 STREAM = replace(
-    tiny_strategy.variant(strategy="stream", resident_layers=3, slots=3), size=RECIPE.size
+    tiny_strategy.variant(strategy="stream", resident_layers=3, slots=3), size=SPEC.size
 )
 
 
@@ -30,7 +30,7 @@ def silent(done: int, total: int) -> None:
 
 
 def request(
-    *left_open: str, spec: StrategySpec = RECIPE, rig: RigProfile | None = None
+    *left_open: str, spec: StrategySpec = SPEC, rig: RigProfile | None = None
 ) -> PlanRequest:
     return PlanRequest("tiny", spec, A, rig or tiny_cpu_rig.rig(), left_open, 2)
 
@@ -40,7 +40,7 @@ def settings(verdicts: list[Candidate]) -> list[str]:
 
 
 def test_strategy_alone_is_the_best_of_those_with_the_activations_that_are_given() -> None:
-    chosen = choose(list(candidates(RECIPE, 1)), A, tiny_cpu_rig.rig(), silent)
+    chosen = choose(list(candidates(SPEC, 1)), A, tiny_cpu_rig.rig(), silent)
     assert settings(ranked(request("strategy", "activations"), silent)) == settings(chosen)
     allowed = [v for v in chosen if v.spec.placement.activations == "recompute"]
     assert settings(ranked(request("strategy"), silent)) == settings(allowed)

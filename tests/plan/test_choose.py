@@ -8,7 +8,7 @@ import pytest
 import tiny_cpu_rig
 from rich.console import Console
 from rich.table import Table
-from tiny_rig import RECIPE, ROOMY, A, chosen, rig
+from tiny_rig import ROOMY, SPEC, A, chosen, rig
 
 from fttrain.memory.parts import MemoryPart
 from fttrain.plan import memory
@@ -33,9 +33,9 @@ def test_the_fastest_that_fits_comes_first() -> None:
 
 
 def test_less_memory_leaves_less_of_the_model_on_the_card() -> None:
-    whole = judge(RECIPE, A, rig(ROOMY)).memory[0].device_bytes
+    whole = judge(SPEC, A, rig(ROOMY)).memory[0].device_bytes
     found = chosen(rig(whole - 1, copy=1e5))
-    assert not next(v for v in found if v.spec == RECIPE).fits
+    assert not next(v for v in found if v.spec == SPEC).fits
     assert found[0].fits
     assert found[0].spec.strategy.name == "stream"
     assert found[0].spec.strategy.resident_layers  # as many as there is room for
@@ -43,11 +43,11 @@ def test_less_memory_leaves_less_of_the_model_on_the_card() -> None:
 
 
 def test_what_does_not_fit_says_what_is_missing() -> None:
-    whole = judge(RECIPE, A, rig(ROOMY)).memory[0].device_bytes
-    verdict = judge(RECIPE, A, rig(whole - 1000))
+    whole = judge(SPEC, A, rig(ROOMY)).memory[0].device_bytes
+    verdict = judge(SPEC, A, rig(whole - 1000))
     assert verdict.missing_bytes == 1000
     assert verdict.reason.startswith("card 0: ")
-    stream = replace(RECIPE, strategy=replace(RECIPE.strategy, name="stream"))
+    stream = replace(SPEC, strategy=replace(SPEC.strategy, name="stream"))
     needed = judge(stream, A, rig(ROOMY)).host_bytes
     assert judge(stream, A, rig(ROOMY, needed)).fits
     assert judge(stream, A, rig(ROOMY, needed - 1)).reason.startswith("host: ")
@@ -57,7 +57,7 @@ def test_ranks_of_a_cpu_share_the_host() -> None:
     """A stage may take more than its share where the other takes less; what is missing is the
     host's, said once.
     """
-    pipeline = replace(RECIPE, strategy=StrategyConfig("pipeline"), schedule=ONE_F_ONE_B)
+    pipeline = replace(SPEC, strategy=StrategyConfig("pipeline"), schedule=ONE_F_ONE_B)
     found = judge(pipeline, A, tiny_cpu_rig.rig(cards=2))
     needed = found.host_bytes + 2 * 1000
     assert max(own.device_bytes for own in found.memory) + 1000 > needed / 2
@@ -77,7 +77,7 @@ def test_nothing_fits_a_card_that_is_too_small() -> None:
 
 
 def test_a_slow_link_changes_what_is_fastest() -> None:
-    own = replace(RECIPE, size=StepSize(1, 64, 2))
+    own = replace(SPEC, size=StepSize(1, 64, 2))
 
     def fastest(link: float, strategy: str) -> float:
         found = chosen(rig(ROOMY, host_bytes=1, cards=2, link=link), own)
@@ -89,7 +89,7 @@ def test_a_slow_link_changes_what_is_fastest() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_rows_of_a_step_stay(world_size: int) -> None:
-    own = replace(RECIPE, size=StepSize(2, 64, 4))
+    own = replace(SPEC, size=StepSize(2, 64, 4))
     for candidate in candidates(own, world_size):
         size = candidate.size
         assert size.micro_batch_size * size.gradient_accumulation_steps == 8
@@ -105,7 +105,7 @@ def test_what_tensors_cannot_have_is_lines_of_its_own() -> None:
     on = rig(ROOMY)
     cards = (replace(on.cards[0], overhead_bytes=1 << 30, allocator_bytes=2 << 30),)
     known = replace(on, cards=cards)
-    verdict = judge(RECIPE, A, known)
+    verdict = judge(SPEC, A, known)
     shown = printed(parts_table(verdict, known))
     assert re.search(r"context, communication.* 1\.00 ", shown)
     assert re.search(r"allocator's rounding.* 2\.00 ", shown)
@@ -116,7 +116,7 @@ def test_what_tensors_cannot_have_is_lines_of_its_own() -> None:
 @pytest.mark.parametrize(("size_bytes", "at_once"), [(1 << 30, True), (-1 << 30, False)])
 def test_reserved_parts_that_never_meet_have_a_row(size_bytes: int, at_once: bool) -> None:
     on = rig(ROOMY)
-    verdict = judge(RECIPE, A, on)
+    verdict = judge(SPEC, A, on)
     (rank,) = verdict.memory
     other = replace(rank, device={**rank.device, MemoryPart.WORKSPACE: size_bytes})
     shown = printed(parts_table(replace(verdict, memory=(other,)), on))
@@ -138,7 +138,7 @@ def printed(shown: Table) -> str:
 
 
 def test_a_smaller_card_keeps_fewer_layers_of_a_stream() -> None:
-    stream = replace(RECIPE, strategy=StrategyConfig("stream"))
+    stream = replace(SPEC, strategy=StrategyConfig("stream"))
     needed = judge(stream, A, rig(ROOMY, cards=2)).memory[0]
     room = 2 * memory.layer_bytes(stream, A)
     cards = unequal(max(needed.device_bytes, needed.reserved_device_bytes) + room)
@@ -157,7 +157,7 @@ def test_a_smaller_card_keeps_fewer_layers_of_a_stream() -> None:
 
 
 def test_a_smaller_card_has_a_shorter_stage() -> None:
-    pipeline = replace(RECIPE, strategy=StrategyConfig("pipeline"), schedule=ONE_F_ONE_B)
+    pipeline = replace(SPEC, strategy=StrategyConfig("pipeline"), schedule=ONE_F_ONE_B)
     even = judge(pipeline, A, rig(ROOMY, cards=2)).memory
     cards = unequal(max(even[0].device_bytes, even[0].reserved_device_bytes) * 9 // 10)
     verdict = judge(pipeline, A, cards)

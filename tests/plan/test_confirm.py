@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import tiny_strategy
-from tiny_rig import RECIPE, ROOMY, A, chosen, rig
+from tiny_rig import ROOMY, SPEC, A, chosen, rig
 
 from fttrain.memory.parts import MemoryPart
 from fttrain.model.decoder import Architecture
@@ -42,15 +42,15 @@ def test_right_lines_stay() -> None:
 
 
 def test_wrong_lines_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = judge(RECIPE, A, rig(ROOMY)).memory[0].device_bytes
+    right = judge(SPEC, A, rig(ROOMY)).memory[0].device_bytes
     line = Workspaces.at
     monkeypatch.setattr(Workspaces, "at", lambda *where: line(*where) - right // 2)
-    wrong = judge(RECIPE, A, rig(ROOMY)).memory[0].device_bytes
+    wrong = judge(SPEC, A, rig(ROOMY)).memory[0].device_bytes
     assert wrong < 0.6 * right
     best, *others = chosen(rig(ROOMY))
     assert best.confirmed
     assert not any(verdict.confirmed for verdict in others)
-    same = next(v for v in [best, *others] if v.spec == RECIPE)
+    same = next(v for v in [best, *others] if v.spec == SPEC)
     assert {same.memory[0].device_bytes} <= {wrong, right}
     whole = workspace.beyond_reserved(
         memory.reserve_ranks(best.spec, A, "cpu", [ROOMY])[0].context, "cuda"
@@ -93,9 +93,9 @@ def test_deep_models_are_run_in_all_their_layers(monkeypatch: pytest.MonkeyPatch
         return real(context, kind)
 
     reserved = [
-        memory.reserved_memory(rank) for rank in memory.reserve_ranks(RECIPE, deep, "cuda", ROOMS)
+        memory.reserved_memory(rank) for rank in memory.reserve_ranks(SPEC, deep, "cuda", ROOMS)
     ]
-    lines = workspace.with_workspace(reserved, RECIPE, deep, "cuda")
+    lines = workspace.with_workspace(reserved, SPEC, deep, "cuda")
     monkeypatch.setattr(workspace, "beyond_reserved", counted)
-    confirm.confirmed(lines, RECIPE, deep, "cuda", ROOMS)
+    confirm.confirmed(lines, SPEC, deep, "cuda", ROOMS)
     assert ran == [9]  # both ranks are alike: one run

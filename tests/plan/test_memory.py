@@ -167,7 +167,7 @@ def test_a_70b_models_parts_are_those_of_the_design() -> None:
     own = replace(
         tiny_strategy.variant("shard", dtype="bfloat16", layer_inputs="host", lm_head="host"),
         size=StepSize(1, 2048, 8),
-        lora=replace(tiny_strategy.RECIPE.lora, r=16, lora_dropout=0.0),
+        lora=replace(tiny_strategy.SPEC.lora, r=16, lora_dropout=0.0),
         optim=OptimConfig(offload=True),
     )
     a = llama_70b()

@@ -55,7 +55,7 @@ def timed(own: StrategySpec, on: RigProfile) -> StepTime:
 
 def flops(policy: str = "recompute") -> float:
     """Of a rank's step."""
-    work = layer_work(A, tiny_strategy.RECIPE.lora, policy, SEQ_LEN)
+    work = layer_work(A, tiny_strategy.SPEC.lora, policy, SEQ_LEN)
     layers = LAYERS * (work.forward + work.backward)
     return ACCUMULATION * TOKENS * (layers + head_flops(A))
 

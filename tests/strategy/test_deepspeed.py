@@ -38,19 +38,19 @@ def build(
     zero: dict[str, Any] | None = None,
     dtype: str = "float32",
     quant: QuantConfig = PLAIN,
-    lora: LoraConfig = tiny_strategy.RECIPE.lora,
+    lora: LoraConfig = tiny_strategy.SPEC.lora,
     group: RankGroup | None = None,
     **optim: Any,
 ) -> Any:
     """Two layers of the tiny model, at the start of a run with dropout, decay and clipping."""
     frozen = tiny_strategy.base(dtype=dtype, quant=quant, num_hidden_layers=2)
     spec = replace(
-        tiny_strategy.RECIPE,
+        tiny_strategy.SPEC,
         strategy=StrategyConfig(strategy, zero=ZeroConfig(**(zero or {}))),
         dtype=dtype,
         quant=quant,
         lora=lora,
-        optim=replace(tiny_strategy.RECIPE.optim, **optim),
+        optim=replace(tiny_strategy.SPEC.optim, **optim),
         z_loss=1e-3,
     )
     return tiny_strategy.start(spec, frozen, group)
@@ -308,7 +308,7 @@ def test_all_weights_train_as_in_plain_transformers(results: dict[str, dict[str,
 
 def plain_course() -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
     """transformers and torch's AdamW; vectors do not decay."""
-    model, optim = tiny.model(num_hidden_layers=2), replace(tiny_strategy.RECIPE.optim, eps=1e-4)
+    model, optim = tiny.model(num_hidden_layers=2), replace(tiny_strategy.SPEC.optim, eps=1e-4)
     weights = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
         [

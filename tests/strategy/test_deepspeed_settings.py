@@ -32,7 +32,7 @@ def settled(environment: dict[str, str] | None = None, **zero: Any) -> Settings:
     group = RankGroup(0, 2, 0, tiny.CPU)
     frozen = tiny_strategy.base()
     spec = replace(
-        tiny_strategy.RECIPE,
+        tiny_strategy.SPEC,
         strategy=StrategyConfig("deepspeed", zero=ZeroConfig(**zero)),
         optim=OPTIM,
         size=StepSize(3, 64, 4),
@@ -207,7 +207,7 @@ def test_contradictions_have_both_names(tmp_path: Path) -> None:
 )
 def test_what_belongs_to_native_strategies(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        replace(tiny_strategy.RECIPE, strategy=StrategyConfig("deepspeed"), **changes)
+        replace(tiny_strategy.SPEC, strategy=StrategyConfig("deepspeed"), **changes)
 
 
 @pytest.mark.deepspeed

@@ -78,7 +78,7 @@ def test_a_card_is_filled_through_one_booked_table(embedding: str, head: str, lo
 def test_a_head_in_4_bits_is_quantised_as_the_layers(
     quant: QuantConfig, expected: QuantConfig
 ) -> None:
-    spec = replace(tiny_strategy.RECIPE, quant=quant, placement=Placement(lm_head="quantized"))
+    spec = replace(tiny_strategy.SPEC, quant=quant, placement=Placement(lm_head="quantized"))
     _, projection = load_ends(context(spec), tiny_strategy.base(), True, True)
     assert isinstance(projection, QuantizedHead)
     assert projection.quant == expected

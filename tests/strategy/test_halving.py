@@ -205,7 +205,7 @@ def test_an_evaluation_is_made_again_as_well() -> None:
 
 def test_the_gradient_is_that_of_the_undivided_step() -> None:
     """Without dropout, whose masks are those of a micro-batch, a split changes rounding alone."""
-    spec = replace(tiny_strategy.RECIPE, lora=replace(tiny_strategy.RECIPE.lora, lora_dropout=0))
+    spec = replace(tiny_strategy.SPEC, lora=replace(tiny_strategy.SPEC.lora, lora_dropout=0))
     gradients, losses = [], []
     for tokens in (10_000, 128, 64):
         strategy, loader = prepared(spec, 4)
@@ -244,7 +244,7 @@ def test_a_step_that_ran_out_leaves_no_trace() -> None:
 
 
 def test_other_errors_are_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    strategy, loader = prepared(tiny_strategy.RECIPE, 4)
+    strategy, loader = prepared(tiny_strategy.SPEC, 4)
 
     def broken(attempt: StepRunner, layer: int) -> None:
         with attempt.computing():

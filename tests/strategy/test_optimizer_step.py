@@ -9,7 +9,7 @@ import torch
 
 from fttrain.model.config import LoraConfig
 from fttrain.model.decoder import Architecture
-from fttrain.model.layer_adapters import LayerAdapters, OnHost
+from fttrain.model.layer_adapters import HostShard, LayerAdapters
 from fttrain.optim.config import OptimConfig
 from fttrain.optim.optimizer import Optimizer
 from fttrain.strategy import optimizer_step
@@ -24,7 +24,7 @@ def adapters(on_host: bool) -> list[LayerAdapters]:
     lora, made = LoraConfig(r=4, lora_alpha=10), []
     for index in range(LAYERS):
         size = LayerAdapters(index, GROUPS, lora, tiny.CPU, torch.bfloat16).layout.shard_values
-        place = OnHost(torch.zeros(size), torch.zeros(size, dtype=torch.bfloat16))
+        place = HostShard(torch.zeros(size), torch.zeros(size, dtype=torch.bfloat16))
         made.append(
             LayerAdapters(index, GROUPS, lora, tiny.CPU, torch.bfloat16, place if on_host else None)
         )

@@ -24,7 +24,7 @@ TABLE_BYTES = 300 * 64 * 4
 
 
 def fixed(
-    stage: int, quant: Any = tiny_strategy.RECIPE.quant, hidden: int = 64, **placement: str
+    stage: int, quant: Any = tiny_strategy.SPEC.quant, hidden: int = 64, **placement: str
 ) -> int:
     frozen = tiny_strategy.base(quant=quant, hidden_size=hidden)
     group = RankGroup(stage, STAGES, stage, tiny.CPU)
@@ -44,7 +44,7 @@ def weights(quant: Any) -> list[int]:
 
 @pytest.mark.parametrize("dequant", ["tile", "layer"])
 def test_a_middle_stage_has_the_dequantised_weights(dequant: str) -> None:
-    quant = replace(tiny_strategy.RECIPE.quant, dequant=dequant)
+    quant = replace(tiny_strategy.SPEC.quant, dequant=dequant)
     found = weights(quant)
     assert fixed(1, quant) == (sum(found) if dequant == "layer" else max(found))
 

@@ -113,7 +113,7 @@ class Family:
 
 
 def check_supported(family: Family, config: Config) -> None:
-    """Raises UserError for what a page can state and the engine does not compute."""
+    """Raise UserError for what a page can state and the engine does not compute."""
     layers = range(config.num_hidden_layers)
     missing = {
         "a norm after attention": family.norm_after_attention,
