@@ -6,6 +6,7 @@ that follows after the task. ``record_event`` marks a moment in the compute for 
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -45,7 +46,7 @@ class SideStream(Protocol):
         ...
 
 
-class HostSideStream:
+class HostSideStream(ABC):
     """A side stream on the CPU, where the compute is always up to date: events mean nothing."""
 
     def __init__(self) -> None:
@@ -68,9 +69,9 @@ class HostSideStream:
         wait_s, self._wait_s = self._wait_s, 0.0
         return wait_s
 
+    @abstractmethod
     def _start(self, task: Task) -> Callable[[], Any]:
         """Start ``task``. Return a function that returns once it is done."""
-        raise NotImplementedError
 
     def _waited(self, seconds: float) -> None:
         self._wait_s += seconds
